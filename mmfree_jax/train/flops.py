@@ -156,36 +156,45 @@ class Device:
     bf16_flops: float
     """Dense bfloat16 (V100, T4: float16) matrix products, operations a second."""
     memory_gib: float
+    memory_bandwidth: float
+    """Of the device's own memory, bytes a second."""
+    int8_over_bf16: float = 2.0
+    """Dense int8 operations for each bfloat16 one."""
+
+    @property
+    def int8_ops(self) -> float:
+        """Dense int8 matrix products, operations a second."""
+        return self.bf16_flops * self.int8_over_bf16
 
 
 # Searched in order; the first whose key is part of the lower-cased `device_kind` is taken.
 # A JAX device of TPU v4 and later is a whole chip; of v2 and v3, one of its two cores.
 _DEVICES = (
-    ("gh200", Device("GH200", 989.4e12, 96)),
-    ("gb200", Device("GB200", 2500e12, 186)),
-    ("b200", Device("B200", 2250e12, 180)),
-    ("h200", Device("H200", 989.4e12, 141)),
-    ("h100 pcie", Device("H100 PCIe", 756e12, 80)),
-    ("h100 nvl", Device("H100 NVL", 835.5e12, 94)),
-    ("h100", Device("H100 SXM", 989.4e12, 80)),
-    ("h800", Device("H800", 989.4e12, 80)),
-    ("a100-sxm4-40gb", Device("A100 40GB", 312e12, 40)),
-    ("a100-pcie-40gb", Device("A100 40GB", 312e12, 40)),
-    ("a100", Device("A100", 312e12, 80)),
-    ("a800", Device("A800", 312e12, 80)),
-    ("l40s", Device("L40S", 362e12, 48)),
-    ("a10g", Device("A10G", 70e12, 24)),
-    ("v100", Device("V100", 125e12, 32)),
-    ("rtx 4090", Device("RTX 4090", 165.2e12, 24)),
-    ("rtx 3090", Device("RTX 3090", 71e12, 24)),
-    ("tesla t4", Device("T4", 65e12, 16)),
-    ("tpu v6", Device("TPU v6e", 918e12, 32)),
-    ("tpu v5 lite", Device("TPU v5e", 197e12, 16)),
-    ("tpu v5e", Device("TPU v5e", 197e12, 16)),
-    ("tpu v5", Device("TPU v5p", 459e12, 95)),
-    ("tpu v4", Device("TPU v4", 275e12, 32)),
-    ("tpu v3", Device("TPU v3", 61.5e12, 16)),
-    ("tpu v2", Device("TPU v2", 22.5e12, 8)),
+    ("gh200", Device("GH200", 989.4e12, 96, 4.0e12)),
+    ("gb200", Device("GB200", 2500e12, 186, 8.0e12)),
+    ("b200", Device("B200", 2250e12, 180, 8.0e12)),
+    ("h200", Device("H200", 989.4e12, 141, 4.8e12)),
+    ("h100 pcie", Device("H100 PCIe", 756e12, 80, 2.0e12)),
+    ("h100 nvl", Device("H100 NVL", 835.5e12, 94, 3.9e12)),
+    ("h100", Device("H100 SXM", 989.4e12, 80, 3.35e12)),
+    ("h800", Device("H800", 989.4e12, 80, 3.35e12)),
+    ("a100-sxm4-40gb", Device("A100 40GB", 312e12, 40, 1.555e12)),
+    ("a100-pcie-40gb", Device("A100 40GB", 312e12, 40, 1.555e12)),
+    ("a100", Device("A100", 312e12, 80, 2.039e12)),
+    ("a800", Device("A800", 312e12, 80, 2.039e12)),
+    ("l40s", Device("L40S", 362e12, 48, 864e9)),
+    ("a10g", Device("A10G", 70e12, 24, 600e9)),
+    ("v100", Device("V100", 125e12, 32, 900e9, 0.5)),
+    ("rtx 4090", Device("RTX 4090", 165.2e12, 24, 1.008e12)),
+    ("rtx 3090", Device("RTX 3090", 71e12, 24, 936e9)),
+    ("tesla t4", Device("T4", 65e12, 16, 320e9)),
+    ("tpu v6", Device("TPU v6e", 918e12, 32, 1.64e12)),
+    ("tpu v5 lite", Device("TPU v5e", 197e12, 16, 819e9)),
+    ("tpu v5e", Device("TPU v5e", 197e12, 16, 819e9)),
+    ("tpu v5", Device("TPU v5p", 459e12, 95, 2.765e12)),
+    ("tpu v4", Device("TPU v4", 275e12, 32, 1.228e12, 1.0)),
+    ("tpu v3", Device("TPU v3", 61.5e12, 16, 450e9, 1.0)),
+    ("tpu v2", Device("TPU v2", 22.5e12, 8, 350e9, 1.0)),
 )
 
 
