@@ -95,6 +95,8 @@ class ModelConfig:
     """Implementation of the ternary product (xla_int8, ...); None: the fastest known here."""
     recurrence_kernel: str | None = None
     """Implementation of the recurrence (xla, pallas_gpu, ...); None: the fastest known here."""
+    attention_kernel: str | None = None
+    """Implementation of causal attention (xla, cudnn); None: the fastest known here."""
     remat: Literal["none", "full", "dots"] = "full"
     """What the backward pass recomputes: nothing, whole blocks, or all but matrix products."""
     scan_layers: bool = True
@@ -172,6 +174,7 @@ NOT_THE_FUNCTION = (
     "bitlinear",
     "matmul_kernel",
     "recurrence_kernel",
+    "attention_kernel",
     "remat",
     "scan_layers",
 )

@@ -9,6 +9,7 @@ import jax
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional
 from mmfree_jax.model.linear import Linear, project
+from mmfree_jax.sharding import channel_partition
 
 
 class Attention(nn.Module):
@@ -60,7 +61,14 @@ class Attention(nn.Module):
         q_BTHK = functional.rotate(q_BTHK, positions_BT, theta=c.rope_theta)
         k_BTGK = functional.rotate(k_BTGK, positions_BT, theta=c.rope_theta)
         if state is None:
-            out_BTHK = functional.causal_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+            out_BTHK = functional.causal_attention(
+                q_BTHK,
+                k_BTGK,
+                v_BTGK,
+                segment_ids_BT,
+                partition=channel_partition((B, T, kv_heads)),
+                implementation=c.attention_kernel,
+            )
         else:
             out_BTHK, k_cache, v_cache = functional.cached_attention(
                 q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], positions_BT

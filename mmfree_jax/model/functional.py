@@ -6,6 +6,7 @@ K channels a head, S places in a key-value cache, W steps that a convolution see
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.norm_quant.reference import rms_norm
 
@@ -125,12 +126,81 @@ def causal_attention(
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
     segment_ids_BT: jax.Array | None,
+    *,
+    partition: PartitionSpec | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """Causal attention within each document; [B, T, H, K]."""
-    mask = None
-    if segment_ids_BT is not None:
-        mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True)
+    """Causal attention within each document.
+
+    cuDNN's flash attention keeps no [T, T] array of a head: documents reach it as one bias
+    [B, 1, T, T] for all heads, and what lies ahead in time it skips.
+
+    Args:
+      q_BTHK: queries; H a multiple of G, whose heads serve H / G queries each.
+      k_BTGK: keys.
+      v_BTGK: values.
+      segment_ids_BT: documents; None: each row is one.
+      partition: mesh axes of rows, time (None) and heads: each device attends to its part. None
+        leaves the partitioning to the compiler, which only "xla" allows on several devices.
+      implementation: "xla", "cudnn" (bfloat16 and float16 on CUDA devices), or None for cuDNN
+        where it can.
+
+    Returns:
+      [B, T, H, K] in q's dtype.
+
+    Raises:
+      ValueError: the implementation's name is unknown, or does not know these dtypes.
+      NotImplementedError: cuDNN does not know this shape.
+    """
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(f"implementation={implementation!r} is unknown; choose xla, cudnn or None")
+    if implementation == "cudnn" and q_BTHK.dtype not in _CUDNN_DTYPES:
+        raise ValueError(
+            f"implementation='cudnn' with {q_BTHK.dtype}: it takes bfloat16 and float16; use xla"
+        )
+    if implementation is None:
+        implementation = "cudnn" if _cudnn_can(q_BTHK, partition) else "xla"
+
+    def attend(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
+        mask = None
+        if segment_ids_BT is not None:
+            mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation=implementation
+        )
+
+    if partition is None or implementation == "xla":
+        return attend(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+    heads, rows = PartitionSpec(*partition, None), PartitionSpec(partition[0])
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads, None if segment_ids_BT is None else rows),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+
+
+_CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def _cudnn_can(q_BTHK: jax.Array, partition: PartitionSpec | None) -> bool:
+    """Whether cuDNN takes these queries on this process's devices (Ampere and later)."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")  # "9.0"; "gfx942" with ROCm
+    if device.platform != "gpu" or not capability.replace(".", "").isdigit():
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = jax.device_count() == 1 or (not mesh.empty and mesh.size == 1)
+    _, T, _, K = q_BTHK.shape
+    widest = 256 if float(capability) >= 9 else 128
+    return (
+        q_BTHK.dtype in _CUDNN_DTYPES
+        and (alone or partition is not None)
+        and float(capability) >= 8
+        and K % 8 == 0
+        and K <= widest
+        and T % 2 == 0  # its backward pass with a bias wants whole pairs
+    )
 
 
 def cached_attention(

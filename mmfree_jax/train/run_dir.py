@@ -45,6 +45,7 @@ _MAY_CHANGE = (
     "model.remat",
     "model.matmul_kernel",
     "model.recurrence_kernel",
+    "model.attention_kernel",
     "mesh.",
     "checkpoint.",
     "eval.",
