@@ -237,6 +237,8 @@ class OptimizerConfig:
     """Largest global gradient norm; None: no clipping."""
     moment_dtype: Dtype = "float32"
     """Dtype in which the first moment is kept."""
+    second_moment_dtype: Dtype = "float32"
+    """Dtype in which the second moment is kept; bfloat16 needs b2 well below 0.99."""
 
     def __post_init__(self) -> None:
         _require_positive(self, ("learning_rate", "eps"), "optimizer.")

@@ -11,7 +11,7 @@ import numpy as np
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.sharding import batch_sharding, check_divisible, make_mesh
 from mmfree_jax.train.flops import count_flops, count_parameters
-from mmfree_jax.train.optimizer import make_optimizer
+from mmfree_jax.train.optimizer import make_optimizer, schedule_values
 from mmfree_jax.train.step import init_sharded, jit_train_step
 
 
@@ -58,22 +58,23 @@ def measure_train_step(
     """
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer)
+    schedule = schedule_values(config.optimizer, config.steps)
     state = init_sharded(config, optimizer, mesh)
     batch = _random_batch(config, batch_sharding(mesh))
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
-        step = jit_train_step(config, optimizer, mesh).lower(state, batch).compile()
+        step = jit_train_step(config, optimizer, mesh).lower(state, batch, schedule).compile()
     compile_s = time.perf_counter() - begin
 
     for _ in range(warmup):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, schedule)
     jax.block_until_ready(metrics)
     times = []
     for _ in range(groups):
         begin = time.perf_counter()
         for _ in range(steps_per_group):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, schedule)
         jax.block_until_ready(metrics)
         times.append((time.perf_counter() - begin) / steps_per_group)
     seconds = statistics.median(times)

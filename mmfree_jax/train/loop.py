@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
@@ -21,6 +23,7 @@ from mmfree_jax.model import LanguageModel
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.train.checkpoint import Checkpointer
 from mmfree_jax.train.metrics import TernaryMonitor
+from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
 from mmfree_jax.train.run_dir import CHECKPOINTS, check_run_dir, lock_run_dir, write_config
@@ -213,10 +216,14 @@ class _Loop:
         self._recorder.message("compiling the training step")
         with jax.set_mesh(run.mesh):
             step_fn = jit_train_step(run.config, run.optimizer, run.mesh)
-            compiled = step_fn.lower(state, batch).compile()
+            schedule = jax.device_put(
+                schedule_values(run.config.optimizer, run.config.steps),
+                NamedSharding(run.mesh, P()),
+            )
+            compiled = step_fn.lower(state, batch, schedule).compile()
         self.compile_seconds = self._clock() - begin
         self._recorder.message(f"compiled the training step in {self.compile_seconds:.1f} s")
-        return compiled
+        return lambda state, batch: compiled(state, batch, schedule)
 
     def _read_metrics(self) -> None:
         """Reads the metrics of the step before, and records them when they are due."""

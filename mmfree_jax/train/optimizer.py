@@ -1,10 +1,12 @@
-"""AdamW, gradient clipping and learning-rate schedules."""
+"""AdamW in one pass over the weights, gradient clipping and learning-rate schedules."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mmfree_jax.config import OptimizerConfig
@@ -12,45 +14,77 @@ from mmfree_jax.config import OptimizerConfig
 Schedule = Callable[[Any], jax.Array]
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """The learning rate as a function of the number of updates already made.
+class ScheduleValues(NamedTuple):
+    """The numbers of a schedule, float32 scalars; its shape is `OptimizerConfig.schedule`.
 
-    All shapes span the whole run of `steps` updates and rise linearly from zero over
-    `warmup_steps`. With p the share of the steps after the warm-up that is done:
+    They are arguments of the compiled step, so that runs that differ in nothing else share it.
+
+    Attributes:
+      peak: learning rate after the warm-up.
+      floor: final rate as a share of the peak.
+      warmup: steps of linear warm-up.
+      steps: of the whole run.
+      decay_start: step at which "wsd" begins to fall.
+    """
+
+    peak: Any
+    floor: Any
+    warmup: Any
+    steps: Any
+    decay_start: Any
+
+
+def schedule_values(config: OptimizerConfig, steps: int) -> ScheduleValues:
+    """The numbers of the schedule of a run of `steps` updates, on the host."""
+    # A run is never shorter than its warm-up, but a decay can begin within it.
+    decay_start = max(config.warmup_steps, steps * (1.0 - config.decay_fraction))
+    values = (config.learning_rate, config.min_lr_ratio, config.warmup_steps, steps, decay_start)
+    return ScheduleValues(*map(np.float32, values))
+
+
+def learning_rate(shape: str, values: ScheduleValues, count: Any) -> jax.Array:
+    """The learning rate after `count` updates.
+
+    All shapes span the whole run and rise linearly from zero over the warm-up. With p the share
+    of the steps after it that is done:
 
       paper     peak (1 + cos(pi p)) / 2, times one half from step `steps / 2` on, so that the
                 rate drops at the midpoint and ends at zero (arXiv 2406.02528, section 4.1)
-      cosine    from the peak to `min_lr_ratio` of it along half a cosine
+      cosine    from the peak to `floor` of it along half a cosine
       linear    the same along a straight line
-      wsd       the peak until the last `decay_fraction` of all steps, then linear
+      wsd       the peak until `decay_start`, then linear
       constant  the peak
 
-    The result takes an int (array) and returns float32 of the same shape.
+    Args:
+      shape: one of these names.
+      values: the schedule's numbers.
+      count: updates already made, an int (array).
+
+    Returns:
+      float32 of count's shape.
     """
-    peak, floor = config.learning_rate, config.min_lr_ratio
-    warmup = config.warmup_steps
-    # A run is never shorter than its warm-up, but a decay can begin within it.
-    decay_start = max(warmup, steps * (1.0 - config.decay_fraction))
+    peak, floor, warmup, steps, decay_start = values
+    step = jnp.asarray(count, jnp.float32)
+    p = jnp.clip((step - warmup) / jnp.maximum(1.0, steps - warmup), 0.0, 1.0)
+    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * p))
+    if shape == "paper":
+        share = jnp.where(step >= steps / 2, 0.5, 1.0) * cosine
+    elif shape == "cosine":
+        share = floor + (1.0 - floor) * cosine
+    elif shape == "linear":
+        share = floor + (1.0 - floor) * (1.0 - p)
+    elif shape == "wsd":
+        done = jnp.clip((step - decay_start) / jnp.maximum(1e-9, steps - decay_start), 0.0, 1.0)
+        share = 1.0 - (1.0 - floor) * done
+    else:
+        share = jnp.ones_like(p)
+    ramp = jnp.where(warmup > 0, jnp.minimum(1.0, step / jnp.maximum(warmup, 1.0)), 1.0)
+    return jnp.asarray(peak * ramp * share, jnp.float32)
 
-    def schedule(count: Any) -> jax.Array:
-        step = jnp.asarray(count, jnp.float32)
-        p = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
-        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * p))
-        if config.schedule == "paper":
-            share = jnp.where(step >= steps / 2, 0.5, 1.0) * cosine
-        elif config.schedule == "cosine":
-            share = floor + (1.0 - floor) * cosine
-        elif config.schedule == "linear":
-            share = floor + (1.0 - floor) * (1.0 - p)
-        elif config.schedule == "wsd":
-            done = jnp.clip((step - decay_start) / max(1e-9, steps - decay_start), 0.0, 1.0)
-            share = 1.0 - (1.0 - floor) * done
-        else:
-            share = jnp.ones_like(p)
-        ramp = jnp.minimum(1.0, step / warmup) if warmup else 1.0
-        return jnp.asarray(peak * ramp * share, jnp.float32)
 
-    return schedule
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """`learning_rate` as a function of the number of updates already made."""
+    return functools.partial(learning_rate, config.schedule, schedule_values(config, steps))
 
 
 def decay_mask(params: Any) -> Any:
@@ -66,25 +100,85 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """What the training step needs of an optimiser.
+
+    Attributes:
+      init: params -> state.
+      update: (gradients, state, params, values, *, scale, norm, apply) -> (params, state).
+        `values` are the schedule's; the gradients are to be multiplied by `scale`, after which
+        their global norm is `norm`; both results are the old ones where `apply` is false.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+@functools.cache
+def make_optimizer(config: OptimizerConfig) -> Optimizer:
     """Global-norm clipping, then AdamW with decoupled weight decay on `decay_mask`.
 
     Each update subtracts `rate * (m / (sqrt(v) + eps) + weight_decay * w)` with
-    bias-corrected moments; `rate` is `make_schedule(config, steps)` at the number of updates
-    made before.
+    bias-corrected moments; `rate` is `learning_rate` at the number of updates made before. The
+    numbers and the state are those of optax's chain of clip_by_global_norm, scale_by_adam,
+    add_decayed_weights and scale_by_learning_rate. Here everything that happens to one weight
+    is one expression, which reads and writes weights and moments once: scaling, clipping, and
+    keeping the old values where the update is not to be made.
     """
-    parts = []
-    if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(
-        optax.scale_by_adam(
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=jnp.dtype(config.moment_dtype),
-        )
+    return Optimizer(
+        init=functools.partial(_init, config), update=functools.partial(_update, config)
     )
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-    parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
-    return optax.chain(*parts)
+
+
+def _init(config: OptimizerConfig, params: Any) -> tuple[Any, ...]:
+    def zeros(dtype):
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+
+    count = jnp.zeros((), jnp.int32)
+    moments = zeros(config.moment_dtype), zeros(config.second_moment_dtype)
+    adam, schedule = optax.ScaleByAdamState(count, *moments), optax.ScaleByScheduleState(count)
+    clip = (optax.EmptyState(),) * (config.clip_norm is not None)
+    decay = (optax.MaskedState(optax.EmptyState()),) * bool(config.weight_decay)
+    return (*clip, adam, *decay, schedule)
+
+
+def _update(
+    config: OptimizerConfig,
+    grads: Any,
+    state: tuple[Any, ...],
+    params: Any,
+    values: ScheduleValues,
+    *,
+    scale: jax.Array,
+    norm: jax.Array,
+    apply: jax.Array,
+) -> tuple[Any, tuple[Any, ...]]:
+    adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
+    rate = learning_rate(config.schedule, values, adam.count)
+    if config.clip_norm is not None:
+        scale = scale * jnp.where(norm < config.clip_norm, 1.0, config.clip_norm / norm)
+    count = optax.safe_increment(adam.count)
+    m_correction, v_correction = (1.0 / (1.0 - b**count) for b in (config.b1, config.b2))
+
+    def update(w, m, v, g, decays):
+        g = g.astype(jnp.float32) * scale
+        m_new = config.b1 * m.astype(jnp.float32) + (1.0 - config.b1) * g
+        v_new = config.b2 * v.astype(jnp.float32) + (1.0 - config.b2) * g * g
+        step = m_new * m_correction / (jnp.sqrt(v_new * v_correction) + config.eps)
+        if decays and config.weight_decay:
+            step += config.weight_decay * w
+        new = w - rate * step, m_new, v_new
+        return tuple(
+            jnp.where(apply, a.astype(b.dtype), b) for a, b in zip(new, (w, m, v), strict=True)
+        )
+
+    leaves, tree = jax.tree.flatten(params)
+    rest = (tree.flatten_up_to(t) for t in (adam.mu, adam.nu, grads, decay_mask(params)))
+    results = [update(*each) for each in zip(leaves, *rest, strict=True)]
+    params, mu, nu = (tree.unflatten(column) for column in zip(*results, strict=True))
+    count = jnp.where(apply, count, adam.count)
+    after = {
+        optax.ScaleByAdamState: optax.ScaleByAdamState(count, mu, nu),
+        optax.ScaleByScheduleState: optax.ScaleByScheduleState(count),
+    }
+    return params, tuple(after.get(type(s), s) for s in state)

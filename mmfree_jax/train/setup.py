@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from mmfree_jax.config import TrainConfig
@@ -18,7 +17,7 @@ from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError, MMFreeError
 from mmfree_jax.sharding import check_divisible, make_mesh, state_shardings
 from mmfree_jax.train.checkpoint import Restored, newest_manifest, restore_newest
-from mmfree_jax.train.optimizer import make_optimizer
+from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 from mmfree_jax.train.run_dir import CHECKPOINTS, TOKENIZER
 from mmfree_jax.train.step import TrainState, init_sharded, state_shapes
 
@@ -30,7 +29,7 @@ class Run:
     config: TrainConfig
     run_dir: Path
     mesh: Mesh
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     data: tuple[TokenDataset, ...]
     eval_batches: EvalBatches | None
     """None when `eval.batches` is 0."""
@@ -83,7 +82,7 @@ def open_run(config: TrainConfig) -> Run:
         config=config,
         run_dir=Path(config.run_dir),
         mesh=mesh,
-        optimizer=make_optimizer(config.optimizer, config.steps),
+        optimizer=make_optimizer(config.optimizer),
         data=data,
         eval_batches=eval_batches,
         tokenizer=tokenizer,

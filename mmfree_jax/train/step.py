@@ -15,6 +15,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.model import LanguageModel, ternary_weights
 from mmfree_jax.sharding import batch_sharding, param_shardings, state_shardings
 from mmfree_jax.train.loss import Batch, LossSums, loss_sums
+from mmfree_jax.train.optimizer import Optimizer, ScheduleValues
 
 Metrics = dict[str, jax.Array]
 
@@ -36,9 +37,7 @@ class TrainState:
     skipped: jax.Array
 
 
-def init_state(
-    config: TrainConfig, optimizer: optax.GradientTransformation, rng: jax.Array
-) -> TrainState:
+def init_state(config: TrainConfig, optimizer: Optimizer, rng: jax.Array) -> TrainState:
     """The state before the first step. Pure: jit or eval_shape it."""
     params = dict(LanguageModel(config.model).init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
     zero = jnp.zeros((), jnp.int32)
@@ -48,9 +47,10 @@ def init_state(
 def train_step(
     state: TrainState,
     batch: Batch,
+    schedule: ScheduleValues,
     *,
     config: TrainConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step on the mean loss over the batch's predicted tokens.
 
@@ -60,6 +60,7 @@ def train_step(
     Args:
       state: before the step.
       batch: "tokens", "targets", "segment_ids", int32 [B, T] each.
+      schedule: numbers of the learning rate's schedule; no compiled program depends on them.
       config: of the run.
       optimizer: whose state is in `state`.
 
@@ -91,18 +92,22 @@ def train_step(
         )
 
     tokens = jnp.maximum(sums.tokens, 1.0)
-    grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(grads) / tokens
     loss = sums.loss / tokens
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    keep = functools.partial(jnp.where, finite)
+    params, opt_state = optimizer.update(
+        grads,
+        state.opt_state,
+        state.params,
+        schedule,
+        scale=1.0 / tokens,
+        norm=grad_norm,
+        apply=finite,
+    )
     new_state = TrainState(
         step=state.step + 1,
-        params=jax.tree.map(keep, params, state.params),
-        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        params=params,
+        opt_state=opt_state,
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     metrics = {
@@ -136,16 +141,14 @@ def eval_step(params: dict[str, Any], batch: Batch, *, config: TrainConfig) -> L
 
 
 @functools.lru_cache(maxsize=8)  # tracing the model takes a second
-def state_shapes(config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shapes(config: TrainConfig, optimizer: Optimizer) -> TrainState:
     """The shapes and dtypes of the state, without making it."""
     return jax.eval_shape(
         functools.partial(init_state, config, optimizer), jax.random.key(config.seed)
     )
 
 
-def init_sharded(
-    config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def init_sharded(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The initial state, made in place on the mesh: no device ever holds all of it."""
     init = functools.partial(init_state, config, optimizer)
     shardings = state_shardings(mesh, state_shapes(config, optimizer))
@@ -154,13 +157,13 @@ def init_sharded(
 
 
 def jit_train_step(
-    config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    config: TrainConfig, optimizer: Optimizer, mesh: Mesh
+) -> Callable[[TrainState, Batch, ScheduleValues], tuple[TrainState, Metrics]]:
     """`train_step` compiled for the mesh; the state is donated."""
     shardings = state_shardings(mesh, state_shapes(config, optimizer))
     return jax.jit(
         functools.partial(train_step, config=config, optimizer=optimizer),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), NamedSharding(mesh, P())),
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )

@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_model(name):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
         from mmfree_jax.train.optimizer import make_optimizer
 
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer)
         state = jax.eval_shape(
             lambda key, c=changed, o=optimizer: model.init_state(c, o, key), jax.random.key(0)
         )

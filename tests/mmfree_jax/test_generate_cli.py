@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     )
     write_config(path, config)
     checkpointer = Checkpointer(path / "checkpoints")
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer)
     for step in (1, 2):
         state = init_state(config, optimizer, jax.random.key(step))
         checkpointer.save(step, state, {})

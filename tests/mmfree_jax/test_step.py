@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from mmfree_jax.config import MeshConfig, TrainConfig, replace_model
+from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import preset
 from mmfree_jax.sharding import check_divisible, make_mesh, param_spec
+from mmfree_jax.train.optimizer import Optimizer, make_optimizer, schedule_values
 from mmfree_jax.train.step import (
     eval_step,
     init_sharded,
@@ -46,8 +47,23 @@ def _batch(config, step):
     }
 
 
+_SCHEDULE = schedule_values(OptimizerConfig(), 10)
+
+
 def _optimizer():
-    return optax.adamw(1e-2)
+    return make_optimizer(OptimizerConfig())
+
+
+def _momentum(rate, decay):
+    """optax's SGD behind the step's interface."""
+    sgd = optax.sgd(rate, momentum=decay)
+
+    def update(grads, state, params, values, *, scale, norm, apply):
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, state = sgd.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Optimizer(sgd.init, update)
 
 
 def _losses(config, mesh):
@@ -55,14 +71,14 @@ def _losses(config, mesh):
     # full-sized update; and a small rate: an activation within 1e-7 of a rounding boundary
     # lands on either side (1e-5 of a gradient), and a large rate would carry that into the
     # trits of the next step.
-    optimizer = optax.sgd(0.01, momentum=0.9)
+    optimizer = _momentum(0.01, 0.9)
     state = init_sharded(config, optimizer, mesh)
     initial = jax.tree.map(np.array, state.params)
     step = jit_train_step(config, optimizer, mesh)
     rows = []
     with jax.set_mesh(mesh):
         for i in range(STEPS):
-            state, metrics = step(state, _batch(config, i))
+            state, metrics = step(state, _batch(config, i), _SCHEDULE)
             rows.append([float(metrics[k]) for k in ("loss", "z_loss", "grad_norm", "tokens")])
     return np.array(rows), jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, initial)
 
@@ -136,7 +152,7 @@ def test_a_parameter_without_a_line_in_the_table_is_an_error():
 def _run(config, batch):
     optimizer = _optimizer()
     state = init_state(config, optimizer, jax.random.key(0))
-    step = jax.jit(lambda s, b: train_step(s, b, config=config, optimizer=optimizer))
+    step = jax.jit(lambda s, b: train_step(s, b, _SCHEDULE, config=config, optimizer=optimizer))
     return step(state, batch)
 
 
@@ -150,8 +166,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     # Adam's first moments are the gradients up to a factor.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7),
-        parts.opt_state[0].mu,
-        whole.opt_state[0].mu,
+        parts.opt_state[1].mu,
+        whole.opt_state[1].mu,
     )
 
 
@@ -163,12 +179,36 @@ def test_remat_and_unrolled_layers_change_nothing():
         np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
 
 
+def test_runs_that_differ_in_rate_length_warm_up_or_seed_share_a_program():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def lowered(config):
+        optimizer = make_optimizer(config.optimizer)
+        state = jax.eval_shape(
+            lambda key: init_state(config, optimizer, key), jax.random.key(config.seed)
+        )
+        schedule = schedule_values(config.optimizer, config.steps)
+        step = jit_train_step(config, optimizer, mesh)
+        with jax.set_mesh(mesh):
+            return step.lower(state, _batch(config, 0), schedule).as_text()
+
+    def other(**optimizer):
+        return _config(steps=77, seed=5, run_dir="other", optimizer=OptimizerConfig(**optimizer))
+
+    expected = lowered(_config(optimizer=OptimizerConfig(schedule="wsd")))
+    changed = other(
+        schedule="wsd", learning_rate=1e-3, warmup_steps=7, min_lr_ratio=0.1, decay_fraction=0.4
+    )
+    assert lowered(changed) == expected
+    assert lowered(other(schedule="cosine")) != expected
+
+
 def test_an_update_that_is_not_finite_is_not_made():
     config = _config()
     optimizer = _optimizer()
     state = init_state(config, optimizer, jax.random.key(0))
     state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[0].set(jnp.inf)
-    step = jax.jit(lambda s, b: train_step(s, b, config=config, optimizer=optimizer))
+    step = jax.jit(lambda s, b: train_step(s, b, _SCHEDULE, config=config, optimizer=optimizer))
     after, metrics = step(state, _batch(config, 0))
     assert metrics["finite"] == 0
     assert (after.step, after.skipped) == (1, 1)
