@@ -38,12 +38,15 @@ class _Cost(_Sweep):
     """Only the runs that choose learning rates, or only those that use them."""
     device: str | None = None
     """Estimate the time for this device (such as "H100"), not for those here."""
+    gpus: tuple[str, ...] = ()
+    """GPUs to spread runs over (such as 0 1 2 3), one run on one; none: each run sees all."""
 
 
 @dataclass(frozen=True)
 class _Run(_Cost):
-    gpus: tuple[str, ...] = ()
-    """GPUs to spread runs over (such as 0 1 2 3), one run on one; none: each run sees all."""
+    order: Literal["cheapest", "longest"] = "cheapest"
+    """Cheapest first: an early end leaves the most finished runs. Longest first: the last to
+    end are short; for several runs at a time."""
     max_minutes: float | None = None
     """Stop after this much time (minutes); runs under way save a checkpoint and go on later."""
     retry_failed: bool = False
@@ -81,11 +84,10 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     from experiments.sweep.state import check_data, snapshot
     from mmfree_jax.errors import DataError
 
-    options = Options(parallel=a.parallel, shard=_shard(a.shard), stage=a.stage)
+    options = Options(parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage)
     found = snapshot(sweep)
     by_stage = {"tuning": found.tuning, "main": found.main}
-    stages = ("tuning", "main") if a.stage == "all" else (a.stage,)
-    sharded = [run for stage in stages for run in shard(by_stage[stage], *options.shard)]
+    sharded = [run for stage in options.stages for run in shard(by_stage[stage], *options.shard)]
     runs = without_repeats(sweep, sharded)
     try:
         tokens = check_data(sweep, runs)
@@ -98,8 +100,12 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     todo = [r for r in runs if found.status(r) not in ("done", "failed")]
     device = device_from_name(a.device) if a.device else probe_device()
     rows = list(found.rows.values())
-    whole = estimate(sweep, runs, rows, device, a.parallel)
-    left = estimate(sweep, todo, rows, device, a.parallel) if len(todo) < len(runs) else None
+    whole = estimate(sweep, runs, rows, device, a.parallel, len(a.gpus))
+    left = (
+        estimate(sweep, todo, rows, device, a.parallel, len(a.gpus))
+        if len(todo) < len(runs)
+        else None
+    )
     index, count = options.shard
     label = "all" if count == 1 else f"shard {index}/{count}"
     print(cost_text(whole, left, label if a.stage == "all" else f"{label}, {a.stage}"), flush=True)
@@ -122,7 +128,7 @@ def run(argv: Sequence[str]) -> int:
     sweep = _load(a)
     options = Options(
         parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage,
-        max_minutes=a.max_minutes, retry_failed=a.retry_failed,
+        max_minutes=a.max_minutes, retry_failed=a.retry_failed, order=a.order,
     )  # fmt: skip
     _announce(a, sweep, need_data=True)
     tally = run_sweep(sweep, options, say=lambda text: print(text, flush=True))

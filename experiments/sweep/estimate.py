@@ -8,6 +8,7 @@ Rates of tokens come, for each family and size, from the first of these that the
    utilisation, at every width.
 """
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -109,19 +110,31 @@ class Estimate:
 
 def estimate(
     sweep: SweepConfig, runs: Sequence[PlannedRun], rows: Iterable[Row], device: DeviceRate,
-    parallel: int = 1,
+    parallel: int = 1, gpus: int = 0,
 ) -> Estimate:  # fmt: skip
     """FLOPs and time of `runs`.
 
     Runs that share a device share its rate: packing is taken to hide only what each run
-    spends outside training (start, compilation), which is where small runs lose most.
+    spends outside training (start, compilation), which is where small runs lose most. Over
+    several GPUs, each with runs of its own, the sum is spread evenly, but is no shorter than
+    the longest run.
+
+    Args:
+      sweep: the config.
+      runs: those to price.
+      rows: finished runs, whose rates count first.
+      device: which runs will have, and how many of it.
+      parallel: small runs at a time on a device.
+      gpus: devices to spread runs over, one a run; 0: each run has all there are.
     """
+    if gpus:
+        device = dataclasses.replace(device, count=1)
     same = [r for r in rows if r["device"] == device.kind]
     measured = _measured(same)
     overheads = [float(r["wall_s"]) - float(r["tokens"]) / float(r["tokens_per_s"])
                  for r in same if r["wall_s"] and _positive(r["tokens_per_s"])]  # fmt: skip
     overhead = statistics.median(overheads) if overheads else sweep.overhead_seconds
-    seconds, from_rows = 0.0, 0
+    seconds, longest, from_rows = 0.0, 0.0, 0
     for run in runs:
         sharing = share(sweep, run, parallel)
         rate = measured.get((run.family, run.size, sharing))
@@ -131,6 +144,8 @@ def estimate(
             training = run.tokens / (rate * sharing)
             from_rows += 1
         seconds += training + max(0.0, overhead) / sharing
+        longest = max(longest, training * sharing + max(0.0, overhead))
+    seconds = max(seconds / max(1, gpus), longest)
     if device.is_measured:
         source = "a matrix product measured here"
         used = f"{sweep.utilisation:.0%} utilisation"
@@ -145,6 +160,8 @@ def estimate(
         )
     where = "median of finished runs" if overheads else "stated"
     basis += f"; {overhead:.0f} s a run to start, compile and evaluate ({where})"
+    if gpus:
+        basis += f"; spread over {gpus} GPUs, one a run"
     if parallel > 1:
         basis += f"; runs of up to {sweep.pack_below:.3g} parameters {parallel} at a time"
     return Estimate(len(runs), sum(r.flops for r in runs), seconds, basis)
@@ -155,11 +172,15 @@ def share(sweep: SweepConfig, run: PlannedRun, parallel: int) -> int:
     return parallel if parameters(run.config, "non-embedding") <= sweep.pack_below else 1
 
 
+def relative_seconds(run: PlannedRun) -> float:
+    """What a run takes, in units that are the same for all: longer where the model is narrow."""
+    return run.flops / min(1.0, run.config.model.hidden_size / _REFERENCE_WIDTH)
+
+
 def _seconds_by_rate(sweep: SweepConfig, run: PlannedRun, device: DeviceRate) -> float:
     """Training time by the utilisation that the config states."""
-    narrow = min(1.0, run.config.model.hidden_size / _REFERENCE_WIDTH)
-    width = 1.0 if device.is_measured else narrow
-    return run.flops / (device.flops * device.count * sweep.utilisation * width)
+    work = run.flops if device.is_measured else relative_seconds(run)
+    return work / (device.flops * device.count * sweep.utilisation)
 
 
 def _positive(text: str) -> bool:

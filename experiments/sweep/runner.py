@@ -1,5 +1,7 @@
 """Runs a plan: starts the trainer for each run, some at a time, and records how each ends.
 
+A main run is started as soon as the tuning runs that choose its learning rate have ended.
+
 A run that crashes, diverges or runs out of memory ends alone, with its reason in `failures/`.
 One that was cut off goes on from its last checkpoint when it is started again. What is in the
 table is not started.
@@ -22,7 +24,7 @@ import yaml
 
 from experiments.sweep.config import SweepConfig
 from experiments.sweep.errors import SweepError
-from experiments.sweep.estimate import share
+from experiments.sweep.estimate import relative_seconds, share
 from experiments.sweep.plan import PlannedRun, config_hash, shard
 from experiments.sweep.process import (
     Outcome,
@@ -55,6 +57,10 @@ class Options:
     """Which runs are this process's: index (from 0) and count."""
     stage: str = "all"
     """"tuning", "main" or "all"."""
+    order: str = "cheapest"
+    """"cheapest" first, so that an early end leaves the most finished runs; or "longest" first,
+    so that the last ones to end are short: first of each shape of model (which compiles its
+    programs for all that follow), then of all."""
     max_minutes: float | None = None
     """Stop after this much time: runs under way save a checkpoint."""
     retry_failed: bool = False
@@ -69,6 +75,13 @@ class Options:
             raise ConfigError(f"max_minutes is {self.max_minutes}: set a value above 0")
         if len(set(self.gpus)) != len(self.gpus):
             raise ConfigError(f"gpus is {list(self.gpus)}: name each once")
+        if self.order not in ("cheapest", "longest"):
+            raise ConfigError(f"order is {self.order!r}: choose cheapest or longest")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages to run."""
+        return ("tuning", "main") if self.stage == "all" else (self.stage,)
 
 
 @dataclass
@@ -153,65 +166,95 @@ def run_sweep(
     deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
     tally, stop = Tally(), _Stop(deadline, clock)
     with stop.listening():
-        for stage in ("tuning", "main"):
-            if options.stage not in ("all", stage) or stop:
-                continue
-            found = snapshot(sweep)
-            runs = shard(getattr(found, stage), *options.shard)
-            ready = [run for run in runs if run.rate_known]
-            tally.waiting += len(runs) - len(ready)
-            _Stage(found, options, tally, stop, say, command, clock).run(ready)
+        _Scheduler(sweep, options, tally, stop, say, command, clock).run()
     tally.signal = stop.signal
     return tally
 
 
-class _Stage:
-    """The runs of one stage, and those of them under way."""
+def in_order(sweep: SweepConfig, runs: Sequence[PlannedRun], order: str) -> list[PlannedRun]:
+    """Tuning runs before main ones, and each stage as `Options.order` says."""
+    if order == "cheapest":
+        return sorted(runs, key=lambda r: r.stage != "tuning")
+    longest = sorted(runs, key=lambda r: -relative_seconds(r))
+    shapes: set[tuple[str, str]] = set()
+    first = []
+    for run in longest:
+        first.append((run.family, run.size) not in shapes)
+        shapes.add((run.family, run.size))
+    ranked = sorted(
+        zip(first, longest, strict=True), key=lambda p: (not p[0], p[1].stage != "tuning")
+    )
+    return [run for _, run in ranked]
+
+
+class _Scheduler:
+    """The runs of one call: those that wait, and those under way."""
 
     def __init__(
-        self, found: Snapshot, options: Options, tally: Tally, stop: _Stop,
+        self, sweep: SweepConfig, options: Options, tally: Tally, stop: _Stop,
         say: Callable[[str], None], command: Callable[[Path], Sequence[str]],
         clock: Callable[[], float],
     ):  # fmt: skip
-        self._found, self._options, self._tally, self._stop = found, options, tally, stop
+        self._sweep, self._options, self._tally, self._stop = sweep, options, tally, stop
         self._say, self._command, self._clock = say, command, clock
-        self._out = Path(found.sweep.out)
+        self._out = Path(sweep.out)
         self._code = code_version()
         self._children: list[_Child] = []
         gpus = max(1, len(options.gpus))
         self._free = list(range(gpus * options.parallel))
+        self._seen: set[str] = set()
         self._total = self._ended = 0
 
-    def run(self, runs: Sequence[PlannedRun]) -> None:
-        """Runs `runs` to their ends, or until told to stop."""
-        queue = [run for run in runs if self._is_due(run)]
-        self._total = len(queue)
+    def run(self) -> None:
+        """Runs what is left to its end, or until told to stop."""
+        queue = in_order(self._sweep, self._news(), self._options.order)
         try:
             while (queue or self._children) and not self._stop:
                 while queue and (slots := self._slots_for(queue[0])):
                     self._start(queue.pop(0), slots)
-                self._reap()
+                tuning_ended = any(run.stage == "tuning" for run in self._reap())
+                if tuning_ended or not (queue or self._children):
+                    queue += self._news()
+                    queue = in_order(self._sweep, queue, self._options.order)
                 time.sleep(_POLL_SECONDS)
         finally:
             self._end_all()
 
-    def _is_due(self, run: PlannedRun) -> bool:
-        status = self._found.status(run)
+    def _news(self) -> list[PlannedRun]:
+        """This shard's runs that have become ready since the last call, and are to be run."""
+        found = snapshot(self._sweep)
+        news = []
+        self._tally.waiting = 0
+        for stage in self._options.stages:
+            for run in shard(getattr(found, stage), *self._options.shard):
+                if not run.rate_known:
+                    self._tally.waiting += 1
+                elif run.name not in self._seen:
+                    self._seen.add(run.name)
+                    if self._is_due(found, run):
+                        news.append(run)
+        self._total += len(news)
+        return news
+
+    def _is_due(self, found: Snapshot, run: PlannedRun) -> bool:
+        status = found.status(run)
         if status == "running":
             self._tally.elsewhere.append(run.name)
         retry = status == "failed" and self._options.retry_failed
         return retry or status in ("pending", "cut off")
 
     def _slots_for(self, run: PlannedRun) -> list[int]:
-        """Free slots for a run, none if it must wait; a large run takes a whole device."""
+        """Free slots for a run, none if it must wait: on the device with the most of them.
+
+        A large run takes a whole device.
+        """
         per_gpu = self._options.parallel
-        if share(self._found.sweep, run, per_gpu) > 1:
-            return self._free[:1]
-        for gpu in range(max(1, len(self._options.gpus))):
-            slots = [s for s in self._free if s // per_gpu == gpu]
-            if len(slots) == per_gpu:
-                return slots
-        return []
+        by_gpu = [[s for s in self._free if s // per_gpu == gpu]
+                  for gpu in range(max(1, len(self._options.gpus)))]  # fmt: skip
+        slots = max(by_gpu, key=len)
+        if share(self._sweep, run, per_gpu) > 1:
+            return slots[:1]
+        return slots if len(slots) == per_gpu else []
 
     def _start(self, run: PlannedRun, slots: list[int]) -> None:
         lock = _take_lock(self._out / "locks" / f"{run.name}.lock")
@@ -219,7 +262,7 @@ class _Stage:
             self._tally.elsewhere.append(run.name)
             return
         try:
-            sharing = share(self._found.sweep, run, self._options.parallel)
+            sharing = share(self._sweep, run, self._options.parallel)
             run_dir = self._out / "runs" / run.name
             config = dataclasses.replace(run.config, run_dir=str(run_dir))
             if (summary := _finished(run_dir, config)) is not None:
@@ -242,14 +285,17 @@ class _Stage:
         self._free = [s for s in self._free if s not in slots]
         self._children.append(_Child(run, process, slots, lock, self._clock(), sharing))
 
-    def _reap(self) -> None:
-        for child in [c for c in self._children if c.process.poll() is not None]:
+    def _reap(self) -> list[PlannedRun]:
+        """Records the runs that have ended since the last call."""
+        ended = [c for c in self._children if c.process.poll() is not None]
+        for child in ended:
             self._children.remove(child)
             self._free = sorted([*self._free, *child.slots])
             try:
                 self._finish(child)
             finally:
                 os.close(child.lock)
+        return [child.run for child in ended]
 
     def _finish(self, child: _Child) -> None:
         run, wall = child.run, self._clock() - child.began
@@ -282,10 +328,10 @@ class _Stage:
             self._fail(run, Outcome("failed", "error", "no held-out loss in summary.json: set "
                                     "train.eval.batches above 0"), 0)  # fmt: skip
             return
-        row = make_row(self._found.sweep, run, summary, wall, sharing, self._code)
+        row = make_row(self._sweep, run, summary, wall, sharing, self._code)
         append_result(self._out, row)
         (self._out / "failures" / f"{run.name}.json").unlink(missing_ok=True)
-        if not self._found.sweep.keep_checkpoints:
+        if not self._sweep.keep_checkpoints:
             shutil.rmtree(self._out / "runs" / run.name / "checkpoints", ignore_errors=True)
         self._tally.done.append(run.name)
         seconds = "" if wall is None else f", {wall:.0f} s"

@@ -43,7 +43,7 @@ class Snapshot:
     tuning: list[PlannedRun]
     main: list[PlannedRun]
     choices: dict[tuple[str, str], Choice]
-    """Tuned rates of the families whose tuning runs have all ended."""
+    """Tuned rates, as far as the tuning runs behind them have ended."""
 
     @property
     def runs(self) -> list[PlannedRun]:
@@ -147,9 +147,10 @@ def _choices(
     sweep: SweepConfig, tuning: Sequence[PlannedRun], rows: dict[str, Row],
     failures: dict[str, dict[str, Any]],
 ) -> dict[tuple[str, str], Choice]:  # fmt: skip
-    """Rates of the families of which every tuning run is in the table or diverged."""
+    """The rates that are known: of a tuned size once its tuning runs are all in the table or
+    diverged, of the other sizes once those of the whole family are."""
     tried: dict[tuple[str, str], dict[float, float]] = {}
-    open_families = set()
+    unfinished = set()
     for run in tuning:
         losses = tried.setdefault((run.family, run.size), {})
         if run.name in rows:
@@ -157,12 +158,14 @@ def _choices(
         elif failures.get(run.name, {}).get("kind") == "diverged":
             losses[run.learning_rate] = float("inf")
         else:
-            open_families.add(run.family)
+            unfinished.add((run.family, run.size))
+    open_families = {family for family, _ in unfinished}
     sizes = {(r.family, r.size): float(parameters(r.config, "non-embedding"))
              for r in (*main_runs(sweep), *tuning)}  # fmt: skip
-    tried = {key: losses for key, losses in tried.items() if key[0] not in open_families}
-    sizes = {key: n for key, n in sizes.items() if key[0] not in open_families}
-    return choose_rates(tried, sizes, sweep.tuning.rule)
+    tuned = {key: losses for key, losses in tried.items() if key not in unfinished}
+    wanted = {key: n for key, n in sizes.items()
+              if key in tuned or (key not in tried and key[0] not in open_families)}  # fmt: skip
+    return choose_rates(tuned, wanted, sweep.tuning.rule)
 
 
 def check_data(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> dict[tuple[str, ...], int]:

@@ -135,6 +135,12 @@ def test_the_estimate_adds_up():
     assert "data sheet" in cost.basis
     assert estimate(sweep, runs, [], fast, 4).seconds == pytest.approx(training + 2.5 * len(runs))
     measured = DeviceRate("cpu", 1, 1e11, True)
+    over_four = estimate(sweep, runs, [], fast, 1, gpus=4)
+    assert over_four.seconds == pytest.approx((training + 10 * len(runs)) / 4)
+    assert "4 GPUs" in over_four.basis
+    longest = max(r.flops / (1e15 * 0.5 * r.config.model.hidden_size / 1024) for r in runs)
+    many = estimate(sweep, runs, [], fast, 1, gpus=99)
+    assert many.seconds == pytest.approx(10 + longest)
     assert "measured here" in estimate(sweep, runs, [], measured).basis
     rows = [{"device": "H100 SXM", "parallel": "1", "family": r.family, "size": r.size,
              "tokens": str(r.tokens), "tokens_per_s": "1000", "wall_s": str(r.tokens / 1000 + 5)}

@@ -17,9 +17,10 @@ import pytest
 from experiments.cli import sweep as cli
 from experiments.sweep.config import sweep_from_dict
 from experiments.sweep.errors import SweepError
+from experiments.sweep.plan import main_runs
 from experiments.sweep.process import child_environment, outcome, start
 from experiments.sweep.report import best_rows, status_text
-from experiments.sweep.runner import Options, run_sweep
+from experiments.sweep.runner import Options, in_order, run_sweep
 from experiments.sweep.state import is_locked, snapshot
 from experiments.sweep.table import RESULTS, read_results
 from mmfree_jax.data import writer
@@ -33,6 +34,7 @@ out, rate = config["run_dir"], config["optimizer"]["learning_rate"]
 os.makedirs(out, exist_ok=True)
 with open(out + "/starts", "a") as f:
     f.write(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "all") + "\\n")
+open(out + "/gpu", "w").write(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 open(out + "/metrics.jsonl", "a").close()
 yaml.safe_dump(config, open(out + "/config.yaml", "w"))
 behaviour = os.environ.get("FAKE", "")
@@ -50,6 +52,8 @@ if rate == 0.7:
 if rate == 0.8:
     os.kill(os.getpid(), signal.SIGKILL)
 width = config["model"]["hidden_size"]
+if behaviour == f"broken at {width}":
+    raise RuntimeError("broken")
 loss = 3 + math.log(rate / (4e-3 * 128 / width)) ** 2
 steps = config["steps"]
 summary = {"status": "complete", "step": steps, "tokens": steps * 256, "eval_loss": loss,
@@ -199,6 +203,41 @@ def test_small_runs_share_a_device_and_large_ones_do_not(make, trainer):
     assert found == {"matmulfree-rung-1M": ["0.300"], "matmulfree-rung-3M": ["all"]}
     shares = {r["size"]: r["parallel"] for r in read_results(Path(sweep.out))}
     assert shares == {"rung-1M": "3", "rung-3M": "1"}
+
+
+def test_runs_are_spread_over_the_gpus_before_they_share_one(make, trainer, monkeypatch):
+    monkeypatch.setenv("FAKE", "slow")
+    sweep = make(rates=(1e-3, 2e-3, 4e-3), sizes=["rung-1M"])
+    options = Options(parallel=2, gpus=("4", "6"), max_minutes=2 / 60)
+    run_sweep(sweep, options, say=quiet, command=trainer)
+    seen = [p.read_text() for p in Path(sweep.out).glob("runs/*/gpu")]
+    assert sorted(seen) in (["4", "4", "6"], ["4", "6", "6"])
+
+
+def test_a_main_run_waits_only_for_the_tuning_runs_of_its_size(make, trainer, monkeypatch):
+    tuning = {"tokens": 1e4, "sizes": ["rung-1M", "rung-3M"]}
+    sizes = ["rung-1M", "rung-3M", "rung-7M"]
+    sweep = make(tuning=tuning, sizes=sizes, tokens=[2e4])
+    monkeypatch.setenv("FAKE", "broken at 192")
+    tally = run_sweep(sweep, Options(), say=quiet, command=trainer)
+    assert len(tally.done) == 3 + 1  # rung-3M is not known, and rung-7M rests on it
+    assert tally.waiting == 2
+    monkeypatch.delenv("FAKE")
+    tally = run_sweep(sweep, Options(retry_failed=True), say=quiet, command=trainer)
+    assert len(tally.done) == 3 + 2
+    assert tally.waiting == 0
+
+
+def test_the_longest_of_each_shape_come_first_then_the_longest(make):
+    sweep = make(rates=(4e-3,), tokens=[1e4, 1e5, 1e6], sizes=["rung-1M", "rung-7M"])
+    runs = [(r.size, r.tokens) for r in in_order(sweep, main_runs(sweep), "longest")]
+    assert [size for size, _ in runs[:2]] == ["rung-7M", "rung-1M"]
+    assert runs[0][1] == runs[1][1] == max(tokens for _, tokens in runs)
+    assert runs[2][0] == "rung-7M"
+    assert runs[-1] == ("rung-1M", min(tokens for _, tokens in runs))
+    assert len(runs) == 6
+    with pytest.raises(ConfigError, match="order is 'random'"):
+        Options(order="random")
 
 
 def test_each_run_sees_one_of_the_gpus_given():
