@@ -117,7 +117,7 @@ def _norm_quant(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterat
 
 def _ternary_matmul(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
     from pallas_kernels.ternary_matmul.api import available_implementations
-    from pallas_kernels.ternary_matmul.benchmark import benchmark
+    from pallas_kernels.ternary_matmul.benchmark import benchmark, variants
 
     shapes = [
         shape
@@ -129,10 +129,10 @@ def _ternary_matmul(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> It
             (model.vocab_size, model.hidden_size),
         )
     ]
-    for row in benchmark(tokens, list(dict.fromkeys(shapes))):
-        candidate = row["variant"] in available_implementations()
+    names = _worth_timing(available_implementations())
+    for row in benchmark(tokens, list(dict.fromkeys(shapes)), variants(names)):
         key = (row["m"], row["n"], row["k"])
-        yield {**row, "key": key, "dtype": "int8", "candidate": candidate}
+        yield {**row, "key": key, "dtype": "int8", "candidate": row["variant"] in names}
 
 
 def _bitlinear(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
@@ -148,8 +148,15 @@ def _bitlinear(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterato
             (model.glu_size, (model.hidden_size,), False),
         )
     ]
-    names = [n for n in available_implementations() if n not in ("pallas_triton", "xla_f32")]
-    yield from benchmark(tokens, layers, names)
+    names = _worth_timing(available_implementations())
+    yield from benchmark(tokens, layers, [name for name in names if name != "pallas_triton"])
+
+
+def _worth_timing(implementations: Sequence[str]) -> list[str]:
+    """Without the float products, which only a CPU could prefer and which tune for long."""
+    if jax.default_backend() == "cpu":
+        return list(implementations)
+    return [name for name in implementations if name not in ("xla_bf16", "xla_f32")]
 
 
 def _cross_entropy(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:

@@ -57,13 +57,13 @@ def kernels(argv: Sequence[str]) -> int:
     ):
         rows.append(row)
         print(_line(row), flush=True)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, "versions": provenance(), "rows": rows}
-        (arguments.out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-        device = find_device(jax.devices()[0].device_kind)
-        if device is not None:
-            plot(rows, device, arguments.out / "roofline.png")
+        if arguments.out is not None:  # at once, so that a run cut short leaves what it measured
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            record = {"command": command, "versions": provenance(), "rows": rows}
+            (arguments.out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+    device = find_device(jax.devices()[0].device_kind)
+    if arguments.out is not None and device is not None:
+        plot(rows, device, arguments.out / "roofline.png")
     if arguments.choices is not None:
         write_choices(rows, arguments.choices, command=command)
     Console().print(_table(rows))

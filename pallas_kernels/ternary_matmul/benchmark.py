@@ -53,10 +53,22 @@ def bf16_product(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
+def variants(names: Iterable[str] | None = None) -> dict[str, Callable]:
+    """name -> function of `ternary_matmul`'s positional arguments; all of this backend for None."""
+    return {
+        name: functools.partial(_with_implementation, name)
+        for name in names or api.available_implementations()
+    }
+
+
+def _with_implementation(name, *operands):
+    return api.ternary_matmul(*operands, out_dtype=jnp.bfloat16, implementation=name)
+
+
 def benchmark(
     m: int = 16384,
     shapes: Iterable[tuple[int, int]] = MODEL_SHAPES,
-    variants: dict[str, Callable] | None = None,
+    functions: dict[str, Callable] | None = None,
     copies: int = COPIES,
     oracle: str = "xla_int8",
 ) -> Iterable[dict]:
@@ -65,18 +77,11 @@ def benchmark(
     Args:
       m: tokens.
       shapes: (N, K) pairs.
-      variants: name -> function of `ternary_matmul`'s positional arguments; every
-        implementation that the backend runs when None.
+      functions: as `variants` makes them; all of them when None.
       copies: input sets to rotate through.
       oracle: the implementation whose results all must equal bit for bit.
     """
-    if variants is None:
-        variants = {
-            name: lambda *operands, name=name: api.ternary_matmul(
-                *operands, out_dtype=jnp.bfloat16, implementation=name
-            )
-            for name in api.available_implementations()
-        }
+    functions = functions or variants()
     for n, k in shapes:
         sets = operands(m, n, k, copies)
         wide = [(x.astype(jnp.bfloat16), t.astype(jnp.bfloat16)) for x, _, t, _ in sets]
@@ -86,17 +91,17 @@ def benchmark(
         expected = exact(*sets[0])
         timings = {"bf16 (peer)": peer}
         # XLA tunes its own products while it compiles them, so those go one by one.
-        slow = [name for name in variants if name.startswith("xla")]
-        compiled = {name: _try(compile_for, variants[name], sets) for name in slow}
+        slow = [name for name in functions if name.startswith("xla")]
+        compiled = {name: _try(compile_for, functions[name], sets) for name in slow}
         with futures.ThreadPoolExecutor(8) as pool:
-            rest = [name for name in variants if name not in slow]
+            rest = [name for name in functions if name not in slow]
             programs = pool.map(
                 functools.partial(_try, compile_for),
-                [variants[name] for name in rest],
+                [functions[name] for name in rest],
                 [sets] * len(rest),
             )
             compiled |= dict(zip(rest, programs, strict=True))
-        for name in variants:
+        for name in functions:
             row = {"op": "ternary_matmul", "m": m, "n": n, "k": k, "variant": name}
             program = compiled[name]
             timed = program if isinstance(program, str) else _try(median_ms, program, sets)
@@ -144,15 +149,15 @@ def tune(
 ) -> Iterable[dict]:
     """`benchmark`'s rows for the Mosaic kernel's candidate tiles, which a row carries."""
     candidates = list(candidates)
-    variants: dict[str, Callable] = {
+    functions: dict[str, Callable] = {
         f"pallas_mosaic_gpu {candidate}": functools.partial(_with_tiles, candidate)
         for candidate in candidates
     }
-    by_name = dict(zip(variants, candidates, strict=True))
+    by_name = dict(zip(functions, candidates, strict=True))
     for n, k in shapes:
         copies = COPIES if n < 20000 else 3
         # Not an XLA product, which would be tuned for each shape only to be compared with.
-        for row in benchmark(m, [(n, k)], variants, copies, oracle="pallas_triton"):
+        for row in benchmark(m, [(n, k)], functions, copies, oracle="pallas_triton"):
             yield {**row, "tiles": by_name.get(row["variant"])}
 
 
