@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit wheel clean
+.PHONY: help train sample test lint format typecheck unit aot wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ typecheck: $(VENV)/.dev ## Check the types of the public packages
 unit: $(VENV)/.dev ## Run the tests, slow ones included
 	$(BIN)/pytest -n $(JOBS)
 
+aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and an H100 without having either (installs 3 GB)
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot
+
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
@@ -56,4 +59,12 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[corpus,eval,notebooks,dev]'
+	@touch $@
+
+# JAX's compilers for devices that are absent: libtpu, and the CUDA plugin without its libraries.
+$(VENV)/.aot: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet 'jax[tpu]'
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(BIN)/python -m pip install --quiet --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version \
+		nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12 nvidia-cuda-nvrtc-cu12
 	@touch $@
