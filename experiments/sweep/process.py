@@ -124,7 +124,12 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def code_version() -> str:
-    """The git commit of the packages that run, with "+" if files differ; else their version."""
+    """The git commit of the packages that run, with "+" if files differ; else their version.
+
+    `MMFREE_CODE_VERSION` takes its place: for images and archives without a repository.
+    """
+    if given := os.environ.get("MMFREE_CODE_VERSION"):
+        return given
 
     def git(*args: str) -> str | None:
         try:

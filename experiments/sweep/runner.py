@@ -203,6 +203,7 @@ class _Scheduler:
         gpus = max(1, len(options.gpus))
         self._free = list(range(gpus * options.parallel))
         self._seen: set[str] = set()
+        self._compiled: set[tuple[str, str]] = set()
         self._total = self._ended = 0
 
     def run(self) -> None:
@@ -210,8 +211,9 @@ class _Scheduler:
         queue = in_order(self._sweep, self._news(), self._options.order)
         try:
             while (queue or self._children) and not self._stop:
-                while queue and (slots := self._slots_for(queue[0])):
-                    self._start(queue.pop(0), slots)
+                while (run := self._next(queue)) and (slots := self._slots_for(run)):
+                    queue.remove(run)
+                    self._start(run, slots)
                 tuning_ended = any(run.stage == "tuning" for run in self._reap())
                 if tuning_ended or not (queue or self._children):
                     queue += self._news()
@@ -242,6 +244,23 @@ class _Scheduler:
             self._tally.elsewhere.append(run.name)
         retry = status == "failed" and self._options.retry_failed
         return retry or status in ("pending", "cut off")
+
+    def _next(self, queue: Sequence[PlannedRun]) -> PlannedRun | None:
+        """The first run in the queue that need not wait for the programs of its shape.
+
+        They are compiled by the first run of that shape, once, and found in the cache by all
+        others; those would only compile the same beside it.
+        """
+        compiling = set()
+        for child in self._children:
+            shape = (child.run.family, child.run.size)
+            if shape in self._compiled:
+                continue
+            if _is_training(self._out / "runs" / child.run.name):
+                self._compiled.add(shape)
+            else:
+                compiling.add(shape)
+        return next((r for r in queue if (r.family, r.size) not in compiling), None)
 
     def _slots_for(self, run: PlannedRun) -> list[int]:
         """Free slots for a run, none if it must wait: on the device with the most of them.
@@ -354,6 +373,14 @@ class _Scheduler:
                 return
             self._reap()
             time.sleep(_POLL_SECONDS)
+
+
+def _is_training(run_dir: Path) -> bool:
+    """Whether a run has recorded steps."""
+    try:
+        return b'"kind": "train"' in (run_dir / "metrics.jsonl").read_bytes()
+    except OSError:
+        return False
 
 
 def _take_lock(path: Path) -> int | None:

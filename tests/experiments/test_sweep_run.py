@@ -31,13 +31,16 @@ _TRAINER = """
 import json, math, os, signal, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[1]))
 out, rate = config["run_dir"], config["optimizer"]["learning_rate"]
+behaviour = os.environ.get("FAKE", "")
 os.makedirs(out, exist_ok=True)
 with open(out + "/starts", "a") as f:
     f.write(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "all") + "\\n")
 open(out + "/gpu", "w").write(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-open(out + "/metrics.jsonl", "a").close()
+with open(out + "/metrics.jsonl", "a") as f:
+    f.write("" if behaviour == "compiles" else '{"kind": "train"}\\n')
 yaml.safe_dump(config, open(out + "/config.yaml", "w"))
-behaviour = os.environ.get("FAKE", "")
+if behaviour == "compiles":
+    time.sleep(1.5)
 if behaviour == "slow" and len(open(out + "/starts").readlines()) == 1:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     time.sleep(60)
@@ -212,6 +215,18 @@ def test_runs_are_spread_over_the_gpus_before_they_share_one(make, trainer, monk
     run_sweep(sweep, options, say=quiet, command=trainer)
     seen = [p.read_text() for p in Path(sweep.out).glob("runs/*/gpu")]
     assert sorted(seen) in (["4", "4", "6"], ["4", "6", "6"])
+
+
+def test_one_run_of_a_shape_compiles_for_the_others(make, trainer, monkeypatch):
+    monkeypatch.setenv("FAKE", "compiles")  # and never comes to train
+    sweep = make(rates=(1e-3, 2e-3))
+    options = Options(parallel=4, max_minutes=1 / 60, grace_seconds=5)
+    tally = run_sweep(sweep, options, say=quiet, command=trainer)
+    assert len({name.split("-t")[0] for name in starts(sweep)}) == len(starts(sweep)) == 2
+    assert len(tally.done) + len(tally.stopped) == 2
+    monkeypatch.delenv("FAKE")
+    assert len(run_sweep(sweep, Options(parallel=4), say=quiet, command=trainer).done) >= 2
+    assert len(read_results(Path(sweep.out))) == 4
 
 
 def test_a_main_run_waits_only_for_the_tuning_runs_of_its_size(make, trainer, monkeypatch):
@@ -422,11 +437,11 @@ def test_the_shipped_configs_are_sound():
     from experiments.sweep.plan import main_runs, tuning_runs, without_repeats
 
     folder = Path(cli.__file__).parents[1] / "configs"
-    for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("study", 66)):
+    for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("ablation", 26), ("study", 110)):
         sweep = load_sweep(folder / f"{name}.yaml")
         found = without_repeats(sweep, [*tuning_runs(sweep), *main_runs(sweep)])
         assert len(found) == runs, name
-    assert sum(r.flops for r in found) == pytest.approx(7.5e16, rel=0.01)
+    assert sum(r.flops for r in found) == pytest.approx(1.55e17, rel=0.01)
 
 
 def test_a_wider_list_of_rates_goes_on_from_the_old_one(make, trainer):
