@@ -92,6 +92,44 @@ def test_scipy_finds_nothing_lower(seed, kind, delta, ties):
     assert found.objective <= lowest * (1 + 1e-9)
 
 
+# Fits to Chinchilla's runs: of Hoffmann et al. (2022, equation 10) and of Besiroglu et al. (2024).
+PUBLISHED = {
+    "hoffmann": {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
+    "besiroglu": {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
+}
+
+
+def lbfgs_best(x, y, starts):
+    """The lowest of L-BFGS from each start, as Hoffmann et al. fitted theirs."""
+    f = scipy_objective("huber", 1e-3, x, y)
+    with np.errstate(all="ignore"):
+        return min(minimize(f, start, jac=True, method="L-BFGS-B").fun for start in starts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_chinchilla_like_runs_are_fitted_as_low_as_from_the_truth_and_from_a_grid(name):
+    """Nine budgets of 27 runs, as many as were read off Chinchilla's figure."""
+    truth = PUBLISHED[name]
+    params, tokens, _ = isoflop_design(10 ** np.linspace(18.8, 21.5, 9), 27, spread=10)
+    frame = draw_runs("chinchilla", truth, params, tokens, noise=0.004, tail=0.05, seed=1)
+    x, y = {"params": params, "tokens": tokens}, np.log(frame.loss)
+    found = search(LAWS["chinchilla"], x, y, Objective("huber", 1e-3))
+    model = LAWS["chinchilla"].build(x)
+    value = scipy_objective("huber", 1e-3, x, y)(model.to_natural(found.point))[0]
+    assert value == pytest.approx(found.objective, rel=1e-9)
+
+    at_truth = [[*np.log([truth[k] for k in "EAB"]), truth["alpha"], truth["beta"]]]
+    grid = np.stack(np.meshgrid(
+        [0.5], [0.0, 6.0, 20.0], [0.0, 6.0, 20.0], [0.1, 0.6], [0.1, 0.6], indexing="ij",
+    ), axis=-1).reshape(-1, 5)  # fmt: skip
+    assert found.objective <= lbfgs_best(x, y, at_truth) * (1 + 1e-9)
+    assert found.objective <= lbfgs_best(x, y, grid) * (1 + 1e-9)
+    fitted = dict(zip(LAWS["chinchilla"].parameters, model.to_parameters(found.point), strict=True))
+    for key, tolerance in (("E", 0.03), ("alpha", 0.06), ("beta", 0.06)):
+        assert fitted[key] == pytest.approx(truth[key], rel=tolerance), key
+
+
 @pytest.mark.parametrize("kind", ["huber", "log-lsq", "lsq"])
 def test_gradient_vanishes_at_the_optimum(kind):
     x, y = runs(5)
