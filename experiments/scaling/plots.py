@@ -5,12 +5,15 @@ the PNG, in long form with a `series` column.
 """
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.scaling.crossing import Crossing, curve
 from experiments.scaling.fit import Fit
+from experiments.scaling.frame import RunFrame, sizes
+from experiments.scaling.gap import GapTrend, Pairs
 from experiments.scaling.isoflop import Allocation
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -168,4 +171,78 @@ def plot_allocation(result: Allocation) -> tuple[Figure, Rows]:
         rows += [{"series": name, "compute": a, "value": b} for a, b in zip(c, values, strict=True)]
     right.set(xscale="log", yscale="log", xlabel="training compute, FLOPs", ylabel="count")
     right.legend(fontsize=8)
+    return figure, rows
+
+
+def plot_families(
+    a: RunFrame, b: RunFrame, names: tuple[str, str], *, size: str = "non-embedding"
+) -> tuple[Figure, Rows]:
+    """Loss over tokens, a line a size: family a solid, b dashed; seeds are separate points."""
+    rows: Rows = []
+    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for frame, name, style in ((a, names[0], "-"), (b, names[1], "--")):
+        counts = sizes(frame, size)
+        for k, n in enumerate(np.unique(counts)):
+            colour = COLOURS[k % len(COLOURS)]
+            here = counts == n
+            tokens, losses = frame.tokens[here], frame.loss[here]
+            budgets = np.unique(tokens)
+            means = [losses[tokens == d].mean() for d in budgets]
+            axes.plot(tokens, losses, "o" if style == "-" else "s", color=colour, ms=3,
+                      mfc=colour if style == "-" else "none")  # fmt: skip
+            axes.plot(budgets, means, style, color=colour, lw=1.2,
+                      label=f"{name}, {n / 1e6:.3g}M")  # fmt: skip
+            rows += [{"series": name, "params": n, "tokens": d, "loss": loss}
+                     for d, loss in zip(tokens, losses, strict=True)]  # fmt: skip
+    axes.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
+    axes.legend(fontsize=7, ncols=2)
+    return figure, rows
+
+
+def plot_gap(pairs: Pairs, result: GapTrend, names: tuple[str, str]) -> tuple[Figure, Rows]:
+    """The gap over size, a colour a budget, with the fitted plane at each budget."""
+    rows: Rows = []
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    grid = np.geomspace(pairs.params.min(), pairs.params.max(), 40)
+    for k, d in enumerate(np.unique(pairs.tokens)):
+        colour = COLOURS[k % len(COLOURS)]
+        here = pairs.tokens == d
+        axes.plot(pairs.params[here], pairs.gap[here], "o", color=colour, ms=4)
+        line = [result.at(n, d) for n in grid]
+        axes.plot(grid, line, color=colour, lw=1, label=f"{d / 1e6:.3g}M tokens")
+        rows += [{"series": "pair", "params": n, "tokens": d, "gap": g}
+                 for n, g in zip(pairs.params[here], pairs.gap[here], strict=True)]  # fmt: skip
+        rows += [{"series": "plane", "params": n, "tokens": d, "gap": g}
+                 for n, g in zip(grid, line, strict=True)]  # fmt: skip
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set(xscale="log", xlabel="parameters N", ylabel=f"loss of {names[0]} - {names[1]}, nats")
+    axes.legend(fontsize=8)
+    return figure, rows
+
+
+def plot_rates(
+    tried: Mapping[tuple[str, str], Mapping[float, float]],
+) -> tuple[Figure, Rows]:
+    """Held-out loss over the learning rate, less the best of that (family, size); a panel a family.
+
+    Args:
+      tried: (family, size) -> rate -> loss; infinite where a run diverged, which is left out.
+    """
+    rows: Rows = []
+    families = list(dict.fromkeys(family for family, _ in tried))
+    figure = Figure(figsize=(5.0 * len(families), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for axes, family in zip(panels, families, strict=True):
+        sizes_here = [size for f, size in tried if f == family]
+        for k, size in enumerate(sizes_here):
+            found = {r: x for r, x in sorted(tried[family, size].items()) if np.isfinite(x)}
+            above = np.array(list(found.values())) - min(found.values())
+            axes.plot(list(found), above, "o-", ms=4, color=COLOURS[k % len(COLOURS)], label=size)
+            rows += [{"series": family, "size": size, "rate": r, "loss": x}
+                     for r, x in found.items()]  # fmt: skip
+        axes.set(xscale="log", xlabel="peak learning rate", title=family)
+        axes.legend(fontsize=8)
+    panels[0].set(ylabel="loss above the best, nats", ylim=(-0.01, 0.4))
     return figure, rows

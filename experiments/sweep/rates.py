@@ -10,7 +10,7 @@ without a flag where there are two or more); with one size, that size's rate.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,21 @@ def best_rate(losses: Mapping[float, float], rule: str) -> tuple[float, float, b
                 at = np.clip(x[1] - slope / (2 * curvature), x[0], x[2])
                 return round_rate(float(np.exp(at))), losses[best], at_edge
     return best, losses[best], at_edge
+
+
+def tried_rates(
+    rows: Iterable[Mapping[str, str]], tokens: int, seed: str = "0"
+) -> dict[tuple[str, str], dict[float, float]]:
+    """(family, size) -> rate -> held-out loss, of a results table's runs of `tokens` and `seed`.
+
+    Cells of one rate alone are left out; sizes are in order of parameters.
+    """
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for row in sorted(rows, key=lambda r: (r["family"], float(r["params_non_embedding"]))):
+        if int(row["tokens"]) == tokens and row["seed"] == seed:
+            cell = found.setdefault((row["family"], row["size"]), {})
+            cell[float(row["learning_rate"])] = float(row["loss"])
+    return {key: dict(sorted(cell.items())) for key, cell in found.items() if len(cell) > 1}
 
 
 def transfer(tuned: Sequence[Choice], params: float) -> float:

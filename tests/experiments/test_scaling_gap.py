@@ -5,6 +5,8 @@ import pytest
 
 from experiments.scaling import ScalingError, make_frame
 from experiments.scaling.gap import Pairs, gap_text, pair, token_multiples, trend
+from experiments.scaling.plots import plot_families, plot_gap, plot_rates, png
+from experiments.sweep.rates import tried_rates
 
 N = np.repeat([1e6, 3e6, 1e7, 6e7], 3)
 D = np.tile([4e6, 1.2e7, 3.6e7], 4)
@@ -77,3 +79,36 @@ def test_how_many_more_tokens_the_worse_family_needs():
     found = token_multiples(a, b, pair(a, b))
     assert np.allclose(found[D < 3e7], 2)
     assert np.all(np.isnan(found[D > 3e7]))  # a has no run that is as good
+
+
+def test_the_figures_hold_what_they_draw():
+    a, b = family(loss(plane()), "a"), family(loss(), "b")
+    pairs = pair(a, b)
+    figure, rows = plot_gap(pairs, trend(pairs), ("a", "b"))
+    assert png(figure)[:4] == b"\x89PNG"
+    drawn = [r for r in rows if r["series"] == "pair"]
+    assert len(drawn) == 12
+    assert {round(r["gap"], 6) for r in drawn} == {round(g, 6) for g in pairs.gap}
+    figure, rows = plot_families(a, b, ("a", "b"))
+    assert len(rows) == 24
+    assert len(figure.axes[0].lines) == 2 * 4 * 2  # points and line of each size
+
+
+def test_rates_are_drawn_above_the_best_of_their_size():
+    table = [
+        {"family": f, "size": s, "params_non_embedding": n, "tokens": "100", "seed": seed,
+         "learning_rate": str(rate), "loss": str(value)}
+        for f, s, n, seed, rate, value in [
+            ("a", "big", "9", "0", 1e-3, 3.0), ("a", "big", "9", "0", 2e-3, 2.9),
+            ("a", "small", "1", "0", 1e-3, 4.0), ("a", "small", "1", "0", 2e-3, 4.2),
+            ("a", "small", "1", "1", 4e-3, 1.0), ("b", "big", "9", "0", 1e-3, 3.0),
+        ]
+    ]  # fmt: skip
+    tried = tried_rates(table, tokens=100)
+    assert list(tried) == [("a", "small"), ("a", "big")]  # "b" was tried at one rate only
+    assert tried["a", "small"] == {1e-3: 4.0, 2e-3: 4.2}
+    assert tried_rates(table, tokens=7) == {}
+    figure, rows = plot_rates(tried)
+    (panel,) = figure.axes
+    assert [min(line.get_ydata()) for line in panel.lines] == [0.0, 0.0]
+    assert len(rows) == 4

@@ -441,7 +441,7 @@ def test_the_shipped_configs_are_sound():
         sweep = load_sweep(folder / f"{name}.yaml")
         found = without_repeats(sweep, [*tuning_runs(sweep), *main_runs(sweep)])
         assert len(found) == runs, name
-    assert sum(r.flops for r in found) == pytest.approx(1.55e17, rel=0.01)
+    assert sum(r.flops for r in found) == pytest.approx(1.43e17, rel=0.01)
 
 
 def test_a_wider_list_of_rates_goes_on_from_the_old_one(make, trainer):
