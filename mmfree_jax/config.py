@@ -97,8 +97,10 @@ class ModelConfig:
     """Implementation of the recurrence (xla, pallas_gpu, ...); None: the fastest known here."""
     attention_kernel: str | None = None
     """Implementation of causal attention (xla, cudnn); None: the fastest known here."""
-    remat: Literal["none", "full", "dots"] = "full"
-    """What the backward pass recomputes: nothing, whole blocks, or all but matrix products."""
+    remat: Literal["none", "full", "stream", "gates", "dots"] = "full"
+    """What the backward pass recomputes. none: nothing; full: whole blocks, from their input;
+    stream: keeps the residual stream between mixer and GLU too; gates: also i, f, g and the
+    recurrent state; dots: all but the matrix products."""
     scan_layers: bool = True
     """Compile one block and loop over layers; off: unroll them, for debugging."""
 
@@ -237,6 +239,9 @@ class OptimizerConfig:
     """Largest global gradient norm; None: no clipping."""
     moment_dtype: Dtype = "float32"
     """Dtype in which the first moment is kept."""
+    gradient_dtype: Dtype = "float32"
+    """Dtype in which the blocks' ternary weights get their gradients (bitlinear fused only); the
+    sums over tokens, the norm and the update are float32 in any case."""
     second_moment_dtype: Dtype = "float32"
     """Dtype in which the second moment is kept; bfloat16 needs b2 well below 0.99."""
 

@@ -15,15 +15,15 @@ TOKENS, WHOLE = "tokens", "whole"
 
 
 def devices_in_mesh() -> int:
-    """Devices of the mesh that `jax.set_mesh` set; one where none is set."""
+    """Devices of the mesh that `jax.set_mesh` set; one where none is set, or within `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    return 1 if mesh.empty or mesh.are_all_axes_manual else mesh.size
 
 
 def covers_mesh(token_axes: Sequence[str]) -> bool:
     """Whether splitting the tokens over these axes leaves no device without work of its own."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:
         return True
     named = 1
     for axis in token_axes:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model.attention import Attention
@@ -47,14 +48,15 @@ class Block(nn.Module):
         width = x_BTD.shape[-1]
         mixer_scale_D = NormScale(c.param_dtype, name="mixer_norm")(width)
         if c.mixer == "mlgru":
-            mixed_BTD, state = MLGRU(c, name="mixer")(
+            x_BTD, state = MLGRU(c, name="mixer")(
                 x_BTD, mixer_scale_D, lower_bound_D, state, rows.reset_BT, rows.padding_BT
             )
         else:
             mixed_BTD, state = Attention(c, name="mixer")(
                 x_BTD, mixer_scale_D, rows.positions_BT, state, rows.segment_ids_BT
             )
-        x_BTD = constrain_batch(x_BTD + mixed_BTD.astype(x_BTD.dtype))
+            x_BTD = x_BTD + mixed_BTD.astype(x_BTD.dtype)
+        x_BTD = checkpoint_name(constrain_batch(x_BTD), "mixed")
         glu_scale_D = NormScale(c.param_dtype, name="glu_norm")(width)
-        update_BTD = GLU(c, name="glu")(x_BTD, glu_scale_D)
-        return constrain_batch(x_BTD + update_BTD.astype(x_BTD.dtype)), state
+        x_BTD = GLU(c, name="glu")(x_BTD, glu_scale_D)
+        return constrain_batch(x_BTD), state

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import functional
+from mmfree_jax.model import functional, remat
 from mmfree_jax.model.block import Block, Rows
 from mmfree_jax.model.linear import Linear, NormScale, project
 from mmfree_jax.model.state import State
@@ -52,12 +52,7 @@ class LanguageModel(nn.Module):
             )
         block = Block
         if c.remat != "none":
-            policies = jax.checkpoint_policies
-            block = nn.remat(
-                Block,
-                prevent_cse=not c.scan_layers,
-                policy=policies.dots_saveable if c.remat == "dots" else None,
-            )
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=remat.policy(c.remat))
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0, "ternary": 0},

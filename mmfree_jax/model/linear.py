@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax import quantize
 from mmfree_jax.config import LinearConfig, ModelConfig
@@ -81,6 +82,8 @@ def project(
     outer_norm_scale: jax.Array | None = None,
     times_silu: jax.Array | None = None,
     gated: bool = False,
+    skip: bool = False,
+    name: str = "linear",
 ) -> tuple[jax.Array, ...]:
     """Linear layers that read one input, behind an optional norm that they share.
 
@@ -92,9 +95,12 @@ def project(
       outer_norm_scale: [K], an RMSNorm in front of all; None leaves it out.
       times_silu: [..., K]; the input is RMSNorm(x) * silu(times_silu), the norm the shared one.
       gated: the input is silu(gate) * up, of the two halves of x.
+      skip: return x too, for the residual connection around the layers; its gradients are
+        then added in one pass.
+      name: of the outputs, for the policies of `ModelConfig.remat`.
 
     Returns:
-      [..., N_j] in the compute dtype for each layer.
+      [..., N_j] in the compute dtype for each layer; with `skip`, x after them.
     """
     dtype = jnp.dtype(config.compute_dtype)
     packed = any(layer.weight is None for layer in layers)
@@ -115,14 +121,17 @@ def project(
             token_axes=token_axes(x.shape),
             times_silu=times_silu,
             gated=gated,
+            skip=skip,
+            name=name,
         )
+    given = x
     if gated:
         x = swiglu(x)
     if outer_norm_scale is not None and times_silu is not None:
         x = gated_output(x, times_silu, outer_norm_scale, eps=config.norm_eps)
     elif outer_norm_scale is not None:
         x = rms_norm(x, outer_norm_scale, eps=config.norm_eps)
-    return tuple(
+    outputs = tuple(
         quantize.linear(
             x.astype(dtype),
             _master(layer),
@@ -133,6 +142,8 @@ def project(
         )
         for layer in layers
     )
+    outputs = checkpoint_name(outputs, name)
+    return (*outputs, given) if skip else outputs
 
 
 def _ternary(layer: LinearWeights) -> tuple[jax.Array, jax.Array]:

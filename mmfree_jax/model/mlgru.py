@@ -65,7 +65,7 @@ class MLGRU(nn.Module):
           padding_BT: True where the state is held.
 
         Returns:
-          The update of the residual stream [B, T, D] and the new state.
+          The residual stream after the update, [B, T, D], and the new state.
         """
         c = self.config
         width, inner = x_BTD.shape[-1], c.state_size
@@ -84,16 +84,20 @@ class MLGRU(nn.Module):
             )
             return y
 
+        input_BTD = x_BTD
         if c.short_conv and c.share_short_conv:
-            x_BTD = rms_norm(x_BTD, outer_norm_scale_D, eps=c.norm_eps)
-            x_BTD = convolve("conv", x_BTD.astype(jnp.dtype(c.compute_dtype)))
-        i_BTD, f_BTD, g_BTD = project(
-            x_BTD,
+            input_BTD = rms_norm(x_BTD, outer_norm_scale_D, eps=c.norm_eps)
+            input_BTD = convolve("conv", input_BTD.astype(jnp.dtype(c.compute_dtype)))
+        i_BTD, f_BTD, g_BTD, *skipped = project(
+            input_BTD,
             [linear(name, inner)(width) for name in ("i_proj", "f_proj", "g_proj")],
             options=c.mixer_linear,
             config=c,
             outer_norm_scale=None if new_state else outer_norm_scale_D,
+            skip=not new_state,
+            name="i_f_g",
         )
+        x_BTD = skipped[0] if skipped else x_BTD
         if c.short_conv and not c.share_short_conv:
             i_BTD, f_BTD = convolve("i_conv", i_BTD), convolve("f_conv", f_BTD)
         h_BTD, new_state["h"] = mlgru_recurrence(
@@ -102,7 +106,8 @@ class MLGRU(nn.Module):
             lower_bound_D,
             h0_BD=None if state is None else state["h"],
             reset_BT=reset_BT,
-            padding_BT=padding_BT,
+            # Padding ends a row: whoever asks for no state afterwards need not hold it there.
+            padding_BT=None if state is None else padding_BT,
             partition=channel_partition(i_BTD.shape),
             implementation=c.recurrence_kernel,
         )
@@ -114,5 +119,6 @@ class MLGRU(nn.Module):
             config=c,
             outer_norm_scale=gate_scale_D,
             times_silu=h_BTD,
+            name="o",
         )
-        return out_BTD, None if state is None else new_state
+        return x_BTD + out_BTD.astype(x_BTD.dtype), None if state is None else new_state

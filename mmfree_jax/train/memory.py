@@ -53,6 +53,8 @@ def _block_bytes_per_token(config: ModelConfig) -> dict[str, float]:
         mixing = inner * c  # attention's output; its scores are never kept
     return {
         "full": residuals,
+        "stream": residuals + d * c,
+        "gates": residuals + (d + 2 * pair + 2 * inner) * c,
         "dots": residuals + products,
         "none": residuals + products + inputs + mixing,
     }
@@ -80,7 +82,7 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     shards = mesh.fsdp * mesh.tensor
     size = jnp.dtype(model.param_dtype).itemsize
     moment = jnp.dtype(config.optimizer.moment_dtype).itemsize
-    tokens = rows // copies * config.data.seq_len
+    tokens = rows // copies * config.data.seq_len // mesh.sequence
     kept = _block_bytes_per_token(model)
     activations = model.num_layers * kept[model.remat]
     if model.remat != "none":

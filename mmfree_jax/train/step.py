@@ -77,14 +77,13 @@ def train_step(
         has_aux=True,
     )
 
+    params = _with_gradients_in(config.optimizer.gradient_dtype, state.params, ternary)
     if config.grad_accum == 1:
-        (_, sums), grads = grad_fn(state.params, ternary, batch)
+        (_, sums), grads = grad_fn(params, ternary, batch)
     else:
         (sums, grads), _ = jax.lax.scan(
             lambda carry, micro: (
-                jax.tree.map(
-                    jnp.add, carry, _sums_and_grads(grad_fn, state.params, ternary, micro)
-                ),
+                jax.tree.map(jnp.add, carry, _sums_and_grads(grad_fn, params, ternary, micro)),
                 None,
             ),
             (LossSums(*[jnp.zeros(())] * 4), jax.tree.map(jnp.zeros_like, state.params)),
@@ -92,7 +91,7 @@ def train_step(
         )
 
     tokens = jnp.maximum(sums.tokens, 1.0)
-    grad_norm = optax.tree.norm(grads) / tokens
+    grad_norm = _norm(grads) / tokens
     loss = sums.loss / tokens
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     params, opt_state = optimizer.update(
@@ -119,6 +118,34 @@ def train_step(
         "finite": finite.astype(jnp.float32),
     }
     return new_state, metrics
+
+
+def _with_gradients_in(
+    dtype: str, params: dict[str, Any], ternary: dict[str, Any]
+) -> dict[str, Any]:
+    """The parameters, those of the blocks' ternary weights cast: their gradients follow.
+
+    The fused program reads a ternary weight's trits and never the weight, so that the cast
+    costs nothing and changes no value but the gradient's rounding.
+    """
+
+    def cast(tree: Any, ternary: Any) -> Any:
+        if "trits" in ternary:
+            return {**tree, "weight": tree["weight"].astype(dtype)}
+        return {
+            name: cast(value, ternary[name]) if name in ternary else value
+            for name, value in tree.items()
+        }
+
+    if "blocks" not in ternary:
+        return params
+    return {**params, "blocks": cast(params["blocks"], ternary["blocks"])}
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The global norm, in float32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(functools.reduce(jnp.add, squares))
 
 
 def _sums_and_grads(grad_fn, params, ternary, micro):

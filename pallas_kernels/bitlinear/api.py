@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.bitlinear import pallas_tpu
 from pallas_kernels.norm_quant import api as norm_quant
@@ -36,6 +37,8 @@ class _Options:
     implementation: str | None
     token_axes: tuple[str, ...]
     gated: bool
+    skip: bool
+    name: str
     weight_dtypes: tuple[jnp.dtype | None, ...]
 
 
@@ -105,6 +108,8 @@ def bitlinear_many(
     out_dtype: jax.typing.DTypeLike | None = None,
     times_silu: jax.Array | None = None,
     gated: bool = False,
+    skip: bool = False,
+    name: str = "bitlinear",
     int8_activations: bool = True,
     implementation: str | None = None,
     token_axes: Sequence[str] = (),
@@ -129,6 +134,10 @@ def bitlinear_many(
         rather than kept, takes the outer norm's place (MLGRU's gated output).
       gated: x is [..., 2K], gate and up side by side, and silu(gate) * up, recomputed in the
         backward rather than kept, takes x's place.
+      skip: return x as well, for a residual connection around the layers: the gradient that
+        comes back through it is added in the norm's own backward pass.
+      name: under which `jax.checkpoint` policies find the outputs, and with "_stats" appended
+        the per-token scalars that the backward needs.
       int8_activations: False leaves the activations' quantiser out (a study's option).
       implementation: of the ternary product (its `IMPLEMENTATIONS`), and with it of the norm;
         None takes the measured best of each.
@@ -136,7 +145,7 @@ def bitlinear_many(
         devices takes the XLA program, which needs no telling.
 
     Returns:
-      [..., N_j] of out_dtype for each j.
+      [..., N_j] of out_dtype for each j; with `skip`, x after them.
 
     Raises:
       TypeError: x is not floating, or trits are not int8.
@@ -144,9 +153,9 @@ def bitlinear_many(
     """
     count = len(trits)
     own = (None,) * count if norm_weights is None else tuple(norm_weights)
-    for name, sequence in (("norm_weights", own), ("ws", ws), ("w_scales", w_scales)):
+    for what, sequence in (("norm_weights", own), ("ws", ws), ("w_scales", w_scales)):
         if len(sequence) != count:
-            raise ValueError(f"{name} has {len(sequence)} entries, trits has {count}")
+            raise ValueError(f"{what} has {len(sequence)} entries, trits has {count}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got {x.dtype}")
     if norm_weights is not None and any(b is None for b in own):
@@ -158,12 +167,12 @@ def bitlinear_many(
         raise ValueError("times_silu needs outer_norm_weight, and not gated=True")
     if times_silu is not None and times_silu.shape != x.shape:
         raise ValueError(f"times_silu must be {x.shape} as x, got {times_silu.shape}")
-    for name, weight in (
+    for what, weight in (
         ("outer_norm_weight", outer_norm_weight),
         *(("norm_weight", b) for b in own),
     ):
         if weight is not None and weight.shape != (columns,):
-            raise ValueError(f"{name} must be {(columns,)}, got {weight.shape}")
+            raise ValueError(f"{what} must be {(columns,)}, got {weight.shape}")
     for w, t, s in zip(ws, trits, w_scales, strict=True):
         if t.dtype != jnp.int8:
             raise TypeError(f"trits must be int8, got {t.dtype}: use ternarize(w)")
@@ -181,6 +190,8 @@ def bitlinear_many(
         implementation=implementation,
         token_axes=tuple(token_axes),
         gated=gated,
+        skip=skip,
+        name=name,
         weight_dtypes=tuple(None if w is None else w.dtype for w in ws),
     )
     return _bitlinears(
@@ -237,7 +248,7 @@ def _forward(options, x, times_silu, outer_weight, norm_weights, ws, trits, w_sc
             times_silu=times_silu,
         )
         outputs = tuple(
-            (_dot(n, t, 1) * s.reshape(())).astype(options.out_dtype)
+            (_dot(n, t, 1, jnp.float32) * s.reshape(())).astype(options.out_dtype)
             for n, t, s in zip(
                 _each(_unquantized(h, distinct, outer_weight, stats, times_silu), trits),
                 trits,
@@ -245,7 +256,10 @@ def _forward(options, x, times_silu, outer_weight, norm_weights, ws, trits, w_sc
                 strict=True,
             )
         )
-    return outputs, (x, times_silu, outer_weight, norm_weights, trits, w_scales, stats)
+    outputs = checkpoint_name(outputs, options.name)
+    stats = checkpoint_name(stats, f"{options.name}_stats")
+    residuals = (x, times_silu, outer_weight, norm_weights, trits, w_scales, stats)
+    return (*outputs, x) if options.skip else outputs, residuals
 
 
 def _forward_tpu(options, x, times_silu, outer_weight, norm_weights, trits, w_scales):
@@ -279,12 +293,13 @@ def _forward_tpu(options, x, times_silu, outer_weight, norm_weights, trits, w_sc
 def _backward(options, residuals, d_outputs):
     x, times_silu, outer_weight, norm_weights, trits, w_scales, stats = residuals
     distinct = _distinct(norm_weights)
+    *d_outputs, d_skip = d_outputs if options.skip else (*d_outputs, None)
     d_outputs = [d.astype(x.dtype) for d in d_outputs]
     any_weight = any(dtype is not None for dtype in options.weight_dtypes)
 
     # The products are stored in x's dtype, which halves the traffic of a bf16 backward; the
     # weights' scales go on afterwards, in float32.
-    d_inputs = tuple(_dot(d, t, 0).astype(x.dtype) for d, t in zip(d_outputs, trits, strict=True))
+    d_inputs = tuple(_dot(d, t, 0, d.dtype) for d, t in zip(d_outputs, trits, strict=True))
     d_scales = w_scales
     if len(distinct) != len(d_inputs):
         scaled = [d * s.reshape(()) for d, s in zip(d_inputs, w_scales, strict=True)]
@@ -300,6 +315,7 @@ def _backward(options, residuals, d_outputs):
         eps=options.eps,
         times_silu=times_silu,
         gated=options.gated,
+        d_skip=d_skip,
         implementation=_norm_implementation(options),
         token_axes=options.token_axes,
     )
@@ -310,7 +326,7 @@ def _backward(options, residuals, d_outputs):
             h = _ungated(options, x)
             inputs = _unquantized(h, distinct, outer_weight, stats, times_silu)
         d_ws = [
-            None if dtype is None else _token_dot(d, n).astype(dtype)
+            None if dtype is None else _token_dot(d, n, dtype)
             for d, n, dtype in zip(
                 d_outputs, _each(inputs, trits), options.weight_dtypes, strict=True
             )
@@ -366,25 +382,29 @@ def _each(inputs, consumers):
     return inputs if len(inputs) == len(consumers) else [inputs[0]] * len(consumers)
 
 
-def _dot(x: jax.Array, trits: jax.Array, axis: int) -> jax.Array:
-    """x contracted with an axis of the trits in x's dtype, accumulated in float32."""
+def _dot(x: jax.Array, trits: jax.Array, axis: int, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x contracted with an axis of the trits in x's dtype, accumulated in float32.
+
+    Asked for bf16, the backends still accumulate in float32 and round once; asked for float32
+    and a cast, XLA on GPUs writes the float32 matrix, transposed, and reads it again.
+    """
     return jax.lax.dot_general(
         x,
         trits.astype(x.dtype),
         (((x.ndim - 1,), (axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=out_dtype,
         precision=_precision(x.dtype),
     )
 
 
-def _token_dot(d: jax.Array, x: jax.Array) -> jax.Array:
-    """sum over tokens of d [..., N] and x [..., K]: [N, K] float32."""
+def _token_dot(d: jax.Array, x: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """sum over tokens of d [..., N] and x [..., K]: [N, K], accumulated in float32."""
     tokens = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(
         d,
         x,
         ((tokens, tokens), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=out_dtype,
         precision=_precision(x.dtype),
     )
 

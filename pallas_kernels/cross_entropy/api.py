@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.cross_entropy import xla
+from pallas_kernels.cross_entropy import pallas_gpu, xla
+from pallas_kernels.over_tokens import covers_mesh
 
-_IMPLEMENTATIONS = {"xla": xla}
+_IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu}
+# Devices where the kernels were measured to win: see `benchmark.py`.
+_MEASURED = ("NVIDIA H100", "NVIDIA H200")
 
 
 class CrossEntropy(NamedTuple):
@@ -58,7 +61,7 @@ def linear_cross_entropy(
         device then walks over its own tokens with the whole w, and the gradient of w is summed
         over devices once. With none named the compiler partitions the loop, which also allows w
         split over words, but sums the gradient of w once a chunk.
-      implementation: "xla", or None for the best on this backend.
+      implementation: "xla"; "pallas_gpu", on NVIDIA GPUs; None for the best on this backend.
 
     Raises:
       ValueError: shapes disagree, or the implementation's name is unknown.
@@ -146,9 +149,10 @@ def ternary_linear_cross_entropy_sum(
     return results[0], jax.lax.stop_gradient(results[1])
 
 
-def _resolve(implementation: str | None) -> str:
+def _resolve(implementation: str | None, token_axes: Sequence[str]) -> str:
     if implementation is None:
-        return "xla"
+        measured = jax.devices()[0].device_kind.startswith(_MEASURED)
+        return "pallas_gpu" if measured and covers_mesh(token_axes) else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "
@@ -167,7 +171,7 @@ def _how(x_ND, w_VD, targets_N, z_loss, chunk_size, token_axes, implementation) 
         raise TypeError(f"targets_N has dtype {targets_N.dtype}; it must be an integer type")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    return _How(_resolve(implementation), float(z_loss), chunk_size, tuple(token_axes))
+    return _How(_resolve(implementation, token_axes), float(z_loss), chunk_size, tuple(token_axes))
 
 
 def _check_ternary(w_VD, trits_VD, w_scale) -> jax.Array:

@@ -4,7 +4,8 @@ Only [chunk, V] logits ever exist. Chunk c holds tokens c, c + C, c + 2C, ... of
 that tokens sharded over devices stay where they are: every device works on each chunk.
 
 The ternary head differs from the plain one in three places, each marked by `w_scale is None`:
-which operands make the logits, and what multiplies the logits' gradient.
+which operands make the logits, what the gradient of w multiplies, and dx's factor w_scale.
+`pallas_gpu` puts kernels in place of `_logits` and `_rows`.
 """
 
 import jax
@@ -28,51 +29,74 @@ def number_of_chunks(N: int, V: int, chunk_size: int | None) -> int:
     return next((c for c in range(fewest, min(2 * fewest, N) + 1) if N % c == 0), fewest)
 
 
-def forward(x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size):
+def forward(x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size, logits=None, rows=None):
     """(loss_N, correct_N, lse_N); weights_VD holds trits when w_scale is not None."""
-    chunks, (x_PCD, targets_PC) = _split(weights_VD, chunk_size, x_ND, targets_N)
+    logits, rows = logits or _logits, rows or _rows
+    operands = _operands(x_ND, w_scale)
+    chunks, (*operands_PC, targets_PC) = _split(weights_VD, chunk_size, *operands, targets_N)
 
     def one(carry, c):
-        logits_PV, _ = _logits(x_PCD[:, c], weights_VD, w_scale)
-        return carry, _losses(logits_PV, targets_PC[:, c], z_loss)
+        left, scale, _ = (y_PC[:, c] for y_PC in operands_PC)
+        logits_PV = logits(left, scale, weights_VD, w_scale)
+        return carry, rows(logits_PV, targets_PC[:, c], z_loss, None)[:3]
 
     _, outputs_CP = _scan(one, (), chunks)
     return tuple(_join(y_CP, x_ND.shape[0]) for y_CP in outputs_CP)
 
 
-def forward_with_gradients(x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size):
+def forward_with_gradients(
+    x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size, logits=None, rows=None
+):
     """`forward`, then dx_ND in x's dtype and dw_VD in float32 of sum(loss_N): logits once."""
-    chunks, (x_PCD, targets_PC) = _split(weights_VD, chunk_size, x_ND, targets_N)
+    logits, rows = logits or _logits, rows or _rows
+    operands = _operands(x_ND, w_scale)
+    chunks, (*operands_PC, targets_PC) = _split(weights_VD, chunk_size, *operands, targets_N)
+    wide_VD = weights_VD.astype(x_ND.dtype)  # once, not once a chunk
 
     def one(dw_VD, c):
-        x_PD, targets_P = x_PCD[:, c], targets_PC[:, c]
-        logits_PV, quantised = _logits(x_PD, weights_VD, w_scale)
-        losses = _losses(logits_PV, targets_P, z_loss)
-        ones_P = jnp.ones_like(losses[2])
-        dlogits_PV = _logit_gradients(logits_PV, targets_P, losses[2], ones_P, 0 * ones_P, z_loss)
-        dx_PD, dw_chunk_VD = _pull_back(dlogits_PV, x_PD, weights_VD, w_scale, quantised)
+        left, scale, right = (y_PC[:, c] for y_PC in operands_PC)
+        logits_PV = logits(left, scale, weights_VD, w_scale)
+        *losses, dlogits_PV = rows(logits_PV, targets_PC[:, c], z_loss, x_ND.dtype)
+        dx_PD, dw_chunk_VD = _pull_back(dlogits_PV, right, wide_VD)
         return dw_VD + dw_chunk_VD, (*losses, dx_PD)
 
     dw_VD = jnp.zeros(weights_VD.shape, _accumulator(x_ND))
     dw_VD, outputs_CP = _scan(one, dw_VD, chunks)
-    return (*(_join(y_CP, x_ND.shape[0]) for y_CP in outputs_CP), dw_VD)
+    *losses, dx_ND = (_join(y_CP, x_ND.shape[0]) for y_CP in outputs_CP)
+    return *losses, _scaled(dx_ND, w_scale), dw_VD
 
 
 def backward(x_ND, weights_VD, w_scale, targets_N, lse_N, dloss_N, dlse_N, *, z_loss, chunk_size):
     """(dx_ND in x's dtype, dw_VD in float32), the logits computed anew chunk by chunk."""
-    per_token_N = (x_ND, targets_N, lse_N, dloss_N, dlse_N)
+    per_token_N = (*_operands(x_ND, w_scale), targets_N, lse_N, dloss_N, dlse_N)
     chunks, per_token_PC = _split(weights_VD, chunk_size, *per_token_N)
+    wide_VD = weights_VD.astype(x_ND.dtype)
 
     def one(dw_VD, c):
-        x_PD, targets_P, lse_P, dloss_P, dlse_P = (y_PC[:, c] for y_PC in per_token_PC)
-        logits_PV, quantised = _logits(x_PD, weights_VD, w_scale)
-        dlogits_PV = _logit_gradients(logits_PV, targets_P, lse_P, dloss_P, dlse_P, z_loss)
-        dx_PD, dw_chunk_VD = _pull_back(dlogits_PV, x_PD, weights_VD, w_scale, quantised)
+        left, scale, right, *rest = (y_PC[:, c] for y_PC in per_token_PC)
+        logits_PV = _logits(left, scale, weights_VD, w_scale)
+        dlogits_PV = _logit_gradients(logits_PV, *rest, z_loss).astype(x_ND.dtype)
+        dx_PD, dw_chunk_VD = _pull_back(dlogits_PV, right, wide_VD)
         return dw_VD + dw_chunk_VD, dx_PD
 
     dw_VD = jnp.zeros(weights_VD.shape, _accumulator(x_ND))
     dw_VD, dx_CPD = _scan(one, dw_VD, chunks)
-    return _join(dx_CPD, x_ND.shape[0]), dw_VD
+    return _scaled(_join(dx_CPD, x_ND.shape[0]), w_scale), dw_VD
+
+
+def _operands(x_ND, w_scale):
+    """The logits' left operand, its scale [N, 1], and what the gradient of w multiplies."""
+    if w_scale is None:
+        return x_ND, jnp.ones((x_ND.shape[0], 1), _accumulator(x_ND)), x_ND
+    q_ND, scale_N1 = quantize_int8(x_ND)
+    return q_ND, scale_N1, (q_ND * scale_N1).astype(x_ND.dtype)
+
+
+def _scaled(dx_ND, w_scale):
+    """The ternary head's dx still lacks the weights' scale."""
+    if w_scale is None:
+        return dx_ND
+    return (dx_ND.astype(_accumulator(dx_ND)) * w_scale).astype(dx_ND.dtype)
 
 
 def _accumulator(x):
@@ -106,21 +130,28 @@ def _join(y_CP, N):
     return y_CP.swapaxes(0, 1).reshape(-1, *y_CP.shape[2:])[:N]
 
 
-def _logits(x_PD, weights_VD, w_scale):
-    """(logits_PV in float32, the quantised x and its scale or None)."""
-    accumulator = _accumulator(x_PD)
+def _logits(left_PD, scale_P1, weights_VD, w_scale):
+    """logits_PV in float32."""
     if w_scale is None:
-        weights_VD = weights_VD.astype(x_PD.dtype)
-        return _dot(x_PD, weights_VD, (1, 1), accumulator), None
-    q_PD, scale_P1 = quantize_int8(x_PD)
+        return _dot(left_PD, weights_VD.astype(left_PD.dtype), (1, 1), _accumulator(left_PD))
     # XLA's int8 product on the CPU is slow; float32 holds these integers exactly (< 2^24).
     sums_PV = lax.platform_dependent(
-        q_PD,
+        left_PD,
         weights_VD,
         cpu=lambda q, w: _dot(q.astype(jnp.float32), w.astype(jnp.float32), (1, 1), jnp.float32),
         default=lambda q, w: _dot(q, w, (1, 1), jnp.int32).astype(jnp.float32),
     )
-    return sums_PV * (scale_P1 * w_scale), (q_PD, scale_P1)
+    return sums_PV * (scale_P1 * w_scale)
+
+
+def _rows(logits_PV, targets_P, z_loss, dtype):
+    """(loss, correct, lse) of one chunk, and the gradient of the losses' sum in `dtype`."""
+    losses = _losses(logits_PV, targets_P, z_loss)
+    if dtype is None:
+        return losses
+    ones_P = jnp.ones_like(losses[2])
+    d_PV = _logit_gradients(logits_PV, targets_P, losses[2], ones_P, 0 * ones_P, z_loss)
+    return *losses, d_PV.astype(dtype)
 
 
 def _losses(logits_PV, targets_P, z_loss):
@@ -147,20 +178,10 @@ def _logit_gradients(logits_PV, targets_P, lse_P, dloss_P, dlse_P, z_loss):
     return softmax_PV * weight_P[:, None] - jnp.where(onehot_PV, dloss_P[:, None], 0)
 
 
-def _pull_back(dlogits_PV, x_PD, weights_VD, w_scale, quantised):
-    """dx_PD in x's dtype and dw_VD in float32; both products in x's dtype."""
-    accumulator = _accumulator(x_PD)
-    if w_scale is None:
-        to_x_PV = to_w_PV = dlogits_PV.astype(x_PD.dtype)
-        rows_PD = x_PD
-    else:
-        # q and the trits are exact in bf16, so the scales go to the other operand.
-        rows_PD, scale_P1 = quantised
-        to_x_PV = (dlogits_PV * w_scale).astype(x_PD.dtype)
-        to_w_PV = (dlogits_PV * scale_P1).astype(x_PD.dtype)
-    dx_PD = _dot(to_x_PV, weights_VD.astype(x_PD.dtype), (1, 0), accumulator)
-    dw_VD = _dot(to_w_PV, rows_PD.astype(x_PD.dtype), (0, 0), accumulator)
-    return dx_PD.astype(x_PD.dtype), dw_VD
+def _pull_back(dlogits_PV, right_PD, wide_VD):
+    """dx_PD in x's dtype, but for the weights' scale, and dw_VD in float32."""
+    dw_VD = _dot(dlogits_PV, right_PD, (0, 0), _accumulator(right_PD))
+    return _dot(dlogits_PV, wide_VD, (1, 0), right_PD.dtype), dw_VD
 
 
 def _dot(a, b, axes, dtype):

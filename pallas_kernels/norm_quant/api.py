@@ -118,6 +118,7 @@ def norm_backward(
     eps: float,
     times_silu: jax.Array | None = None,
     gated: bool = False,
+    d_skip: jax.Array | None = None,
     implementation: str | None = None,
     token_axes: Sequence[str] = (),
     interpret: bool = False,
@@ -136,6 +137,7 @@ def norm_backward(
       stats: as it returned.
       gradients: [..., K] for each consumer, to be multiplied by
       gradient_scales: one float32 each.
+      d_skip: x's gradient through a connection around the norm, to be added; in x's dtype.
       implementation, token_axes, interpret: see `norm_quant`.
 
     Returns:
@@ -144,6 +146,13 @@ def norm_backward(
       absmax in stats; and the gradient of times_silu in its dtype, or None.
     """
     implementation = _check(implementation, gradients[0].shape[-1], token_axes)
+    if d_skip is not None and (gated or implementation != "pallas_triton"):
+        d_x, *rest = norm_backward(
+            x, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
+            times_silu=times_silu, gated=gated, implementation=implementation,
+            token_axes=token_axes, interpret=interpret,
+        )  # fmt: skip
+        return d_x + d_skip, *rest
     if gated and implementation != "pallas_triton":
         h = xla.glu(x).astype(x.dtype)
         d_h, d_weights, d_outer, inputs, _ = norm_backward(
@@ -173,12 +182,13 @@ def norm_backward(
         kernel = functools.partial(kernel, gated=True)
     split_over_mesh = bool(token_axes) and devices_in_mesh() > 1
 
-    def local(x, times_silu, stats, gradients, weights, outer_weight, gradient_scales):
+    def local(x, times_silu, d_skip, stats, gradients, weights, outer_weight, gradient_scales):
         shape = gradients[0].shape
         d_x, *sums, inputs, d_s = kernel(
             _matrix(x), weights, outer_weight, jax.tree.map(_matrix, stats),
             tuple(_matrix(g) for g in gradients), gradient_scales, eps=eps,
             times_silu=jax.tree.map(_matrix, times_silu),
+            **({} if d_skip is None else {"d_skip": _matrix(d_skip)}),
         )  # fmt: skip
         if split_over_mesh:
             sums = jax.lax.psum(sums, tuple(token_axes))
@@ -188,12 +198,13 @@ def norm_backward(
     split = over_tokens(
         local,
         token_axes,
-        (TOKENS, TOKENS, TOKENS, TOKENS, WHOLE, WHOLE, WHOLE),
+        (TOKENS, TOKENS, TOKENS, TOKENS, TOKENS, WHOLE, WHOLE, WHOLE),
         (TOKENS, WHOLE, WHOLE, TOKENS, TOKENS),
     )
     return split(
-        x, times_silu, stats, tuple(gradients), tuple(weights), outer_weight, tuple(gradient_scales)
-    )
+        x, times_silu, d_skip, stats, tuple(gradients), tuple(weights), outer_weight,
+        tuple(gradient_scales),
+    )  # fmt: skip
 
 
 def _check(implementation: str | None, k: int, token_axes: Sequence[str]) -> str:

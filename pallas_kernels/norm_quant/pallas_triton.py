@@ -134,6 +134,7 @@ def norm_backward(
     eps: float,
     times_silu: jax.Array | None = None,
     gated: bool = False,
+    d_skip: jax.Array | None = None,
     plan: _Plan | None = None,
     interpret: bool = False,
 ) -> tuple[
@@ -145,7 +146,8 @@ def norm_backward(
 ]:
     """`xla.norm_backward` and `xla.requantize` in one pass, for x [M, K], or [M, 2K] gated.
 
-    Each gradient is multiplied by its scale, one float32, as it is read.
+    Each gradient is multiplied by its scale, one float32, as it is read. d_skip [M, K] is
+    added to the gradient of x, not where x is gated.
 
     Returns:
       The gradient of x in x's dtype, those of the norm weights and of the outer weight in
@@ -157,14 +159,15 @@ def norm_backward(
     count, requantized = len(weights), len(stats.absmaxes)
     own, outer, modulated = weights[0] is not None, outer_weight is not None, times_silu is not None
     padded = pl.next_power_of_2(k)
-    plan = plan or _backward_plan(k, 1 + (gated or modulated) + count, 2 * (count * own + outer))
+    rows = 1 + (gated or modulated) + (d_skip is not None) + count
+    plan = plan or _backward_plan(k, rows, 2 * (count * own + outer))
     programs = min(plan.programs, m)
     partials = jax.ShapeDtypeStruct((programs, k), jnp.float32)
     d_x, *outputs = pl.pallas_call(
         functools.partial(
             _backward_kernel, count=count, outer=outer, own=own, modulated=modulated, gated=gated,
             eps=eps, padded=padded, programs=programs, requantize=requantized > 0,
-            ahead=plan.ahead,
+            ahead=plan.ahead, skip=d_skip is not None,
         ),
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -173,12 +176,16 @@ def norm_backward(
             *[partials] * (count * own + outer),
         ],
         grid=(programs,),
+        # Each row is read by the program that writes it, before: a gated x, the largest array
+        # of a block, and its gradient share memory.
+        input_output_aliases={0: 0} if gated else {},
         compiler_params=pltriton.CompilerParams(num_warps=plan.warps, num_stages=1),
         interpret=interpret,
         name="norm_backward",
     )(
         x,
         *([] if times_silu is None else [times_silu]),
+        *([] if d_skip is None else [d_skip]),
         *gradients,
         *(s.astype(jnp.float32).reshape(1) for s in gradient_scales),
         *([outer_weight, _flat(stats.outer)] if outer else []),
@@ -314,10 +321,12 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    x_ref, *refs, count, outer, own, modulated, gated, eps, padded, programs, requantize, ahead
+    x_ref, *refs, count, outer, own, modulated, gated, eps, padded, programs, requantize, ahead,
+    skip,
 ):  # fmt: skip
     refs = list(refs)
     silu_ref = refs.pop(0) if modulated else None
+    skip_ref = refs.pop(0) if skip else None
     gradient_refs = [refs.pop(0) for _ in range(count)]
     scale_refs = [refs.pop(0) for _ in range(count)]
     outer_ref, outer_stat_ref = (refs.pop(0), refs.pop(0)) if outer else (None, None)
@@ -337,15 +346,15 @@ def _backward_kernel(
     def load(row):
         rows = (2 * row, 2 * row + 1) if gated else (row,)
         x = [columns.load(x_ref, r) for r in rows]
-        s = [columns.load(r, row) for r in (silu_ref,) if r is not None]
+        added = [columns.load(r, row) for r in (silu_ref, skip_ref) if r is not None]
         gradients = [columns.load(ref, row) for ref in gradient_refs]
         stats = [
             None if r is None else pltriton.load(r.at[row]) for r in (outer_stat_ref, stat_ref)
         ]
-        return x, s, gradients, stats, [pltriton.load(r.at[row]) for r in absmax_refs]
+        return x, added, gradients, stats, [pltriton.load(r.at[row]) for r in absmax_refs]
 
     def body(row, loaded, sums):
-        (x, *beside), s, gradients, (outer_inverse, inverse), absmaxes = loaded
+        (x, *beside), added, gradients, (outer_inverse, inverse), absmaxes = loaded
         sums = list(sums)
         if gated:
             (up,) = beside
@@ -355,7 +364,7 @@ def _backward_kernel(
         x_hat = x if outer_inverse is None else x * outer_inverse
         z_hat = x_hat
         if d_silu_ref is not None:
-            (s,) = s
+            s = added[0]
             sigmoid = jax.nn.sigmoid(s)
             silu = s * sigmoid
             z_hat = x_hat * silu
@@ -389,6 +398,8 @@ def _backward_kernel(
                 columns.store(d_silu_ref, d * x_hat * slope, row)
                 d = d * silu
             d = outer_inverse * (d - x_hat * outer_projection)
+        if skip_ref is not None:
+            d += added[-1]
         if gated:
             columns.store(d_x_ref, d * silu, 2 * row + 1)
             columns.store(d_x_ref, d * up * (sigmoid + silu * (1.0 - sigmoid)), 2 * row)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from pallas_kernels.recurrence import pallas_gpu, pallas_tpu, sharded, xla
@@ -248,6 +249,7 @@ def _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
         h_BTD, h_last_BD, start = sharded.forward(
             how.mesh, how.partition, forward, _mlgru_decay, operands, reset_BT, h0_BD
         )
+    h_BTD = checkpoint_name(h_BTD, "state")
     return (h_BTD, h_last_BD), (operands, h_BTD, reset_BT, h0_BD, start)
 
 

@@ -1,5 +1,6 @@
 """The product of int8 activations with a ternary matrix: the public door."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -145,6 +146,8 @@ def _mosaic_gpu(x_q, x_scale, trits, w_scale, out_dtype, interpret):
         raise ValueError("pallas_mosaic_gpu has no interpreter that runs it on every jax version")
     (m, k), n = x_q.shape, trits.shape[0]
     config = mosaic_config(m, n, k)
+    if out_dtype.itemsize > 2:  # the same bytes for each store
+        config = dataclasses.replace(config, store_n=config.store_n // 2)
     # Zero rows and columns change no sum; the model's shapes need none.
     up = [-size % block for size, block in zip((m, n, k), config.block, strict=True)]
     x_q = _pad(x_q, up[0], up[2])

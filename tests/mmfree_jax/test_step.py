@@ -1,6 +1,7 @@
 """The training step: one device, many devices, micro-batches, non-finite values."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model import LanguageModel
 from mmfree_jax.presets import preset
 from mmfree_jax.sharding import check_divisible, make_mesh, param_spec
+from mmfree_jax.train.loss import loss_sums
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer, schedule_values
 from mmfree_jax.train.step import (
     eval_step,
@@ -177,6 +180,43 @@ def test_remat_and_unrolled_layers_change_nothing():
     for changes in ({"remat": "full"}, {"remat": "dots"}, {"scan_layers": False}):
         _, metrics = _run(replace_model(_config(), **changes), batch)
         np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
+
+
+def test_each_remat_policy_recomputes_less_than_the_one_before():
+    batch = jax.tree.map(jnp.asarray, _batch(_config(), 0))
+
+    def products(policy):
+        """Products and recurrences of one block, forward and backward."""
+        config = replace_model(_config(), remat=policy)
+        state = jax.eval_shape(lambda key: init_state(config, _optimizer(), key), jax.random.key(0))
+
+        def loss(params):
+            return loss_sums(params, {}, batch, model=LanguageModel(config.model))[0]
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(state.params))
+        return text.count(" dot_general["), text.count(" while[") + text.count(" scan[")
+
+    dots, loops = zip(
+        *(products(p) for p in ("full", "stream", "gates", "dots", "none")), strict=True
+    )
+    # Six products forward, twelve backward; the last is never needed again, o's not once the
+    # stream is kept, i, f, g with the gates, gate_up with all products.
+    assert [d - dots[-1] for d in dots] == [5, 4, 1, 0, 0]
+    assert loops[2] < loops[1] == loops[0] == loops[3]
+
+
+def test_gradients_in_bfloat16_differ_by_their_rounding_alone():
+    config = _config()
+    optimizer = dataclasses.replace(config.optimizer, gradient_dtype="bfloat16")
+    batch = _batch(config, 0)
+    expected, metrics = _run(config, batch)
+    got, rounded = _run(dataclasses.replace(config, optimizer=optimizer), batch)
+    np.testing.assert_array_equal(rounded["loss"], metrics["loss"])
+    path = ("blocks", "glu", "down_proj", "weight")
+    for name in (path, ("embedding", "weight")):
+        a, b = (functools.reduce(dict.get, name, s.opt_state[1].mu) for s in (got, expected))
+        error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+        assert (1e-4 < error < 3e-3) if name == path else error < 1e-4
 
 
 def test_runs_that_differ_in_rate_length_warm_up_or_seed_share_a_program():

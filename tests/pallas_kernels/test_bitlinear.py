@@ -225,6 +225,25 @@ def test_many_equals_composition():
     assert (steps != 0).mean() < 1e-3
 
 
+def test_skip_returns_the_input_and_adds_its_gradient():
+    x, outer, norms, ws, cotangents = inputs((3, 4), 32, (16, 24), seed=4)
+    around = cotangents[0][..., :1] * x
+
+    def total(x, skip):
+        *ys, x = (
+            *run(x, outer, norms, ws, eps=1e-6, outer_eps=1e-5, skip=skip),
+            *([] if skip else [x]),
+        )
+        return sum(jnp.sum(y * c) for y, c in zip(ys, cotangents, strict=True)) + jnp.sum(
+            x * around
+        )
+
+    value, gradient = jax.value_and_grad(total)(x, True)
+    expected_value, expected = jax.value_and_grad(total)(x, False)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    assert relative_rms(gradient, expected) < 1e-6
+
+
 def test_reference_agrees():
     x, _, (b,), (w,), (c,) = inputs((6,), 72, (24,))
     trits, scale = ternarize(w)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels.cross_entropy import reference, xla
+from pallas_kernels.cross_entropy import pallas_gpu, reference, xla
 from pallas_kernels.cross_entropy.api import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
@@ -119,7 +119,9 @@ def test_integer_sums_are_exact():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(5, 301)).astype(np.float32)
     trits = rng.integers(-1, 2, (11, 301)).astype(np.int8)
-    logits, (q, scale) = xla._logits(jnp.asarray(x), jnp.asarray(trits), jnp.float32(0.5))
+    w_scale = jnp.float32(0.5)
+    q, scale, _ = xla._operands(jnp.asarray(x), w_scale)
+    logits = xla._logits(q, scale, jnp.asarray(trits), w_scale)
     sums = np.asarray(q, np.int64) @ trits.astype(np.int64).T
     expected = sums.astype(np.float32) * (np.asarray(scale) * np.float32(0.5))
     np.testing.assert_array_equal(logits, expected)
@@ -238,3 +240,55 @@ def test_bad_input_is_named():
         ternary_linear_cross_entropy(x, w, w, 1.0, targets)
     with pytest.raises(ValueError, match="w_scale"):
         ternary_linear_cross_entropy(x, w, w.astype(jnp.int8), jnp.ones(5), targets)
+
+
+@pytest.mark.parametrize("head", ["linear", "ternary"])
+@pytest.mark.parametrize(("N", "V", "D", "chunk_size"), [(5, 7, 5, None), (13, 4500, 16, 4)])
+def test_the_gpu_program_equals_the_xla_program(head, N, V, D, chunk_size):
+    """The kernel over rows is interpreted; vocabularies below and above one block."""
+    x, w, trits, scale, targets, _ = make_inputs(N, V, D, jnp.float32)
+    weights = (jnp.asarray(w, jnp.float32), None) if head == "linear" else (trits, scale)
+    weights = jax.tree.map(jnp.asarray, weights)
+    arguments = (jnp.asarray(x, jnp.float32), *weights, jnp.asarray(targets))
+    options = {"z_loss": 1e-2, "chunk_size": chunk_size}
+    for name in ("forward", "forward_with_gradients"):
+        want = jax.jit(functools.partial(getattr(xla, name), **options))(*arguments)
+        tested = functools.partial(getattr(pallas_gpu, name), **options, interpret=True)
+        for a, b in zip(jax.jit(tested)(*arguments), want, strict=True):
+            assert a.dtype == b.dtype
+            assert relative_rms(a, b) < 2e-6
+
+
+def test_rows_that_are_not_finite_stay_so_and_ties_take_the_first():
+    logits = jnp.zeros((4, 5000)).at[0, 7].set(jnp.inf).at[1, 4999].set(jnp.nan).at[2].set(-jnp.inf)
+    loss, _, _, gradient = pallas_gpu.softmax_rows(
+        logits, jnp.array([1, 2, -1, 0]), 0.0, jnp.float32, interpret=True
+    )
+    assert not np.isfinite(loss[:2]).any()
+    np.testing.assert_array_equal(loss[2], 0)
+    np.testing.assert_array_equal(gradient[2], 0)
+    _, correct, lse, _ = pallas_gpu.softmax_rows(
+        jnp.zeros((2, 5000)), jnp.array([0, 4096]), 0.0, jnp.float32, interpret=True
+    )
+    np.testing.assert_array_equal(correct, [True, False])
+    np.testing.assert_allclose(lse, np.log(5000), rtol=1e-6)
+
+
+def test_the_gpu_program_lowers_for_an_h100():
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Explicit,), abstract_device=h100)
+    N, V, D = 4096, 32000, 1024
+    shapes = [((N, D), jnp.bfloat16), ((V, D), jnp.float32), ((V, D), jnp.int8), ((N,), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+
+    def gradients(x, w, trits, targets):
+        def total(x, w):
+            return ternary_linear_cross_entropy_sum(
+                x, w, trits, 0.02, targets, chunk_size=2048, implementation="pallas_gpu"
+            )[0]
+
+        return jax.grad(total, (0, 1))(x, w)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "softmax_rows" in text

@@ -101,7 +101,7 @@ def test_kernels_equal_xla(implementation, leading, k, own, outer, dtype):
         np.testing.assert_allclose(g, e, rtol=2e-6)
 
     stats = expected[3]
-    backward = functools.partial(api.norm_backward, eps=1e-6)
+    backward = functools.partial(api.norm_backward, eps=1e-6, d_skip=residual)
     arguments = (expected[0], weights, outer_weight, stats, gradients, scales)
     expected = jax.jit(functools.partial(backward, implementation="xla"))(*arguments)
     got = jax.jit(functools.partial(backward, implementation=implementation, interpret=True))(
@@ -146,7 +146,7 @@ def test_times_silu_kernels_equal_xla(implementation, leading, k, own):
         options = {"implementation": implementation, "interpret": True, "times_silu": s}
         forward = api.norm_quant(x, weights, outer_weight, **EPS, **options)
         return forward, api.norm_backward(
-            x, weights, outer_weight, forward[3], gradients, scales, eps=1e-6, **options
+            x, weights, outer_weight, forward[3], gradients, scales, eps=1e-6, d_skip=x, **options
         )
 
     got, expected = both(implementation, x, s), both("xla", x, s)
@@ -184,6 +184,23 @@ def test_backward_equals_autodiff(leading, k, own, outer, silu):
     assert (got[4] is not None) == silu
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_rms(g, e) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_gradient_around_the_norm_is_added(implementation, gated):
+    k = 48
+    x, weights, _, gradients, scales = inputs((9,), k, 1, False)
+    if gated:
+        x = jnp.concatenate([x, x[::-1]], axis=-1)
+    options = {"implementation": implementation, "interpret": True, "gated": gated}
+    stats = api.norm_quant(x, weights, eps=1e-6, **options)[3]
+    d_skip = inputs((9,), x.shape[-1], 0, False, seed=1)[0]
+    arguments = (x, weights, None, stats, gradients, scales)
+    without = api.norm_backward(*arguments, eps=1e-6, **options)
+    added = api.norm_backward(*arguments, eps=1e-6, d_skip=d_skip, **options)
+    assert relative_rms(added[0], without[0] + d_skip) < 1e-6
+    assert relative_rms(added[1][0], without[1][0]) < 1e-6
 
 
 def test_programs_that_walk_several_rows_cover_all():
