@@ -270,10 +270,12 @@ class MeshConfig:
     """Devices that share each copy's parameters and optimiser state, each on its own rows."""
     tensor: int = 1
     """Devices that share each matrix product."""
+    sequence: int = 1
+    """Devices that share each row, every one a stretch of its tokens (MLGRU only)."""
 
     def __post_init__(self) -> None:
         _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "set -1 or above 0")
-        _require_positive(self, ("fsdp", "tensor"), "mesh.")
+        _require_positive(self, ("fsdp", "tensor", "sequence"), "mesh.")
 
 
 @dataclass(frozen=True)

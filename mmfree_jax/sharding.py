@@ -1,5 +1,6 @@
 """The mesh, and the one table that says how each parameter is laid out on it."""
 
+import bisect
 import math
 import re
 from collections.abc import Sequence
@@ -7,16 +8,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first: what lies further out may cross a slower network. Between slices or hosts
+# only the data axis should, then fsdp; a row's pieces and a matrix's are exchanged in every
+# layer, and stay within a host.
+AXES = ("data", "fsdp", "sequence", "tensor")
 
-# A batch is split over every axis that holds rows of its own.
-BATCH = P(("data", "fsdp"))
+# A batch [B, T] is split over every axis that holds tokens of its own.
+_ROWS = ("data", "fsdp")
+BATCH = P(_ROWS, "sequence")
 
 # Parameter path -> layout. Matrices are [out, in], those of blocks with a leading layer axis.
 # Tensor parallelism splits the outputs of the projections that read the residual stream and
@@ -39,32 +45,66 @@ _TABLE: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges devices on the axes data, fsdp and tensor.
+    """Arranges devices on the axes data, fsdp, sequence and tensor, neighbours innermost.
+
+    Devices of several slices (TPU) or hosts (GPU) are arranged so that as little as possible
+    crosses the network between them: the data axis first, then fsdp.
 
     Args:
       config: the axes' sizes; data = -1 takes what the others leave.
       devices: to arrange; None: all.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or cannot be divided
+        over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    inner = config.fsdp * config.tensor
+    shape = mesh_shape(config, len(devices))
+    return Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """The sizes of `AXES` on `count` devices.
+
+    Raises:
+      ConfigError: they do not multiply to it.
+    """
+    inner = config.fsdp * config.sequence * config.tensor
     if config.data == -1 and count % inner:
         raise ConfigError(
-            f"mesh.fsdp x mesh.tensor is {config.fsdp} x {config.tensor} = {inner}: choose sizes "
-            f"whose product divides the {count} devices"
+            f"mesh.fsdp x mesh.sequence x mesh.tensor is {config.fsdp} x {config.sequence} x "
+            f"{config.tensor} = {inner}: choose sizes whose product divides the {count} devices"
         )
-    shape = (count // inner if config.data == -1 else config.data, config.fsdp, config.tensor)
+    data = count // inner if config.data == -1 else config.data
+    shape = (data, config.fsdp, config.sequence, config.tensor)
     if math.prod(shape) != count:
         raise ConfigError(
             f"mesh is {' x '.join(map(str, shape))} = {math.prod(shape)} devices but there are "
             f"{count}: set mesh.data to -1, or sizes whose product is {count}"
         )
-    if len(devices) == jax.device_count():
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return shape
+
+
+def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in an array of `shape`, the network between slices on the outermost axes."""
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    if len(slices) == 1:
+        if devices[0].platform == "tpu" and len(devices) == jax.device_count():
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return np.array(devices).reshape(shape)
+    left, between = len(slices), []
+    for size in shape:
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    if left > 1:
+        raise ConfigError(
+            f"mesh is {' x '.join(map(str, shape))} on {len(slices)} slices or hosts: make "
+            f"mesh.data, or mesh.data x mesh.fsdp, a multiple of {len(slices)}"
+        )
+    within = [size // parts for size, parts in zip(shape, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
 
 
 def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
@@ -80,7 +120,15 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
             f"batch_size / grad_accum is {micro_batch} rows: choose a multiple of {rows}, the "
             "devices on mesh.data x mesh.fsdp"
         )
-    model = config.model
+    model, pieces = config.model, mesh.shape["sequence"]
+    if config.data.seq_len % pieces:
+        raise ConfigError(
+            f"data.seq_len is {config.data.seq_len}: choose a multiple of mesh.sequence ({pieces})"
+        )
+    if pieces > 1 and model.mixer == "attention":
+        raise ConfigError(
+            f"mesh.sequence is {pieces}: attention needs whole rows; set 1, or model.mixer to mlgru"
+        )
     sizes = {
         "model.vocab_size": model.vocab_size,
         "model.hidden_size": model.hidden_size,
@@ -142,8 +190,54 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Layout of the arrays of a batch, [B, ...]."""
+    """Layout of the arrays of a batch, [B, T]."""
     return NamedSharding(mesh, BATCH)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Layout of arrays [B, ...] of which every device of a row has all."""
+    return NamedSharding(mesh, P(_ROWS))
+
+
+def process_rows(mesh: Mesh, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Rows of a batch of `shape` [B, T] that this process's devices hold any part of."""
+    found = batch_sharding(mesh).addressable_devices_indices_map(shape)
+    rows: set[int] = set()
+    for index in found.values():
+        assert index is not None
+        rows.update(range(*index[0].indices(shape[0])))
+    return tuple(sorted(rows))
+
+
+def place_batch(
+    mesh: Mesh, batch: dict[str, np.ndarray], rows: tuple[int, ...], size: int
+) -> dict[str, jax.Array]:
+    """The global batch, of which this process has read `rows`.
+
+    Args:
+      mesh: to lay it out on.
+      batch: [len(rows), T] each.
+      rows: as `process_rows` gives them for [size, T].
+      size: rows of the global batch.
+    """
+    sharding = batch_sharding(mesh)
+
+    def place(local: np.ndarray) -> jax.Array:
+        def piece(index: Any) -> np.ndarray:
+            # A device's rows are neighbours, in the global batch and so in `rows`.
+            wanted = range(*index[0].indices(size))
+            at = bisect.bisect_left(rows, wanted[0])
+            return local[at : at + len(wanted), index[1]]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, piece)
+
+    return {name: place(local) for name, local in batch.items()}
+
+
+def _ambient() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` set, if it is one of ours; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or not set(AXES) <= set(mesh.axis_names) else mesh
 
 
 def token_axes(shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -151,39 +245,71 @@ def token_axes(shape: tuple[int, ...]) -> tuple[str, ...]:
 
     Kernels that work token by token take these to run on each device's own rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    mesh = _ambient()
+    if mesh is None or mesh.size == 1:
         return ()
-    return () if shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+    return () if shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else _ROWS
 
 
-def whole_matrix_axes(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """`token_axes`, where no axis splits the matrices; none where one does."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return () if mesh.empty or mesh.shape.get("tensor", 1) > 1 else token_axes(shape)
+def flat_token_axes(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Mesh axes that split the tokens that `flatten_tokens` gives, [N, ...].
+
+    None where an axis splits the matrices that they meet, or the shape does not divide.
+    """
+    mesh = _ambient()
+    if mesh is None or mesh.size == 1 or mesh.shape["tensor"] > 1:
+        return ()
+    axes = _ROWS if mesh.shape["sequence"] == 1 else (*_ROWS, "sequence")
+    return () if shape[0] % math.prod(mesh.shape[a] for a in axes) else axes
+
+
+def flatten_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [B T, ...], every device's own tokens together.
+
+    Where the sequence is split that is another order than a reshape's, which would move
+    tokens between devices; what is summed over tokens does not mind.
+    """
+    mesh = _ambient()
+    B, T, *rest = x.shape
+    flat = (B * T, *rest)
+    if mesh is None or mesh.shape["sequence"] == 1:
+        return x.reshape(flat)
+    rows, pieces = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+    if B % rows or T % pieces:
+        return x.reshape(flat)
+    split = x.reshape(rows, B // rows, pieces, T // pieces, *rest).swapaxes(1, 2)
+    return jax.lax.with_sharding_constraint(split.reshape(flat), P((*_ROWS, "sequence")))
 
 
 def channel_partition(shape: tuple[int, ...]) -> P | None:
-    """How element-wise work on [B, T, D] is split: rows, and channels over the tensor axis.
+    """How element-wise work on [B, T, D] is split: rows, time, and channels over tensor.
 
     Returns:
       The layout; None where no mesh of several devices is set, or the shape does not divide
       over it (a single row that initialises a model, say) and the compiler had better decide.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    mesh = _ambient()
+    if mesh is None or mesh.size == 1:
         return None
-    if shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) or shape[2] % mesh.shape["tensor"]:
+    sizes = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"], mesh.shape["tensor"])
+    if any(length % size for length, size in zip(shape, sizes, strict=True)):
         return None
-    return P(("data", "fsdp"), None, "tensor")
+    return P(_ROWS, "sequence" if sizes[1] > 1 else None, "tensor")
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Pins [B, ...] to the batch's layout where a mesh is set; elsewhere the identity."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    """Pins [B, T, ...] to the batch's layout where a mesh is set; elsewhere the identity."""
+    return x if _ambient() is None else jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def whole_rows(table_VD: jax.Array) -> jax.Array:
+    """A table to look rows up in, its channels together: the fsdp axis gathers the table.
+
+    Left to itself the compiler gathers what was looked up instead, on every device all of it.
+    """
+    if _ambient() is None:
+        return table_VD
+    return jax.lax.with_sharding_constraint(table_VD, P("tensor", None))
 
 
 def _flatten(tree: Any) -> list[tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import load_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import PRESETS, preset
+from mmfree_jax.process_options import ProcessOptions
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -22,7 +23,8 @@ config.yaml as --config.
 presets: {", ".join(PRESETS)}
 
 Exit codes: 0 complete, or max_minutes reached; 143 SIGTERM and 130 SIGINT, both after saving a
-checkpoint; 2 something to put right, in one line."""
+checkpoint; 2 something to put right, in one line; 75 another process of the run is gone or
+hangs: start all again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class _Arguments:
     """Named size to start from; see the list above."""
     config: Path | None
     """YAML file over it; keys are the flags' names, nested at the dots."""
+    processes: ProcessOptions
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -40,8 +43,12 @@ def resolve_config(argv: Sequence[str], *, prog: str = "mmfree train") -> TrainC
     Raises:
       ConfigError: a flag, key or value is unknown or malformed; the message names it.
     """
-    default = _Arguments(None, None, base_config(argv))
-    return parse(_Arguments, argv, prog=prog, description=_DESCRIPTION, default=default).run
+    return _parse(argv, prog).run
+
+
+def _parse(argv: Sequence[str], prog: str) -> _Arguments:
+    default = _Arguments(None, None, ProcessOptions(), base_config(argv))
+    return parse(_Arguments, argv, prog=prog, description=_DESCRIPTION, default=default)
 
 
 def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainConfig:
@@ -86,9 +93,12 @@ def _last_value(argv: list[str], flag: str) -> str | None:
 
 def train(argv: Sequence[str]) -> int:
     """Train a language model, or go on with a run."""
-    config = resolve_config(argv)
+    arguments = _parse(argv, "mmfree train")
+    from mmfree_jax import processes
     from mmfree_jax.train.loop import train as run_training  # JAX starts here, not for --help
     from mmfree_jax.train.stop import EXIT_CODES
 
-    summary = run_training(config)
+    processes.join(arguments.processes)
+    with processes.leaving_at_once():
+        summary = run_training(arguments.run, process_options=arguments.processes)
     return EXIT_CODES.get(summary["stopped_by"] or "", 0)

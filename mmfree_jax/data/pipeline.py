@@ -1,8 +1,8 @@
 """From prepared data sets to batches: seeded shuffle, mixtures, exact position.
 
-The rows of step s are a pure function of (config, global batch size, s). Each process
-takes a contiguous slice of them, so any number of processes sees the same global batch,
-and a run resumes at step s by asking for step s.
+The rows of step s are a pure function of (config, global batch size, s). Each process reads
+those that its devices hold, so any number of processes sees the same global batch, and a run
+resumes at step s by asking for step s.
 
 A batch is `{"tokens", "targets", "segment_ids"}`, int32 [rows, T]: see ARCHITECTURE.md.
 """
@@ -54,8 +54,7 @@ def make_train_iterator(
     config: DataConfig,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of training rows without end, from step `start_step` on.
@@ -67,26 +66,25 @@ def make_train_iterator(
     Args:
       config: folders, weights, row length, seed and prefetch depth.
       batch_size: rows in the global batch.
-      process_index: which slice of the global batch to return.
-      process_count: number of slices.
+      rows: which of them to read and return; None: all.
       start_step: step of the first batch.
 
     Returns:
-      An iterator over dicts of int32 [batch_size / process_count, seq_len]; `close()` stops
-      its prefetching threads.
+      An iterator over dicts of int32 [len(rows), seq_len]; `close()` stops its prefetching
+      threads.
 
     Raises:
-      ConfigError: batch_size is not a multiple of process_count.
+      ConfigError: a row lies outside the batch.
       DataError: a folder cannot be read, or is shorter than one row.
     """
-    low, high = _process_slice(batch_size, process_index, process_count)
+    mine = _check_rows(batch_size, rows)
     datasets = open_mixture(config)
-    rows = _shuffled_rows(datasets, config)
-    _ = rows[0]  # grain sets up its statistics on first use, which is not thread-safe
+    shuffled = _shuffled_rows(datasets, config)
+    _ = shuffled[0]  # grain sets up its statistics on first use, which is not thread-safe
 
     def batch_at(i: int) -> Batch:
         first = (start_step + i) * batch_size
-        picks: list[Any] = [rows[first + j] for j in range(low, high)]
+        picks: list[Any] = [shuffled[first + j] for j in mine]
         return stack_rows([datasets[k].row(r, config.seq_len) for k, r in picks])
 
     steps = grain.MapDataset.range(sys.maxsize // batch_size - start_step - 1).map(batch_at)
@@ -96,16 +94,14 @@ def make_train_iterator(
     return iter(steps.to_iter_dataset(options))
 
 
-def _process_slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    """Rows low ... high - 1 of the global batch belong to this process."""
-    if batch_size <= 0 or batch_size % process_count:
-        raise ConfigError(
-            f"batch_size is {batch_size}: choose a multiple of the {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index is {process_index}: set 0 to {process_count - 1}")
-    local = batch_size // process_count
-    return process_index * local, (process_index + 1) * local
+def _check_rows(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
+    """The rows to read of each global batch."""
+    if batch_size <= 0:
+        raise ConfigError(f"batch_size is {batch_size}: set 1 or more")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ConfigError(f"rows is {rows!r}: name some of 0 to {batch_size - 1}")
+    return tuple(rows)
 
 
 def _shuffled_rows(datasets: Sequence[TokenDataset], config: DataConfig) -> grain.MapDataset:
@@ -156,17 +152,19 @@ class EvalBatches:
       bytes_per_token: mean text bytes per target; bits per byte =
         mean nats per target / ln 2 / bytes_per_token.
       identity: the tokenizer's identity.
+      batch_size: rows in the global batch.
+      rows: those of them that are read here.
     """
 
     num_batches: int
     num_predicted: int
     bytes_per_token: float
     identity: dict
+    batch_size: int
+    rows: tuple[int, ...]
     _datasets: tuple[TokenDataset, ...]
     _picks: tuple[tuple[int, int], ...]
     _seq_len: int
-    _batch_size: int
-    _slice: tuple[int, int]
 
     def __len__(self) -> int:
         return self.num_batches
@@ -174,12 +172,11 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         empty = np.zeros(0, np.int32)
         padding = pad_row({"tokens": empty, "targets": empty, "segment_ids": empty}, self._seq_len)
-        low, high = self._slice
         for b in range(self.num_batches):
-            first = b * self._batch_size
-            mine = self._picks[first + low : first + high]
-            rows = [self._datasets[k].row(r, self._seq_len) for k, r in mine]
-            yield stack_rows(rows + [padding] * (high - low - len(rows)))
+            places = [b * self.batch_size + j for j in self.rows]
+            picks = [self._picks[i] if i < len(self._picks) else None for i in places]
+            rows = [p and self._datasets[p[0]].row(p[1], self._seq_len) for p in picks]
+            yield stack_rows([row or padding for row in rows])
 
 
 def make_eval_batches(
@@ -188,8 +185,7 @@ def make_eval_batches(
     batch_size: int,
     num_batches: int | None = None,
     split: str = HELDOUT,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> EvalBatches:
     """Batches of a held-out split, in order and without shuffling.
 
@@ -204,14 +200,13 @@ def make_eval_batches(
       batch_size: rows in the global batch.
       num_batches: batches at most; None: the whole split.
       split: "heldout" or "train".
-      process_index: which slice of each global batch to return.
-      process_count: number of slices.
+      rows: which rows of each global batch to read and return; None: all.
 
     Raises:
-      ConfigError: batch_size is not a multiple of process_count.
+      ConfigError: a row lies outside the batch.
       DataError: no folder has the split, or it cannot be read.
     """
-    bounds = _process_slice(batch_size, process_index, process_count)
+    mine = _check_rows(batch_size, rows)
     if num_batches is not None and num_batches <= 0:
         raise ConfigError(f"num_batches is {num_batches}: set 1 or more")
     having = [i for i, p in enumerate(config.paths) if load_index(p).splits.get(split)]
@@ -240,11 +235,11 @@ def make_eval_batches(
         num_predicted=total,
         bytes_per_token=num_bytes / total,
         identity=datasets[0].identity,
+        batch_size=batch_size,
+        rows=mine,
         _datasets=tuple(datasets),
         _picks=picks,
         _seq_len=config.seq_len,
-        _batch_size=batch_size,
-        _slice=bounds,
     )
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.sharding import batch_sharding
+from mmfree_jax.sharding import row_sharding
 
 # Positions of each row whose logits are held at once.
 HEAD_POSITIONS = 8
@@ -71,7 +71,7 @@ def put_batch(mesh: Mesh | None, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
     """Arrays [B, ...] on the devices that share a batch."""
     if mesh is None:
         return tuple(jnp.asarray(a) for a in arrays)
-    sharding = batch_sharding(mesh)
+    sharding = row_sharding(mesh)
     return tuple(
         jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays
     )

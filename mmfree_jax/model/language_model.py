@@ -9,7 +9,7 @@ from mmfree_jax.model import functional, remat
 from mmfree_jax.model.block import Block, Rows
 from mmfree_jax.model.linear import Linear, NormScale, project
 from mmfree_jax.model.state import State
-from mmfree_jax.sharding import constrain_batch
+from mmfree_jax.sharding import constrain_batch, whole_rows
 
 
 class Embedding(nn.Module):
@@ -27,7 +27,7 @@ class Embedding(nn.Module):
             (c.vocab_size, c.hidden_size),
             jnp.dtype(c.param_dtype),
         )
-        return jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.dtype(c.residual_dtype))
+        return jnp.take(whole_rows(table_VD), tokens_BT, axis=0).astype(jnp.dtype(c.residual_dtype))
 
 
 class LanguageModel(nn.Module):

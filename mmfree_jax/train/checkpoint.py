@@ -28,6 +28,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from mmfree_jax import processes
 from mmfree_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -205,10 +206,25 @@ def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
     """Reads the newest checkpoint under `folder` that is whole; None if there is none at all.
 
     A damaged one is passed over with a warning that names it, and set aside as
-    `<step>.damaged` so that the step can be saved again.
+    `<step>.damaged` so that the step can be saved again. With several processes, process 0
+    alone reads every file to check it and decides; the others read their part of the same.
 
     Raises:
       CheckpointError: a checkpoint is whole but of other shapes, or all are damaged.
+    """
+    step = processes.first(lambda: find_newest(folder))
+    if step is None:
+        return None
+    return processes.together(
+        lambda: restore(folder / str(step), abstract_state, check_files=False)
+    )
+
+
+def find_newest(folder: Path) -> int | None:
+    """The step of the newest checkpoint that is whole, damaged ones set aside; None if none.
+
+    Raises:
+      CheckpointError: all are damaged.
     """
     steps = checkpoint_steps(folder)
     for step in reversed(steps):
@@ -219,7 +235,7 @@ def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
             _set_aside(path)
             warnings.warn(f"{e}; falling back to the checkpoint before", stacklevel=2)
             continue
-        return restore(path, abstract_state, check_files=False)
+        return step
     if steps:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}): "
@@ -229,11 +245,10 @@ def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
 
 
 def _set_aside(path: Path) -> None:
-    if jax.process_index() == 0:
-        target, n = path.with_name(f"{path.name}.damaged"), 1
-        while target.exists():
-            target, n = path.with_name(f"{path.name}.damaged-{n}"), n + 1
-        path.rename(target)
+    target, n = path.with_name(f"{path.name}.damaged"), 1
+    while target.exists():
+        target, n = path.with_name(f"{path.name}.damaged-{n}"), n + 1
+    path.rename(target)
 
 
 def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:
@@ -366,6 +381,10 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
         self._raise_failure()
+
+    def abandon(self) -> None:
+        """Leaves the save under way to itself: it waits for a process that is gone."""
+        self._thread = self._failure = None
 
     def _raise_failure(self) -> None:
         if self._failure is None:

@@ -7,6 +7,7 @@ device always has a step queued while the host reads, logs and fetches the next 
 import contextlib
 import errno
 import functools
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +17,19 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmfree_jax import processes
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.errors import CheckpointError, MMFreeError, TrainingError
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.sharding import batch_sharding
+from mmfree_jax.processes import ProcessLostError, ProcessOptions
+from mmfree_jax.sharding import place_batch, process_rows
 from mmfree_jax.train.checkpoint import Checkpointer
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
-from mmfree_jax.train.run_dir import CHECKPOINTS, check_run_dir, lock_run_dir, write_config
+from mmfree_jax.train.run_dir import CHECKPOINTS, check_run_dir, open_run_dir, write_config
 from mmfree_jax.train.setup import (
     Run,
     check_same_data,
@@ -37,7 +40,8 @@ from mmfree_jax.train.setup import (
 )
 from mmfree_jax.train.sinks import make_progress, make_sinks
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
-from mmfree_jax.train.stop import StopRequest, agree, catch_signals
+from mmfree_jax.train.stop import Agreement, StopRequest, catch_signals
+from mmfree_jax.train.watchdog import Watchdog
 
 Sampler = Callable[..., str]
 
@@ -48,16 +52,20 @@ def train(
     clock: Callable[[], float] = time.monotonic,
     sampler: Sampler | None = None,
     on_step: Callable[[int], None] | None = None,
+    process_options: ProcessOptions | None = None,
 ) -> Summary:
     """Trains one model, from the newest good checkpoint in `config.run_dir` if there is one.
 
-    SIGTERM and SIGINT end the run early with a checkpoint; so does `config.max_minutes`.
+    SIGTERM and SIGINT end the run early with a checkpoint; so does `config.max_minutes`. With
+    several processes (`processes.join` comes before) all call this alike, and a signal to one
+    stops all.
 
     Args:
       config: the run.
       clock: seconds from any origin, for `max_minutes`, `checkpoint.every_minutes` and rates.
       sampler: writes the sample texts; default: `mmfree_jax.infer.sample_text`.
       on_step: called with the number of each step after it was dispatched.
+      process_options: how long to bear with another process that is silent or hangs.
 
     Returns:
       What summary.json holds; `status` is "complete" or "stopped", and `stopped_by` says by what.
@@ -67,14 +75,20 @@ def train(
       DataError: data is missing, damaged or does not fit the model.
       CheckpointError: a checkpoint cannot be read or written, or another job uses run_dir.
       TrainingError: the loss is not finite, or device memory is too small.
+      ProcessLostError: another process is gone.
     """
     run = open_run(config)
     is_writer = jax.process_index() == 0
-    lock = lock_run_dir(run.run_dir) if is_writer else contextlib.nullcontext()
-    with lock, catch_signals() as request:
-        check_run_dir(run.run_dir, config)
-        check_same_data(run)
-        if (summary := finished_summary(run)) is not None:
+    with contextlib.ExitStack() as held, catch_signals() as request:
+        open_run_dir(run.run_dir, held)
+        watchdog = _watch(process_options, held)
+
+        def look() -> Summary | None:
+            check_run_dir(run.run_dir, config)
+            check_same_data(run)
+            return finished_summary(run)
+
+        if (summary := processes.first(look)) is not None:
             return summary
         state, restored, messages = start_state(run)
         start = restored.step if restored else 0
@@ -107,13 +121,19 @@ def train(
             stack.callback(recorder.close)
             stack.callback(_wait_quietly, checkpointer)
             try:
-                loop = _Loop(run, recorder, checkpointer, request, clock, sampler, on_step)
+                loop = _Loop(
+                    run, recorder, checkpointer, request, clock, sampler, on_step, watchdog
+                )
                 stack.callback(loop.close)
                 return loop.run(state, start)
-            except jax.errors.JaxRuntimeError as e:
-                if "RESOURCE_EXHAUSTED" not in str(e):
+            except (jax.errors.JaxRuntimeError, ValueError) as e:  # Gloo's are ValueErrors
+                if "RESOURCE_EXHAUSTED" in str(e):
+                    raise TrainingError(_out_of_memory(config)) from e
+                lost = watchdog.explain() if watchdog else None
+                if lost is None:
                     raise
-                raise TrainingError(_out_of_memory(config)) from e
+                checkpointer.abandon()  # it would wait for the one that is gone
+                raise ProcessLostError(lost) from e
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                     raise
@@ -121,6 +141,17 @@ def train(
                     f"run_dir {run.run_dir} cannot be written to: {e.strerror}; put that right "
                     "and run the command again: it resumes"
                 ) from e
+
+
+def _watch(options: ProcessOptions | None, held: contextlib.ExitStack) -> Watchdog | None:
+    """A watchdog over the run's processes, until `held` closes; None where there is but one."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return None
+    watchdog = Watchdog(index, count, processes.Notes(), options or ProcessOptions())
+    watchdog.start()
+    held.callback(watchdog.stop)
+    return watchdog
 
 
 def _wait_quietly(checkpointer: Checkpointer) -> None:
@@ -150,7 +181,10 @@ class _Loop:
         clock: Callable[[], float],
         sampler: Sampler | None,
         on_step: Callable[[int], None] | None,
+        watchdog: Watchdog | None,
     ):
+        self._beat = watchdog.beat if watchdog else lambda place: None
+        self._agree = Agreement(run.mesh, 3)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer
         self._request, self._clock, self._on_step = request, clock, on_step
         self._sampler = sampler or _default_sampler
@@ -160,6 +194,7 @@ class _Loop:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._ternary: dict[str, Any] = {}
         self._iterator: Any = None
+        self._rows: tuple[int, ...] = ()
         self._profiling = False
         self.compile_seconds = 0.0
 
@@ -168,12 +203,10 @@ class _Loop:
         config, recorder, watch = self._run.config, self._recorder, self._recorder.watch
         stopped_by, done = None, start
         if start < config.steps:
+            rows = process_rows(self._run.mesh, (config.batch_size, config.data.seq_len))
+            self._rows = rows
             self._iterator = make_train_iterator(
-                config.data,
-                batch_size=config.batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                start_step=start,
+                config.data, batch_size=config.batch_size, rows=rows, start_step=start
             )
             batch = self._next_batch()
             step_fn = self._compile(state, batch)
@@ -204,11 +237,8 @@ class _Loop:
         return write_report(self._run, recorder, done, stopped_by, self.compile_seconds)
 
     def _next_batch(self) -> dict[str, jax.Array]:
-        sharding = batch_sharding(self._run.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, rows)
-            for name, rows in next(self._iterator).items()
-        }
+        size = self._run.config.batch_size
+        return place_batch(self._run.mesh, next(self._iterator), self._rows, size)
 
     def _compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
         """Compiles the step ahead of its first call, so that its time is known."""
@@ -222,6 +252,7 @@ class _Loop:
             )
             compiled = step_fn.lower(state, batch, schedule).compile()
         self.compile_seconds = self._clock() - begin
+        self._beat("compiling")
         self._recorder.message(f"compiled the training step in {self.compile_seconds:.1f} s")
         return lambda state, batch: compiled(state, batch, schedule)
 
@@ -231,6 +262,7 @@ class _Loop:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._beat(f"step {step}")
         self._recorder.on_step(step, values)
         config = self._run.config
         if step % config.log.every_steps == 0 or step == config.steps or self._ternary:
@@ -244,11 +276,12 @@ class _Loop:
         minutes = config.checkpoint.every_minutes
         out_of_time = bool(config.max_minutes) and now - self._began >= config.max_minutes * 60
         save_by_time = bool(minutes) and now - self._saved_at >= minutes * 60
-        signalled, out_of_time, save_by_time = agree(
-            self._request.signal is not None, is_first and out_of_time, is_first and save_by_time
+        mine = signal.Signals[self._request.signal].value if self._request.signal else 0
+        signalled, out_of_time, save_by_time = self._agree(
+            mine, is_first and out_of_time, is_first and save_by_time
         )
         is_last = done == config.steps
-        must_save = is_last or signalled or out_of_time or save_by_time
+        must_save = bool(is_last or signalled or out_of_time or save_by_time)
         must_save |= done % config.checkpoint.every_steps == 0
 
         if _is_due(config.log.ternary_every_steps, done) or is_last:
@@ -264,7 +297,7 @@ class _Loop:
         if must_save:
             self._save(state, done)
         if signalled:
-            return self._request.signal or "SIGTERM"
+            return signal.Signals(signalled).name
         return "max_minutes" if out_of_time and not is_last else None
 
     def _save(self, state: TrainState, done: int) -> None:
@@ -278,6 +311,7 @@ class _Loop:
                 state,
                 checkpoint_metadata(self._run, done, self._recorder.meter, self._recorder.seconds),
             )
+        self._beat(f"saving step {done}")
         self._saved_at = self._clock()
 
     def _evaluate(self, state: TrainState, done: int) -> None:
@@ -287,17 +321,14 @@ class _Loop:
             return
         self._read_metrics()
         with self._recorder.watch.section("eval"):
-            sharding = batch_sharding(self._run.mesh)
             sums = {"loss": 0.0, "correct": 0.0, "tokens": 0.0}
             for host_batch in batches:
-                batch = {
-                    name: jax.make_array_from_process_local_data(sharding, rows)
-                    for name, rows in host_batch.items()
-                }
+                batch = place_batch(self._run.mesh, host_batch, batches.rows, batches.batch_size)
                 with jax.set_mesh(self._run.mesh):
                     result = jax.device_get(self._eval_step(state.params, batch))
                 for name in sums:
                     sums[name] += float(getattr(result, name))
+                self._beat(f"evaluation at step {done}")
         self._recorder.eval_record(done, sums, batches.bytes_per_token)
 
     def _sample(self, state: TrainState, done: int) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.quantize import fake_quantize_int8, fake_ternarize
-from mmfree_jax.sharding import whole_matrix_axes
+from mmfree_jax.sharding import flat_token_axes, flatten_tokens
 from pallas_kernels.cross_entropy.api import (
     CrossEntropy,
     linear_cross_entropy_sum,
@@ -80,7 +80,7 @@ def head_cross_entropy(
             targets_N,
             z_loss=z_loss,
             chunk_size=chunk,
-            token_axes=whole_matrix_axes(targets_N.shape),
+            token_axes=flat_token_axes(targets_N.shape),
         )
     if options.int8_activations:
         x_ND = fake_quantize_int8(x_ND)
@@ -92,7 +92,7 @@ def head_cross_entropy(
         targets_N,
         z_loss=z_loss,
         chunk_size=chunk,
-        token_axes=whole_matrix_axes(targets_N.shape),
+        token_axes=flat_token_axes(targets_N.shape),
     )
 
 
@@ -124,9 +124,9 @@ def loss_sums(
         batch["segment_ids"],
         method="hidden",
     )
-    targets_N = batch["targets"].reshape(-1)
+    targets_N = flatten_tokens(batch["targets"])
     objective, result = head_cross_entropy(
-        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        flatten_tokens(x_BTD),
         targets_N,
         params,
         ternary,

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import platform
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -22,23 +20,10 @@ from mmfree_jax.train.run_dir import (
     SUMMARY,
     TENSORBOARD,
 )
-from mmfree_jax.train.setup import Run
+from mmfree_jax.train.setup import Run, versions
 from mmfree_jax.train.sinks import format_count
 
 Summary = dict[str, Any]
-
-_PACKAGES = ("mmfree-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            found[name] = None
-    return found
 
 
 def describe(run: Run) -> str:

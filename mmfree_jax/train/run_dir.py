@@ -6,6 +6,7 @@ The files in it are listed in ARCHITECTURE.md.
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mmfree_jax import processes
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
@@ -78,12 +80,45 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
             ) from e
         try:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+            os.pwrite(descriptor, _owner().encode(), 0)
         except OSError as e:
             raise CheckpointError(f"run_dir {run_dir} cannot be written to: {e.strerror}") from e
         yield
     finally:
         os.close(descriptor)  # also unlocks
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float = 15.0) -> None:
+    """Process 0 locks `run_dir` until `held` closes; the others check that they see the same.
+
+    Raises:
+      CheckpointError: another job holds it, or a process sees another folder of that name.
+    """
+
+    def lock() -> str:
+        held.enter_context(lock_run_dir(run_dir))
+        return _owner()
+
+    owner = processes.first(lock)
+
+    def look() -> None:
+        deadline = time.monotonic() + patience  # network file systems may lag behind
+        while True:
+            with contextlib.suppress(OSError):
+                if (run_dir / LOCK).read_text(encoding="utf-8") == owner:
+                    return
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"run_dir {run_dir.absolute()} is not the folder that process 0 writes to: "
+                    "put it on a file system that all hosts share"
+                )
+            time.sleep(0.2)
+
+    processes.together(look)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

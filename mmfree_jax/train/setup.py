@@ -1,21 +1,26 @@
 """Everything that is checked and opened before a run compiles anything."""
 
 import dataclasses
+import hashlib
+import os
+import platform
 import shutil
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from mmfree_jax import processes
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.dataset import TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError, MMFreeError
-from mmfree_jax.sharding import check_divisible, make_mesh, state_shardings
+from mmfree_jax.sharding import check_divisible, make_mesh, process_rows, state_shardings
 from mmfree_jax.train.checkpoint import Restored, newest_manifest, restore_newest
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 from mmfree_jax.train.run_dir import CHECKPOINTS, TOKENIZER
@@ -50,10 +55,34 @@ class Run:
 def open_run(config: TrainConfig) -> Run:
     """Checks the config against the devices and the data, and opens the data.
 
+    Several processes also compare what they were started on, before anything is compiled.
+
     Raises:
-      ConfigError: the mesh, the batch or the model does not divide over the devices.
+      ConfigError: the mesh, the batch or the model does not divide over the devices; or the
+        processes differ, which names the one and the field.
       DataError: data is missing or damaged, or does not fit the model.
     """
+    devices = jax.local_devices()
+    processes.check_alike(
+        {
+            "versions": versions(),
+            "config": to_dict(config),
+            "devices": f"{len(devices)} x {devices[0].device_kind}",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        }
+    )
+    run = processes.together(lambda: _open_run(config))
+    processes.check_alike({"data": run.data_identity, "mesh": _arrangement(run.mesh)})
+    return run
+
+
+def _arrangement(mesh: Mesh) -> dict[str, Any]:
+    """The mesh's axes, and a digest of which device stands where."""
+    order = ",".join(str(device.id) for device in mesh.devices.flat)
+    return {**mesh.shape, "device order": hashlib.sha256(order.encode()).hexdigest()[:12]}
+
+
+def _open_run(config: TrainConfig) -> Run:
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     data = tuple(open_mixture(config.data))
@@ -67,13 +96,13 @@ def open_run(config: TrainConfig) -> Run:
             )
     eval_batches = None
     if config.eval.batches:
+        # No larger than a micro-batch: evaluation must not need more memory than training.
+        rows = config.batch_size // config.grad_accum
         eval_batches = make_eval_batches(
             config.data,
-            # No larger than a micro-batch: evaluation must not need more memory than training.
-            batch_size=config.batch_size // config.grad_accum,
+            batch_size=rows,
             num_batches=config.eval.batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(mesh, (rows, config.data.seq_len)),
         )
     tokenizer = None
     if config.eval.sample_tokens:
@@ -87,6 +116,20 @@ def open_run(config: TrainConfig) -> Run:
         eval_batches=eval_batches,
         tokenizer=tokenizer,
     )
+
+
+_PACKAGES = ("mmfree-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            found[name] = None
+    return found
 
 
 def check_same_data(run: Run) -> None:

@@ -177,10 +177,16 @@ def state_shapes(config: TrainConfig, optimizer: Optimizer) -> TrainState:
 
 def init_sharded(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The initial state, made in place on the mesh: no device ever holds all of it."""
-    init = functools.partial(init_state, config, optimizer)
-    shardings = state_shardings(mesh, state_shapes(config, optimizer))
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+        return jit_init(config, optimizer, mesh)(jax.random.key(config.seed))
+
+
+def jit_init(
+    config: TrainConfig, optimizer: Optimizer, mesh: Mesh
+) -> Callable[[jax.Array], TrainState]:
+    """`init_state` compiled for the mesh."""
+    shardings = state_shardings(mesh, state_shapes(config, optimizer))
+    return jax.jit(functools.partial(init_state, config, optimizer), out_shardings=shardings)
 
 
 def jit_train_step(

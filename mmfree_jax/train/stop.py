@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 # Exit codes of a run that was told to stop and saved first: the shell's 128 + signal.
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
@@ -46,9 +48,37 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def agree(*flags: bool) -> tuple[bool, ...]:
-    """The flags that any process raises, the same on all: they save and stop together."""
-    if jax.process_count() == 1:
-        return flags
-    gathered = multihost_utils.process_allgather(np.array(flags))
-    return tuple(map(bool, gathered.any(axis=0)))
+class Agreement:
+    """What any process wants, known to all at the same step, without making a device wait.
+
+    With several processes, each hands in its wishes after every step; their maximum is
+    computed on the devices behind that step and read after the next one. So all processes see
+    the same, one step late, and none waits for what it has just dispatched.
+    """
+
+    def __init__(self, mesh: Mesh, width: int):
+        self._width = width
+        self._pending: jax.Array | None = None
+        self._alone = jax.process_count() == 1
+        flat = Mesh(mesh.devices.reshape(-1), ("all",))
+        self._split = NamedSharding(flat, P("all"))
+        self._shape = (flat.size, width)
+        self._maximum = jax.jit(
+            lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(flat, P())
+        )
+
+    def __call__(self, *wishes: int) -> tuple[int, ...]:
+        """Hands in this process's wishes, numbers from 0 up; all processes must call it.
+
+        Returns:
+          The largest of each that any process handed in: alone, now; else one call ago, and
+          zeros the first time.
+        """
+        if self._alone:
+            return wishes
+        mine = np.array([wishes], np.int32)
+        given = jax.make_array_from_callback(self._shape, self._split, lambda _: mine)
+        before, self._pending = self._pending, self._maximum(given)
+        if before is None:
+            return (0,) * self._width
+        return tuple(int(x) for x in np.asarray(before))

@@ -120,7 +120,7 @@ def test_exit_codes_of_a_run_that_was_stopped(monkeypatch, capsys):
     from mmfree_jax.train import loop
 
     for stopped_by, code in ((None, 0), ("max_minutes", 0), ("SIGTERM", 143), ("SIGINT", 130)):
-        monkeypatch.setattr(loop, "train", lambda config, s=stopped_by: {"stopped_by": s})
+        monkeypatch.setattr(loop, "train", lambda config, s=stopped_by, **_: {"stopped_by": s})
         assert main(["train"]) == code
 
 

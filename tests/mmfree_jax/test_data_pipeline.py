@@ -103,7 +103,7 @@ def test_processes_share_one_global_batch(folders, weights):
     whole = take(config, 30, batch_size=8)
     for count in (2, 4):
         parts = [
-            take(config, 30, batch_size=8, process_index=i, process_count=count)
+            take(config, 30, batch_size=8, rows=range(8 * i // count, 8 * (i + 1) // count))
             for i in range(count)
         ]
         joined = [
@@ -192,9 +192,7 @@ def test_eval_slices_and_limits(folders):
     whole = list(pipeline.make_eval_batches(config, batch_size=8, num_batches=2))
     assert len(whole) == 2
     parts = [
-        pipeline.make_eval_batches(
-            config, batch_size=8, num_batches=2, process_index=i, process_count=4
-        )
+        pipeline.make_eval_batches(config, batch_size=8, num_batches=2, rows=(2 * i, 2 * i + 1))
         for i in range(4)
     ]
     joined = [
@@ -238,8 +236,8 @@ def test_refusals(folders, tmp_path, config):
     long = dataclasses.replace(config, seq_len=10**6)
     with pytest.raises(DataError, match=r"lower data\.seq_len"):
         pipeline.make_train_iterator(long, batch_size=1)
-    with pytest.raises(ConfigError, match="multiple of the 3 processes"):
-        pipeline.make_train_iterator(config, batch_size=4, process_count=3)
+    with pytest.raises(ConfigError, match="name some of 0 to 3"):
+        pipeline.make_train_iterator(config, batch_size=4, rows=(3, 4))
     with pytest.raises(DataError, match=r"data\.paths is empty"):
         pipeline.make_train_iterator(DataConfig(), batch_size=1)
     with pytest.raises(DataError, match="does not exist"):

@@ -106,6 +106,8 @@ def _assert_same_run(actual, expected):
 
 
 _SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
+# The last is the sequence axis: 16 tokens a row in up to 8 pieces, documents across their edges.
+_SHAPES += [(1, 1, 1, 8), (2, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
 @pytest.mark.slow
@@ -122,6 +124,14 @@ def test_every_mesh_of_eight_gives_the_losses_of_one_device(one_device, shape):
         lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), updates, expected_updates
     )
     assert max(jax.tree.leaves(differences)) < 0.02, differences
+
+
+@pytest.mark.slow
+def test_convolutions_see_across_the_edges_of_a_split_sequence():
+    config = _config(model=dataclasses.replace(preset("tiny").model, short_conv=3))
+    expected, _ = _losses(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    losses, _ = _losses(config, make_mesh(MeshConfig(data=2, sequence=4)))
+    _assert_same_run(losses, expected)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""The `mmfree launch`, `mmfree compile` and `mmfree bench scaling` commands."""

@@ -1,0 +1,117 @@
+"""`mmfree bench scaling`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.scaling.plan import parse_case, plan_cases
+from launch.scaling.report import figure, read_results, table, training_times
+from launch.scaling.run import Options, run_study
+from mmfree_jax.cli.parse import parse
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.train.checkpoint import write_text_atomically
+
+
+def scaling(argv: Sequence[str]) -> int:
+    """Measure the training step on 1 to all GPUs of this host; make the table and figure."""
+    argv = list(argv)
+
+    def measure(
+        out: Path | None = None,
+        presets: tuple[str, ...] = (),
+        devices: tuple[int, ...] = (1, 2, 4, 8),
+        layouts: tuple[str, ...] = ("data", "fsdp"),
+        mode: str = "weak",
+        batch_per_device: int = 8,
+        seq_len: int = 2048,
+        cases: tuple[str, ...] = (),
+        max_minutes: float | None = None,
+        compile_minutes: float = 3.0,
+        parallel_compiles: int | None = None,
+        report: Path | None = None,
+    ) -> int:
+        """Measure how the training step scales over the GPUs of this host.
+
+        Every configuration compiles at once in a process of its own, then each is timed on
+        GPUs that no other is using. Records are appended to OUT/results.jsonl as they come;
+        `--report OUT` makes OUT/scaling.md and OUT/scaling.png from them.
+
+        Args:
+          out: folder for the results; also the compilation cache.
+          presets: models; all combinations with devices and layouts are measured, in order.
+          devices: numbers of GPUs.
+          layouts: data, fsdp, data+fsdp, fsdp+tensor.
+          mode: weak (rows a GPU fixed) or strong (global batch fixed).
+          batch_per_device: rows on each GPU; strong: on each of the most GPUs.
+          seq_len: tokens in a row.
+          cases: single configurations before the combinations: PRESET:LAYOUT:GPUS[:ROWS], and
+            behind it +plain (XLA's own flags) or +checkpoint (time a save and a restore).
+          max_minutes: what is not done by then is recorded as not run.
+          compile_minutes: how long to wait for all to compile.
+          parallel_compiles: processes that compile at once; default: a quarter of the cores.
+          report: only make the table and figure from the results in this folder.
+        """
+        if report is not None:
+            return _report(report)
+        if out is None:
+            raise ConfigError("out is not given: name a folder for the results, or --report one")
+        if mode not in ("weak", "strong"):
+            raise ConfigError(f"mode is {mode!r}: choose weak or strong")
+        planned = [parse_case(text, batch_per_device, seq_len) for text in cases]
+        if presets:
+            planned += plan_cases(presets, devices, layouts, mode, batch_per_device, seq_len)
+        if not planned:
+            raise ConfigError("presets and cases are empty: name at least one model")
+        unique = list({case.name: case for case in planned}.values())
+        options = Options(
+            out=out,
+            max_minutes=max_minutes,
+            compile_minutes=compile_minutes,
+            parallel_compiles=parallel_compiles,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(
+            out / "study.json",
+            json.dumps({"command": ["mmfree", "bench", "scaling", *argv], "versions": _versions()}),
+        )
+        records = run_study(unique, options, say=_say)
+        _report(out)
+        return 0 if any("error" not in record for record in records) else 1
+
+    return parse(measure, argv, prog="mmfree bench scaling")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("jax", "jaxlib", "flax")} | {
+        "python": sys.version.split()[0]
+    }
+
+
+def _report(folder: Path) -> int:
+    records = read_results(folder)
+    study = folder / "study.json"
+    about = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
+    done = [r for r in records if "error" not in r]
+    kinds = ", ".join(sorted({r["device_kind"] for r in done}))
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
+    text = "\n".join(
+        [
+            f"Devices: {kinds}; {versions}. Random tokens; medians of 5 groups of 4 steps.",
+            f"Command: `{' '.join(about.get('command', ['?']))}`",
+            "",
+            table(records),
+            training_times(records),
+        ]
+    )
+    write_text_atomically(folder / "scaling.md", text)
+    if done:
+        figure(records, folder / "scaling.png")
+    print(text)
+    return 0

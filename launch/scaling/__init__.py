@@ -1,0 +1,1 @@
+"""How training speed scales with the number of GPUs of one host."""

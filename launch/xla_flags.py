@@ -1,0 +1,33 @@
+"""XLA's switches for several GPUs: the one place they are chosen and explained."""
+
+import os
+from collections.abc import Mapping
+
+# On top of XLA's defaults, which schedule for latency already:
+#  - pipelined_*: a collective of the layer loop starts in one turn and is waited for in the
+#    next, so that the last one of a layer too has work to hide behind. The gradients'
+#    all-reduce (data), and the weights' all-gather and gradients' reduce-scatter (fsdp).
+#  - combine thresholds: a layer's few matrices travel together, in messages large enough for
+#    the links' full rate, while a layer's still leave before the next one's are ready.
+OVERLAP = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_pipelined_all_reduce=true",
+    "--xla_gpu_enable_pipelined_all_gather=true",
+    "--xla_gpu_enable_pipelined_reduce_scatter=true",
+    "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
+    "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
+    "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
+)
+
+
+def with_overlap(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with the switches above in $XLA_FLAGS, behind which the user's own still win."""
+    flags = environ.get("XLA_FLAGS", "").split()
+    given = {flag.partition("=")[0] for flag in flags}
+    added = [flag for flag in OVERLAP if flag.partition("=")[0] not in given]
+    return dict(environ) | {"XLA_FLAGS": " ".join([*added, *flags])}
+
+
+def overlap_flags(environ: Mapping[str, str] = os.environ) -> str:
+    """What to export as $XLA_FLAGS."""
+    return with_overlap(environ)["XLA_FLAGS"]

@@ -1,0 +1,109 @@
+"""How the processes of a run find each other: flags over the environment.
+
+Nothing here imports JAX, so that a command's help does not start it.
+"""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """How the processes of a run find each other. Unset: from the environment."""
+
+    coordinator: str | None = None
+    """Address of process 0, host:port; else $JAX_COORDINATOR_ADDRESS, SLURM, Open MPI, TPU, GKE."""
+    count: int | None = None
+    """Number of processes; else $JAX_NUM_PROCESSES, or as above."""
+    index: int | None = None
+    """Which one this is, from 0; else $JAX_PROCESS_ID, or as above."""
+    join_seconds: float = 300.0
+    """How long to wait for the others at the start."""
+    beat_seconds: float = 2.0
+    """Seconds between signs of life."""
+    silent_seconds: float = 60.0
+    """Give up when a process has shown no sign of life for this long."""
+    hang_seconds: float = 1200.0
+    """Give up when a process has finished nothing (step, evaluation, save) for this long."""
+
+    def __post_init__(self) -> None:
+        if self.coordinator is not None and not re.search(r".:\d+$", self.coordinator):
+            raise ConfigError(
+                f"processes.coordinator is {self.coordinator!r}: give host:port of process 0"
+            )
+        if self.count is not None and self.count < 1:
+            raise ConfigError(f"processes.count is {self.count}: set 1 or more")
+        if self.index is not None and not 0 <= self.index < (self.count or self.index + 1):
+            raise ConfigError(
+                f"processes.index is {self.index}: set 0 to processes.count - 1 ({self.count})"
+            )
+        for name in ("join_seconds", "beat_seconds", "silent_seconds", "hang_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"processes.{name} is {getattr(self, name)}: set above 0")
+
+
+def find_processes(options: ProcessOptions, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments for `jax.distributed.initialize`; None where the process is alone.
+
+    What is left out of them JAX finds itself: it knows SLURM, Open MPI, TPU pods and GKE.
+
+    Raises:
+      ConfigError: a variable is not a number, or coordinator, count and index are incomplete.
+    """
+    found: dict[str, Any] = {
+        "coordinator_address": options.coordinator or environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": options.count
+        if options.count is not None
+        else _number(environ, "JAX_NUM_PROCESSES"),
+        "process_id": options.index
+        if options.index is not None
+        else _number(environ, "JAX_PROCESS_ID"),
+    }
+    given = {name: value for name, value in found.items() if value is not None}
+    if _is_managed(environ):
+        return given
+    if not given or found["num_processes"] == 1:
+        return None
+    if len(given) < len(found):
+        flags = {
+            "coordinator_address": "--processes.coordinator",
+            "num_processes": "--processes.count",
+            "process_id": "--processes.index",
+        }
+        missing = " and ".join(flags[name] for name in found if name not in given)
+        raise ConfigError(f"{missing} missing: outside SLURM, Open MPI and TPU pods give all three")
+    # Everything is known: JAX need not look around, and must not pick one device a process.
+    return given | {"cluster_detection_method": "deactivate"}
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    if name not in environ:
+        return None
+    if not environ[name].isdecimal():
+        raise ConfigError(f"${name} is {environ[name]!r}: set a number")
+    return int(environ[name])
+
+
+def _is_managed(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher that JAX knows started several processes, or this is a TPU host."""
+    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
+        return int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) > 1
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return int(environ["OMPI_COMM_WORLD_SIZE"]) > 1
+    if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in environ:
+        return True
+    # A host of a TPU pod knows its siblings from the metadata server alone, which JAX asks.
+    platforms = environ.get("JAX_PLATFORMS", "tpu")
+    has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return (
+        has_tpu
+        and "tpu" in platforms
+        and "TPU_SKIP_MDS_QUERY" not in environ
+        and importlib.util.find_spec("libtpu") is not None
+    )

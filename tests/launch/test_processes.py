@@ -1,0 +1,160 @@
+"""Real processes with collectives over Gloo: same losses, and what happens when one fails."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.local import Plan, environment, mmfree_command
+from mmfree_jax.config import MeshConfig, TrainConfig
+from mmfree_jax.config_io import dump_yaml
+from mmfree_jax.processes import EXIT_LOST
+from mmfree_jax.train.checkpoint import checkpoint_steps, verify
+from mmfree_jax.train.loop import train
+from mmfree_jax.train.metrics import read_history
+from mmfree_jax.train.run_dir import lock_run_dir
+
+# Float32 sums in another order, over 120 steps. A batch with its rows in another order, or one
+# update lost or made twice, moves a loss by over 1e-3.
+TOLERANCE = 2e-5
+STEPS = 120
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step on record."""
+    return max((r["step"] for r in read_history(run_dir / "metrics.jsonl")), default=0)
+
+
+def losses(run_dir: Path) -> dict[tuple[str, int], float]:
+    """Loss by kind of record and step."""
+    return {
+        (r["kind"], r["step"]): r["loss"]
+        for r in read_history(run_dir / "metrics.jsonl")
+        if "loss" in r
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(pod_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, of eight devices on a mesh of another shape."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    log = dataclasses.replace(pod_config.log, progress="none")
+    mesh = MeshConfig(data=4, fsdp=2)
+    train(dataclasses.replace(pod_config, run_dir=str(run_dir), mesh=mesh, log=log))
+    return run_dir
+
+
+def _assert_same_losses(run_dir: Path, alone: Path, steps: int = STEPS) -> None:
+    actual, expected = losses(run_dir), losses(alone)
+    expected = {key: loss for key, loss in expected.items() if key[1] <= steps}
+    assert actual.keys() == expected.keys()
+    assert [key for key in actual if key[0] == "train"] == [
+        ("train", step) for step in range(1, steps + 1)
+    ]
+    for key, loss in expected.items():
+        np.testing.assert_allclose(actual[key], loss, rtol=TOLERANCE, err_msg=str(key))
+
+
+@pytest.mark.slow
+def test_two_processes_survive_a_kill_a_signal_and_a_stop(launch, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    checkpoints = run_dir / "checkpoints"
+
+    # One is killed: the other names it and ends; the launcher says which and how.
+    first = launch(2, run_dir, "--mesh.fsdp", "2")
+    first.until(lambda: last_step(run_dir) >= 12)
+    pid = first.processes[1].pid
+    first.processes[1].kill()
+    assert first.wait() == 128 + signal.SIGKILL
+    assert f"[launch] process 1 (pid {pid}) was killed by SIGKILL" in first.text
+    assert (
+        f"[0] mmfree: error: process 1 (pid {pid} on {os.uname().nodename}) is gone" in first.text
+    )
+    assert f"process 0 (pid {first.processes[0].pid}) ended with {EXIT_LOST}" in first.text
+
+    # A signal to one alone: both save the same step and leave. On another mesh.
+    second = launch(2, run_dir)
+    second.until(lambda: "resumed from checkpoint" in second.text)
+    resumed = checkpoint_steps(checkpoints)[-1]
+    second.until(lambda: last_step(run_dir) >= resumed + 8)
+    second.processes[1].send_signal(signal.SIGTERM)
+    assert second.wait() == 128 + signal.SIGTERM
+    assert [p.returncode for p in second.processes] == [143, 143]
+    step = last_step(run_dir)
+    assert checkpoint_steps(checkpoints)[-1] == step
+    assert verify(checkpoints / str(step))["step"] == step
+
+    # One stands still: the other gives up with an exit code of its own, and names it.
+    third = launch(2, run_dir, grace=1.0)
+    third.until(lambda: last_step(run_dir) >= step + 3)
+    os.kill(third.processes[1].pid, signal.SIGSTOP)
+    assert third.wait() == EXIT_LOST
+    assert f"error: process 1 (pid {third.processes[1].pid} on" in third.text
+    assert "is gone or stopped: no sign of life for" in third.text
+    assert "[launch] killing process 1, still there" in third.text
+
+    # And to the end: as if nothing had happened.
+    last = launch(2, run_dir)
+    assert last.wait() == 0
+    assert "[0] complete at step" in last.text
+    _assert_same_losses(run_dir, alone)
+
+
+@pytest.mark.slow
+def test_restarts_with_four_two_and_three_processes(launch, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    for count, steps, mesh in ((4, 20, ("2", "2")), (2, 40, ("1", "2")), (3, 60, ("3", "1"))):
+        flags = ("--steps", str(steps), "--mesh.data", mesh[0], "--mesh.fsdp", mesh[1])
+        one = launch(count, run_dir, *flags, "--eval.batches", "0")
+        assert one.wait() == 0, one.text
+    actual = losses(run_dir)
+    expected = losses(alone)
+    assert len(actual) == 60
+    for key, loss in actual.items():
+        np.testing.assert_allclose(loss, expected[key], rtol=TOLERANCE, err_msg=str(key))
+
+
+def test_a_run_directory_in_use_is_refused_on_all(launch, tmp_path):
+    run_dir = tmp_path / "run"
+    with lock_run_dir(run_dir):
+        second = launch(2, run_dir)
+        assert second.wait() == 2
+    assert second.text.count(f"run_dir {run_dir} is in use by another job") == 1, second.text
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_processes_started_differently_are_told_which_and_how(
+    pod_config, pod_environment, tmp_path
+):
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(pod_config))
+    processes = []
+    for i in range(3):
+        argv = ["train", "--config", str(config), "--run-dir", str(tmp_path / "run")]
+        argv += ["--optimizer.b2", "0.5"] if i == 1 else []
+        plan = Plan(mmfree_command(argv), 3)
+        env = environment(plan, i, 18231, pod_environment)
+        processes.append(subprocess.Popen(plan.command, env=env, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2, 2]
+    expected = f"process 1 (pid {processes[1].pid} on {os.uname().nodename}) has "
+    expected += "config.optimizer.b2 0.5, process 0 0.95: start all with the same"
+    assert expected in errors[0]
+    assert not any("error" in text for text in errors[1:]), "said once, by process 0"
+
+
+def test_a_process_that_never_comes_is_not_waited_for_long(pod_config, pod_environment, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(pod_config))
+    argv = ["train", "--config", str(config), "--processes.join-seconds", "4"]
+    plan = Plan(mmfree_command(argv), 2)
+    env = environment(plan, 0, 18232, pod_environment)
+    done = subprocess.run(plan.command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == EXIT_LOST
+    line = [text for text in done.stderr.splitlines() if text.startswith("mmfree: error")]
+    assert len(line) == 1
+    assert "the 2 processes did not all meet at 127.0.0.1:18232 within 4 s" in line[0]
