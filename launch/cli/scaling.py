@@ -1,16 +1,20 @@
 """`mmfree bench scaling`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from launch.scaling.plan import parse_case, plan_cases
 from launch.scaling.report import figure, read_results, table, training_times
 from launch.scaling.run import Options, run_study
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.train.checkpoint import write_text_atomically
 
 
 def scaling(argv: Sequence[str]) -> int:
@@ -26,6 +30,7 @@ def scaling(argv: Sequence[str]) -> int:
         batch_per_device: int = 8,
         seq_len: int = 2048,
         cases: tuple[str, ...] = (),
+        model: tuple[str, ...] = (),
         max_minutes: float | None = None,
         compile_minutes: float = 3.0,
         parallel_compiles: int | None = None,
@@ -47,6 +52,7 @@ def scaling(argv: Sequence[str]) -> int:
           seq_len: tokens in a row.
           cases: single configurations before the combinations: PRESET:LAYOUT:GPUS[:ROWS], and
             behind it +plain (XLA's own flags) or +checkpoint (time a save and a restore).
+          model: fields of the model to change in all of them, as remat=dots.
           max_minutes: what is not done by then is recorded as not run.
           compile_minutes: how long to wait for all to compile.
           parallel_compiles: processes that compile at once; default: a quarter of the cores.
@@ -61,6 +67,8 @@ def scaling(argv: Sequence[str]) -> int:
         planned = [parse_case(text, batch_per_device, seq_len) for text in cases]
         if presets:
             planned += plan_cases(presets, devices, layouts, mode, batch_per_device, seq_len)
+        changes = tuple(map(_parse_change, model))
+        planned = [dataclasses.replace(case, changes=changes) for case in planned]
         if not planned:
             raise ConfigError("presets and cases are empty: name at least one model")
         unique = list({case.name: case for case in planned}.values())
@@ -71,15 +79,20 @@ def scaling(argv: Sequence[str]) -> int:
             parallel_compiles=parallel_compiles,
         )
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(
-            out / "study.json",
-            json.dumps({"command": ["mmfree", "bench", "scaling", *argv], "versions": _versions()}),
-        )
+        about = {"command": ["mmfree", "bench", "scaling", *argv], "versions": _versions()}
+        (out / "study.json").write_text(json.dumps(about), encoding="utf-8")
         records = run_study(unique, options, say=_say)
         _report(out)
         return 0 if any("error" not in record for record in records) else 1
 
     return parse(measure, argv, prog="mmfree bench scaling")
+
+
+def _parse_change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or name not in {f.name for f in dataclasses.fields(ModelConfig)}:
+        raise ConfigError(f"model holds {text!r}: give FIELD=VALUE, a field of the model's config")
+    return name, yaml.safe_load(value)
 
 
 def _say(text: str) -> None:
@@ -103,15 +116,15 @@ def _report(folder: Path) -> int:
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
     text = "\n".join(
         [
-            f"Devices: {kinds}; {versions}. Random tokens; medians of 5 groups of 4 steps.",
+            f"Devices: {kinds}; {versions}. Random tokens on the devices beforehand.",
             f"Command: `{' '.join(about.get('command', ['?']))}`",
             "",
             table(records),
             training_times(records),
         ]
     )
-    write_text_atomically(folder / "scaling.md", text)
+    (folder / "scaling.md").write_text(text, encoding="utf-8")
+    print(text)
     if done:
         figure(records, folder / "scaling.png")
-    print(text)
     return 0

@@ -34,7 +34,8 @@ class Case:
     @property
     def name(self) -> str:
         """A name without spaces, for files and tables."""
-        end = "" if self.overlap else "-plain"
+        end = "".join(f"-{name}={value}" for name, value in self.changes)
+        end += "" if self.overlap else "-plain"
         return f"{self.preset}-{self.mode}-{self.layout}-{self.devices}-b{self.batch_size}{end}"
 
 
@@ -76,7 +77,6 @@ def plan_cases(
     mode: str,
     batch_per_device: int,
     seq_len: int,
-    changes: Sequence[tuple[str, Any]] = (),
 ) -> list[Case]:
     """Every combination, the largest number of devices first and one device once.
 
@@ -102,7 +102,7 @@ def plan_cases(
                         f"{mesh.data * mesh.fsdp} devices"
                     )
                 label = "one" if count == 1 else layout
-                cases.append(Case(name, count, label, mode, rows, seq_len, changes=tuple(changes)))
+                cases.append(Case(name, count, label, mode, rows, seq_len))
     return cases
 
 

@@ -10,6 +10,7 @@ timed.
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 import traceback
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.scaling.plan import Case, train_config
-from mmfree_jax.train.checkpoint import write_text_atomically
+from mmfree_jax.config import tokens_per_step
+from mmfree_jax.train.flops import count_flops
 
 
 def read_case(path: Path) -> Case:
@@ -74,10 +76,24 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     from mmfree_jax.bench.train import measure_train_step
 
     config = train_config(case)
-    result = dataclasses.asdict(measure_train_step(config))
+    timing = timing_of(case)
+    result = dataclasses.asdict(measure_train_step(config, **timing)) | {"timing": timing}
     if case.checkpoint:
         result["checkpoint"] = measure_checkpoint(case, folder)
     return result
+
+
+def timing_of(case: Case) -> dict[str, int]:
+    """How many steps to time: fewer of those that will take long.
+
+    At a rough 3e14 operations a second on each device, about six seconds of them.
+    """
+    config = train_config(case)
+    work = count_flops(config.model, case.seq_len).training * tokens_per_step(config)
+    seconds = work / (3e14 * case.devices)
+    if seconds > 1.5:
+        return {"groups": 3, "steps_per_group": 1, "warmup": 1}
+    return {"groups": 5, "steps_per_group": max(1, min(4, round(1.2 / seconds))), "warmup": 2}
 
 
 def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
@@ -92,7 +108,8 @@ def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
     config = train_config(case)
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer)
     state = jax.block_until_ready(init_sharded(config, optimizer, mesh))
-    checkpointer = Checkpointer(folder / "checkpoints")
+    checkpoints = folder / "checkpoints"
+    checkpointer = Checkpointer(checkpoints)
     begin = time.perf_counter()
     checkpointer.save(1, state, {})
     blocked = time.perf_counter() - begin
@@ -105,17 +122,19 @@ def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
     )
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     del state
-    path = folder / "checkpoints" / "1"
+    path = checkpoints / "1"
     begin = time.perf_counter()
     verify(path)
     verified = time.perf_counter() - begin
     jax.block_until_ready(restore(path, abstract, check_files=False).state)
+    restored = time.perf_counter() - begin
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return {
         "gib": size / 2**30,
         "save_blocked_s": blocked,
         "save_s": saved,
         "verify_s": verified,
-        "restore_s": time.perf_counter() - begin,
+        "restore_s": restored,
     }
 
 
@@ -124,7 +143,9 @@ def main(folder: Path) -> int:
     case = read_case(folder / "case.json")
 
     def write(name: str, values: dict[str, Any]) -> None:
-        write_text_atomically(folder / name, json.dumps(values))
+        beside = folder / f".{name}.tmp"
+        beside.write_text(json.dumps(values), encoding="utf-8")
+        beside.replace(folder / name)
 
     try:
         write("compiled.json", compile_only(case))
