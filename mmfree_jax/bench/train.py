@@ -59,7 +59,7 @@ def measure_train_step(
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     optimizer = make_optimizer(config.optimizer)
-    schedule = schedule_values(config.optimizer, config.steps)
+    schedule = jax.device_put(schedule_values(config.optimizer, config.steps))
     state = init_sharded(config, optimizer, mesh)
     batch = _random_batch(config, batch_sharding(mesh))
     begin = time.perf_counter()

@@ -162,7 +162,13 @@ def norm_backward(
     rows = 1 + (gated or modulated) + (d_skip is not None) + count
     plan = plan or _backward_plan(k, rows, 2 * (count * own + outer))
     programs = min(plan.programs, m)
-    partials = jax.ShapeDtypeStruct((programs, k), jnp.float32)
+    sums = count * own + outer
+    # Each row is read by the program that writes it, before: a gated x, the largest array of a
+    # block, shares memory with its gradient, and the gradients do with the dequantised inputs.
+    first = 1 + modulated + (d_skip is not None)
+    aliases = {first + j: 1 + modulated + j for j in range(requantized)}
+    if any(g.dtype != x.dtype for g in gradients):
+        aliases = {}
     d_x, *outputs = pl.pallas_call(
         functools.partial(
             _backward_kernel, count=count, outer=outer, own=own, modulated=modulated, gated=gated,
@@ -173,12 +179,10 @@ def norm_backward(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             *([] if times_silu is None else [jax.ShapeDtypeStruct((m, k), times_silu.dtype)]),
             *[jax.ShapeDtypeStruct((m, k), x.dtype)] * requantized,
-            *[partials] * (count * own + outer),
+            *[jax.ShapeDtypeStruct((sums * programs, k), jnp.float32)] * (sums > 0),
         ],
         grid=(programs,),
-        # Each row is read by the program that writes it, before: a gated x, the largest array
-        # of a block, and its gradient share memory.
-        input_output_aliases={0: 0} if gated else {},
+        input_output_aliases=aliases | ({0: 0} if gated else {}),
         compiler_params=pltriton.CompilerParams(num_warps=plan.warps, num_stages=1),
         interpret=interpret,
         name="norm_backward",
@@ -194,9 +198,9 @@ def norm_backward(
     )  # fmt: skip
     d_times_silu = outputs.pop(0) if modulated else None
     inputs = tuple(outputs[:requantized])
-    sums = [jnp.sum(s, axis=0) for s in outputs[requantized:]]
-    d_weights = tuple(sums[:count]) if own else (None,) * count
-    d_outer = sums[-1] if outer else None
+    totals = list(jnp.sum(outputs[-1].reshape(sums, programs, k), axis=1)) if sums else []
+    d_weights = tuple(totals[:count]) if own else (None,) * count
+    d_outer = totals[-1] if outer else None
     return d_x.reshape(given.shape), d_weights, d_outer, inputs, d_times_silu
 
 
@@ -336,7 +340,7 @@ def _backward_kernel(
     d_x_ref = refs.pop(0)
     d_silu_ref = refs.pop(0) if modulated else None
     input_refs = [refs.pop(0) for _ in absmax_refs]
-    sum_refs = refs
+    (sums_ref,) = refs or (None,)
     m, k = gradient_refs[0].shape
     columns = _Columns(k, padded)
     scales = [ref[0] for ref in scale_refs]
@@ -407,7 +411,8 @@ def _backward_kernel(
             columns.store(d_x_ref, d, row)
         return tuple(sums)
 
-    init = tuple(jnp.zeros((padded,), jnp.float32) for _ in sum_refs)
+    count_sums = 0 if sums_ref is None else sums_ref.shape[0] // programs
+    init = tuple(jnp.zeros((padded,), jnp.float32) for _ in range(count_sums))
     sums = _walk(load, body, init, m=m, programs=programs, ahead=ahead)
-    for ref, value in zip(sum_refs, sums, strict=True):
-        columns.store(ref, value, pl.program_id(0))
+    for j, value in enumerate(sums):
+        columns.store(sums_ref, value, j * programs + pl.program_id(0))
