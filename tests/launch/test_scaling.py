@@ -1,0 +1,171 @@
+"""Scaling studies: which cases, on which devices, and what is made of the results."""
+
+import dataclasses
+import json
+
+import pytest
+
+from launch.cli.scaling import scaling
+from launch.scaling import report, run
+from launch.scaling.plan import Case, mesh_of, parse_case, plan_cases, train_config
+from launch.scaling.worker import read_case, timing_of, write_case
+from launch.xla_flags import OVERLAP, with_overlap
+from mmfree_jax.config import MeshConfig
+from mmfree_jax.errors import ConfigError
+
+
+def test_combinations_in_order_and_one_device_once():
+    cases = plan_cases(["370M", "1.3B"], [1, 2, 4], ["data", "fsdp"], "weak", 8, 2048)
+    assert [(c.devices, c.layout, c.batch_size) for c in cases if c.preset == "1.3B"] == [
+        (4, "data", 32),
+        (4, "fsdp", 32),
+        (2, "data", 16),
+        (2, "fsdp", 16),
+        (1, "one", 8),
+    ]
+    assert cases[0].preset == "370M"
+
+
+def test_strong_scaling_keeps_the_global_batch():
+    cases = plan_cases(["370M"], [1, 2, 4], ["data"], "strong", 8, 2048)
+    assert {case.batch_size for case in cases} == {32}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("13B:fsdp:8", Case("13B", 8, "fsdp", "weak", 64, 2048)),
+        ("7B:fsdp+tensor:4:2", Case("7B", 4, "fsdp+tensor", "weak", 8, 2048)),
+        ("370M:data:1", Case("370M", 1, "one", "weak", 8, 2048)),
+        (
+            "1.3B:data+fsdp:8+plain+checkpoint",
+            Case("1.3B", 8, "data+fsdp", "weak", 64, 2048, overlap=False, checkpoint=True),
+        ),
+    ],
+)
+def test_single_cases(text, expected):
+    assert parse_case(text, 8, 2048) == expected
+    train_config(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["13B", "13Z:data:1", "13B:rows:2", "13B:data:two", "13B:data:2+x"]
+)
+def test_malformed_cases_are_refused(text):
+    with pytest.raises(ConfigError, match="case is"):
+        parse_case(text, 8, 2048)
+
+
+def test_layouts_become_meshes():
+    assert mesh_of("data+fsdp", 8) == MeshConfig(data=2, fsdp=4)
+    assert mesh_of("fsdp+tensor", 8) == MeshConfig(data=1, fsdp=4, tensor=2)
+    with pytest.raises(ConfigError, match="layouts holds 'rows'"):
+        mesh_of("rows", 8)
+    with pytest.raises(ConfigError, match="even number"):
+        mesh_of("fsdp+tensor", 3)
+
+
+def test_a_case_survives_its_file(tmp_path):
+    case = Case("tiny", 2, "fsdp", "weak", 8, 64, changes=(("remat", "dots"),))
+    write_case(tmp_path / "case.json", case)
+    assert read_case(tmp_path / "case.json") == case
+    assert train_config(case).model.remat == "dots"
+
+
+def test_long_steps_are_timed_fewer_times():
+    assert timing_of(Case("370M", 8, "data", "weak", 64, 2048))["steps_per_group"] == 4
+    assert timing_of(Case("13B", 8, "fsdp", "weak", 64, 2048))["steps_per_group"] == 1
+
+
+def test_neighbours_share_the_host_and_the_largest_stand_alone(tmp_path):
+    counts = (8, 8, 4, 2, 1, 4, 2, 8)
+    workers = [run._Worker(Case("tiny", n, "data", "weak", 8, 64), tmp_path) for n in counts]
+    run._place(workers, 8)
+    sets = [set(worker.gpus) for worker in workers]
+    assert all(len(gpus) == n for gpus, n in zip(sets, counts, strict=True))
+    assert not sets[2] & sets[3]
+    assert not (sets[2] | sets[3]) & sets[4]
+    assert not sets[5] & sets[6]
+    assert workers[0].gpus[0] != workers[1].gpus[0], "tuned on different devices"
+
+
+def test_overlap_flags_leave_the_users_own():
+    flags = with_overlap({"XLA_FLAGS": "--xla_gpu_enable_pipelined_all_reduce=false --y=1"})
+    given = flags["XLA_FLAGS"].split()
+    assert given.count("--xla_gpu_enable_pipelined_all_reduce=false") == 1
+    assert len(given) == len(OVERLAP) + 1
+
+
+def _record(preset, devices, layout, rate, **extra):
+    case = dataclasses.asdict(Case(preset, devices, layout, "weak", 8 * devices, 2048))
+    return {
+        "name": f"{preset}-{layout}-{devices}",
+        "case": case,
+        "devices": devices,
+        "device_kind": "H",
+        "parameters": 370,
+        "tokens_per_s": rate * devices,
+        "step_ms": 100.0,
+        "model_tflops": 200.0 * devices,
+        "peak_gib": 31.5,
+        **extra,
+    }
+
+
+def test_the_report(tmp_path):
+    records = [
+        _record("370M", 1, "one", 100_000.0),
+        _record("370M", 8, "data", 95_000.0),
+        _record("370M", 8, "fsdp", 90_000.0, checkpoint={
+            "gib": 4.1, "save_blocked_s": 0.5, "save_s": 3.0, "verify_s": 1.0, "restore_s": 4.0,
+        }),
+        {"name": "bad", "case": {}, "error": "out of memory: 1"},
+    ]  # fmt: skip
+    text = report.table(records)
+    assert "| 370M | weak | 8 | data | 64 x 2048 | 95,000 | 95.0% | 100.0 | 200 | 31.5 |" in text
+    assert "| 370M | 8 | 4.1 | 0.5 | 3.0 | 4.0 |" in text
+    assert "Not measured: bad: out of memory: 1" in text
+    # 15e9 tokens at 760,000 a second.
+    assert "| 370M, 15B tokens | 8 x H, data | 760,000 | 5.5 | 5 |" in report.training_times(
+        records
+    )
+    (tmp_path / run.RESULTS).write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert scaling(["--report", str(tmp_path)]) == 0
+    assert (tmp_path / "scaling.png").stat().st_size > 5_000
+    assert "95.0%" in (tmp_path / "scaling.md").read_text()
+
+
+def test_a_later_success_replaces_a_failure_but_not_the_reverse(tmp_path):
+    good, bad = _record("370M", 1, "one", 1.0), {"name": "370M-one-1", "case": {}, "error": "x"}
+    for order in ((good, bad), (bad, good)):
+        (tmp_path / run.RESULTS).write_text("".join(json.dumps(r) + "\n" for r in order))
+        assert "error" not in report.read_results(tmp_path)[0]
+    with pytest.raises(ConfigError, match=r"holds no results\.jsonl"):
+        report.read_results(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_a_study_on_simulated_devices(tmp_path, pod_environment):
+    good = Case("tiny", 2, "fsdp", "weak", 4, 32, checkpoint=True)
+    odd = dataclasses.replace(good, batch_size=3, checkpoint=False)
+    options = run.Options(out=tmp_path / "out", parallel_compiles=2)
+    records = run.run_study([good, odd], options, environ=pod_environment, say=lambda text: None)
+    by_batch = {record["case"]["batch_size"]: record for record in records}
+    assert "choose a multiple of 2" in by_batch[3]["error"]
+    measured = by_batch[4]
+    assert measured["devices"] == 2
+    assert measured["tokens_per_s"] > 0
+    assert measured["checkpoint"]["restore_s"] > 0
+    lines = (tmp_path / "out" / run.RESULTS).read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == [r["name"] for r in records]
+    assert not list((tmp_path / "out").rglob("manifest.json")), "checkpoints are removed again"
+
+
+def test_a_study_that_runs_out_of_time_says_what_it_left_out(tmp_path, pod_environment):
+    case = Case("tiny", 1, "one", "weak", 4, 32)
+    times = iter([0.0] + [1000.0] * 100_000)
+    options = run.Options(out=tmp_path, max_minutes=1)
+    records = run.run_study(
+        [case], options, environ=pod_environment, clock=lambda: next(times), say=lambda text: None
+    )
+    assert records[0]["error"] == "not run to its end: max-minutes is over"
