@@ -62,15 +62,15 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
       ConfigError: no such preset, or the file is missing or malformed.
     """
     argv = list(argv)
-    name, path = _last_value(argv, "--preset"), _last_value(argv, "--config")
-    run = None if run_flag is None else _last_value(argv, run_flag)
+    name, path = last_value(argv, "--preset"), last_value(argv, "--config")
+    run = None if run_flag is None else last_value(argv, run_flag)
     if run is not None:
         if name is not None or path is not None:
             raise ConfigError(f"{run_flag} is {run!r}: leave out --preset and --config")
         path = str(Path(run) / "config.yaml")
     base = None if name is None else preset(name)
     base = load_yaml(path, base) if path is not None else base or TrainConfig()
-    source = _last_value(argv, "--init-from")
+    source = last_value(argv, "--init-from")
     if source is None:
         return base
     from mmfree_jax.interop.load import training_config  # imports JAX
@@ -78,7 +78,7 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
     return dataclasses.replace(base, model=training_config(source, base.model))
 
 
-def _last_value(argv: list[str], flag: str) -> str | None:
+def last_value(argv: list[str], flag: str) -> str | None:
     """The value of `flag` in `argv`, which tyro reads only once the defaults are known."""
     value = None
     for i, argument in enumerate(argv):

@@ -1,0 +1,80 @@
+"""`mmfree launch render`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from launch.render import PLATFORMS, render
+from mmfree_jax.cli.parse import parse
+from mmfree_jax.cli.train import last_value, resolve_config
+from mmfree_jax.config_io import from_dict
+from mmfree_jax.errors import ConfigError
+
+
+def render_job(argv: Sequence[str]) -> int:
+    """Write a job file for SLURM, a TPU pod or GKE: launch render slurm ... -- TRAIN ARGUMENTS."""
+    argv, train = list(argv), []
+    if "--" in argv:
+        at = argv.index("--")
+        argv, train = argv[:at], argv[at + 1 :]
+    platform = argv[0] if argv else ""
+    if platform in ("-h", "--help"):
+        print(f"usage: mmfree launch render {{{','.join(PLATFORMS)}}} [OPTIONS] -- TRAIN ARGUMENTS")
+        print("mmfree launch render slurm --help lists the values of SLURM, and so on.")
+        return 0
+    if platform not in PLATFORMS:
+        raise ConfigError(f"platform is {platform!r}: choose {', '.join(PLATFORMS)}")
+    kind = PLATFORMS[platform]
+    path = last_value(argv, "--values")
+    given = kind() if path is None else from_dict(kind, _read(path))
+    arguments: Any = parse(
+        _arguments(kind),
+        argv[1:],
+        prog=f"mmfree launch render {platform}",
+        description=(
+            f"{kind.__doc__}\n\nValues come from --values, a YAML file, and over it from the "
+            "flags. The arguments of mmfree train follow behind --. The file is checked, and "
+            "written to --out or printed."
+        ),
+        default=_arguments(kind)(None, None, given),
+    )
+    resolve_config(train)  # a job that is refused after an hour in the queue is a bad joke
+    text = render(arguments.job, train)
+    if arguments.out is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        arguments.out.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"out is {str(arguments.out)!r}: {e.strerror}") from e
+    if platform != "gke":
+        arguments.out.chmod(0o755)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _arguments(kind: type) -> type:
+    """The command's arguments: where from, where to, and the platform's values."""
+    return dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("values", Path | None),
+            ("out", Path | None),
+            ("job", Annotated[kind, tyro.conf.arg(name="")]),
+        ],
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"values is {path!r}: {e.strerror}") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    return values or {}

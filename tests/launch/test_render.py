@@ -1,0 +1,162 @@
+"""Job files: what they say, that they are valid, and what is refused."""
+
+import json
+import os
+import re
+import shlex
+import stat
+import subprocess
+
+import pytest
+import yaml
+
+from launch.cli.render import render_job
+from launch.render import Gke, Slurm, TpuVm, check_jobset, check_script, render
+from mmfree_jax.errors import ConfigError
+
+# Everything that a shell could stumble over.
+TRAIN = ["--preset", "1.3B", "--run-dir", '/shared/o\'hara $(reboot) `x`/"run"', "--steps", "9"]
+SLURM = Slurm(name="mm", nodes=4, partition="gpu", setup="source /shared/venv/bin/activate")
+TPU = TpuVm(name="t", project="p", zone="z", accelerator_type="v5litepod-256", nfs="10.0.0.2:/v")
+GPU_HOSTS = Gke(
+    name="mm", image="r/i:1", claim="c", accelerator="nvidia-h100-80gb", hosts=4, devices_per_host=8
+)
+SLICES = Gke(
+    name="mm",
+    image="r/i:1",
+    claim="c",
+    accelerator="tpu-v5-lite-podslice",
+    topology="16x16",
+    hosts=64,
+    devices_per_host=4,
+    slices=2,
+)
+
+
+def _with_stub(tmp_path, *names):
+    """A PATH on which the named programs write their arguments to calls.jsonl."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in names:
+        stub = folder / name
+        stub.write_text(
+            "#!/usr/bin/env python3\nimport json, os, sys\n"
+            f"open({str(tmp_path / 'calls.jsonl')!r}, 'a').write("
+            "json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + '\\n')\n"
+            f"sys.exit(int(os.environ.get('STUB_CODE', '0')) if {name!r} == 'srun' else 0)\n"
+        )
+        stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def _calls(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (143, True), (75, True), (2, False)])
+def test_the_slurm_job_runs_as_meant(tmp_path, code, requeued):
+    text = render(Slurm(name="mm", nodes=4, setup=":"), TRAIN)
+    env = _with_stub(tmp_path, "srun", "scontrol") | {"STUB_CODE": str(code), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash"], input=text, text=True, env=env, timeout=60)
+    assert done.returncode == code
+    first, *rest = _calls(tmp_path)
+    assert first == ["srun", "--label", "--kill-on-bad-exit=1", "mmfree", "train", *TRAIN]
+    assert rest == ([["scontrol", "requeue", "7"]] if requeued else [])
+
+
+def test_slurm_directives():
+    text = render(SLURM, TRAIN)
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
+    assert directives["nodes"] == "4"
+    assert directives["ntasks-per-node"] == directives["gpus-per-node"] == "8"
+    assert directives["partition"] == "gpu"
+    assert "account" not in directives
+    assert text.index("#SBATCH --requeue") < text.index("set -uo"), "sbatch stops at a command"
+
+
+def test_the_tpu_script_starts_the_same_command_on_all_hosts(tmp_path):
+    script = tmp_path / "tpu.sh"
+    script.write_text(render(TPU, TRAIN))
+    env = _with_stub(tmp_path, "gcloud")
+    for verb in ("create", "train", "stop"):
+        subprocess.run(["bash", script, verb], env=env, check=True, timeout=60)
+    create, train, stop = _calls(tmp_path)
+    assert "--accelerator-type=v5litepod-256" in create
+    assert "--worker=all" in train
+    command = next(word for word in train if word.startswith("--command=")).partition("=")[2]
+    words = shlex.split(command.partition(" > ")[0])
+    assert words == ["nohup", "mmfree/bin/mmfree", "train", *TRAIN]
+    assert "kill -TERM" in stop[-1]
+    assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == 2
+
+
+def test_gke_gpu_hosts_find_each_other():
+    job = yaml.safe_load(render(GPU_HOSTS, TRAIN))
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == 4
+    container = spec["template"]["spec"]["containers"][0]
+    assert container["command"] == ["mmfree", "train", *TRAIN]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    env = {one["name"]: one for one in container["env"]}
+    assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "mm-train-0-0.mm:8476"
+    assert env["JAX_NUM_PROCESSES"]["value"] == "4"
+    assert "completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+
+
+def test_gke_tpu_slices():
+    job = yaml.safe_load(render(SLICES, TRAIN))
+    replicated = job["spec"]["replicatedJobs"][0]
+    assert replicated["replicas"] == 2
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (Slurm(), "slurm needs name, nodes: give them in --values or as flags"),
+        (TpuVm(name="a", zone="z"), "tpu-vm needs project, accelerator_type, nfs"),
+        (Gke(name="a"), "gke needs image, claim, accelerator, hosts, devices_per_host"),
+        (Slurm(name="a b", nodes=1), "name is 'a b'"),
+        (Slurm(name="a", nodes=0), "nodes is 0"),
+        (Slurm(name="a", nodes=1, time="tomorrow"), "time is 'tomorrow'"),
+        (Slurm(name="a", nodes=1, partition="x\n#SBATCH --y"), "give one line"),
+        (Slurm(name="a", nodes=1, setup="if then"), "not valid: .* see the value of setup"),
+        (Gke(name="Big", image="i", claim="c", accelerator="nvidia", hosts=1, devices_per_host=8),
+         "name is 'Big'"),
+        (Gke(name="a", image="i", claim="c", accelerator="tpu-v5p", hosts=1, devices_per_host=4),
+         "topology is not given"),
+    ],
+)  # fmt: skip
+def test_refusals(values, message):
+    with pytest.raises(ConfigError, match=message):
+        render(values, TRAIN)
+
+
+def test_invalid_files_are_noticed():
+    with pytest.raises(ConfigError, match="not valid"):
+        check_script("case x in\n")
+    with pytest.raises(ConfigError, match="not valid"):
+        check_jobset("kind: JobSet\nspec: {}\n")
+    text = render(SLICES, TRAIN)
+    with pytest.raises(ConfigError, match="see parallelism"):
+        check_jobset(text.replace("completions: 64", "completions: 63"))
+
+
+def test_the_command_merges_values_and_flags(tmp_path, capsys):
+    values, out = tmp_path / "values.yaml", tmp_path / "job.sbatch"
+    values.write_text("name: mm\nnodes: 2\n")
+    argv = ["slurm", "--values", str(values), "--out", str(out), "--nodes", "3"]
+    assert render_job([*argv, "--", "--preset", "tiny"]) == 0
+    assert "#SBATCH --nodes=3" in out.read_text()
+    assert f"wrote {out}" in capsys.readouterr().out
+    values.write_text("nods: 2\n")
+    with pytest.raises(ConfigError, match="unknown config key 'nods'"):
+        render_job(argv)
+    with pytest.raises(ConfigError, match="preset is 'huge'"):
+        render_job(["slurm", "--name", "a", "--nodes", "1", "--", "--preset", "huge"])
+    with pytest.raises(ConfigError, match="platform is 'lsf'"):
+        render_job(["lsf"])
+    with pytest.raises(ConfigError, match="no arguments for mmfree train"):
+        render_job(["slurm", "--name", "a", "--nodes", "1"])
