@@ -67,9 +67,38 @@ def linear(
         x = fake_quantize_int8(x)
     if ternary_weights:
         weight = fake_ternarize(weight)
-    return jax.lax.dot_general(
-        x.astype(dtype),
-        weight.astype(dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    ).astype(dtype)
+    return product(x.astype(dtype), weight)
+
+
+@jax.custom_vjp
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x @ W^T for x [..., K] and W [N, K], all three products in x's dtype, sums in float32.
+
+    The derivative that JAX would take of it multiplies float32 cotangents, at half the speed or
+    less. Here they are rounded to x's dtype, and the weight's gradient is not rounded at all.
+    """
+    return _contract(x, weight.astype(x.dtype), (x.ndim - 1, 1)).astype(x.dtype)
+
+
+def _product_forward(x: jax.Array, weight: jax.Array):
+    rounded = weight.astype(x.dtype)
+    like = jnp.zeros((), weight.dtype)
+    return _contract(x, rounded, (x.ndim - 1, 1)).astype(x.dtype), (x, rounded, like)
+
+
+def _product_backward(residuals, dy: jax.Array):
+    x, rounded, like = residuals
+    dx = _contract(dy, rounded, (dy.ndim - 1, 0)).astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dw = _contract(dy, x, (rows, rows)).astype(like.dtype)
+    return dx, dw
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _contract(a: jax.Array, b: jax.Array, axes) -> jax.Array:
+    """The product over the axes given, of a and of b, with sums in float32 or wider."""
+    of_a, of_b = ((x,) if isinstance(x, int) else x for x in axes)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=wide)
