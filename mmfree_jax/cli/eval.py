@@ -23,6 +23,8 @@ def evaluate(
     context: int | None = None,
     batch_tokens: int | None = None,
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    numerics: str = "float",
+    numerics_steps: bool | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
     output: Path = Path("eval"),
     log_samples: bool = False,
@@ -45,6 +47,9 @@ def evaluate(
       context: Drop the state after every so many tokens, to see what a longer memory is worth.
       batch_tokens: Tokens in one batch; default: by the device's memory.
       compute_dtype: Dtype of activations; default: the model's own.
+      numerics: "float", as trained, or integers as hardware has them, beside it: fixed:w8a16 or
+        fixed:w8a8, with any of eps=, norms=, sigmoid=, rsqrt= (docs/hardware.md).
+      numerics_steps: Also what each step to these numerics costs; default: with --data.
       mesh: How to arrange several devices.
       output: Folder that receives the results as JSON, in one named after the model.
       log_samples: Also write every document's scores.
@@ -60,13 +65,21 @@ def evaluate(
 
         check_installed()
 
+    fixed = None
+    if numerics != "float":
+        from mmfree_jax.hardware.numerics import parse_numerics
+
+        fixed = parse_numerics(numerics)
+
     import jax
     from rich.console import Console
 
     from mmfree_jax.sharding import make_mesh
 
     devices = None
-    if jax.device_count() > 1 or mesh != MeshConfig():
+    if fixed is not None and mesh != MeshConfig():
+        raise ConfigError(f"--numerics is {numerics}: integers are evaluated on one device only")
+    if fixed is None and (jax.device_count() > 1 or mesh != MeshConfig()):
         devices = make_mesh(mesh)
     language_model, params = _load(model, compute_dtype, devices)
     folder = output / (model.resolve().name or "model")
@@ -75,16 +88,33 @@ def evaluate(
     say = console.print if jax.process_index() == 0 else lambda *a, **k: None
 
     if data is not None:
-        result = _held_out(
-            language_model, params, data, devices, batch_tokens, window, context, limit, seed,
-            progress,
-        )  # fmt: skip
         from mmfree_jax.evaluate.report import held_out_table
 
-        say(held_out_table(result))
-        values = {"model": str(model), "data": str(data), **result.to_dict()}
+        def held_out(params: Any, forward: Any = None) -> Any:
+            return _held_out(
+                language_model, params, data, devices, batch_tokens, window, context, limit,
+                seed, progress, forward,
+            )  # fmt: skip
+
+        values: dict[str, Any] = {"model": str(model), "data": str(data)}
+        if fixed is None:
+            result = held_out(params)
+            say(held_out_table(result))
+            values |= result.to_dict()
+        else:
+            from mmfree_jax.hardware.evaluate import cost_table, variants
+
+            rows = []
+            for v in variants(language_model, params, fixed, steps=numerics_steps is not False):
+                result = held_out(v.params, v.forward)
+                rows.append((v, result.loss.mean))
+                row = {"name": v.name, "numerics": v.numerics, **result.to_dict()}
+                values.setdefault("numerics", []).append(row)
+            say(held_out_table(result))
+            say(cost_table(rows))
+        name = "held_out.json" if fixed is None else "held_out_numerics.json"
         if jax.process_index() == 0:
-            say(f"results: {_write_json(folder, 'held_out.json', values)}", highlight=False)
+            say(f"results: {_write_json(folder, name, values)}", highlight=False)
         return 0
 
     assert tasks is not None
@@ -105,37 +135,49 @@ def evaluate(
         raise ConfigError(f"--tasks-dir {tasks_dir} is no folder: run `mmfree eval fetch-tasks`")
     tokenizer = load_tokenizer(model)
     check_tokenizer(language_model, tokenizer)
-    adapter = harness.HarnessModel(
-        language_model,
-        params,
-        tokenizer,
-        mesh=devices,
-        max_length=max_length or _default_length(language_model, trained_length(model)),
-        add_bos=add_bos,
-        batch_tokens=batch_tokens,
-        show_progress=progress,
-    )
-    results = harness.run_tasks(
-        adapter,
-        names,
-        tasks_dir=tasks_dir,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        seed=seed,
-        log_samples=log_samples,
-    )
-    results["config"]["model_args"] = {
-        "model": str(model),
-        "add_bos": add_bos,
-        "max_length": adapter.max_length,
-        "compute_dtype": language_model.config.compute_dtype,
-    }
-    if jax.process_index() == 0:
+    runs: list[tuple[str, Any, Any]] = [(compute_dtype or "trained", params, None)]
+    if fixed is not None:
+        from mmfree_jax.hardware.evaluate import variants
+
+        steps = variants(language_model, params, fixed, steps=bool(numerics_steps))
+        runs = [(v.numerics, v.params, v.forward) for v in steps]
+    for label, arrays, forward in runs:
+        adapter = harness.HarnessModel(
+            language_model,
+            arrays,
+            tokenizer,
+            mesh=devices,
+            max_length=max_length or _default_length(language_model, trained_length(model)),
+            add_bos=add_bos,
+            batch_tokens=batch_tokens,
+            show_progress=progress,
+            forward=forward,
+        )
+        results = harness.run_tasks(
+            adapter,
+            names,
+            tasks_dir=tasks_dir,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            seed=seed,
+            log_samples=log_samples,
+        )
+        results["config"]["model_args"] = {
+            "model": str(model),
+            "add_bos": add_bos,
+            "max_length": adapter.max_length,
+            "compute_dtype": language_model.config.compute_dtype,
+        }
+        if forward is not None:
+            results["config"]["model_args"]["numerics"] = label
+        if jax.process_index() != 0:
+            continue
         from lm_eval.utils import make_table
 
         print(make_table(results))
         if set(names) & set(PAPER_TASKS):
-            say(report.task_table(results, folder.name))
+            title = folder.name if forward is None else f"{folder.name} {label}"
+            say(report.task_table(results, title))
             for line in report.chance_lines(results):
                 say(line, highlight=False)
         if limit is not None:
@@ -171,6 +213,7 @@ def _held_out(
     max_documents: int | None,
     seed: int,
     progress: bool,
+    forward: Any = None,
 ) -> Any:
     import jax
     from rich.progress import Progress
@@ -195,6 +238,7 @@ def _held_out(
             max_documents=max_documents,
             seed=seed,
             progress=lambda n: bar.update(task, advance=n),
+            forward=forward,
         )
 
 

@@ -21,7 +21,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mmfree_jax.errors import DataError
+from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.evaluate.tasks import write_task_files
 from mmfree_jax.infer.text import Tokenizer, generate_text
@@ -50,6 +51,7 @@ class HarnessModel(TemplateLM):
         batch_tokens: int | None = None,
         share_contexts: bool = True,
         show_progress: bool = True,
+        forward: Forward | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -63,6 +65,7 @@ class HarnessModel(TemplateLM):
           batch_tokens: tokens in one batch; None: by the device's memory.
           share_contexts: read a context that several choices share once (MLGRU).
           show_progress: draw a progress bar.
+          forward: how the model computes; None: as it was trained.
         """
         super().__init__()
         self._tokenizer, self._add_bos, self._show = tokenizer, add_bos, show_progress
@@ -73,6 +76,7 @@ class HarnessModel(TemplateLM):
             batch_tokens=batch_tokens,
             share_contexts=share_contexts,
             max_length=max_length,
+            forward=forward,
         )
 
     @property
@@ -156,6 +160,11 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until one of its stop strings."""
+        if not isinstance(self.scorer.forward, FloatForward):
+            raise ConfigError(
+                "a task asks for generated text, which other numerics than the trained ones do "
+                "not write: choose tasks that score given answers"
+            )
         answers = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}
         arguments: list[Any] = [request.args for request in requests]

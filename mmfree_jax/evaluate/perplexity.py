@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.dataset import TokenDataset, check_compatible
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.batching import put_batch, to_host
+from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.model import LanguageModel, State, init_state
 
 # First positions of the buckets: each four times as far as the one before.
@@ -107,6 +107,7 @@ def evaluate_held_out(
     max_documents: int | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    forward: Forward | None = None,
 ) -> HeldOut:
     """Scores every token of the documents but each one's first.
 
@@ -122,14 +123,14 @@ def evaluate_held_out(
       max_documents: most documents, spread evenly over the split; None: all.
       seed: of the bootstrap.
       progress: called with the number of tokens read since the last call.
+      forward: how the model computes; None: as it was trained.
 
     Raises:
       DataError: the data set does not fit the model, or has nothing to predict.
       ConfigError: a setting that does not fit.
     """
-    from mmfree_jax.infer import as_variables
-
     config = model.config
+    forward = forward or FloatForward(config)
     check_compatible(dataset, config.vocab_size)
     for name, value in (("batch_size", batch_size), ("window", window), ("context", context)):
         if value is not None and value < 1:
@@ -142,7 +143,7 @@ def evaluate_held_out(
     counts = np.zeros((len(documents), len(POSITIONS)), np.int64)
     setting = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with setting:
-        variables = as_variables(params, config)
+        variables = forward.variables(params)
         carries = config.mixer == "mlgru"
         layers = init_state(config, batch_size).layers if carries else None
         waiting: tuple[Any, Any] | None = None
@@ -152,7 +153,7 @@ def evaluate_held_out(
             arrays = put_batch(
                 mesh, batch["tokens"], batch["targets"], batch["segment_ids"], fresh_B
             )
-            nll_BT, layers = _window_losses(variables, layers, *arrays, config=config)
+            nll_BT, layers = _window_losses(variables, layers, *arrays, forward=forward)
             if waiting is not None:
                 _add(sums, counts, *waiting)
             waiting = (batch, nll_BT)
@@ -260,7 +261,7 @@ def _pieces(
             yield k, tokens[start : start + step + 1], start
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="layers")
+@functools.partial(jax.jit, static_argnames="forward", donate_argnames="layers")
 def _window_losses(
     variables: Any,
     layers: dict[str, jax.Array] | None,
@@ -269,10 +270,9 @@ def _window_losses(
     segment_ids_BT: jax.Array,
     fresh_B: jax.Array,
     *,
-    config: ModelConfig,
+    forward: Forward,
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """Negative log-probability of each target (0 where there is none), and the new state."""
-    apply: Any = LanguageModel(config).apply
     B, T = tokens_BT.shape
     state = None
     if layers is not None:
@@ -280,9 +280,7 @@ def _window_losses(
             lambda x: jnp.where(fresh_B.reshape(1, -1, *(1,) * (x.ndim - 2)), 0, x), layers
         )
         state = State(jnp.zeros((B,), jnp.int32), kept)
-    x_BTD, new_state = apply(
-        variables, tokens_BT, segment_ids_BT, state, method=LanguageModel.hidden
-    )
+    x_BTD, new_state = forward.hidden(variables, tokens_BT, segment_ids_BT, state)
     chunk = min(T, _HEAD_POSITIONS)
     blocks = -(-T // chunk)
     pad = blocks * chunk - T
@@ -292,7 +290,7 @@ def _window_losses(
     def block(k: jax.Array, nll_BT: jax.Array) -> jax.Array:
         x_BCD = jax.lax.dynamic_slice_in_dim(x_BTD, k * chunk, chunk, 1)
         target_BC = jax.lax.dynamic_slice_in_dim(padded_BT, k * chunk, chunk, 1)
-        logits_BCV = apply(variables, x_BCD, method=LanguageModel.logits)
+        logits_BCV = forward.logits(variables, x_BCD)
         chosen_BC = jnp.take_along_axis(logits_BCV, jnp.maximum(target_BC, 0)[..., None], axis=-1)[
             ..., 0
         ]

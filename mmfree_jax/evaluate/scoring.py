@@ -34,6 +34,7 @@ from mmfree_jax.evaluate.batching import (
     replicate,
     to_host,
 )
+from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.model import LanguageModel, State, init_state
 
 # Padded lengths: a third or less of a batch is padding, and tasks need few of them.
@@ -104,6 +105,7 @@ class Scorer:
         batch_tokens: int | None = None,
         share_contexts: bool = True,
         max_length: int = 2048,
+        forward: Forward | None = None,
     ) -> None:
         """Prepares a model for scoring; its weights are ternarised here, once.
 
@@ -114,23 +116,23 @@ class Scorer:
           batch_tokens: tokens in one batch, padding included; None: by the device's memory.
           share_contexts: read a context that several queries share once (MLGRU only).
           max_length: longest sequence (tokens).
+          forward: how the model computes; None: as it was trained.
 
         Raises:
           ConfigError: a setting that does not fit.
         """
-        from mmfree_jax.infer import as_variables
-
         if max_length < 2:
             raise ConfigError(f"max_length is {max_length}: set 2 or more")
         if batch_tokens is not None and batch_tokens < 1:
             raise ConfigError(f"batch_tokens is {batch_tokens}: set a value above 0")
         self.model, self.mesh, self.max_length = model, mesh, max_length
+        self.forward = forward or FloatForward(model.config)
         self._shares = share_contexts and model.config.mixer == "mlgru"
         self._lengths = [n for n in _LENGTHS if n < max_length]
         while (self._lengths or [0])[-1] < max_length:
             self._lengths.append(min(max_length, max(_LENGTHS[0], 2 * ([0, *self._lengths][-1]))))
         with self._on_mesh():
-            self.variables = as_variables(params, model.config)
+            self.variables = self.forward.variables(params)
         self._batch_tokens = batch_tokens
         self._limits = free_memory(mesh)
         self._states = _states_kept(model.config) if self._shares else 0
@@ -247,7 +249,7 @@ class Scorer:
                 self.variables,
                 table,
                 *put_batch(self.mesh, tokens, held, places),
-                config=self.model.config,
+                forward=self.forward,
             )
         return table
 
@@ -271,7 +273,7 @@ class Scorer:
                 self.variables,
                 table,
                 *put_batch(self.mesh, tokens, targets, size, scored, states),
-                config=self.model.config,
+                forward=self.forward,
             )
             if waiting is not None:
                 yield waiting[0], _fetch(*waiting)
@@ -285,7 +287,7 @@ def _fetch(batch: list[_Piece], result: tuple[jax.Array, jax.Array]) -> list[Sco
     return [Score(float(sums_B[i]), bool(greedy_B[i])) for i in range(len(batch))]
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="table")
+@functools.partial(jax.jit, static_argnames="forward", donate_argnames="table")
 def _read_context_batch(
     variables: Any,
     table: dict[str, jax.Array],
@@ -293,17 +295,12 @@ def _read_context_batch(
     held_BT: jax.Array,
     place_B: jax.Array,
     *,
-    config: ModelConfig,
+    forward: Forward,
 ) -> dict[str, jax.Array]:
     """Writes the state after each row's tokens into its row of the table."""
-    apply: Any = LanguageModel(config).apply
-    _, state = apply(
-        variables,
-        tokens_BT,
-        held_BT,
-        init_state(config, tokens_BT.shape[0]),
-        method=LanguageModel.hidden,
-    )
+    start = init_state(forward.config, tokens_BT.shape[0])
+    _, state = forward.hidden(variables, tokens_BT, held_BT, start)
+    assert state is not None  # a state went in
     return jax.tree.map(
         lambda rows, new: _replicated(rows.at[:, place_B].set(new.astype(rows.dtype))),
         table,
@@ -311,7 +308,7 @@ def _read_context_batch(
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="forward")
 def _score_batch(
     variables: Any,
     table: dict[str, jax.Array] | None,
@@ -321,20 +318,19 @@ def _score_batch(
     scored_B: jax.Array,
     state_B: jax.Array,
     *,
-    config: ModelConfig,
+    forward: Forward,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the log-probabilities of each row's last scored_B targets, and whether all lead.
 
     Logits are made for C positions of every row at a time, from the row's last target
     backwards, until the batch's most scored tokens are done.
     """
-    apply: Any = LanguageModel(config).apply
     B = tokens_BT.shape[0]
     state = None
     if table is not None:
         layers = jax.tree.map(lambda rows: rows[:, state_B], table)
         state = State(jnp.zeros((B,), jnp.int32), layers)
-    x_BTD, _ = apply(variables, tokens_BT, None, state, method=LanguageModel.hidden)
+    x_BTD, _ = forward.hidden(variables, tokens_BT, None, state)
 
     def block(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sums_B, greedy_B = carry
@@ -343,7 +339,7 @@ def _score_batch(
         counts_BC = back_C < scored_B[:, None]
         x_BCD = jnp.take_along_axis(x_BTD, place_BC[..., None], axis=1)
         target_BC = jnp.take_along_axis(targets_BT, place_BC, axis=1)
-        logits_BCV = apply(variables, x_BCD, method=LanguageModel.logits)
+        logits_BCV = forward.logits(variables, x_BCD)
         chosen_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0]
         log_p_BC = chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
         leads_BC = jnp.argmax(logits_BCV, axis=-1) == target_BC
