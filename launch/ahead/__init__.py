@@ -1,0 +1,1 @@
+"""Compiling the training step for hardware that is not here, and reading what it will cost."""

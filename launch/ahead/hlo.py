@@ -1,0 +1,231 @@
+"""What a compiled program moves between devices: its collectives, loops counted in full.
+
+XLA's own cost analysis counts the body of a loop once; here each computation is weighted by
+how often it runs.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
+_OPERATION = re.compile(r"(?:^|\s)([a-z][\w-]*)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program, over all its turns."""
+
+    kind: str
+    times: int
+    """How often it runs in one step."""
+    near: float
+    """Bytes that each device sends in one step to others of its slice or host."""
+    far: float
+    """Bytes that it sends beyond."""
+    group: int
+    """Devices that take part together."""
+
+
+@dataclasses.dataclass
+class _Instruction:
+    name: str
+    type: str
+    operation: str
+    text: str
+
+
+def parse_collectives(hlo: str, devices: int, each: int | None = None) -> list[Collective]:
+    """The collectives of an optimised HLO module.
+
+    Args:
+      hlo: `compiled.as_text()`.
+      devices: number of devices.
+      each: devices of a slice or host, of which the first `each` are the first; None: all.
+    """
+    computations, entry = _computations(hlo)
+    each = each or devices
+    found = []
+    for name, weight in _weights(computations, entry).items():
+        types = {i.name: i.type for i in computations[name]}
+        for instruction in computations[name]:
+            kind = instruction.operation.removesuffix("-start")
+            if kind not in _KINDS:
+                continue
+            operands = _operands(instruction)
+            size = sum(_size(types.get(operand, "")) for operand in operands)
+            groups = _groups(instruction.text, devices)
+            count = groups.shape[1]
+            if count > 1:
+                near, far = _traffic(kind, size, groups // each)
+                found.append(Collective(kind, weight, weight * near, weight * far, count))
+    return found
+
+
+def _traffic(kind: str, size: float, places: np.ndarray) -> tuple[float, float]:
+    """Bytes that a device sends near and far, in the two stages that libraries use.
+
+    Args:
+      kind: of collective.
+      size: bytes of the device's operand.
+      places: slice or host of each device, [groups, devices of each].
+    """
+    n = places.shape[1]
+    if kind == "collective-permute":
+        return (0.0, size) if np.any(places[:, 0] != places[:, 1]) else (size, 0.0)
+    g = max(len(set(row)) for row in places.tolist())  # slices or hosts of a group
+    m = n // g  # members within one
+    if kind == "all-reduce":
+        return 2 * (m - 1) / m * size, 2 * (g - 1) / g * size / m
+    if kind == "all-gather":
+        return (m - 1) * g * size, (g - 1) * size
+    if kind == "reduce-scatter":
+        return (m - 1) / m * size, (g - 1) / g * size / m
+    return (m - 1) / n * size, (n - m) / n * size
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        header = re.match(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\)|\{).*\{\s*$", line)
+        if header and " = " not in line.partition("(")[0]:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            name, rest = match[1], match[2]
+            # The type may itself be a tuple in parentheses: the operation follows it.
+            operation = _OPERATION.search(rest, _type_end(rest))
+            if operation:
+                kind = rest[: operation.start()]
+                current.append(_Instruction(name, kind, operation[1], rest[operation.start(1) :]))
+    return computations, entry
+
+
+def _type_end(text: str) -> int:
+    """Where the type at the beginning of an instruction ends."""
+    if not text.startswith("("):
+        return 0
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return i + 1
+    return 0
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    start = instruction.text.index("(")
+    inside = instruction.text[start + 1 : start + _type_end(instruction.text[start:]) - 1]
+    return re.findall(r"%([\w.-]+)", inside) or [
+        word.split()[-1] for word in inside.split(",") if word.strip()
+    ]
+
+
+def _size(text: str) -> float:
+    """Bytes of the arrays in a type."""
+    total = 0.0
+    for name, shape in re.findall(r"\b([a-z]\w*?)\[([\d,]*)\]", text):
+        width = _BYTES.get(name, 1 if name.startswith("f8") else 0)
+        total += width * math.prod(int(n) for n in shape.split(",") if n)
+    return total
+
+
+def _weights(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, int]:
+    """How often each computation runs in one step."""
+    weights: collections.Counter[str] = collections.Counter()
+    called = re.compile(
+        r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+    )
+
+    def visit(name: str, weight: int) -> None:
+        weights[name] += weight
+        for instruction in computations.get(name, ()):
+            if instruction.operation in ("async-done", "async-update"):
+                continue  # names what its start has called
+            turns = 1
+            if instruction.operation == "while":
+                turns = _turns(instruction, computations)
+            targets = called.findall(instruction.text)
+            if branches := re.search(r"branch_computations=\{([^}]*)\}", instruction.text):
+                targets += re.findall(r"%([\w.-]+)", branches[1])
+            for target in targets:
+                if target in computations:
+                    visit(target, weight * turns)
+
+    visit(entry, 1)
+    return dict(weights)
+
+
+def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+    """How often a loop turns: as XLA notes it, else the bound that its condition compares with."""
+    if noted := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.text):
+        return int(noted[1])
+    condition = re.search(r"\bcondition=%?([\w.-]+)", loop.text)
+    inside = computations.get(condition[1], []) if condition else []
+    constants = {
+        i.name: int(number[1])
+        for i in inside
+        if (number := re.match(r"constant\((\d+)\)", i.text)) is not None
+    }
+    for instruction in inside:
+        if instruction.operation == "compare" and "direction=LT" in instruction.text:
+            bounds = [constants[name] for name in _operands(instruction) if name in constants]
+            if bounds:
+                return bounds[0]
+    return 1
+
+
+def _groups(text: str, devices: int) -> np.ndarray:
+    """The groups of devices that an instruction names, [groups, devices of each]."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+        return np.array(
+            [list(map(int, p.split(","))) for p in re.findall(r"\{([^}]*)\}", pairs[1])]
+        )
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text):
+        rows = [list(map(int, r.split(","))) for r in re.findall(r"\{([\d,]+)\}", match[1])]
+        return np.array(rows)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        order = np.arange(devices).reshape(_numbers(match[3]))
+        if match[4]:
+            order = order.transpose(_numbers(match[4]))
+        return order.reshape(int(match[1]), int(match[2]))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        return _mesh_groups(match[1], match[2])
+    return np.arange(devices).reshape(1, devices)
+
+
+def _mesh_groups(axes: str, named: str) -> np.ndarray:
+    """Groups along some axes of a mesh: 'a'=2,'b'=4 and 'b', or part of it as 'b':(2)2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
+    shape, along = [], []
+    for name, size in sizes.items():
+        parts = next(((int(b), int(n)) for a, b, n in wanted if a == name and n), None)
+        if parts is not None:  # before : (of it) : after
+            before, of_it = parts
+            along.append(len(shape) + 1)
+            shape += [before, of_it, size // (before * of_it)]
+        else:
+            if any(a == name for a, _, _ in wanted):
+                along.append(len(shape))
+            shape.append(size)
+    order = np.arange(math.prod(shape)).reshape(shape)
+    rest = [axis for axis in range(len(shape)) if axis not in along]
+    count = math.prod(shape[axis] for axis in along)
+    return order.transpose([*rest, *along]).reshape(-1, count)
+
+
+def _numbers(text: str) -> Sequence[int]:
+    return [int(n) for n in text.split(",")]
