@@ -331,6 +331,10 @@ def _backward(options, residuals, d_outputs):
                 d_outputs, _each(inputs, trits), options.weight_dtypes, strict=True
             )
         ]
+    if options.gated:
+        # The weight's gradient now, not when the scheduler likes: its operands are among the
+        # largest arrays of a block, and the next layer's backward needs room.
+        d_x, d_ws = jax.lax.optimization_barrier((d_x, d_ws))
     if len(d_norm_weights) != len(norm_weights):
         d_norm_weights = (None,) * len(norm_weights)
     return (
