@@ -3,6 +3,7 @@
 python -m pallas_kernels.cross_entropy.benchmark
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -30,11 +31,14 @@ def variants(chunks: Iterable[int] = CHUNKS) -> dict[str, tuple[Callable, int]]:
 
         def at_once(x, w, trits, targets, options=options):
             def total(x, w):
-                return api.ternary_linear_cross_entropy_sum(x, w, trits, 0.02, targets, **options)[
-                    0
-                ]
+                results = api.ternary_linear_cross_entropy_sum(
+                    x, w, trits, 0.02, targets, **options
+                )
+                return results[0]
 
             return jax.grad(total, (0, 1))(x, w)
+
+        through_xla = functools.partial(at_once, options=options | {"implementation": "xla"})
 
         def plain(x, w, trits, targets, options=options):
             def total(x, w):
@@ -46,6 +50,7 @@ def variants(chunks: Iterable[int] = CHUNKS) -> dict[str, tuple[Callable, int]]:
             f"ternary loss, chunk {chunk}": (loss, 1),
             f"ternary gradients, logits twice, chunk {chunk}": (recomputed, 4),
             f"ternary gradients, logits once, chunk {chunk}": (at_once, 3),
+            f"ternary gradients, logits once, chunk {chunk}, xla": (through_xla, 3),
             f"bf16 gradients, logits once, chunk {chunk}": (plain, 3),
         }
     return found
