@@ -53,8 +53,7 @@ def pack(argv: Sequence[str]) -> int:
     elif config.step is not None:
         raise ConfigError(f"--step is {config.step}, but {config.model} is not a training run")
     else:
-        model, params = load.load_model(config.model)
-        model_config, leaves = model.config, packing.leaves_of(params)
+        model_config, leaves = load.folder_leaves(config.model)
     report = packing.pack(
         model_config,
         leaves,

@@ -148,6 +148,53 @@ def load_model(
     return load_pretrained(folder, mesh=mesh)
 
 
+def folder_leaves(
+    path: str | os.PathLike[str],
+) -> tuple[ModelConfig, Callable[[tuple[str, ...]], jax.Array]]:
+    """The config of a model folder or Hugging Face folder, and a reader of one parameter at a time.
+
+    Raises:
+      ConfigError: the folder's config is missing, malformed or not implemented.
+      CheckpointError: the folder is missing; from the reader also: tensors of the parameter are
+        missing, misshapen or damaged, or the folder holds some that the model does not have.
+    """
+    # Here, because interop itself imports this module.
+    from mmfree_jax.interop import huggingface
+    from mmfree_jax.interop import load as folders
+    from mmfree_jax.interop.tensors import Slot, TensorFolder, read_params, refuse_pickled
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"model {folder} is not a folder: give a run directory or a model")
+    refuse_pickled(folder)
+    config = folders.model_config(folder)
+    shapes = folders.param_shapes(config)
+    if (folder / folders.MODEL_CONFIG).is_file():
+        stem, tied = folders.PARAMS, False
+        mapping = {name: (Slot(name, shape.shape),) for name, shape in shapes.items()}
+    else:
+        stem, tied = "model", huggingface.read_config(folder).tied
+        mapping = huggingface.tensor_map(config, tied=tied)
+
+    def known(name: str) -> bool:
+        return name in mapping or huggingface.known_extra(name, tied=tied)
+
+    def load(names: tuple[str, ...]) -> jax.Array:
+        wanted = "/".join(names)
+        slots = {
+            name: tuple(slot for slot in found if slot.path == wanted)
+            for name, found in mapping.items()
+        }
+        slots = {name: found for name, found in slots.items() if found}
+        with TensorFolder(folder, stem) as tensors:
+            leaf: Any = read_params(tensors, slots, {wanted: shapes[wanted]}, ignore=known)
+        for name in names:
+            leaf = leaf[name]
+        return leaf
+
+    return config, load
+
+
 def find_tokenizer(path: str | os.PathLike[str]) -> Path | None:
     """Where a model's folder keeps its tokenizer: `tokenizer/`, or files beside the weights."""
     folder = Path(path)

@@ -1,4 +1,7 @@
-"""One token of the MatMul-free model through the fused decode kernels: four a layer.
+"""One token a row of the MatMul-free model through the decode kernels.
+
+A single row goes through one kernel that runs the whole token (`token_gpu`); a few rows through
+four kernels a layer (`fused_gpu`); more through `packed_model.decode`.
 
 Shapes: B rows, D hidden, L layers, V vocabulary, as in `packed_model.py`, whose arithmetic
 this repeats; the tree holds its weights as words (`packed_model.kernel_layout`).
@@ -12,10 +15,14 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer.packed_model import embed, lower_bounds
 from mmfree_jax.model import State
-from pallas_kernels.packed_matmul import fused_gpu
+from pallas_kernels.packed_matmul import fused_gpu, token_gpu
 from pallas_kernels.packed_matmul.fused_gpu import MAX_ROWS, Layer
 
 Tree = dict[str, Any]
+
+# Programs of the one-kernel form wait for each other, so all must run at once: one on each
+# multiprocessor. With fewer than this many (a slice of a GPU) four kernels a layer do better.
+FEWEST_PROGRAMS = 64
 
 # Layers whose kernels are laid out one after another in the compiled loop over layers.
 UNROLL = 8
@@ -31,6 +38,23 @@ def applies(packed: Tree, batch: int, tokens: int) -> bool:
     )
 
 
+def programs() -> int:
+    """Multiprocessors of the first device; 0 where it is not a GPU."""
+    if jax.default_backend() != "gpu":
+        return 0
+    return int(getattr(jax.local_devices()[0], "core_count", 0) or 0)
+
+
+def token_config(config: ModelConfig) -> token_gpu.Config:
+    """How the one-kernel form is cut on this device: by measurement on an H100."""
+    count = programs()
+    if config.hidden_size <= 1024:
+        return token_gpu.Config(programs=count, warps=2, tile=24)
+    if config.hidden_size <= 2048:
+        return token_gpu.Config(programs=count, warps=8, tile=24)
+    return token_gpu.Config(programs=count, warps=16, tile=12)
+
+
 def decode_token(
     packed: Tree,
     config: ModelConfig,
@@ -38,6 +62,7 @@ def decode_token(
     state: State,
     held_B: jax.Array | None = None,
     *,
+    token: token_gpu.Config | None = None,
     unroll: int = UNROLL,
     interpret: bool = False,
 ) -> tuple[jax.Array, State]:
@@ -49,12 +74,45 @@ def decode_token(
       token_B: int32.
       state: to go on from.
       held_B: True for rows whose token is padding: their state is kept.
-      unroll: layers in one round of the loop over layers.
+      token: cut of the kernel that runs the whole token; None: that kernel for one row, where
+        the device is large enough.
+      unroll: else, layers in one round of the loop over layers.
       interpret: run the kernels as JAX programs.
 
     Returns:
       [B, V] float32 logits, and the new state.
     """
+    if token is None and token_B.shape[0] == 1 and programs() >= FEWEST_PROGRAMS:
+        token = token_config(config)
+    if token is None:
+        logits_BV, new_LBD = _layer_by_layer(packed, config, token_B, state, unroll, interpret)
+    else:
+        logits_BV, new_LBD = token_gpu.decode_token(
+            embed(packed["embedding"], token_B, config),
+            whole_model(packed, config),
+            state.layers["h"],
+            eps=config.linear_norm_eps,
+            outer_eps=config.norm_eps,
+            dtype=jnp.dtype(config.compute_dtype),
+            config=token,
+            interpret=interpret,
+        )
+    length_B = jnp.ones_like(state.position_B)
+    if held_B is not None:
+        new_LBD = jnp.where(held_B[None, :, None], state.layers["h"], new_LBD)
+        length_B = (~held_B).astype(jnp.int32)
+    return logits_BV, State(state.position_B + length_B, {"h": new_LBD})
+
+
+def _layer_by_layer(
+    packed: Tree,
+    config: ModelConfig,
+    token_B: jax.Array,
+    state: State,
+    unroll: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits and new states by four kernels a layer."""
     eps = {"eps": config.linear_norm_eps}
     norms = eps | {"outer_eps": config.norm_eps}
     how = {"dtype": jnp.dtype(config.compute_dtype), "interpret": interpret}
@@ -87,11 +145,26 @@ def decode_token(
     logits_BV = fused_gpu.head(
         x_BD, packed["final_norm"]["scale"][None], _layer(head), **norms, **how
     )
-    length_B = jnp.ones_like(state.position_B)
-    if held_B is not None:
-        new_LBD = jnp.where(held_B[None, :, None], h_LBD, new_LBD)
-        length_B = (~held_B).astype(jnp.int32)
-    return logits_BV, State(state.position_B + length_B, {"h": new_LBD})
+    return logits_BV, new_LBD
+
+
+def whole_model(packed: Tree, config: ModelConfig) -> token_gpu.Model:
+    """The weights as the kernel that runs a whole token takes them."""
+    blocks, mixer, glu = packed["blocks"], packed["blocks"]["mixer"], packed["blocks"]["glu"]
+    head = jax.tree.map(lambda x: x[None], packed["head"])
+    head["scale"] = head["scale"].reshape(1, 1, 1)
+    return token_gpu.Model(
+        mixer_in=_layer(*(mixer[name] for name in ("i_proj", "f_proj", "g_proj"))),
+        mixer_out=_layer(mixer["o_proj"]),
+        glu_in=_layer(glu["gate_up_proj"]),
+        glu_out=_layer(glu["down_proj"]),
+        head=_layer(head),
+        mixer_norm=blocks["mixer_norm"]["scale"],
+        gate_norm=mixer["gate_norm"]["scale"],
+        glu_norm=blocks["glu_norm"]["scale"],
+        final_norm=packed["final_norm"]["scale"][None],
+        lower_bound=lower_bounds(packed, config),
+    )
 
 
 def _layer(*linears: Tree) -> Layer:

@@ -1,12 +1,14 @@
 """The MatMul-free model on packed weights: plain functions on the tree of `load_packed`.
 
-Each layer is unpacked to int8 where it is used, inside the loop over layers, so the unpacked
-weights of one layer at most exist. From there on the arithmetic is the model's own
-(`bitlinear_many`, `functional`), and so are its integers.
+The wiring of a layer is stated once, over `linears`, of which there are two: one that unpacks a
+layer where it is used and computes as the model does (`bitlinear_many`), right on every backend,
+and one of GPU kernels that read the packed stacks. The integers are the model's own.
 
 Shapes: B rows, T tokens, D hidden, L layers, V vocabulary, N outputs, Q bytes of a packed row.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,11 +17,17 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import State, functional
 from pallas_kernels.bitlinear.api import bitlinear_many
+from pallas_kernels.packed_matmul import pallas_gpu, rows_gpu
 from pallas_kernels.packed_matmul.api import unpack
 from pallas_kernels.packed_matmul.words import from_words, to_words
 from pallas_kernels.recurrence.api import mlgru_recurrence
+from pallas_kernels.ternary_matmul.api import ternary_matmul
 
 Tree = dict[str, Any]
+
+# Tokens beyond which a matrix is unpacked to int8 before its product: each tile of the packed
+# product unpacks the weights again.
+UNPACK_TOKENS = 512
 
 
 def decode(
@@ -28,6 +36,9 @@ def decode(
     tokens_BT: jax.Array,
     state: State,
     segment_ids_BT: jax.Array | None,
+    *,
+    kernels: bool | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, State]:
     """`LanguageModel.decode` on packed weights.
 
@@ -37,6 +48,8 @@ def decode(
       tokens_BT: int32.
       state: to go on from.
       segment_ids_BT: 0 marks padding on the right; None: there is none.
+      kernels: compute the linear layers by the GPU kernels; None: on a GPU.
+      interpret: run those as JAX programs.
 
     Returns:
       [B, V] float32 logits after each row's last token, and the new state.
@@ -47,43 +60,68 @@ def decode(
     if segment_ids_BT is not None:
         reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
         length_B = jnp.sum(~padding_BT, axis=1, dtype=jnp.int32)
+    if kernels is None:
+        kernels = "words" in packed["head"] and jax.default_backend() == "gpu"
+    linears = functools.partial(
+        functools.partial(kernel_linears, interpret=interpret) if kernels else xla_linears, config
+    )
+    blocks, mixer, glu = packed["blocks"], packed["blocks"]["mixer"], packed["blocks"]["glu"]
+    bounds_LD = lower_bounds(packed, config)
 
-    def layer(x_BTD: jax.Array, inputs: tuple[Tree, jax.Array, jax.Array]):
-        block, bound_D, h0_BD = inputs
-        mixer = block["mixer"]
-        i_BTD, f_BTD, g_BTD = linears(
-            x_BTD,
+    def layer(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]):
+        x_BTD, update_BTD = carry
+        index, h0_BD = inputs
+        x_BTD, (i_BTD, f_BTD, g_BTD) = linears(
             [mixer[name] for name in ("i_proj", "f_proj", "g_proj")],
-            config,
-            block["mixer_norm"]["scale"],
+            index,
+            x_BTD,
+            residual=update_BTD,
+            outer_norm=blocks["mixer_norm"]["scale"],
         )
         h_BTD, last_BD = mlgru_recurrence(
             i_BTD,
             f_BTD,
-            bound_D,
+            bounds_LD[index],
             h0_BD=h0_BD,
             reset_BT=reset_BT,
             padding_BT=padding_BT,
             implementation=config.recurrence_kernel,
         )
-        gated_BTD = functional.gated_output(
-            g_BTD, h_BTD, mixer["gate_norm"]["scale"], eps=config.norm_eps
+        _, (update_BTD,) = linears(
+            [mixer["o_proj"]],
+            index,
+            g_BTD,
+            outer_norm=mixer["gate_norm"]["scale"],
+            times_silu=h_BTD,
         )
-        (update_BTD,) = linears(gated_BTD, [mixer["o_proj"]], config)
-        x_BTD = x_BTD + update_BTD.astype(x_BTD.dtype)
-        glu = block["glu"]
-        (gate_up_BTM,) = linears(x_BTD, [glu["gate_up_proj"]], config, block["glu_norm"]["scale"])
-        (update_BTD,) = linears(functional.swiglu(gate_up_BTM), [glu["down_proj"]], config)
-        return x_BTD + update_BTD.astype(x_BTD.dtype), last_BD
+        x_BTD, (gate_up_BTM,) = linears(
+            [glu["gate_up_proj"]],
+            index,
+            x_BTD,
+            residual=update_BTD,
+            outer_norm=blocks["glu_norm"]["scale"],
+        )
+        _, (update_BTD,) = linears([glu["down_proj"]], index, gate_up_BTM, gated=True)
+        return (x_BTD, update_BTD), last_BD
 
-    x_BTD, h_LBD = jax.lax.scan(
+    x_BTD = embed(packed["embedding"], tokens_BT, config)
+    nothing_BTD = jnp.zeros(x_BTD.shape, jnp.dtype(config.compute_dtype))
+    (x_BTD, update_BTD), h_LBD = jax.lax.scan(
         layer,
-        embed(packed["embedding"], tokens_BT, config),
-        (packed["blocks"], lower_bounds(packed, config), state.layers["h"]),
+        (x_BTD, nothing_BTD),
+        (jnp.arange(config.num_layers, dtype=jnp.int32), state.layers["h"]),
     )
-    x_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    (logits_BV,) = linears(x_BD, [packed["head"]], config, packed["final_norm"]["scale"])
-    return logits_BV.astype(jnp.float32), State(state.position_B + length_B, {"h": h_LBD})
+    last_B11 = (length_B - 1)[:, None, None]
+    x_B1D, update_B1D = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BTD, update_BTD))
+    _, (logits_B1V,) = linears(
+        [jax.tree.map(lambda x: x[None], packed["head"])],
+        jnp.int32(0),
+        x_B1D,
+        residual=update_B1D,
+        outer_norm=packed["final_norm"]["scale"][None],
+    )
+    logits_BV = logits_B1V[:, 0].astype(jnp.float32)
+    return logits_BV, State(state.position_B + length_B, {"h": h_LBD})
 
 
 def kernel_layout(packed: Tree) -> Tree:
@@ -102,7 +140,7 @@ def kernel_layout(packed: Tree) -> Tree:
 
 
 def packed_rows(layer: Tree) -> jax.Array:
-    """The packed rows of one layer, [N, Q] uint8, from either layout."""
+    """The packed rows of a layer or a stack, [..., N, Q] uint8, from either layout."""
     return from_words(layer["words"]) if "words" in layer else layer["packed"]
 
 
@@ -121,20 +159,97 @@ def embed(embedding: Tree, tokens_BT: jax.Array, config: ModelConfig) -> jax.Arr
     return x_BTD.astype(jnp.dtype(config.residual_dtype))
 
 
-def linears(
-    x: jax.Array, layers: list[Tree], config: ModelConfig, outer_norm_scale: jax.Array | None = None
-) -> tuple[jax.Array, ...]:
-    """BitLinears of one input behind an optional outer norm: [..., N_j] in the compute dtype."""
-    columns = x.shape[-1]
-    return bitlinear_many(
+def xla_linears(
+    config: ModelConfig,
+    layers: Sequence[Tree],
+    index: jax.Array,
+    x: jax.Array,
+    *,
+    outer_norm: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    times_silu: jax.Array | None = None,
+    gated: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """BitLinears of one input, from stacks of packed weights.
+
+    Args:
+      config: of the model.
+      layers: stacks over the model's layers.
+      index: int32 scalar, the layer.
+      x: [B, T, K]; [B, T, 2K] gated.
+      outer_norm: [L, K] of an RMSNorm in front of all; None leaves it out.
+      residual: [B, T, K] to add to x first.
+      times_silu: [B, T, K]; RMSNorm(x) * silu(times_silu) is the input.
+      gated: silu(gate) * up, of the two halves of x, is the input.
+
+    Returns:
+      x + residual, and [B, T, N_j] in the compute dtype for each.
+    """
+    if residual is not None:
+        x = x + residual.astype(x.dtype)
+    own = [jax.tree.map(lambda stack: stack[index], layer) for layer in layers]
+    columns = x.shape[-1] // (2 if gated else 1)
+    return x, bitlinear_many(
         x,
-        tuple(layer["norm_scale"] for layer in layers),
-        (None,) * len(layers),
-        tuple(unpack(packed_rows(layer), columns) for layer in layers),
-        tuple(layer["scale"] for layer in layers),
+        tuple(layer["norm_scale"] for layer in own),
+        (None,) * len(own),
+        tuple(unpack(packed_rows(layer), columns) for layer in own),
+        tuple(layer["scale"] for layer in own),
         eps=config.linear_norm_eps,
-        outer_norm_weight=outer_norm_scale,
+        outer_norm_weight=None if outer_norm is None else outer_norm[index],
         outer_eps=config.norm_eps,
         out_dtype=jnp.dtype(config.compute_dtype),
+        times_silu=times_silu,
+        gated=gated,
         implementation=config.matmul_kernel,
     )
+
+
+def kernel_linears(
+    config: ModelConfig,
+    layers: Sequence[Tree],
+    index: jax.Array,
+    x: jax.Array,
+    *,
+    outer_norm: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    times_silu: jax.Array | None = None,
+    gated: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`xla_linears` by GPU kernels, which read the stacks in place."""
+    B, T = x.shape[:2]
+    columns = layers[0]["norm_scale"].shape[-1]
+    out_dtype = jnp.dtype(config.compute_dtype)
+
+    def rows(a: jax.Array | None) -> jax.Array | None:
+        return None if a is None else a.reshape(B * T, a.shape[-1])
+
+    stream, qs, scales = rows_gpu.quantize(
+        x.reshape(B * T, -1),
+        index,
+        [layer["norm_scale"] for layer in layers],
+        outer_norm,
+        eps=config.linear_norm_eps,
+        outer_eps=config.norm_eps,
+        residual=rows(residual),
+        times_silu=rows(times_silu),
+        gated=gated,
+        interpret=interpret,
+    )
+    outputs = []
+    for layer, q, scale in zip(layers, qs, scales, strict=True):
+        stack_LNQ = packed_rows(layer)
+        if B * T <= UNPACK_TOKENS:
+            y = pallas_gpu.scaled_matmul(
+                q, scale, stack_LNQ, layer["scale"], index, out_dtype=out_dtype,
+                interpret=interpret,
+            )  # fmt: skip
+        else:
+            trits = pallas_gpu.unpack(stack_LNQ, index, columns, interpret=interpret)
+            w_scale = layer["scale"].reshape(-1)[index]
+            y = ternary_matmul(
+                q, scale, trits, w_scale, out_dtype=out_dtype, implementation=config.matmul_kernel
+            )
+        outputs.append(y.reshape(B, T, -1))
+    return stream.reshape(x.shape), tuple(outputs)

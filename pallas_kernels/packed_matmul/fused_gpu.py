@@ -24,13 +24,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.norm_quant.reference import MIN_ABSMAX
+from pallas_kernels.packed_matmul.dot4 import dot4, round_half_even
 from pallas_kernels.packed_matmul.words import plane_columns
 
 # Rows of a batch beyond which tensor cores do better. Each row has programs of its own; the
 # rows after the first find a layer's weights in the L2 cache.
 MAX_ROWS = 8
-# Adding 1.5 * 2^23 rounds a small float32 to an integer, halves to even.
-_ROUNDER = 12582912.0
 
 
 class Layer(NamedTuple):
@@ -297,7 +296,7 @@ def _inputs(plan, m, layer, x_ref, outer_ref, state_ref, words):
         gated = []
         for v, (c, mask) in zip(values, columns, strict=True):
             h = _load(state_ref, (m, c), mask).astype(plan.dtype).astype(jnp.float32)
-            gated.append((v * _silu(h)).astype(plan.dtype).astype(jnp.float32))
+            gated.append(v * _silu(h))
         values = gated
     inverse = jax.lax.rsqrt(_mean_square(plan, values) + plan.eps)
     return [v * inverse for v in values]
@@ -315,13 +314,13 @@ def _product(plan, layer, values, norm_ref, scale_ref, tile, words):
     shift = 8 * jnp.arange(4)[None, :]
     packed = []
     for v in normalized:
-        q = _round(v * factor, emulate=plan.emulate).astype(jnp.int32)
+        q = round_half_even(v * factor, emulate=plan.emulate).astype(jnp.int32)
         packed.append(jnp.sum((q & 255) << shift, axis=1)[None, :])
     # The codes are trits plus one: the sum of x is taken off in advance.
     ones = jnp.full(packed[0].shape, 0x01010101, jnp.int32)
     start = jnp.zeros(packed[0].shape, jnp.int32)
     for x in packed:
-        start = _dot4(x, ones, start, emulate=plan.emulate)
+        start = dot4(x, ones, start, emulate=plan.emulate)
     scale = (absmax / 127.0) * scale_ref[layer, 0, 0]
     outputs = []
     for words_of_rows in tile:
@@ -329,31 +328,9 @@ def _product(plan, layer, values, norm_ref, scale_ref, tile, words):
         for plane, x in enumerate(packed):
             codes = (words_of_rows >> (2 * plane)) & 0x03030303
             x = jnp.broadcast_to(x, codes.shape)
-            sums = _dot4(x, codes, sums, emulate=plan.emulate)
+            sums = dot4(x, codes, sums, emulate=plan.emulate)
         outputs.append(jnp.sum(sums, axis=1).astype(jnp.float32) * scale)
     return outputs
-
-
-def _round(x, *, emulate: bool):
-    """Halves to even. Triton has no such operation, and XLA would simplify the sum away."""
-    return jnp.round(x) if emulate else (x + _ROUNDER) - _ROUNDER
-
-
-def _dot4(x, codes, sums, *, emulate: bool):
-    """sums + the dot product of four signed bytes of x with four unsigned bytes of codes."""
-    if emulate:
-        for byte in range(4):
-            signed = (x << (24 - 8 * byte)) >> 24
-            sums += signed * ((codes >> (8 * byte)) & 255)
-        return sums
-    (sums,) = pltriton.elementwise_inline_asm(
-        "dp4a.s32.u32 $0, $1, $2, $3;",
-        args=[x, codes, sums],
-        constraints="=r,r,r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(sums.shape, jnp.int32)],
-    )
-    return sums
 
 
 def _silu(x):

@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.infer import api, decode, pack, packed_gpu, packed_model
+from mmfree_jax.infer import api, decode, load, pack, packed_gpu, packed_model
 from mmfree_jax.infer.session_file import load_session, save_session
+from mmfree_jax.interop.convert import export_hf
+from mmfree_jax.interop.load import model_folder_config
+from mmfree_jax.interop.tensors import flatten
 from mmfree_jax.model import LanguageModel, init_state, ternary_weights
+from pallas_kernels.packed_matmul import token_gpu
 
 # Widths that neither 4 nor 5 divides.
 BASE = ModelConfig(
@@ -322,29 +328,92 @@ def test_padded_and_held_rows_agree_with_the_model_layer():
     )
 
 
-def test_the_decode_kernels_compute_the_packed_models_step():
+def quick_steps(step, tokens, state):
+    """Logits [steps, B, V] and the last state of a jitted step over rows of tokens."""
+    logits = []
+    for token_B in tokens:
+        out, state = step(jnp.asarray(token_B, jnp.int32), state)
+        logits.append(out)
+    return np.asarray(logits), state
+
+
+TOKENS = [(3 * step, 5 * step + 1) for step in range(6)]
+
+
+@pytest.fixture(scope="module")
+def words():
+    """The packed tree in both layouts, and what the plain program makes of TOKENS."""
     _, params = build(BASE)
     packed = pack.pack_variables(api.as_variables(params, BASE), BASE)["packed"]
-    words = packed_model.kernel_layout(packed)
-    plain = jax.jit(lambda token, state: packed_model.decode(packed, BASE, token, state, None))
-    # Prompts go through the same words, unpacked.
-    prompt = jax.jit(lambda token, state: packed_model.decode(words, BASE, token, state, None))
+    plain = jax.jit(lambda t, s: packed_model.decode(packed, BASE, t[:, None], s, None))
+    expected = quick_steps(plain, TOKENS, init_state(BASE, 2))
+    return packed_model.kernel_layout(packed), plain, expected
+
+
+def test_prompts_go_through_the_words_unchanged(words):
+    tree, _, (logits, _) = words
+    prompt = jax.jit(lambda t, s: packed_model.decode(tree, BASE, t[:, None], s, None))
+    found, _ = quick_steps(prompt, TOKENS, init_state(BASE, 2))
+    np.testing.assert_array_equal(found, logits)
+
+
+@pytest.mark.parametrize(
+    "token", [None, token_gpu.Config(programs=3, warps=1, tile=2, depth=2)], ids=["layers", "token"]
+)
+def test_the_decode_kernels_compute_the_packed_models_step(words, token):
+    tree, _, (logits, after) = words
     fused = jax.jit(
-        lambda token, state, held: packed_gpu.decode_token(
-            words, BASE, token, state, held, unroll=2, interpret=True
+        lambda t, s, held: packed_gpu.decode_token(
+            tree, BASE, t, s, held, token=token, unroll=2, interpret=True
         )
     )
     free = jnp.zeros(2, bool)
-    state = other = init_state(BASE, 2)
-    for step in range(6):
-        token = jnp.asarray([3 * step, 5 * step + 1], jnp.int32)
-        expected, after = plain(token[:, None], state)
-        np.testing.assert_array_equal(prompt(token[:, None], state)[0], expected)
-        found, other = fused(token, other, free)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(other.layers["h"], after.layers["h"], rtol=1e-5, atol=1e-5)
-        state = after
-    _, held = fused(token, other, jnp.array([True, False]))
-    np.testing.assert_array_equal(held.layers["h"][:, 0], other.layers["h"][:, 0])
-    assert (held.layers["h"][:, 1] != other.layers["h"][:, 1]).any()
-    np.testing.assert_array_equal(held.position_B, other.position_B + jnp.array([0, 1]))
+    found, state = quick_steps(lambda t, s: fused(t, s, free), TOKENS, init_state(BASE, 2))
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state.layers["h"], after.layers["h"], rtol=1e-5, atol=1e-5)
+    _, held = fused(jnp.asarray([1, 2]), state, jnp.array([True, False]))
+    np.testing.assert_array_equal(held.layers["h"][:, 0], state.layers["h"][:, 0])
+    assert (held.layers["h"][:, 1] != state.layers["h"][:, 1]).any()
+    np.testing.assert_array_equal(held.position_B, state.position_B + jnp.array([0, 1]))
+
+
+@pytest.mark.parametrize("unpack_tokens", [512, 1])
+def test_the_kernels_for_many_rows_compute_the_same(words, unpack_tokens, monkeypatch):
+    monkeypatch.setattr(packed_model, "UNPACK_TOKENS", unpack_tokens)
+    tree, _, _ = words
+    tokens = jnp.asarray([[1, 2, 3, 0, 5], [4, 0, 0, 0, 0]], jnp.int32)
+    ids = jnp.asarray([[1, 1, 2, 2, 0], [1, 0, 0, 0, 0]], jnp.int32)
+    outs = [
+        jax.jit(functools.partial(packed_model.decode, config=BASE, **how))(
+            tree, tokens_BT=tokens, state=init_state(BASE, 2), segment_ids_BT=ids
+        )
+        for how in ({"kernels": False}, {"kernels": True, "interpret": True})
+    ]
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), outs[0], outs[1]
+    )
+
+
+def test_a_huggingface_folder_packs_one_parameter_at_a_time(tmp_path, capsys):
+    _, params = build(BASE)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.yaml").write_text(model_folder_config(BASE))
+    flat = {k: np.asarray(v) for k, v in flatten(params).items()}
+    save_file(flat, folder / "params.safetensors")
+    export_hf(folder, tmp_path / "hf")
+    for name in ("model", "hf"):
+        _, leaves = load.folder_leaves(tmp_path / name)
+        np.testing.assert_array_equal(leaves(("head", "weight")), params["head"]["weight"])
+        assert main(["pack", "--model", str(tmp_path / name), "--out", str(tmp_path / f"{name}-p"),
+                     "--dense-dtype", "float32"]) == 0  # fmt: skip
+    write(BASE, tmp_path / "direct", dense_dtype="float32")
+    direct = pack.load_packed(tmp_path / "direct", keep_packed=False)[1]
+    for name in ("model-p", "hf-p"):
+        found = pack.load_packed(tmp_path / name, keep_packed=False)[1]
+        jax.tree.map(np.testing.assert_array_equal, found, direct)
+    del flat["head/weight"]
+    save_file(flat, folder / "params.safetensors")
+    assert main(["pack", "--model", str(folder), "--out", str(tmp_path / "q")]) == 2
+    assert "head/weight" in capsys.readouterr().err
+    assert not (tmp_path / "q" / pack.FILE).exists()

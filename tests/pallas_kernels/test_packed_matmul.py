@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.bitlinear.api import bitlinear_many
+from pallas_kernels.norm_quant.api import norm_quant
 from pallas_kernels.norm_quant.reference import rms_norm
-from pallas_kernels.packed_matmul import fused_gpu, reference
+from pallas_kernels.packed_matmul import fused_gpu, pallas_gpu, reference, rows_gpu, token_gpu
 from pallas_kernels.packed_matmul.api import packed_matmul
-from pallas_kernels.packed_matmul.words import plane_columns, to_words
+from pallas_kernels.packed_matmul.words import from_words, plane_columns, to_words
 
 EPS, OUTER_EPS = 1e-6, 1e-5
 
@@ -84,6 +85,59 @@ def test_words_hold_four_trits_side_by_side(columns):
             code = (words >> (2 * plane + 8 * byte)) & 3
             found[:, plane * size + byte : (plane + 1) * size : 4] = code - 1
     np.testing.assert_array_equal(found[:, :columns], trits)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 40, 45), (17, 70, 261), (32, 64, 256)])
+def test_stacked_products_and_unpacking_are_exact(m, n, k):
+    rng = np.random.default_rng(k)
+    trits = random_trits(rng, 2, n, k)
+    x = jnp.asarray(rng.integers(-127, 128, (m, k)), jnp.int8)
+    stack, layer = from_words(to_words(reference.pack(trits), k)), jnp.int32(1)
+    found = pallas_gpu.unpack(stack, layer, k, interpret=True)
+    assert found.dtype == jnp.int8
+    np.testing.assert_array_equal(found, trits[1])
+    # Powers of two: scaling by them is exact.
+    x_scale = jnp.asarray(2.0 ** rng.integers(-3, 3, (m, 1)), jnp.float32)
+    w_scale = jnp.asarray([[[8.0]], [[0.25]]])
+    found = pallas_gpu.scaled_matmul(
+        x, x_scale, stack, w_scale, layer, out_dtype=jnp.float32, interpret=True
+    )
+    sums = np.asarray(x, np.int64) @ np.asarray(trits[1], np.int64).T
+    np.testing.assert_array_equal(found, sums * np.asarray(x_scale) / 4)
+
+
+@pytest.mark.parametrize("form", ["residual", "times_silu", "gated"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_quantised_rows_are_those_of_the_model(form, dtype):
+    rng = np.random.default_rng(7)
+    rows, columns = 5, 83
+    x = f32(rng, rows, 2 * columns if form == "gated" else columns).astype(dtype)
+    norms = [jnp.asarray(rng.uniform(0.5, 1.5, (3, columns)), jnp.float32) for _ in range(3)]
+    outer = None if form == "gated" else norms[2]
+    options = {"gated": True}
+    if form != "gated":
+        options = {form: f32(rng, rows, columns).astype(dtype)}
+    layer = 1
+    stream, qs, scales = jax.jit(
+        lambda: rows_gpu.quantize(
+            x, jnp.int32(layer), norms[:2], outer, eps=EPS, outer_eps=OUTER_EPS, interpret=True,
+            **options,
+        )
+    )()  # fmt: skip
+    want = jax.jit(
+        lambda: norm_quant(
+            x, tuple(n[layer] for n in norms[:2]), None if outer is None else outer[layer],
+            eps=EPS, outer_eps=OUTER_EPS, implementation="xla", **options,
+        )
+    )()  # fmt: skip
+    if form == "residual":
+        np.testing.assert_array_equal(stream.astype(jnp.float32), want[0].astype(jnp.float32))
+    for q, scale, want_q, want_scale in zip(qs, scales, want[1], want[2], strict=True):
+        close(scale, want_scale)
+        # Two orders of a float32 sum: an integer may differ where the value was at a boundary.
+        off = np.asarray(q, np.int32) - np.asarray(want_q, np.int32)
+        assert np.abs(off).max() <= 1
+        assert (off != 0).mean() < 0.01
 
 
 def make_layer(rng, layers, outputs, columns, count):
@@ -251,6 +305,37 @@ def test_kernels_lower_for_cuda(width, inner, batch):
     for function, keywords, *args in cases:
         lowered = lower_for_cuda(functools.partial(function, **keywords), *args)
         assert "triton" in lowered.as_text()
+
+
+def test_the_kernel_of_a_whole_token_lowers_for_cuda():
+    layers, width, inner, vocabulary = 2, 128, 352, 512
+
+    def shape(*dims, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    def layer(outputs, columns, count=1, depth=layers):
+        words = plane_columns(columns) // 4
+        return fused_gpu.Layer(
+            [shape(depth, outputs, words, dtype=jnp.int32)] * count,
+            [shape(depth, 1, 1)] * count,
+            [shape(depth, columns, dtype=jnp.bfloat16)] * count,
+        )
+
+    norm = shape(layers, width)
+    model = token_gpu.Model(
+        layer(width, width, 3), layer(width, width), layer(2 * inner, width),
+        layer(width, inner), layer(vocabulary, width, depth=1), norm, norm, norm,
+        shape(1, width), norm,
+    )  # fmt: skip
+    call = functools.partial(
+        token_gpu.decode_token, eps=EPS, outer_eps=OUTER_EPS, dtype=jnp.bfloat16,
+        config=token_gpu.Config(programs=132, warps=4),
+    )  # fmt: skip
+    x = shape(1, width, dtype=jnp.bfloat16)
+    assert "triton" in lower_for_cuda(call, x, model, shape(layers, 1, width)).as_text()
+    wrong = model._replace(glu_out=layer(width, 2 * inner))
+    with pytest.raises(ValueError, match="glu_out has words"):
+        lower_for_cuda(call, x, wrong, shape(layers, 1, width))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 5120, 2560), (33, 45, 131)])
