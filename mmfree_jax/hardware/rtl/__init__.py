@@ -1,0 +1,1 @@
+"""The accelerator in Amaranth (the extra `hardware`): units, core, Verilog, and its simulation."""
