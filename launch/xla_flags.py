@@ -1,4 +1,7 @@
-"""XLA's switches for several GPUs: the one place they are chosen and explained."""
+"""XLA's switches for several GPUs: the one place they are chosen and explained.
+
+export XLA_FLAGS="$(python -m launch.xla_flags)"
+"""
 
 import os
 from collections.abc import Mapping
@@ -28,6 +31,5 @@ def with_overlap(environ: Mapping[str, str]) -> dict[str, str]:
     return dict(environ) | {"XLA_FLAGS": " ".join([*added, *flags])}
 
 
-def overlap_flags(environ: Mapping[str, str] = os.environ) -> str:
-    """What to export as $XLA_FLAGS."""
-    return with_overlap(environ)["XLA_FLAGS"]
+if __name__ == "__main__":
+    print(with_overlap(os.environ)["XLA_FLAGS"])

@@ -33,6 +33,7 @@ def scaling(argv: Sequence[str]) -> int:
         model: tuple[str, ...] = (),
         max_minutes: float | None = None,
         compile_minutes: float = 3.0,
+        case_minutes: float = 2.0,
         parallel_compiles: int | None = None,
         report: Path | None = None,
     ) -> int:
@@ -55,6 +56,7 @@ def scaling(argv: Sequence[str]) -> int:
           model: fields of the model to change in all of them, as remat=dots.
           max_minutes: what is not done by then is recorded as not run.
           compile_minutes: how long to wait for all to compile.
+          case_minutes: how long one may take once all have compiled.
           parallel_compiles: processes that compile at once; default: a quarter of the cores.
           report: only make the table and figure from the results in this folder.
         """
@@ -76,6 +78,7 @@ def scaling(argv: Sequence[str]) -> int:
             out=out,
             max_minutes=max_minutes,
             compile_minutes=compile_minutes,
+            case_minutes=case_minutes,
             parallel_compiles=parallel_compiles,
         )
         out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from launch.xla_flags import with_overlap
 from mmfree_jax.errors import ConfigError
 
 RESULTS = "results.jsonl"
+_IDLE_MIB = 2048.0
 
 
 @dataclasses.dataclass
@@ -28,6 +29,7 @@ class _Worker:
     gpus: tuple[int, ...] = ()
     compiled: bool = False
     going: bool = False
+    going_since: float = 0.0
     finished: bool = False
 
 
@@ -40,6 +42,8 @@ class Options:
     compile_minutes: float = 3.0
     """How long all may compile together before the timing begins with those that are ready."""
     parallel_compiles: int | None = None
+    case_minutes: float = 2.0
+    """How long one may take once it has the word: a collective that waits for good is ended."""
 
 
 def run_study(
@@ -56,16 +60,19 @@ def run_study(
     when enough GPUs are free and all before it have started. One that fails is recorded with
     its reason; those that the time runs out on are recorded as not run.
 
+    GPUs that others are using are left out, and cases that need more are recorded so.
+
     Raises:
-      ConfigError: a case needs more GPUs than there are, or max_minutes is not positive.
+      ConfigError: max_minutes is not positive.
     """
     if options.max_minutes is not None and options.max_minutes <= 0:
         raise ConfigError(f"max-minutes is {options.max_minutes}: set above 0")
-    gpus = visible_gpus(environ)
-    most = max(case.devices for case in cases)
-    if gpus and most > len(gpus):
-        raise ConfigError(f"devices holds {most}, but there are {len(gpus)} GPUs: lower it")
-    slots = len(gpus) or most  # simulated devices: as many as the largest case
+    all_gpus = visible_gpus(environ)
+    gpus = idle_gpus(all_gpus)
+    if len(gpus) < len(all_gpus):
+        say(f"in use by others and left out: GPU {', '.join(sorted({*all_gpus} - {*gpus}))}")
+    # Simulated devices: as many as the largest case.
+    slots = len(gpus) if all_gpus else max(case.devices for case in cases)
     begin = clock()
     end = begin + 60 * options.max_minutes if options.max_minutes else float("inf")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -90,10 +97,14 @@ def run_study(
             os.fsync(file.fileno())
         say(f"{entry['at_s']:6.1f} s  {worker.case.name:<32} {_summary(values)}")
 
+    too_large = [worker for worker in workers if worker.case.devices > slots]
+    for worker in too_large:
+        record(worker, {"error": f"not run: needs {worker.case.devices} GPUs, {slots} are idle"})
+    workers = [worker for worker in workers if worker not in too_large]
     try:
         _place(workers, slots)
         _compile_all(workers, gpus, options, environ, begin, clock, record, say)
-        _time_all(workers, end, clock, record)
+        _time_all(workers, end, options.case_minutes, clock, record)
     finally:
         for worker in workers:
             if worker.process is not None and worker.process.poll() is None:
@@ -101,6 +112,20 @@ def run_study(
             if worker.process is not None:
                 worker.process.wait()
     return records
+
+
+def idle_gpus(gpus: Sequence[str]) -> list[str]:
+    """Those of `gpus` whose memory nobody holds; all where the driver's tool does not tell."""
+    query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    if not gpus:
+        return []
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return list(gpus)
+    rows = [line.split(",") for line in done.stdout.splitlines() if "," in line]
+    used = {row[0].strip(): float(row[1]) for row in rows}
+    return [gpu for gpu in gpus if used.get(gpu, 0.0) < _IDLE_MIB]
 
 
 def _place(workers: list[_Worker], slots: int) -> None:
@@ -187,7 +212,7 @@ def _look(worker: _Worker, record: Callable[[_Worker, dict[str, Any]], None]) ->
         record(worker, {"error": f"{how}: {lines[-1][:300] if lines else 'no output'}"})
 
 
-def _time_all(workers, end, clock, record) -> None:
+def _time_all(workers, end, case_minutes, clock, record) -> None:
     """Gives the word to one worker after another, each on GPUs that no other is using."""
     while True:
         waiting = [w for w in workers if not w.finished and not w.going]
@@ -201,11 +226,16 @@ def _time_all(workers, end, clock, record) -> None:
                 if not worker.finished:
                     record(worker, {"error": "not run to its end: max-minutes is over"})
             return
+        for worker in running:
+            if not worker.finished and clock() - worker.going_since > 60 * case_minutes:
+                worker.process.kill()
+                worker.process.wait()
+                record(worker, {"error": f"not done in {case_minutes:g} minutes: ended"})
         busy = {gpu for w in workers if w.going and not w.finished for gpu in w.gpus}
         for worker in [w for w in waiting if w.compiled and not w.finished]:
             if busy & set(worker.gpus):
                 break  # it is its turn: nobody behind it may take its GPUs
-            worker.going = True
+            worker.going, worker.going_since = True, clock()
             busy |= set(worker.gpus)
             (worker.folder / "go").touch()
         time.sleep(0.05)

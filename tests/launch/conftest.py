@@ -44,7 +44,7 @@ def pod_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     splits = {"train": _documents(0, 120), "heldout": _documents(1, 20)}
     writer.write_dataset(folder, splits, identity)
     return TrainConfig(
-        steps=120,
+        steps=72,
         batch_size=24,
         model=ModelConfig(
             vocab_size=256,

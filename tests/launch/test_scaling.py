@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +161,37 @@ def test_a_study_on_simulated_devices(tmp_path, pod_environment):
     lines = (tmp_path / "out" / run.RESULTS).read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == [r["name"] for r in records]
     assert not list((tmp_path / "out").rglob("manifest.json")), "checkpoints are removed again"
+
+
+def test_gpus_in_use_are_left_out(tmp_path, monkeypatch):
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text("#!/bin/sh\nprintf '0, 4\\n1, 107929\\n2, 0\\n'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert run.idle_gpus(["0", "1", "2"]) == ["0", "2"]
+    assert run.idle_gpus([]) == []
+    case = Case("tiny", 3, "data", "weak", 3, 32)
+    said = []
+    records = run.run_study(
+        [case],
+        run.Options(out=tmp_path / "out"),
+        environ={"CUDA_VISIBLE_DEVICES": "0,1,2"},
+        say=said.append,
+    )
+    assert records[0]["error"] == "not run: needs 3 GPUs, 2 are idle"
+    assert "left out: GPU 1" in said[0]
+
+
+@pytest.mark.slow
+def test_a_case_that_hangs_does_not_hold_up_the_rest(tmp_path, pod_environment, monkeypatch):
+    # Its word never comes through: the file that it waits for is not the one that is written.
+    cases = [Case("tiny", 1, "one", "weak", rows, 32) for rows in (4, 2)]
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda p: touch(p) if "b4" not in str(p) else None)
+    options = run.Options(out=tmp_path, parallel_compiles=2, case_minutes=0.5)
+    records = run.run_study(cases, options, environ=pod_environment, say=lambda text: None)
+    assert records[0]["error"] == "not done in 0.5 minutes: ended"
+    assert records[1]["tokens_per_s"] > 0
 
 
 def test_a_study_that_runs_out_of_time_says_what_it_left_out(tmp_path, pod_environment):
