@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from launch.ahead.estimate import estimate_times, fits
-from launch.ahead.hlo import parse_collectives
+from launch.ahead.hlo import parse_collectives, share_alongside
 from launch.ahead.topology import Topology, as_if_on, make_devices
 from mmfree_jax.config import TrainConfig, tokens_per_step
 
@@ -50,7 +50,8 @@ def compile_step(
         with jax.set_mesh(mesh):
             compiled = step.lower(shapes, batch, schedule).compile()
     seconds = time.perf_counter() - begin
-    collectives = parse_collectives(compiled.as_text(), topology.count, topology.each)
+    text = compiled.as_text()
+    collectives = parse_collectives(text, topology.count, topology.each)
     memory = compiled.memory_analysis()
     state = memory.argument_size_in_bytes / 2**30
     scratch = memory.temp_size_in_bytes / 2**30
@@ -84,6 +85,7 @@ def compile_step(
             "fits": None if simulated else fits(total, topology),
         },
         "collectives": by_kind,
+        "share_alongside": share_alongside(text),
         "times_s": None
         if times is None
         else dataclasses.asdict(times) | {"hidden": times.hidden, "exposed": times.exposed},
@@ -122,6 +124,10 @@ def describe(report: Report) -> str:
         lines.append(
             f"  {kind:<19}{row['times']:>6.0f} a step, a device sends "
             f"{row['near_bytes'] / 1e9:.3f} GB within its slice or host{far}"
+        )
+    if report["share_alongside"] is not None and not report["simulated"]:
+        lines.append(
+            f"  {report['share_alongside']:.0%} of the bytes travel behind other work in the schedule"
         )
     times, rates = report["times_s"], report["tokens_per_s_a_device"]
     if times is not None:

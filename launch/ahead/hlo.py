@@ -17,6 +17,7 @@ _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
+_WORK = ("fusion", "custom-call", "dot", "convolution", "call", "while")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|\s)([a-z][\w-]*)\(")
 
@@ -69,6 +70,32 @@ def parse_collectives(hlo: str, devices: int, each: int | None = None) -> list[C
                 near, far = _traffic(kind, size, groups // each)
                 found.append(Collective(kind, weight, weight * near, weight * far, count))
     return found
+
+
+def share_alongside(hlo: str) -> float | None:
+    """Share of the exchanged bytes behind which the compiler has scheduled other work.
+
+    That is: kernels stand between a collective's start and its end. Synchronous collectives
+    have none. None where nothing is exchanged.
+    """
+    computations, entry = _computations(hlo)
+    total = alongside = 0.0
+    for name, weight in _weights(computations, entry).items():
+        types = {i.name: i.type for i in computations[name]}
+        begun: dict[str, tuple[float, bool]] = {}
+        for i in computations[name]:
+            kind = i.operation.removesuffix("-start").removesuffix("-done")
+            if i.operation.endswith("-done") and kind in _KINDS:
+                for size, behind in (begun.pop(o) for o in _operands(i) if o in begun):
+                    alongside += weight * size * behind
+            elif kind in _KINDS:
+                size = sum(_size(types.get(o, "")) for o in _operands(i))
+                total += weight * size
+                if i.operation.endswith("-start"):
+                    begun[i.name] = (size, False)
+            elif i.operation in _WORK:
+                begun = {name: (size, True) for name, (size, _) in begun.items()}
+    return alongside / total if total else None
 
 
 def _traffic(kind: str, size: float, places: np.ndarray) -> tuple[float, float]:

@@ -129,6 +129,7 @@ HloModule m
   %s = (s32[], f32[8]{0}) parameter(0)
   %x = f32[8]{0} get-tuple-element(%s), index=1
   %begun = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%x), replica_groups={{0,1}}, to_apply=%add
+  %work = f32[8]{0} fusion(%x), kind=kLoop, calls=%add
   %done = f32[8]{0} all-reduce-done(%begun)
   %a = ((f32[8]{0}), f32[16]{0}, u32[]) async-start(%done), calls=%gather
   %b = f32[16]{0} async-done(%a), calls=%gather
@@ -143,6 +144,8 @@ ENTRY %main (x: (s32[], f32[8])) -> (s32[], f32[8]) {
     assert found["all-reduce"].times == found["all-gather"].times == 3
     assert found["all-reduce"].near == 3 * 2 * 1 / 2 * 32
     assert found["all-gather"].near == 3 * 1 * 32
+    # Of the all-reduce's 32 bytes and the gather's 32, the fusion hides the first.
+    assert hlo.share_alongside(text) == 0.5
 
 
 def test_meshes_on_paper():
