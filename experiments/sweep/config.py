@@ -48,6 +48,8 @@ class FamilyConfig:
     """Whose presets the sizes are taken from."""
     learning_rates: tuple[float, ...] = ()
     """Peak learning rates to try; empty: the preset's own."""
+    learning_rates_at: dict = field(default_factory=dict)
+    """Rates to try at some sizes in place of those: {size: [rate, ...]}."""
     train: dict = field(default_factory=dict)
     """Settings of this family alone, over the sweep's `train` (such as model.head_linear)."""
 
@@ -60,6 +62,15 @@ class FamilyConfig:
         _require(_WORD.fullmatch(self.label) is not None, "families.name", self.name,
                  "use letters, digits, '_', '.', '+' and single '-'")  # fmt: skip
         _positive("families.learning_rates", self.learning_rates)
+        for size, rates in self.learning_rates_at.items():
+            name = f"families.learning_rates_at.{size}"
+            numbers = isinstance(rates, list) and all(type(r) in (int, float) for r in rates)
+            _require(numbers and bool(rates), name, rates, "give a list of rates")
+            _positive(name, tuple(rates))
+
+    def rates_at(self, size: str) -> tuple[float, ...]:
+        """Rates to try at a size; empty: the preset's own."""
+        return tuple(map(float, self.learning_rates_at.get(size, self.learning_rates)))
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,10 @@ class SweepConfig:
         for size in (*self.sizes, *self.tuning.sizes, *self.replicates.sizes):
             check_size(size)
         if self.sizes:
+            for family in self.families:
+                unknown = set(family.learning_rates_at) - set(self.sizes)
+                _require(not unknown, "families.learning_rates_at", sorted(unknown),
+                         f"choose among sizes ({', '.join(self.sizes)})")  # fmt: skip
             for name in ("tuning", "replicates"):
                 unknown = set(getattr(self, name).sizes) - set(self.sizes)
                 _require(not unknown, f"{name}.sizes", sorted(unknown),

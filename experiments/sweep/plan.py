@@ -163,7 +163,7 @@ def _planned(
 
 
 def _rates(family: FamilyConfig, run: PlannedRun) -> tuple[float, ...]:
-    return family.learning_rates or (run.config.optimizer.learning_rate,)
+    return family.rates_at(run.size) or (run.config.optimizer.learning_rate,)
 
 
 def _in_order(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -437,11 +437,11 @@ def test_the_shipped_configs_are_sound():
     from experiments.sweep.plan import main_runs, tuning_runs, without_repeats
 
     folder = Path(cli.__file__).parents[1] / "configs"
-    for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("ablation", 26), ("study", 88)):
+    for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("ablation", 22), ("rate-check", 12), ("study", 95)):
         sweep = load_sweep(folder / f"{name}.yaml")
         found = without_repeats(sweep, [*tuning_runs(sweep), *main_runs(sweep)])
         assert len(found) == runs, name
-    assert sum(r.flops for r in found) == pytest.approx(8.68e16, rel=0.01)
+    assert sum(r.flops for r in found) == pytest.approx(1.14e17, rel=0.01)
 
 
 def test_a_wider_list_of_rates_goes_on_from_the_old_one(make, trainer):
@@ -455,6 +455,23 @@ def test_a_wider_list_of_rates_goes_on_from_the_old_one(make, trainer):
     assert (choice.rate, choice.at_edge) == (4e-3, False)
     assert [float(r["learning_rate"]) for r in best_rows(snapshot(wide))] == [4e-3]
     assert "5 done; " in status_text(snapshot(wide))
+
+
+def test_a_size_may_have_rates_of_its_own(make, trainer):
+    own = {"base": "matmulfree", "learning_rates": [1e-3, 2e-3],
+           "learning_rates_at": {"rung-3M": [2e-3, 2.667e-3, 4e-3]}}  # fmt: skip
+    sweep = make(families=[own], tuning={"tokens": 1e4}, tokens=[2e4])
+    assert len(run_sweep(sweep, Options(), say=quiet, command=trainer).done) == 2 + 3 + 2
+    choices = snapshot(sweep).choices
+    assert choices["matmulfree", "rung-1M"].rate == 2e-3
+    assert choices["matmulfree", "rung-3M"].rate == 2.667e-3
+    for wrong, message in (
+        ({"rung-7M": [1e-3]}, r"choose among sizes \(rung-1M, rung-3M\)"),
+        ({"rung-3M": 1e-3}, "rung-3M is 0.001: give a list of rates"),
+        ({"rung-3M": [0.0]}, "use values above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(families=[own | {"learning_rates_at": wrong}])
 
 
 def test_one_seed_does_not_choose_for_itself(make, trainer):
