@@ -1,7 +1,8 @@
 """Which implementation was measured fastest, by device kind, op, dtype and shape.
 
 `choices.json` is written by `mmfree bench kernels --choices`. A device kind that is not in it
-has not been measured, and takes the XLA path.
+has not been measured, and takes the XLA path; one with "same_as" takes that kind's winners for
+ops of which it has none of its own.
 """
 
 import functools
@@ -25,12 +26,12 @@ def measured_best(
       op: name of the op's folder.
       shape: the sizes that the op keys its choice by, in the table's order.
       device_kind: JAX's name of the device, in full.
-      dtype: of the op's float arguments, or of its integers where it has none.
+      dtype: of the op's float arguments; one that was not measured stands with bfloat16.
 
     Returns:
-      A name; None where the device, op or dtype has not been measured.
+      A name; None where the device or the op has not been measured.
     """
-    measured = _rows(op, device_kind, dtype)
+    measured = _rows(op, device_kind, dtype) or _rows(op, device_kind, "bfloat16")
     if not measured:
         return None
 
@@ -45,8 +46,8 @@ def measured_best(
 def _rows(op: str, device_kind: str, dtype: str) -> tuple[tuple[tuple[int, ...], str], ...]:
     devices = json.loads(TABLE.read_text(encoding="utf-8"))
     device = devices.get(device_kind, {})
-    device = devices.get(device.get("same_as"), device)
-    rows = device.get(op, {}).get(dtype, {})
+    alike = devices.get(device.get("same_as"), {})
+    rows = device.get(op, alike.get(op, {})).get(dtype, {})
     return tuple(
         (tuple(map(int, shape.split(" x "))), row["implementation"]) for shape, row in rows.items()
     )

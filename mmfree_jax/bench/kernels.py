@@ -59,7 +59,6 @@ def write_choices(rows: Sequence[Row], path: Path, *, command: str) -> None:
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     kind = jax.devices()[0].device_kind
     mine = table.setdefault(kind, {})
-    mine.pop("same_as", None)
     mine |= {"command": command, "jax": jax.__version__}
     for op, dtypes in choices.choose(rows).items():
         for dtype, shapes in dtypes.items():

@@ -10,27 +10,27 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.choices import measured_best
 from pallas_kernels.norm_quant import pallas_tpu, pallas_triton, xla
 from pallas_kernels.norm_quant.xla import Statistics
 from pallas_kernels.over_tokens import TOKENS, WHOLE, covers_mesh, devices_in_mesh, over_tokens
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "pallas_tpu")
 _KERNELS = {"pallas_triton": pallas_triton, "pallas_tpu": pallas_tpu}
-# Device kind -> the Pallas kernel where it was measured to win: a line goes in with the table
-# of `python -m pallas_kernels.norm_quant.benchmark` from that device.
-_MEASURED: dict[str, str] = {"NVIDIA H100": "pallas_triton"}
-_WIDEST_MEASURED = 8192  # Columns; wider rows stop fitting in a program's registers.
+_WIDEST = 8192  # Columns; wider rows stop fitting in a program's registers.
 
 
 def default_implementation(
-    k: int, *, device_kind: str | None = None, token_axes: Sequence[str] = ()
+    k: int,
+    *,
+    device_kind: str | None = None,
+    token_axes: Sequence[str] = (),
 ) -> str:
     """What `implementation=None` means for K columns on a device, by default the first one."""
-    device_kind = device_kind or jax.devices()[0].device_kind
-    for prefix, implementation in _MEASURED.items():
-        if device_kind.startswith(prefix) and k <= _WIDEST_MEASURED and covers_mesh(token_axes):
-            return implementation
-    return "xla"
+    if k > _WIDEST or not covers_mesh(token_axes):
+        return "xla"
+    kind = device_kind or jax.devices()[0].device_kind
+    return measured_best("norm_quant", (k,), device_kind=kind) or "xla"
 
 
 def norm_quant(

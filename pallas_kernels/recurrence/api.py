@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from pallas_kernels.choices import measured_best
 from pallas_kernels.recurrence import pallas_gpu, pallas_tpu, sharded, xla
 from pallas_kernels.recurrence.gates import gate_values
 
@@ -125,13 +126,14 @@ class _How(NamedTuple):
 
 def _resolve(implementation: str | None, x_BTD: jax.Array, partition) -> str:
     if implementation is None:
-        kernel = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend())
+        kind, dtype = jax.devices()[0].device_kind, x_BTD.dtype.name
+        best = measured_best("recurrence", x_BTD.shape, device_kind=kind, dtype=dtype) or "xla"
         # A kernel does not see how its inputs are sharded: without a partition it runs only
         # where there is nothing to shard over. One step is one multiply-add, which XLA fuses.
         ambient = jax.sharding.get_abstract_mesh()
         alone = jax.device_count() == 1 or (not ambient.empty and ambient.size == 1)
         worthwhile = x_BTD.shape[1] > 1 and x_BTD.dtype != jnp.float64
-        return kernel if kernel and worthwhile and (alone or partition is not None) else "xla"
+        return best if worthwhile and (alone or partition is not None) else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "

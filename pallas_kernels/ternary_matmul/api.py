@@ -11,6 +11,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
+from pallas_kernels.choices import measured_best
 from pallas_kernels.over_tokens import TOKENS, WHOLE, covers_mesh, over_tokens
 from pallas_kernels.ternary_matmul import (
     pallas_mosaic_gpu,
@@ -24,7 +25,6 @@ IMPLEMENTATIONS = (*xla.OPERAND_DTYPES, "pallas_mosaic_gpu", "pallas_triton", "p
 # Output elements that give each of a Hopper's 132 multiprocessors one tile. With fewer, part of
 # the chip idles, and nobody has measured who wins; the measurements are at 16384 tokens.
 _FULL_CHIP = 132 * 128 * 256
-_HOPPER = ("NVIDIA H100", "NVIDIA H200")
 
 
 def available_implementations(backend: str | None = None) -> tuple[str, ...]:
@@ -43,19 +43,15 @@ def default_implementation(
 ) -> str:
     """What `implementation=None` means for a shape on a device, by default the first one.
 
-    The Mosaic GPU kernel where it was measured to win: on Hopper, where its tiles divide the
-    matrix and fill the chip. XLA's int8 product everywhere else.
+    The measured winner of the nearest shape; of the Mosaic GPU kernel only where its tiles
+    divide the matrix and fill the chip. XLA's int8 product everywhere else.
     """
-    device_kind = device_kind or jax.devices()[0].device_kind
-    if (
-        device_kind.startswith(_HOPPER)
-        and m * n >= _FULL_CHIP
-        and n % 256 == 0
-        and k % 128 == 0
-        and covers_mesh(token_axes)
-    ):
-        return "pallas_mosaic_gpu"
-    return "xla_int8"
+    kind = device_kind or jax.devices()[0].device_kind
+    best = measured_best("ternary_matmul", (m, n, k), dtype="int8", device_kind=kind)
+    fits = m * n >= _FULL_CHIP and n % 256 == 0 and k % 128 == 0
+    if best == "pallas_mosaic_gpu" and not fits:
+        best = None
+    return best if best is not None and covers_mesh(token_axes) else "xla_int8"
 
 
 def ternary_matmul(

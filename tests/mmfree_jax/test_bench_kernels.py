@@ -90,7 +90,12 @@ def test_the_winner_has_the_least_sum_and_ran_everywhere():
 
 def test_the_nearest_measured_shape_decides(tmp_path, monkeypatch):
     entry = {"8 x 64": {"implementation": "xla"}, "4096 x 64": {"implementation": "kernel"}}
-    table = {"a": {"op": {"bfloat16": entry}}, "b": {"same_as": "a"}}
+    half = {"8 x 64": {"implementation": "kernel"}}
+    mine = {"bfloat16": {"1 x 1": {"implementation": "mine"}}}
+    table = {
+        "a": {"op": {"bfloat16": entry, "float16": half}},
+        "b": {"same_as": "a", "other": mine},
+    }
     path = tmp_path / "choices.json"
     path.write_text(json.dumps(table))
     monkeypatch.setattr(choices, "TABLE", path)
@@ -100,5 +105,8 @@ def test_the_nearest_measured_shape_decides(tmp_path, monkeypatch):
     assert best("op", (2048, 64), device_kind="a") == "kernel"
     assert best("op", (2048, 64), device_kind="b") == "kernel"
     assert best("op", (2048, 64), device_kind="unknown") is None
-    assert best("op", (2048, 64), device_kind="a", dtype="float32") is None
+    assert best("op", (8, 64), device_kind="a", dtype="float16") == "kernel"  # its own winner
+    assert best("op", (8, 64), device_kind="a", dtype="float32") == "xla"  # bfloat16's
+    assert best("other", (8, 64), device_kind="a") is None
+    assert best("other", (8, 64), device_kind="b") == "mine"
     choices._rows.cache_clear()
