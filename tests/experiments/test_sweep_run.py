@@ -437,11 +437,11 @@ def test_the_shipped_configs_are_sound():
     from experiments.sweep.plan import main_runs, tuning_runs, without_repeats
 
     folder = Path(cli.__file__).parents[1] / "configs"
-    for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("ablation", 22), ("rate-check", 12), ("study", 95)):
+    for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("ablation", 8), ("study", 88)):
         sweep = load_sweep(folder / f"{name}.yaml")
         found = without_repeats(sweep, [*tuning_runs(sweep), *main_runs(sweep)])
         assert len(found) == runs, name
-    assert sum(r.flops for r in found) == pytest.approx(1.14e17, rel=0.01)
+    assert sum(r.flops for r in found) == pytest.approx(8.68e16, rel=0.01)
 
 
 def test_a_wider_list_of_rates_goes_on_from_the_old_one(make, trainer):
