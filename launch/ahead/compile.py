@@ -127,7 +127,7 @@ def describe(report: Report) -> str:
         )
     if report["share_alongside"] is not None and not report["simulated"]:
         lines.append(
-            f"  {report['share_alongside']:.0%} of the bytes travel behind other work in the schedule"
+            f"  {report['share_alongside']:.0%} of the bytes travel while other work is scheduled"
         )
     times, rates = report["times_s"], report["tokens_per_s_a_device"]
     if times is not None:
