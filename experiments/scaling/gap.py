@@ -37,6 +37,8 @@ class GapTrend:
 
     Attributes:
         centre, per_size, per_tokens: the least-squares plane; nats, and nats a decade.
+        per_both: per_size + per_tokens: a decade of size and of tokens together, which is how
+            models grow at a constant number of tokens a parameter.
         intervals: name -> (low, high), from cells drawn with replacement.
         mid_params, mid_tokens: geometric means, where the plane is `centre`.
         residual: standard deviation of what the plane leaves (nats).
@@ -48,6 +50,7 @@ class GapTrend:
     centre: float
     per_size: float
     per_tokens: float
+    per_both: float
     intervals: dict[str, tuple[float, float]]
     mid_params: float
     mid_tokens: float
@@ -127,21 +130,26 @@ def trend(pairs: Pairs, *, resamples: int = 4000, level: float = 0.95, seed: int
     grams = np.einsum("rn,np,nq->rpq", draws, x, x)
     rank = np.linalg.matrix_rank(grams) == 3
     right = np.einsum("rn,np->rp", draws[rank], x * pairs.gap[:, None])
-    planes = np.linalg.solve(grams[rank], right[..., None])[..., 0]
+    planes = _with_sum(np.linalg.solve(grams[rank], right[..., None])[..., 0])
     edges = np.quantile(planes, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
     repeated = [pairs.gap[inverse == k] for k in range(count) if np.sum(inverse == k) > 1]
     freedom = sum(len(g) - 1 for g in repeated)
     spread = sum(float(np.sum((g - g.mean()) ** 2)) for g in repeated)
-    names = ("centre", "per_size", "per_tokens")
+    names = ("centre", "per_size", "per_tokens", "per_both")
     return GapTrend(
-        *map(float, plane),
+        *map(float, _with_sum(plane)),
         intervals={k: (float(lo), float(hi)) for k, lo, hi in zip(names, *edges, strict=True)},
         mid_params=float(mid[0]), mid_tokens=float(mid[1]),
         residual=float(np.sqrt(np.sum(left**2) / max(1, len(left) - 3))),
         seed_sd=float(np.sqrt(spread / freedom)) if freedom else float("nan"),
         level=level, n=len(pairs.gap), cells=count,
     )  # fmt: skip
+
+
+def _with_sum(plane: np.ndarray) -> np.ndarray:
+    """[..., 3] with per_size + per_tokens appended, [..., 4]."""
+    return np.concatenate([plane, plane[..., 1:2] + plane[..., 2:3]], axis=-1)
 
 
 def token_multiples(a: RunFrame, b: RunFrame, pairs: Pairs) -> np.ndarray:
@@ -182,11 +190,16 @@ def gap_text(result: GapTrend, names: tuple[str, str]) -> str:
         f"  at N {result.mid_params:.3g}, D {result.mid_tokens:.3g}: {value('centre')} nats",
         f"  a decade of size:   {value('per_size')} nats",
         f"  a decade of tokens: {value('per_tokens')} nats",
+        f"  a decade of both:   {value('per_both')} nats",
         f"  residual {result.residual:.4f} nats; between seeds "
         + (f"{result.seed_sd:.4f}" if np.isfinite(result.seed_sd) else "not measured"),
     ]
-    for name, what in (("per_size", "size"), ("per_tokens", "tokens")):
+    for name, what in (
+        ("per_size", "size at fixed tokens"),
+        ("per_tokens", "tokens at fixed size"),
+        ("per_both", "both at a fixed ratio"),
+    ):
         low, high = result.intervals[name]
-        verdict = "narrows" if high < 0 else "widens" if low > 0 else "has no clear trend"
+        verdict = "falls" if high < 0 else "rises" if low > 0 else "has no clear trend"
         lines.append(f"Within these runs the gap {verdict} with {what}.")
     return "\n".join(lines)

@@ -38,6 +38,9 @@ def test_a_plane_is_found_and_the_noise_of_seeds_with_it():
     found = trend(both)
     assert found.per_size == pytest.approx(-0.05, abs=0.003)
     assert found.per_tokens == pytest.approx(0.02, abs=0.005)
+    assert found.per_both == pytest.approx(found.per_size + found.per_tokens)
+    low, high = found.intervals["per_both"]
+    assert low < -0.03 < high
     low, high = found.intervals["per_size"]
     assert low < -0.05 < high < 0
     assert high - low < 0.01
@@ -45,7 +48,7 @@ def test_a_plane_is_found_and_the_noise_of_seeds_with_it():
     assert 0.001 < found.seed_sd < 0.003
     assert (found.n, found.cells) == (24, 12)
     text = gap_text(found, ("a", "b"))
-    assert "narrows with size" in text
+    assert "falls with size at fixed tokens" in text
     assert "+0.0" in text
 
 
