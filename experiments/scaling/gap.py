@@ -40,6 +40,7 @@ class GapTrend:
         per_both: per_size + per_tokens: a decade of size and of tokens together, which is how
             models grow at a constant number of tokens a parameter.
         intervals: name -> (low, high), from cells drawn with replacement.
+        budgets: the numbers of tokens in the fit.
         mid_params, mid_tokens: geometric means, where the plane is `centre`.
         residual: standard deviation of what the plane leaves (nats).
         seed_sd: of one run's gap between seeds (nats); NaN without repeated cells.
@@ -52,6 +53,7 @@ class GapTrend:
     per_tokens: float
     per_both: float
     intervals: dict[str, tuple[float, float]]
+    budgets: tuple[float, ...]
     mid_params: float
     mid_tokens: float
     residual: float
@@ -140,7 +142,7 @@ def trend(pairs: Pairs, *, resamples: int = 4000, level: float = 0.95, seed: int
     return GapTrend(
         *map(float, _with_sum(plane)),
         intervals={k: (float(lo), float(hi)) for k, lo, hi in zip(names, *edges, strict=True)},
-        mid_params=float(mid[0]), mid_tokens=float(mid[1]),
+        budgets=tuple(np.unique(pairs.tokens)), mid_params=float(mid[0]), mid_tokens=float(mid[1]),
         residual=float(np.sqrt(np.sum(left**2) / max(1, len(left) - 3))),
         seed_sd=float(np.sqrt(spread / freedom)) if freedom else float("nan"),
         level=level, n=len(pairs.gap), cells=count,

@@ -5,9 +5,10 @@ the PNG, in long form with a `series` column.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.scaling.crossing import Crossing, curve
@@ -196,12 +197,13 @@ def plot_families(
             rows += [{"series": name, "params": n, "tokens": d, "loss": loss}
                      for d, loss in zip(tokens, losses, strict=True)]  # fmt: skip
     axes.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
+    _ticks(axes, {*a.tokens, *b.tokens}, lambda d: f"{d / 1e6:.3g}M")
     axes.legend(fontsize=7, ncols=2)
     return figure, rows
 
 
 def plot_gap(pairs: Pairs, result: GapTrend, names: tuple[str, str]) -> tuple[Figure, Rows]:
-    """The gap over size, a colour a budget, with the fitted plane at each budget."""
+    """The gap over size, a colour a budget, with the plane at the budgets it was fitted to."""
     rows: Rows = []
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -209,17 +211,27 @@ def plot_gap(pairs: Pairs, result: GapTrend, names: tuple[str, str]) -> tuple[Fi
     for k, d in enumerate(np.unique(pairs.tokens)):
         colour = COLOURS[k % len(COLOURS)]
         here = pairs.tokens == d
-        axes.plot(pairs.params[here], pairs.gap[here], "o", color=colour, ms=4)
-        line = [result.at(n, d) for n in grid]
-        axes.plot(grid, line, color=colour, lw=1, label=f"{d / 1e6:.3g}M tokens")
+        axes.plot(pairs.params[here], pairs.gap[here], "o", color=colour, ms=4,
+                  label=f"{d / 1e6:.3g}M tokens")  # fmt: skip
         rows += [{"series": "pair", "params": n, "tokens": d, "gap": g}
                  for n, g in zip(pairs.params[here], pairs.gap[here], strict=True)]  # fmt: skip
+        if d not in result.budgets:
+            continue
+        line = [result.at(n, d) for n in grid]
+        axes.plot(grid, line, color=colour, lw=1)
         rows += [{"series": "plane", "params": n, "tokens": d, "gap": g}
                  for n, g in zip(grid, line, strict=True)]  # fmt: skip
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xscale="log", xlabel="parameters N", ylabel=f"loss of {names[0]} - {names[1]}, nats")
     axes.legend(fontsize=8)
     return figure, rows
+
+
+def _ticks(axes: Axes, values: Iterable[float], label: Callable[[float], str]) -> None:
+    """Ticks at the values alone, on a logarithmic axis of less than a decade or two."""
+    ordered = sorted(values)
+    axes.set_xticks(ordered, [label(v) for v in ordered])
+    axes.minorticks_off()
 
 
 def plot_rates(
@@ -243,6 +255,7 @@ def plot_rates(
             rows += [{"series": family, "size": size, "rate": r, "loss": x}
                      for r, x in found.items()]  # fmt: skip
         axes.set(xscale="log", xlabel="peak learning rate", title=family)
+        _ticks(axes, {r for size in sizes_here for r in tried[family, size]}, "{:g}".format)
         axes.legend(fontsize=8)
     panels[0].set(ylabel="loss above the best, nats", ylim=(-0.01, 0.4))
     return figure, rows
