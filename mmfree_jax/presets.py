@@ -13,6 +13,7 @@ from mmfree_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
+    replace_model,
 )
 from mmfree_jax.errors import ConfigError
 
@@ -82,6 +83,10 @@ def _build() -> dict[str, TrainConfig]:
                     ),
                 )
             presets[name + suffix] = config
+    # Memory leaves room for what is quicker to keep, and for more logits at once: 8 GiB are
+    # used at 8 x 2048 tokens.
+    quicker = dataclasses.replace(presets["370M"], loss_chunk=4096)
+    presets["370M"] = replace_model(quicker, remat="stream")
     return presets
 
 

@@ -199,7 +199,19 @@ def jit_train_step(
         in_shardings=(shardings, batch_sharding(mesh), NamedSharding(mesh, P())),
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
+        compiler_options=_compiler_options(config, mesh),
     )
+
+
+def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool] | None:
+    """What the step asks of XLA.
+
+    At large products cuBLAS is as fast as XLA's Triton kernels, and only a cuBLAS call writes a
+    layer's gradient straight into the stack of all layers'. Small ones may go to either.
+    """
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    large = config.model.hidden_size >= 1024
+    return {"xla_gpu_enable_triton_gemm": False} if on_gpu and large else None
 
 
 def jit_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, Any], Batch], LossSums]:
