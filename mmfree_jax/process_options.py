@@ -66,7 +66,7 @@ def find_processes(options: ProcessOptions, environ: Mapping[str, str]) -> dict[
         else _number(environ, "JAX_PROCESS_ID"),
     }
     given = {name: value for name, value in found.items() if value is not None}
-    if _is_managed(environ):
+    if len(given) < len(found) and _is_managed(environ):
         return given
     if not given or found["num_processes"] == 1:
         return None

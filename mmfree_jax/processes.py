@@ -176,20 +176,25 @@ def together(function: Callable[[], Any], *, only: int | None = None) -> Any:
     if only is None or only == jax.process_index():
         try:
             result = function()
-        except MMFreeError as e:
+        except Exception as e:
             failure = e
     note: dict[str, Any] = {"result": result if only is not None else None}
     if failure is not None:
-        note = {"kind": type(failure).__name__, "error": str(failure), "where": describe_self()}
+        known = isinstance(failure, MMFreeError)
+        text = str(failure) if known else f"{type(failure).__name__}: {failure}"
+        kind = next((c.__name__ for c in type(failure).__mro__ if c.__name__ in _KINDS), "")
+        note = {"kind": kind, "error": text, "where": describe_self()}
     notes = exchange(note)
     failed = [(i, note) for i, note in enumerate(notes) if "error" in note]
     if failed:
         _part()
+        if failure is not None and not isinstance(failure, MMFreeError):
+            raise failure  # a bug: with its own traceback here, in one line elsewhere
         i, note = failed[0]
         alike = all(other["error"] == note["error"] for _, other in failed)
         everyone = alike and len(failed) == len(notes)
         where = "" if everyone or only is not None else f"process {i} ({note['where']}): "
-        error = _KINDS.get(note["kind"], MMFreeError)(where + note["error"])
+        error = _KINDS.get(note["kind"], TrainingError)(where + note["error"])
         error.said_by_first = True  # type: ignore[attr-defined]
         raise error from failure
     return result if only is None else notes[only]["result"]

@@ -77,11 +77,11 @@ def train(
       TrainingError: the loss is not finite, or device memory is too small.
       ProcessLostError: another process is gone.
     """
-    run = open_run(config)
     is_writer = jax.process_index() == 0
     with contextlib.ExitStack() as held, catch_signals() as request:
-        open_run_dir(run.run_dir, held)
         watchdog = _watch(process_options, held)
+        run = open_run(config)
+        open_run_dir(run.run_dir, held)
 
         def look() -> Summary | None:
             check_run_dir(run.run_dir, config)

@@ -160,6 +160,28 @@ def test_processes_started_differently_are_told_which_and_how(
     assert not any("error" in text for text in errors[1:]), "said once, by process 0"
 
 
+def test_data_missing_on_one_host_ends_all_and_names_it(pod_config, pod_environment, tmp_path):
+    # Both ask for ./data, and only the first one's folder has it.
+    processes = []
+    config = dataclasses.replace(
+        pod_config, data=dataclasses.replace(pod_config.data, paths=("data",))
+    )
+    for i in range(2):
+        host = tmp_path / f"host{i}"
+        host.mkdir()
+        (host / "config.yaml").write_text(dump_yaml(config))
+        plan = Plan(mmfree_command(["train", "--config", "config.yaml"]), 2)
+        env = environment(plan, i, 18233, pod_environment)
+        processes.append(
+            subprocess.Popen(plan.command, env=env, cwd=host, stderr=subprocess.PIPE, text=True)
+        )
+    (tmp_path / "host0" / "data").symlink_to(pod_config.data.paths[0])
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert f"process 1 (pid {processes[1].pid} on " in errors[0]
+    assert "): data folder data does not exist" in errors[0]
+
+
 def test_a_process_that_never_comes_is_not_waited_for_long(pod_config, pod_environment, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(dump_yaml(pod_config))

@@ -31,6 +31,16 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PRO
             },
         ),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "1"}, None),
+        # A launcher inside another one's allocation knows better.
+        (
+            SLURM | EXPLICIT,
+            {
+                "coordinator_address": "h:1",
+                "num_processes": 4,
+                "process_id": 2,
+                "cluster_detection_method": "deactivate",
+            },
+        ),
     ],
 )
 def test_processes_are_found_in_the_environment(environ, expected):
