@@ -24,7 +24,8 @@ import yaml
 
 from experiments.sweep.config import SweepConfig
 from experiments.sweep.errors import SweepError
-from experiments.sweep.estimate import relative_seconds, share
+from experiments.sweep.estimate import share
+from experiments.sweep.order import ORDERS, in_order
 from experiments.sweep.plan import PlannedRun, config_hash, shard
 from experiments.sweep.process import (
     Outcome,
@@ -58,9 +59,7 @@ class Options:
     stage: str = "all"
     """"tuning", "main" or "all"."""
     order: str = "cheapest"
-    """"cheapest" first, so that an early end leaves the most finished runs; or "longest" first,
-    so that the last ones to end are short: first of each shape of model (which compiles its
-    programs for all that follow), then of all."""
+    """"cheapest" or "longest" first (see `in_order`)."""
     max_minutes: float | None = None
     """Stop after this much time: runs under way save a checkpoint."""
     retry_failed: bool = False
@@ -75,8 +74,8 @@ class Options:
             raise ConfigError(f"max_minutes is {self.max_minutes}: set a value above 0")
         if len(set(self.gpus)) != len(self.gpus):
             raise ConfigError(f"gpus is {list(self.gpus)}: name each once")
-        if self.order not in ("cheapest", "longest"):
-            raise ConfigError(f"order is {self.order!r}: choose cheapest or longest")
+        if self.order not in ORDERS:
+            raise ConfigError(f"order is {self.order!r}: choose {' or '.join(ORDERS)}")
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -171,22 +170,6 @@ def run_sweep(
     return tally
 
 
-def in_order(sweep: SweepConfig, runs: Sequence[PlannedRun], order: str) -> list[PlannedRun]:
-    """Tuning runs before main ones, and each stage as `Options.order` says."""
-    if order == "cheapest":
-        return sorted(runs, key=lambda r: r.stage != "tuning")
-    longest = sorted(runs, key=lambda r: -relative_seconds(r))
-    shapes: set[tuple[str, str]] = set()
-    first = []
-    for run in longest:
-        first.append((run.family, run.size) not in shapes)
-        shapes.add((run.family, run.size))
-    ranked = sorted(
-        zip(first, longest, strict=True), key=lambda p: (not p[0], p[1].stage != "tuning")
-    )
-    return [run for _, run in ranked]
-
-
 class _Scheduler:
     """The runs of one call: those that wait, and those under way."""
 
@@ -208,7 +191,7 @@ class _Scheduler:
 
     def run(self) -> None:
         """Runs what is left to its end, or until told to stop."""
-        queue = in_order(self._sweep, self._news(), self._options.order)
+        queue = in_order(self._news(), self._options.order)
         try:
             while (queue or self._children) and not self._stop:
                 while (run := self._next(queue)) and (slots := self._slots_for(run)):
@@ -216,8 +199,7 @@ class _Scheduler:
                     self._start(run, slots)
                 tuning_ended = any(run.stage == "tuning" for run in self._reap())
                 if tuning_ended or not (queue or self._children):
-                    queue += self._news()
-                    queue = in_order(self._sweep, queue, self._options.order)
+                    queue = in_order([*queue, *self._news()], self._options.order)
                 time.sleep(_POLL_SECONDS)
         finally:
             self._end_all()

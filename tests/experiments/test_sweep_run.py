@@ -17,10 +17,11 @@ import pytest
 from experiments.cli import sweep as cli
 from experiments.sweep.config import sweep_from_dict
 from experiments.sweep.errors import SweepError
+from experiments.sweep.order import in_order
 from experiments.sweep.plan import main_runs
 from experiments.sweep.process import child_environment, outcome, start
 from experiments.sweep.report import best_rows, status_text
-from experiments.sweep.runner import Options, in_order, run_sweep
+from experiments.sweep.runner import Options, run_sweep
 from experiments.sweep.state import is_locked, snapshot
 from experiments.sweep.table import RESULTS, read_results
 from mmfree_jax.data import writer
@@ -245,7 +246,7 @@ def test_a_main_run_waits_only_for_the_tuning_runs_of_its_size(make, trainer, mo
 
 def test_the_longest_of_each_shape_come_first_then_the_longest(make):
     sweep = make(rates=(4e-3,), tokens=[1e4, 1e5, 1e6], sizes=["rung-1M", "rung-7M"])
-    runs = [(r.size, r.tokens) for r in in_order(sweep, main_runs(sweep), "longest")]
+    runs = [(r.size, r.tokens) for r in in_order(main_runs(sweep), "longest")]
     assert [size for size, _ in runs[:2]] == ["rung-7M", "rung-1M"]
     assert runs[0][1] == runs[1][1] == max(tokens for _, tokens in runs)
     assert runs[2][0] == "rung-7M"
