@@ -73,10 +73,11 @@ def backward(x_ND, weights_VD, w_scale, targets_N, lse_N, dloss_N, dlse_N, *, z_
     wide_VD = weights_VD.astype(x_ND.dtype)
 
     def one(dw_VD, c):
-        left, scale, right, *rest = (y_PC[:, c] for y_PC in per_token_PC)
+        left, scale, right, targets_P, *cotangents = (y_PC[:, c] for y_PC in per_token_PC)
+        lse_P, dloss_P, dlse_P = cotangents
         logits_PV = _logits(left, scale, weights_VD, w_scale)
-        dlogits_PV = _logit_gradients(logits_PV, *rest, z_loss).astype(x_ND.dtype)
-        dx_PD, dw_chunk_VD = _pull_back(dlogits_PV, right, wide_VD)
+        dlogits_PV = _logit_gradients(logits_PV, targets_P, lse_P, dloss_P, dlse_P, z_loss)
+        dx_PD, dw_chunk_VD = _pull_back(dlogits_PV.astype(x_ND.dtype), right, wide_VD)
         return dw_VD + dw_chunk_VD, dx_PD
 
     dw_VD = jnp.zeros(weights_VD.shape, _accumulator(x_ND))

@@ -147,12 +147,12 @@ def norm_backward(
     """
     implementation = _check(implementation, gradients[0].shape[-1], token_axes)
     if d_skip is not None and (gated or implementation != "pallas_triton"):
-        d_x, *rest = norm_backward(
+        d_x, d_weights, d_outer, inputs, d_s = norm_backward(
             x, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
             times_silu=times_silu, gated=gated, implementation=implementation,
             token_axes=token_axes, interpret=interpret,
         )  # fmt: skip
-        return d_x + d_skip, *rest
+        return d_x + d_skip, d_weights, d_outer, inputs, d_s
     if gated and implementation != "pallas_triton":
         h = xla.glu(x).astype(x.dtype)
         d_h, d_weights, d_outer, inputs, _ = norm_backward(
