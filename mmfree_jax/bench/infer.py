@@ -66,25 +66,24 @@ def check(plan: Plan) -> None:
 def tasks(plan: Plan) -> list[Row]:
     """The measurements of a plan, in the order in which they run."""
     out: list[Row] = []
-    for size in plan.sizes:
-        for form in plan.forms:
-            for batch in plan.batch_sizes:
-                if batch == 1 or form in plan.batch_forms:
-                    out.append(_decode(plan, size, form, batch))
     if plan.energy_s > 0:
         for batch in plan.energy_batch_sizes:
-            task = _decode(plan, plan.energy_size, "packed", batch) | {"energy_s": plan.energy_s}
-            same = _decode(plan, plan.energy_size, "packed", batch)
-            out = [other for other in out if other != same] + [task]
-    if plan.prefill:
-        for size in plan.prefill_sizes or plan.sizes:
-            for form in plan.forms:
-                out.append(
-                    {"work": "prefill", "size": size, "form": form, "batch": 1,
-                     "tokens": plan.prefill, "repeats": plan.repeats}
-                )  # fmt: skip
-    if plan.agreement:
-        out.append({"work": "agreement", "size": plan.agreement, "batch": 1, "tokens": 64})
+            task = _decode(plan, plan.energy_size, "packed", batch)
+            out.append(task | {"energy_s": plan.energy_s})
+    timed = [(task["size"], task["form"], task["batch"]) for task in out]
+    for form in plan.forms:
+        for size in plan.sizes:
+            for batch in plan.batch_sizes:
+                wanted = batch == 1 or form in plan.batch_forms
+                if wanted and (size, form, batch) not in timed:
+                    out.append(_decode(plan, size, form, batch))
+        for size in (plan.prefill_sizes or plan.sizes) if plan.prefill else ():
+            out.append(
+                {"work": "prefill", "size": size, "form": form, "batch": 1,
+                 "tokens": plan.prefill, "repeats": plan.repeats}
+            )  # fmt: skip
+        if form == "packed" and plan.agreement:
+            out.append({"work": "agreement", "size": plan.agreement, "batch": 1, "tokens": 64})
     return out
 
 
@@ -102,8 +101,12 @@ def measure(plan: Plan, out: Path, command: str, say: Callable[[str], None]) -> 
     """
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for task in tasks(plan):
-        row = _run(task, plan.timeout_s)
+    todo = tasks(plan)
+    process = _start()
+    for number, task in enumerate(todo):
+        current, process = process, _start() if number + 1 < len(todo) else None
+        assert current is not None
+        row = _run(current, task, plan.timeout_s)
         rows.append(row)
         say(describe(row))
         (out / RECORDS).write_text(
@@ -113,15 +116,24 @@ def measure(plan: Plan, out: Path, command: str, say: Callable[[str], None]) -> 
     return rows
 
 
-def _run(task: Row, timeout_s: float) -> Row:
-    command = [sys.executable, "-m", "mmfree_jax.bench.infer_one", json.dumps(task)]
+def _start() -> subprocess.Popen[str]:
+    """A process that does its imports, which need no device, and waits for a task."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmfree_jax.bench.infer_one"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _run(process: subprocess.Popen[str], task: Row, timeout_s: float) -> Row:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        stdout, stderr = process.communicate(json.dumps(task) + "\n", timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         return task | {"failed": f"no result after {timeout_s:.0f} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    return task | {"failed": _reason(done.returncode, done.stderr)}
+    if process.returncode == 0:
+        return json.loads(stdout.strip().splitlines()[-1])
+    return task | {"failed": _reason(process.returncode, stderr)}
 
 
 def _reason(code: int, stderr: str) -> str:

@@ -2,7 +2,8 @@
 
 Weights are random, of the right distribution, made on the device layer by layer in the form in
 which they are used: a 13B model never exists in a larger form, and the process's peak memory is
-the measured program's. The result is one line of JSON on stdout.
+the measured program's. Without an argument the task is read from stdin, so that the imports of
+one measurement can go on during another. The result is one line of JSON on stdout.
 
 A time is the host's clock around one compiled program, the device synchronised before and
 after, behind one call that compiles and warms up. Decoding: the greedy loop of `generate` over
@@ -109,6 +110,11 @@ def _random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
 
+def stored_form(form: str) -> str:
+    """The form in which this backend holds a packed model: int8 trits on the CPU."""
+    return "trits" if form == "packed" and jax.default_backend() == "cpu" else form
+
+
 def decode_loop(
     config: ModelConfig, variables: decode.Variables, *, batch: int, steps: int, calls: int
 ) -> Callable[[], jax.Array]:
@@ -139,7 +145,7 @@ def measure_decode(task: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds a token of the greedy loop, and with `energy_s` the energy of each token."""
     batch, steps, repeats = task["batch"], task["steps"], task["repeats"]
     config = model_config(task["size"], task["form"])
-    variables = random_variables(config, task["form"])
+    variables = random_variables(config, stored_form(task["form"]))
     run = decode_loop(config, variables, batch=batch, steps=steps, calls=repeats + 1)
     first_s, times = _times(run, repeats)
     row = {
@@ -157,7 +163,7 @@ def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds to read a prompt of `tokens` tokens a row."""
     batch, tokens = task["batch"], task["tokens"]
     config = model_config(task["size"], task["form"])
-    variables = random_variables(config, task["form"])
+    variables = random_variables(config, stored_form(task["form"]))
     prompt = jnp.ones((batch, tokens), jnp.int32)
     length = jnp.full(batch, tokens, jnp.int32)
 
@@ -171,6 +177,16 @@ def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
         "ms": _summary([1e3 * t for t in times]),
         **_memory(variables),
     }
+
+
+def decode_step(config: ModelConfig) -> Callable[..., Any]:
+    """A jitted (variables, token_B, state) -> (logits_BV, state)."""
+
+    @jax.jit
+    def step(variables: decode.Variables, token_B: jax.Array, state: Any) -> Any:
+        return decode.forward(variables, config, token_B[:, None], state, None)
+
+    return step
 
 
 def measure_agreement(task: dict[str, Any]) -> dict[str, Any]:
@@ -195,11 +211,7 @@ def measure_agreement(task: dict[str, Any]) -> dict[str, Any]:
     }
     logits: dict[str, list[jax.Array]] = {}
     for name, (variables, config) in programs.items():
-        step = jax.jit(
-            lambda variables, token_B, state, config=config: decode.forward(
-                variables, config, token_B[:, None], state, None
-            )
-        )
+        step = decode_step(config)
         state, logits[name] = init_state(config, batch), []
         for index in range(tokens):
             token_B = (jnp.arange(batch, dtype=jnp.int32) * 31 + 977 * index) % config.vocab_size
@@ -292,4 +304,5 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_task(json.loads(sys.argv[1]))), flush=True)
+    text = sys.argv[1] if len(sys.argv) > 1 else sys.stdin.readline()
+    print(json.dumps(run_task(json.loads(text))), flush=True)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.infer import decode
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError
+from mmfree_jax.infer import decode, packed_gpu
 from mmfree_jax.infer.decode import Session, Variables
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.model import LanguageModel
@@ -86,6 +86,7 @@ def generate(
     Raises:
       DataError: an empty prompt, or a token id that the model does not have.
       ConfigError: a sampling setting, stop id, seed or session that does not fit.
+      CheckpointError: the model gives logits that are not finite.
     """
     config = model.config
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -118,7 +119,13 @@ def generate(
             filters=sampling.filters(),
             **_loop(int(np.minimum(remaining, allowance)[~finished].max())),
         )
-        new_BN, stopped_B = jax.device_get((new_BN, stopped_B))
+        new_BN, stopped_B, sound = jax.device_get((new_BN, stopped_B, _all_finite(own.logits_BV)))
+        if not sound:
+            raise CheckpointError(
+                "the model's logits are not finite: its weights are damaged, or another program "
+                "held part of the GPU during a kernel that needs all of it (try again with "
+                f"{packed_gpu.KERNELS_VARIABLE}=layers in the environment)"
+            )
         cut: dict[int, list[int]] = {}
         for row in np.flatnonzero(~finished).tolist():
             new = [token for token in new_BN[row].tolist() if token >= 0]
@@ -154,6 +161,11 @@ def as_variables(params: dict[str, Any], config: ModelConfig) -> Variables:
     if "params" in params or "packed" in params:
         return params
     return decode.inference_variables(params, config)
+
+
+@jax.jit
+def _all_finite(logits_BV: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(logits_BV))
 
 
 def _check_options(config, batch, max_new_tokens, seed, stop_ids) -> np.ndarray:

@@ -213,6 +213,8 @@ def generate_chunk(
     """
     batch = finished_B.shape[0]
     rows = jnp.arange(batch)
+    if "packed" in variables:
+        variables = {"packed": packed_model.with_bounds(variables["packed"], config)}
 
     def unfinished(carry):
         step, _, _, _, finished_B = carry

@@ -7,6 +7,11 @@ Shapes: B rows, D hidden, L layers, V vocabulary, as in `packed_model.py`, whose
 this repeats; the tree holds its weights as words (`packed_model.kernel_layout`).
 """
 
+import functools
+import json
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +28,9 @@ Tree = dict[str, Any]
 # Programs of the one-kernel form wait for each other, so all must run at once: one on each
 # multiprocessor. With fewer than this many (a slice of a GPU) four kernels a layer do better.
 FEWEST_PROGRAMS = 64
+
+# Environment variable: "layers" keeps the one-kernel form off.
+KERNELS_VARIABLE = "MMFREE_DECODE_KERNELS"
 
 # Layers whose kernels are laid out one after another in the compiled loop over layers.
 UNROLL = 8
@@ -46,13 +54,17 @@ def programs() -> int:
 
 
 def token_config(config: ModelConfig) -> token_gpu.Config:
-    """How the one-kernel form is cut on this device: by measurement on an H100."""
-    count = programs()
-    if config.hidden_size <= 1024:
-        return token_gpu.Config(programs=count, warps=2, tile=24)
-    if config.hidden_size <= 2048:
-        return token_gpu.Config(programs=count, warps=8, tile=24)
-    return token_gpu.Config(programs=count, warps=16, tile=12)
+    """How the one-kernel form is cut on this device: as measured for the nearest width."""
+    widths = _measured_configs()
+    nearest = min(widths, key=lambda width: abs(math.log(width / config.hidden_size)))
+    return token_gpu.Config(programs=programs(), **widths[nearest])
+
+
+@functools.cache
+def _measured_configs() -> dict[int, dict[str, Any]]:
+    """Hidden size -> the fastest of a few cuts on an H100, without the number of programs."""
+    text = Path(__file__).with_name("token_configs.json").read_text(encoding="utf-8")
+    return {int(width): cut for width, cut in json.loads(text).items()}
 
 
 def decode_token(
@@ -82,7 +94,8 @@ def decode_token(
     Returns:
       [B, V] float32 logits, and the new state.
     """
-    if token is None and token_B.shape[0] == 1 and programs() >= FEWEST_PROGRAMS:
+    whole = os.environ.get(KERNELS_VARIABLE) != "layers" and programs() >= FEWEST_PROGRAMS
+    if token is None and token_B.shape[0] == 1 and whole:
         token = token_config(config)
     if token is None:
         logits_BV, new_LBD = _layer_by_layer(packed, config, token_B, state, unroll, interpret)

@@ -146,9 +146,16 @@ def packed_rows(layer: Tree) -> jax.Array:
 
 def lower_bounds(packed: Tree, config: ModelConfig) -> jax.Array:
     """The forget gates' lower bounds, [L, D] float32."""
+    if "bounds" in packed:
+        return packed["bounds"]
     if not config.use_lower_bound:
         return jnp.zeros((config.num_layers, config.state_size), jnp.float32)
     return functional.forget_gate_lower_bounds(packed["lower_bounds"])
+
+
+def with_bounds(packed: Tree, config: ModelConfig) -> Tree:
+    """The tree with its lower bounds worked out, for a loop that would do it at every token."""
+    return packed | {"bounds": lower_bounds(packed, config)}
 
 
 def embed(embedding: Tree, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:

@@ -28,13 +28,13 @@ class Config:
     stages: int = 3
 
 
-def choose_config(m: int, n: int, k: int) -> Config:
-    """The tiles for x [m, k] and weights [n, k]."""
-    del k
-    tile_m = max(16, min(128, pl.next_power_of_2(m)))
-    # Few rows give few tiles: narrow ones, so that every multiprocessor has work.
-    tile_n = 64 if pl.cdiv(m, tile_m) * n >= 64 * 128 else 32
-    return Config(tile_m=tile_m, tile_n=tile_n)
+def choose_config(m: int) -> Config:
+    """The tiles for x [m, k].
+
+    Of ten cuts timed on an H100 at 64 and 128 rows, tiles of 64 by 64 were the fastest or
+    within a few percent of it at every shape: wider ones leave multiprocessors without work.
+    """
+    return Config(tile_m=max(16, min(64 if m <= 128 else 128, pl.next_power_of_2(m))))
 
 
 def packed_matmul(
@@ -79,7 +79,7 @@ def scaled_matmul(
 def _call(x_q, packed, layer, scales, out_dtype, config, interpret):
     m, n = x_q.shape[0], packed.shape[1]
     if config is None:
-        config = choose_config(m, n, x_q.shape[1])
+        config = choose_config(m)
     return pl.pallas_call(
         functools.partial(_kernel, config=config, emulate=interpret),
         out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
@@ -109,19 +109,20 @@ def _kernel(layer_ref, x_ref, w_ref, *refs, config: Config, emulate: bool):
             in_columns = None if 4 * size == columns else column < columns
             x = _load(x_ref.at[rows[:, None], column], in_rows, in_place, in_columns)
             trits = _trits(packed, plane, emulate=emulate)
+            # The weights are the first operand, which tensor cores take from registers.
             sums += lax.dot_general(
-                x, trits, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+                trits, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
             )
         return sums
 
-    sums = jnp.zeros((config.tile_m, config.tile_n), jnp.int32)
+    sums = jnp.zeros((config.tile_n, config.tile_m), jnp.int32)
     y = lax.fori_loop(0, pl.cdiv(size, config.tile_k), step, sums)
     if scale_refs:
         x_scale_ref, w_scale_ref = scale_refs
         x_scale = pltriton.load(x_scale_ref.at[rows], mask=rows < m, other=0.0)
-        y = y.astype(jnp.float32) * (x_scale * w_scale_ref[layer])[:, None]
-    inside = (rows < m)[:, None] & (outputs < n)[None, :]
-    out = out_ref.at[rows[:, None], outputs[None, :]]
+        y = y.astype(jnp.float32) * (x_scale * w_scale_ref[layer])[None, :]
+    inside = (rows < m)[None, :] & (outputs < n)[:, None]
+    out = out_ref.at[rows[None, :], outputs[:, None]]
     pltriton.store(out, y.astype(out_ref.dtype), mask=inside)
 
 

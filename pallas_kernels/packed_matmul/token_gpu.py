@@ -509,8 +509,18 @@ def _total(pieces: Sequence[jax.Array], combine, reduce) -> jax.Array:
     return reduce(reduce(functools.reduce(combine, pieces), axis=1))
 
 
-def _mean_square(step: _Step, pieces: Sequence[jax.Array]) -> jax.Array:
-    return _total([v * v for v in pieces], jnp.add, jnp.sum) * (1.0 / step.columns)
+def _totals(quantities: Sequence[Sequence[jax.Array]], combine, reduce) -> list[jax.Array]:
+    """`_total` of up to four quantities, all in one reduction over threads."""
+    if len(quantities) == 1:
+        return [_total(quantities[0], combine, reduce)]
+    column = jnp.arange(4)
+    parts = [reduce(functools.reduce(combine, q), axis=1)[:, None] for q in quantities]
+    table = jnp.broadcast_to(parts[0], (parts[0].shape[0], 4))
+    for number, part in enumerate(parts[1:], start=1):
+        table = jnp.where(column[None, :] == number, part, table)
+    row = reduce(table, axis=0)
+    zero = jnp.zeros_like(row)
+    return [jnp.sum(jnp.where(column == number, row, zero)) for number in range(len(parts))]
 
 
 def _quantize(plan: _Plan, step: _Step, values, bundle: _Bundle):
@@ -521,22 +531,26 @@ def _quantize(plan: _Plan, step: _Step, values, bundle: _Bundle):
     f32 = jnp.float32
     (x, *state) = values
     masks = [mask for _, mask in _columns(step)]
-    inverse: Any = 1.0
     u = x
     if bundle.outer is not None:
-        inverse = jax.lax.rsqrt(_mean_square(step, x) + plan.outer_eps)
         u = [v * w.astype(f32) for v, w in zip(x, bundle.outer, strict=True)]
     if state:
         silus = [_silu(h.astype(plan.dtype).astype(f32)) for h in state[0]]
         u = [v * s for v, s in zip(u, silus, strict=True)]
-    # mean((inverse u)^2) is inverse^2 mean(u^2): no pass of its own behind the outer norm.
-    square = inverse * inverse * _mean_square(step, u)
-    inverse = inverse * jax.lax.rsqrt(square + plan.eps)
+    # mean((r u)^2) is r^2 mean(u^2): both norms' sums in one pass.
+    squares = [[v * v for v in u]]
+    if bundle.outer is not None:
+        squares.append([v * v for v in x])
+    means = [total * (1.0 / step.columns) for total in _totals(squares, jnp.add, jnp.sum)]
+    inverse: Any = 1.0
+    if bundle.outer is not None:
+        inverse = jax.lax.rsqrt(means[1] + plan.outer_eps)
+    inverse = inverse * jax.lax.rsqrt(inverse * inverse * means[0] + plan.eps)
     shift = 8 * jnp.arange(4)[None, :]
+    weighed = [[v * w.astype(f32) for v, w in zip(u, norm, strict=True)] for norm in bundle.norms]
+    sizes = [[jnp.abs(v) for v in n] for n in weighed]
     out = []
-    for norm in bundle.norms:
-        n = [v * w.astype(f32) for v, w in zip(u, norm, strict=True)]
-        largest = _total([jnp.abs(v) for v in n], jnp.maximum, jnp.max)
+    for n, largest in zip(weighed, _totals(sizes, jnp.maximum, jnp.max), strict=True):
         absmax = jnp.maximum(largest * inverse, MIN_ABSMAX)
         factor = inverse * (127.0 / absmax)
         planes = []

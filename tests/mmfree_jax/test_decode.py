@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.config import DENSE, ModelConfig
-from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import api, decode
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.model import LanguageModel
@@ -274,6 +274,13 @@ def test_bad_input_is_named(prompts, options, error, match):
     model, params = build(BASE)
     with pytest.raises(error, match=match):
         api.generate(model, params, prompts, **options)
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model, params = build(BASE)
+    damaged = params | {"embedding": {"weight": params["embedding"]["weight"].at[7].set(jnp.nan)}}
+    with pytest.raises(CheckpointError, match="not finite"):
+        api.generate(model, damaged, [[7]], max_new_tokens=3, **DRAW)
 
 
 def test_a_session_of_other_rows_is_refused():
