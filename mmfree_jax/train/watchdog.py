@@ -38,7 +38,6 @@ class _Peer:
     place: str = "the start"
     count: int = -1
     heard_at: float = 0.0
-    moved_at: float = 0.0
 
 
 class Watchdog:
@@ -66,7 +65,7 @@ class Watchdog:
         self._moved_at = clock()
         now = clock()
         watched = range(1, count) if index == 0 else (0,)
-        self._peers = {i: _Peer(heard_at=now, moved_at=now) for i in watched}
+        self._peers = {i: _Peer(heard_at=now) for i in watched}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -95,8 +94,6 @@ class Watchdog:
                 where, beats, place, count = json.loads(text)
                 if count != peer.count:
                     peer.heard_at = now
-                if beats != peer.beats:
-                    peer.moved_at = now
                 peer.where, peer.beats, peer.place, peer.count = where, beats, place, count
             self._looked_at = self._clock()
             verdict = self._judge(now)
