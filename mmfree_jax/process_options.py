@@ -99,7 +99,7 @@ def _is_managed(environ: Mapping[str, str]) -> bool:
     if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in environ:
         return True
     # A host of a TPU pod knows its siblings from the metadata server alone, which JAX asks.
-    platforms = environ.get("JAX_PLATFORMS", "tpu")
+    platforms = environ.get("JAX_PLATFORMS") or "tpu"
     has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return (
         has_tpu
