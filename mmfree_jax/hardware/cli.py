@@ -1,4 +1,4 @@
-"""`mmfree hardware compile`, `run` and `report`."""
+"""`mmfree hardware compile`, `run`, `cells` and `report`."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from rich.table import Table
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
-from mmfree_jax.config import TrainConfig
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.config import ModelConfig, TrainConfig
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.hardware.machine import Machine
 
 
@@ -114,8 +114,11 @@ def run(
     from mmfree_jax.hardware.program_dir import load
 
     if program.is_file():
-        text = program.read_text(encoding="utf-8")
-        compiled = Compiled(assemble(text), np.zeros(1 << 16, np.uint8), {}, Machine(), 0, {})
+        try:
+            instructions = assemble(program.read_text(encoding="utf-8"))
+        except (DataError, UnicodeDecodeError) as e:
+            raise DataError(f"{program}, {e}") from e
+        compiled = Compiled(instructions, np.zeros(1 << 16, np.uint8), {}, Machine(), 0, {})
     else:
         compiled = load(program)
     memory, machine = compiled.memory, compiled.machine
@@ -185,7 +188,7 @@ def _run_rtl(backend: str, compiled: Any, memory: np.ndarray, offsets: list[int]
     try:
         from mmfree_jax.hardware.rtl import simulation, verilog
     except ModuleNotFoundError as e:
-        raise ConfigError(f"{e.name} is not installed: pip install 'mmfree-jax[hardware]'") from e
+        raise _missing(e) from e
     machine = compiled.machine
     if backend == "amaranth":
         traces = simulation.simulate(compiled.program, memory, machine, token_offsets=offsets)
@@ -195,6 +198,40 @@ def _run_rtl(backend: str, compiled: Any, memory: np.ndarray, offsets: list[int]
                 compiled.program, memory, machine, Path(folder), token_offsets=offsets
             )
     return [trace.cycles for trace in traces]
+
+
+def _missing(e: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(f"{e.name} is not installed: pip install 'mmfree-jax[hardware]'")
+
+
+def cells(width: int = 512, lanes: int = 4, out: Path | None = None) -> int:
+    """Synthesise a core with Yosys and count its cells.
+
+    Args:
+      width: Of the model; the registers are as long as its GLU is wide.
+      lanes: Elements handled in a cycle.
+      out: Folder for Yosys' files; default: a temporary one.
+    """
+    glu = ModelConfig(hidden_size=width).glu_size
+    machine = Machine(lanes=lanes, vector_length=max(width, glu))
+    try:
+        from mmfree_jax.hardware.rtl.verilog import cell_counts
+    except ModuleNotFoundError as e:
+        raise _missing(e) from e
+    with tempfile.TemporaryDirectory(prefix="mmfree-rtl-") as temporary:
+        folder = Path(temporary) if out is None else out
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = cell_counts(machine, folder)
+    title = f"d = {width}, registers of {machine.vector_length}, {lanes} lanes"
+    table = Table("module", title=title, title_justify="left")
+    for name in ("6-input LUTs", "flip-flops", "multipliers", "memory bits"):
+        table.add_column(name, justify="right")
+    for module, own in counts.items():
+        if module == "total":
+            table.add_section()
+        table.add_row(module, *(f"{n:,}" for n in vars(own).values()))
+    Console(width=100).print(table)
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +253,7 @@ def report(argv: Sequence[str]) -> int:
     """Compare with the paper's FPGA tables, and estimate any model's speed and energy."""
     from mmfree_jax.hardware import paper
     from mmfree_jax.hardware.estimate import estimate, machines
+    from mmfree_jax.hardware.quantized import check_supported
     from mmfree_jax.hardware.report import as_dict, show
     from mmfree_jax.presets import preset
 
@@ -234,6 +272,7 @@ def report(argv: Sequence[str]) -> int:
     sizes = {name: preset(name).model for name in ("370M", "1.3B", "2.7B")}
     own = arguments.settings.model
     if own != TrainConfig().model:
+        check_supported(own)
         sizes = {arguments.preset or f"{own.num_layers} layers of {own.hidden_size}": own}
     laws = paper.fit()
     estimates = {

@@ -94,9 +94,11 @@ class _Builder:
         eps, shift = int(p.get(f"eps/{site}", 1)), int(p.get(f"shift/{site}", shift))
         self.emit("NORM", dst, src, n=n, eps=eps, root=root, shift=shift)
 
-    def normed(self, dst: int, scratch: int, n: int, p: Tree, layer: str, site: str, v: str):
+    def normed(self, scratch: int, n: int, p: Tree, layer: str, site: str, v: str, double: bool):
+        """v1 <- v0 behind the outer norm, and the BitLinear's where it is kept."""
+        dst = 1
         self.norm(dst, 0, n, p, site)
-        if not self.fused:
+        if double:
             self.scale(dst, dst, scratch, f"{layer}/{v}", n, p, v, 16)
             self.norm(dst, dst, n, p, f"u{v}")
 
@@ -122,7 +124,7 @@ def _block(b: _Builder, layer: int) -> None:
     shift = lambda key: int(p.get(f"shift/{key}", 0))  # noqa: E731
     gate = fixed.GATE_FRAC
     # Projections i, f, g into v4, v5, v6.
-    b.normed(1, 2, d, p, name, "u", "v")
+    b.normed(2, d, p, name, "u", "v", not b.fused)
     for dst, matrix in ((4, "i"), (5, "f"), (6, "g")):
         b.scale(3, 1, 2, f"{name}/{matrix}", d, p, f"x{matrix}", bits)
         b.product(dst, 3, f"{name}/{matrix}", d, d, p, matrix, bits)
@@ -154,7 +156,7 @@ def _block(b: _Builder, layer: int) -> None:
     b.product(1, 6, f"{name}/o", d, d, p, "x1", 16)
     b.emit("ADD", 0, 0, 1, n=d, shift=shift("add1"))
     # GLU
-    b.normed(1, 2, d, p, name, "u2", "v2")
+    b.normed(2, d, p, name, "u2", "v2", not b.fused)
     b.scale(1, 1, 2, f"{name}/gate", d, p, "xu", bits)
     b.product(3, 1, f"{name}/gate", m, d, p, "gate", bits)
     b.product(4, 1, f"{name}/up", m, d, p, "up", bits)
@@ -170,7 +172,7 @@ def _block(b: _Builder, layer: int) -> None:
 def _head(b: _Builder) -> None:
     c, p = b.config, b.parts(None)
     d, tile = c.hidden_size, b.machine.words(b.machine.vector_length) * b.machine.lanes
-    b.normed(1, 2, d, p, "final", "u", "v")
+    b.normed(2, d, p, "final", "u", "v", True)
     b.scale(1, 1, 2, "final/head", d, p, "xh", b.bits)
     trits = p.get("trits/head")
     packed = None if trits is None else pack_trits(trits, b.machine)

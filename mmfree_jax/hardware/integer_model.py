@@ -36,9 +36,9 @@ def _scaled(x: jax.Array, p: Tree, weight: str, site: str, bits: int) -> jax.Arr
 
 
 def normed(x: jax.Array, p: Tree, site: str, between: str, numerics: Numerics) -> jax.Array:
-    """The block's norm, and the BitLinear's behind it where the two are not fused."""
+    """The outer norm, and the BitLinear's behind it where the two are not fused."""
     u = _norm(x, p, site, numerics)
-    if not numerics.fused_norm:
+    if f"weight/{between}" in p:
         v = _scaled(u, p, between, between, 16)
         u = _norm(v, p, f"u{between}", numerics)
     return u

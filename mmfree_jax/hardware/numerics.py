@@ -20,7 +20,7 @@ class Numerics:
     eps: float | None = 1e-3
     """Of every RMSNorm; None: the model's own."""
     fused_norm: bool = True
-    """One RMSNorm in place of a block's norm and the BitLinear's behind it."""
+    """One RMSNorm in place of a block's norm and the BitLinear's behind it; the head keeps two."""
     sigmoid_entries: int = fixed.SIGMOID_ENTRIES
     """Of the sigmoid's table over [0, 8): a power of two from 8 to 64; 0: exact."""
     newton_steps: int = fixed.NEWTON_STEPS

@@ -6,7 +6,7 @@ the norm scales in front of it before they are rounded, and e into the shift beh
 Fraction bits come from the largest magnitude that the float model shows at each place
 ("site"), layer by layer, while it reads text that it wrote itself: no data is needed.
 
-Sites of a block, in order: x0 (residual in), u (normed), v (double norm only), xi xf xg (scaled,
+Sites of a block, in order: x0 (residual in), u (normed), v (double norms only), xi xf xg (scaled,
 into the products), i f g (out of them), h (recurrent state and what enters it), sh (silu(h)),
 gn gs (normed and scaled gate), o (gated), on (normed), os (scaled), x1 (residual), u2 v2 xu
 (GLU: normed, scaled), gate up (products), s (silu), p (gated), pn ps (normed, scaled), x2.
@@ -66,49 +66,50 @@ def check_supported(config: ModelConfig) -> None:
         raise ConfigError(f"the model is {largest} wide: at most {fixed.MAX_COLUMNS} is supported")
 
 
-def real_parts(variables: Tree, config: ModelConfig, numerics: Numerics) -> Tree:
+def real_parts(variables: Tree, config: ModelConfig, gains: Tree | None = None) -> Tree:
     """Float norm scales with everything folded in, trits, and the matrices' exponents.
+
+    Args:
+      variables: {"params", "ternary"}.
+      config: of the model.
+      gains: what stands for a block's second norm where one is to do for two, {"v" [L], "v2"
+        [L]}; None: both norms are kept. The head, once a token, always keeps its two.
 
     Returns:
       {"layers": {"trits/..", "weight/..", "exponent/..", "bound"}, "final": {...}, "embedding"}.
     """
     params, ternary = variables["params"], variables["ternary"]
-    eps = config.linear_norm_eps if numerics.eps is None else numerics.eps
     f32 = lambda x: np.asarray(x, np.float32)  # noqa: E731
 
     def mantissa(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         e = np.floor(np.log2(scale))
         return (scale / 2.0**e)[..., None], e.astype(np.int32)
 
-    def folded(outer: np.ndarray | None, linear: Tree, trits: Tree) -> tuple[np.ndarray, Any]:
+    def group(out: Tree, name: str, outer: Any, linear: Tree, trits: Tree, gain: str = "") -> None:
         m, e = mantissa(f32(trits["scale"])[..., 0, 0])
         weight = f32(linear["norm_scale"]) * m
-        if outer is not None and numerics.fused_norm:
-            size = np.sqrt(np.mean(np.square(outer), -1, keepdims=True) + eps)
-            weight = weight * outer / size
-        return weight, e
-
-    def group(out: Tree, name: str, outer: Any, linear: Tree, trits: Tree) -> None:
-        out[f"weight/{name}"], out[f"exponent/{name}"] = folded(outer, linear, trits)
+        if outer is not None and gains is not None:
+            weight = weight * outer * f32(gains[gain])[..., None]
+        out[f"weight/{name}"], out[f"exponent/{name}"] = weight, e
 
     blocks, trits = params["blocks"], ternary["blocks"]
     outer = f32(blocks["mixer_norm"]["scale"])
     layers: Tree = {}
     for name in ("i", "f", "g"):
         path = f"{name}_proj"
-        group(layers, name, outer, blocks["mixer"][path], trits["mixer"][path])
+        group(layers, name, outer, blocks["mixer"][path], trits["mixer"][path], "v")
         layers[f"trits/{name}"] = np.asarray(trits["mixer"][path]["trits"])
     layers["weight/gate_norm"] = f32(blocks["mixer"]["gate_norm"]["scale"])
     group(layers, "o", None, blocks["mixer"]["o_proj"], trits["mixer"]["o_proj"])
     layers["trits/o"] = np.asarray(trits["mixer"]["o_proj"]["trits"])
     glu_outer = f32(blocks["glu_norm"]["scale"])
     gate_up = trits["glu"]["gate_up_proj"]
-    group(layers, "gate", glu_outer, blocks["glu"]["gate_up_proj"], gate_up)
+    group(layers, "gate", glu_outer, blocks["glu"]["gate_up_proj"], gate_up, "v2")
     layers["exponent/up"] = layers["exponent/gate"]
     layers["trits/gate"], layers["trits/up"] = np.split(np.asarray(gate_up["trits"]), 2, axis=1)
     group(layers, "down", None, blocks["glu"]["down_proj"], trits["glu"]["down_proj"])
     layers["trits/down"] = np.asarray(trits["glu"]["down_proj"]["trits"])
-    if not numerics.fused_norm:
+    if gains is None:
         layers["weight/v"], layers["weight/v2"] = outer, glu_outer
     bounds = (
         functional.forget_gate_lower_bounds(params["lower_bounds"])
@@ -119,9 +120,8 @@ def real_parts(variables: Tree, config: ModelConfig, numerics: Numerics) -> Tree
 
     final_outer = f32(params["final_norm"]["scale"])
     final: Tree = {"trits/head": np.asarray(ternary["head"]["trits"])}
-    group(final, "head", final_outer, params["head"], ternary["head"])
-    if not numerics.fused_norm:
-        final["weight/v"] = final_outer
+    group(final, "head", None, params["head"], ternary["head"])
+    final["weight/v"] = final_outer
     return {"embedding": f32(params["embedding"]["weight"]), "layers": layers, "final": final}
 
 
@@ -142,10 +142,13 @@ def quantize(
     from mmfree_jax.hardware.ranges import ranges
 
     check_supported(config)
-    real = real_parts(variables, config, numerics)
-    eps = numerics.eps
-    peaks = jax.tree.map(np.asarray, ranges(real, config, eps, jnp.asarray(tokens_BT)))
-    layer_peaks, final_peaks = peaks["layers"], peaks["final"]
+    real = real_parts(variables, config)
+    peaks = ranges(real, config, numerics.eps, jnp.asarray(tokens_BT))
+    if numerics.fused_norm:
+        gains = {name: peaks["layers"][f"{name} gain"] for name in ("v", "v2")}
+        real = real_parts(variables, config, gains)
+        peaks = ranges(real, config, numerics.eps, jnp.asarray(tokens_BT))
+    layer_peaks, final_peaks = (jax.tree.map(np.asarray, peaks[k]) for k in ("layers", "final"))
     # The residual stream's format only gets coarser with depth, so that one shift aligns it.
     order = np.stack([layer_peaks[s] for s in ("x0", "x1", "x2")], 1).reshape(-1)
     order = np.maximum.accumulate(order).reshape(-1, 3)
@@ -194,6 +197,8 @@ def _weight(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def _fracs(peaks: Tree, numerics: Numerics) -> Tree:
     out = {}
     for site, peak in peaks.items():
+        if site.endswith(" gain"):
+            continue
         wide = site in _WIDE or numerics.activation_bits == 16
         bits = 16 if wide else numerics.activation_bits
         out[site] = _frac(np.asarray(peak), bits, headroom=2.0 if wide else 1.0)
@@ -280,12 +285,11 @@ def _final_integers(
     frac = {site: int(value) for site, value in _fracs(peaks, numerics).items()}
     weight, weight_frac = _weight(real["weight/head"], numerics.weight_bits)
     out: Tree = {"trits/head": real["trits/head"], "weight/head": weight}
-    if not numerics.fused_norm:
-        out["weight/v"], v_frac = _weight(real["weight/v"], numerics.weight_bits)
-        frac["v"] = min(frac["v"], frac["u"] + int(v_frac))
-        out["shift/v"] = np.int32(frac["u"] + v_frac - frac["v"])
-        out["eps/uv"] = np.int32(fixed.norm_eps(n, own, frac["v"]))
-        out["shift/uv"] = np.int32(fixed.norm_constants(n, frac["u"])[1])
+    out["weight/v"], v_frac = _weight(real["weight/v"], numerics.weight_bits)
+    frac["v"] = min(frac["v"], frac["u"] + int(v_frac))
+    out["shift/v"] = np.int32(frac["u"] + v_frac - frac["v"])
+    out["eps/uv"] = np.int32(fixed.norm_eps(n, own, frac["v"]))
+    out["shift/uv"] = np.int32(fixed.norm_constants(n, frac["u"])[1])
     frac["xh"] = min(frac["xh"], frac["u"] + int(weight_frac))
     out["shift/xh"] = np.int32(frac["u"] + weight_frac - frac["xh"])
     # Logits have 16 bits whatever the activations have.

@@ -15,7 +15,10 @@ Tree = dict[str, Any]
 
 
 def ranges(real: Tree, config: ModelConfig, eps: float | None, tokens_BT: jax.Array) -> Tree:
-    """max|x| at each site: {"layers": {site: [L]}, "final": {site: scalar}}."""
+    """max|x| at each site: {"layers": {site: [L]}, "final": {site: scalar}}.
+
+    Where `real` has two norms, "v gain" and "v2 gain" are what the second multiplies by on average.
+    """
     outer_eps = config.norm_eps if eps is None else eps
     own_eps = config.linear_norm_eps if eps is None else eps
 
@@ -32,6 +35,8 @@ def ranges(real: Tree, config: ModelConfig, eps: float | None, tokens_BT: jax.Ar
             at[name] = u * p[f"weight/{name}"]
             at[f"{site}'"] = u
             u = norm(at[name], own_eps)
+            square = jnp.mean(at[name] * at[name], -1)
+            at[f"{name} gain"] = jnp.mean(jax.lax.rsqrt(square + own_eps))
         at[site] = u
         return u
 

@@ -89,6 +89,8 @@ def test_report_command(capsys):
     assert "held out" in printed
     assert "Nothing ran on a board" in " ".join(printed.split())
     assert main(["hardware", "report", "--cores", "0"]) == 2
+    assert main(["hardware", "report", "--preset", "tiny-transformer"]) == 2
+    assert "the model is a transformer" in capsys.readouterr().err
 
 
 def test_compile_and_run_commands(tmp_path, capsys):
@@ -121,5 +123,8 @@ def test_run_one_file_of_assembly(tmp_path, capsys):
     assert "2 instructions" in capsys.readouterr().out
     memory = np.fromfile(out, np.uint8)
     assert memory[16:24].view("<i2").tolist() == [7, 7, 7, 7]
+    file.write_text("ADD v0, #7, v1, n=4\nADD v0\n")
+    assert main(["hardware", "run", "--program", str(file)]) == 2
+    assert "a.asm, line 2: 'ADD v0': ADD needs n" in capsys.readouterr().err
     assert main(["hardware", "run", "--program", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -88,7 +88,7 @@ MACHINES = [
 @pytest.mark.parametrize("seed", range(len(MACHINES)))
 def test_random_programs_in_amaranth(seed):
     rng, machine = np.random.default_rng(seed), MACHINES[seed]
-    program = random_program(rng, machine, 30)
+    program = random_program(rng, machine, 20)
     expected = _memory(rng, machine)
     got = expected.copy()
     for offset in (0, 13):
