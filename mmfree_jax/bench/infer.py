@@ -219,6 +219,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             bars = axis.bar(places, list(found.values()), width=0.25, label=_LABELS[form])
             axis.bar_label(bars, fmt="%.2g", fontsize=7)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_xticks(range(len(sizes)), sizes)
         axis.set_xlabel("Model")
         axis.set_ylabel(label)

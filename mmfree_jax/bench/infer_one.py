@@ -121,16 +121,20 @@ def decode_loop(
     """A function that decodes `steps` more tokens a row and returns them."""
     sampling = Sampling(temperature=0)
     held = {"session": decode.init_session(config, batch, steps * calls)}
+    # Made once: making them is the host's work, not the program's.
+    settings = (
+        jnp.zeros(batch, bool),
+        jnp.full(batch, steps, jnp.int32),
+        jnp.zeros(batch, jnp.uint32),
+        jnp.array([-1], jnp.int32),
+        sampling.numbers(),
+    )
 
     def run() -> jax.Array:
         held["session"], tokens, _ = decode.generate_chunk(
             variables,
             held["session"],
-            jnp.zeros(batch, bool),
-            jnp.full(batch, steps, jnp.int32),
-            jnp.zeros(batch, jnp.uint32),
-            jnp.array([-1], jnp.int32),
-            sampling.numbers(),
+            *settings,
             config=config,
             filters=sampling.filters(),
             steps=steps,
@@ -260,7 +264,7 @@ def _memory(variables: Any) -> dict[str, float]:
 def _energy(run: Callable[[], jax.Array], seconds: float, tokens: int) -> dict[str, Any]:
     """Energy a token from NVML's counter of the whole board, over at least `seconds`."""
     try:
-        import pynvml
+        import pynvml  # pyright: ignore[reportMissingImports]
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id)
