@@ -228,9 +228,19 @@ def _groups(text: str, devices: int) -> np.ndarray:
         if match[4]:
             order = order.transpose(_numbers(match[4]))
         return order.reshape(int(match[1]), int(match[2]))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        return _mesh_groups(match[1], match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text):
+        return _device_order(match[2], devices)[_mesh_groups(match[1], match[3])]
     return np.arange(devices).reshape(1, devices)
+
+
+def _device_order(text: str, devices: int) -> np.ndarray:
+    """The devices in a mesh's order: device_ids=([4,8]T(1,0)) or a list; none: as they are."""
+    if match := re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", text):
+        order = np.arange(devices).reshape(_numbers(match[1]))
+        return (order.transpose(_numbers(match[2])) if match[2] else order).reshape(-1)
+    if match := re.search(r"device_ids=\(?\[?([\d,]+)", text):
+        return np.array(_numbers(match[1]))
+    return np.arange(devices)
 
 
 def _mesh_groups(axes: str, named: str) -> np.ndarray:
