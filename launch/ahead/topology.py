@@ -148,6 +148,7 @@ def prepare(topology: Topology) -> bool:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is taken: others may compile too
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     simulated = missing_compiler(topology) is not None
     if simulated or topology.platform == "cpu":
