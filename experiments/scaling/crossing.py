@@ -285,9 +285,14 @@ def conclude(
                      f"{max(min(points) - highest, 0):.1f} to {max(points) - highest:.1f} decades "
                      "beyond the largest run.")  # fmt: skip
     elif points:
-        parts.append(f"A crossing cannot be concluded from these runs, nor excluded: it would lie "
-                     f"{max(min(points) - highest, 0):.1f} decades or more beyond the largest run "
-                     f"(10^{highest:.1f}).")  # fmt: skip
+        place = (
+            f"the earliest fitted crossing lies within the data (up to 10^{highest:.1f}), the "
+            f"latest {max(max(points) - highest, 0):.1f} decades beyond."
+            if min(points) <= highest
+            else f"it would lie {min(points) - highest:.1f} decades or more beyond the largest "
+            f"run (10^{highest:.1f})."
+        )
+        parts.append(f"A crossing cannot be concluded from these runs, nor excluded: {place}")
     else:
         parts.append(f"A crossing far beyond the largest run (10^{highest:.1f}) cannot be excluded "
                      "by laws that were fitted below it.")  # fmt: skip

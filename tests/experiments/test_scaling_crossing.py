@@ -121,3 +121,13 @@ def test_the_papers_lines_and_three_points():
     assert "cannot be concluded" in result.conclusion
     floor = next(r for r in result.laws if r.law == "power-floor")
     assert any("three points cannot fix a floor" in w for w in floor.warnings)
+
+
+def test_a_crossing_within_the_data_is_not_put_beyond_it():
+    table = paper.ENDPOINTS.parent / "study" / "best.csv"
+    families = ("matmulfree", "transformer")
+    frames = tuple(read_runs([table], where=[f"family = {name}"]) for name in families)
+    result = cross(frames, ("MatMul-free", "Transformer++"), ["line", "power-floor"], resamples=60)
+    assert min(r.point for r in result.laws) < result.data[1]
+    assert "the earliest fitted crossing lies within the data" in result.conclusion
+    assert "or more beyond" not in result.conclusion
