@@ -1,5 +1,6 @@
 """The fixed-point model against the float one, its switches, and `mmfree eval --numerics`."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmfree_jax.cli.main import main
+from mmfree_jax.config import LinearConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.hardware.evaluate import FixedForward
@@ -28,6 +30,9 @@ from mmfree_jax.model import LanguageModel, init_state
 from mmfree_jax.presets import preset
 
 from .conftest import CONFIG, random_params
+
+EXACT = "fixed:w16a16,eps=model,norms=double,sigmoid=exact,rsqrt=exact"
+APPROXIMATE = "fixed:w8a16,norms=double,eps=model"
 
 
 @given(
@@ -69,7 +74,7 @@ def test_ladder_changes_one_switch_a_step():
 @pytest.fixture(scope="module")
 def float_model():
     variables = as_variables(random_params(CONFIG), CONFIG)
-    return LanguageModel(CONFIG), variables, self_written(CONFIG, variables, rows=2, length=12)
+    return LanguageModel(CONFIG), variables, self_written(CONFIG, variables, rows=2, length=24)
 
 
 @functools.partial(jax.jit, static_argnames="forward")
@@ -88,25 +93,29 @@ def _fixed_logits(q, tokens_BT, segment_ids_BT=None):
 
 
 def test_precise_integers_are_the_float_model(float_model):
-    model, variables, tokens = float_model
-    exact = np.asarray(model.apply(variables, tokens))
+    _, variables, tokens = float_model
+    # The trained model rounds activations to int8 by token, which the integers do not.
+    plain = LinearConfig(int8_activations=False)
+    smooth = dataclasses.replace(
+        CONFIG, mixer_linear=plain, glu_linear=plain, head_linear=plain, bitlinear="fused"
+    )
+    exact = np.asarray(LanguageModel(smooth).apply(variables, tokens))
     errors = {}
-    for text in ("fixed:w16a16,eps=model,norms=double,sigmoid=exact,rsqrt=exact", "fixed:w8a8"):
+    for text in (EXACT, APPROXIMATE):
         q = quantize(variables, CONFIG, parse_numerics(text), tokens)
         got, _ = _fixed_logits(q, jnp.asarray(tokens))
-        errors[text[:11]] = np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2))
-    # The float model itself rounds activations to int8, which the integers do not.
-    assert errors["fixed:w16a1"] < 0.02
-    assert errors["fixed:w16a1"] < errors["fixed:w8a8"] < 0.3
+        errors[text] = np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2))
+    assert errors[EXACT] < 3e-3
+    assert errors[EXACT] < errors[APPROXIMATE] < 0.1
 
 
 def test_documents_and_padding_are_kept_apart(float_model):
     _, variables, tokens = float_model
-    q = quantize(variables, CONFIG, parse_numerics("fixed:w8a16"), tokens)
+    q = quantize(variables, CONFIG, parse_numerics(APPROXIMATE), tokens)
     # Row 0: a document, another, padding; row 1: that other document alone.
     second = tokens[1, :4]
-    rows = [[*tokens[0, :5], *second, 7, 7, 7], [*second, *[7] * 8]]
-    segments = [[1] * 5 + [2] * 4 + [0] * 3, [1] * 4 + [0] * 8]
+    rows = [[*tokens[0, :5], *second, *[7] * 15], [*second, *[7] * 20]]
+    segments = [[1] * 5 + [2] * 4 + [0] * 15, [1] * 4 + [0] * 20]
     logits, h_LBD = _fixed_logits(q, jnp.asarray(rows), jnp.asarray(segments))
     np.testing.assert_array_equal(logits[0, 5:9], logits[1, :4])
     np.testing.assert_array_equal(h_LBD[:, 0], h_LBD[:, 1])
@@ -114,7 +123,7 @@ def test_documents_and_padding_are_kept_apart(float_model):
 
 def test_scoring_carries_the_integer_state(float_model):
     model, variables, tokens = float_model
-    q = quantize(variables, CONFIG, parse_numerics("fixed:w8a16"), tokens)
+    q = quantize(variables, CONFIG, parse_numerics(APPROXIMATE), tokens)
     forward = FixedForward(CONFIG, q.numerics)
     text = np.random.default_rng(0).integers(0, 256, 24).tolist()
     scorer = Scorer(model, q.arrays, forward=forward, max_length=32, batch_tokens=32)
