@@ -102,7 +102,8 @@ class ModelConfig:
     stream: keeps the residual stream between mixer and GLU too; gates: also i, f, g and the
     recurrent state; dots: all but the matrix products."""
     scan_layers: bool = True
-    """Compile one block and loop over layers; off: unroll them, for debugging."""
+    """Compile one block and loop over layers; off: unroll them, which takes longer to compile but
+    less time and memory to run, as nothing is copied into and out of stacks of all layers."""
 
     def __post_init__(self) -> None:
         _require_positive(self, ("vocab_size", "hidden_size", "num_layers"), "model.")
