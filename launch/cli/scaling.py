@@ -52,7 +52,8 @@ def scaling(argv: Sequence[str]) -> int:
           batch_per_device: rows on each GPU; strong: on each of the most GPUs.
           seq_len: tokens in a row.
           cases: single configurations before the combinations: PRESET:LAYOUT:GPUS[:ROWS], and
-            behind it +plain (XLA's own flags) or +checkpoint (time a save and a restore).
+            behind it +plain (XLA's own flags), +checkpoint (time a save and a restore) or +trace
+            (how much of the collectives runs beside other kernels).
           model: fields of the model to change in all of them, as remat=dots.
           max_minutes: what is not done by then is recorded as not run.
           compile_minutes: how long to wait for all to compile.

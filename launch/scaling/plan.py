@@ -28,6 +28,8 @@ class Case:
     """With the XLA switches of `launch.xla_flags`."""
     checkpoint: bool = False
     """Also time saving and restoring a checkpoint."""
+    trace: bool = False
+    """Also trace two steps, and say how much of the collectives ran beside other kernels."""
     changes: tuple[tuple[str, Any], ...] = ()
     """Fields of the model that differ from the preset's."""
 
@@ -109,7 +111,8 @@ def plan_cases(
 def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
     """A case from "13B:fsdp:8", with the rows a device behind a fourth colon if they differ.
 
-    Options follow behind "+": "+plain" leaves the XLA switches out, "+checkpoint" times those.
+    Options follow behind "+": "+plain" leaves the XLA switches out, "+checkpoint" times those,
+    "+trace" looks at how much of the collectives ran beside other kernels.
 
     Raises:
       ConfigError: it is malformed.
@@ -121,7 +124,7 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
         layout, *numbers = layout_and_rest.split(":")
     else:
         name, layout, *numbers = head.split(":") if head.count(":") >= 2 else (head, "", "")
-    unknown = set(options) - {"plain", "checkpoint"}
+    unknown = set(options) - {"plain", "checkpoint", "trace"}
     try:
         count = int(numbers[0])
         rows = int(numbers[1]) if len(numbers) > 1 else batch_per_device
@@ -130,8 +133,8 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
         rows = 0
     if not name or name not in PRESETS or layout not in LAYOUTS or count < 1 or unknown:
         raise ConfigError(
-            f"case is {text!r}: give PRESET:LAYOUT:DEVICES[:ROWS], as in 13B:fsdp:8, with +plain "
-            "or +checkpoint behind it"
+            f"case is {text!r}: give PRESET:LAYOUT:DEVICES[:ROWS], as in 13B:fsdp:8, with "
+            "+plain, +checkpoint or +trace behind it"
         )
     return Case(
         name,
@@ -142,4 +145,5 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
         seq_len,
         overlap="plain" not in options,
         checkpoint="checkpoint" in options,
+        trace="trace" in options,
     )

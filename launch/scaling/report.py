@@ -76,6 +76,20 @@ def table(records: list[Record]) -> str:
             f"| {record['model_tflops'] / record['devices']:.0f} "
             f"| {'' if peak is None else f'{peak:.1f}'} |"
         )
+    traced = [r for r in done if r.get("exchange", {}).get("ms_a_step")]
+    if traced:
+        lines += [
+            "",
+            "| trace of | GPUs | layout | collectives, ms a step | beside other kernels |",
+            "|---|---:|---|---:|---:|",
+        ]
+        for record in traced:
+            case, moved = record["case"], record["exchange"]
+            lines.append(
+                f"| {case['preset']} | {case['devices']} | {case['layout']} "
+                f"| {moved['ms_a_step']:.1f} "
+                f"| {moved['hidden_ms_a_step'] / moved['ms_a_step']:.0%} |"
+            )
     saves = [r for r in done if "checkpoint" in r]
     if saves:
         lines += [

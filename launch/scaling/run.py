@@ -56,7 +56,7 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Measures `cases`, first come first, and appends each record as soon as it is there.
 
-    Each case waits, compiled, in a process of its own that sees only its GPUs. A case starts
+    Each case waits, compiled, for a process of its own that sees only its GPUs. A case starts
     when enough GPUs are free and all before it have started. One that fails is recorded with
     its reason; those that the time runs out on are recorded as not run.
 
@@ -97,14 +97,18 @@ def run_study(
             os.fsync(file.fileno())
         say(f"{entry['at_s']:6.1f} s  {worker.case.name:<32} {_summary(values)}")
 
+    def measure(worker: _Worker) -> None:
+        worker.compiled = True
+        _start(worker, "measure", gpus, options, environ)
+
     too_large = [worker for worker in workers if worker.case.devices > slots]
     for worker in too_large:
         record(worker, {"error": f"not run: needs {worker.case.devices} GPUs, {slots} are idle"})
     workers = [worker for worker in workers if worker not in too_large]
     try:
         _place(workers, slots)
-        _compile_all(workers, gpus, options, environ, begin, clock, record, say)
-        _time_all(workers, end, options.case_minutes, clock, record)
+        _compile_all(workers, gpus, options, environ, begin, clock, measure, record, say)
+        _time_all(workers, end, options.case_minutes, clock, measure, record)
     finally:
         for worker in workers:
             if worker.process is not None and worker.process.poll() is None:
@@ -141,7 +145,7 @@ def _place(workers: list[_Worker], slots: int) -> None:
         at += count
 
 
-def _compile_all(workers, gpus, options, environ, begin, clock, record, say) -> None:
+def _compile_all(workers, gpus, options, environ, begin, clock, measure, record, say) -> None:
     """Starts the workers, some at a time, and waits until all have compiled or time is up."""
     limit = options.parallel_compiles or max(1, (os.cpu_count() or 4) // 4)
     deadline = begin + 60 * options.compile_minutes
@@ -150,26 +154,30 @@ def _compile_all(workers, gpus, options, environ, begin, clock, record, say) -> 
         compiling = [w for w in workers if w.process and not w.compiled and not w.finished]
         while pending and len(compiling) < limit:
             worker = pending.pop(0)
-            _start(worker, gpus, options, environ)
+            _start(worker, "compile", gpus, options, environ)
             compiling.append(worker)
         for worker in compiling:
-            _look(worker, record)
+            _look(worker, measure, record)
         if not pending and not [w for w in compiling if not w.compiled and not w.finished]:
             break
         if clock() > deadline:
             say(f"{clock() - begin:6.1f} s  timing begins; the rest go on compiling")
             for worker in pending:
-                _start(worker, gpus, options, environ)
+                _start(worker, "compile", gpus, options, environ)
             break
         time.sleep(0.05)
     say(f"{clock() - begin:6.1f} s  {sum(w.compiled for w in workers)} cases compiled")
 
 
-def _start(worker: _Worker, gpus: list[str], options: Options, environ: Mapping[str, str]) -> None:
+def _start(
+    worker: _Worker, stage: str, gpus: list[str], options: Options, environ: Mapping[str, str]
+) -> None:
+    """Starts a stage of `launch.scaling.worker` in a process of its own."""
     worker.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("go", "compiled.json", "result.json"):
-        (worker.folder / name).unlink(missing_ok=True)
-    write_case(worker.folder / "case.json", worker.case)
+    if stage == "compile":
+        for name in ("go", "compiled.json", "result.json", "log.txt"):
+            (worker.folder / name).unlink(missing_ok=True)
+        write_case(worker.folder / "case.json", worker.case)
     env = dict(environ)
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str((options.out / "compiled").absolute()))
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -184,9 +192,9 @@ def _start(worker: _Worker, gpus: list[str], options: Options, environ: Mapping[
         flags = [f for f in env.get("XLA_FLAGS", "").split() if "device_count" not in f]
         flags.append(f"--xla_force_host_platform_device_count={worker.case.devices}")
         env["XLA_FLAGS"] = " ".join(flags)
-    with (worker.folder / "log.txt").open("w") as log:
+    with (worker.folder / "log.txt").open("a") as log:
         worker.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.scaling.worker", str(worker.folder)],
+            [sys.executable, "-m", "launch.scaling.worker", stage, str(worker.folder)],
             env=env,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -194,25 +202,31 @@ def _start(worker: _Worker, gpus: list[str], options: Options, environ: Mapping[
         )
 
 
-def _look(worker: _Worker, record: Callable[[_Worker, dict[str, Any]], None]) -> None:
-    """Notices that a worker has compiled, finished or died."""
+def _look(
+    worker: _Worker,
+    measure: Callable[[_Worker], None],
+    record: Callable[[_Worker, dict[str, Any]], None],
+) -> None:
+    """Notices that a worker has compiled, finished or died; what compiled goes on to measure."""
     assert worker.process is not None
     status = worker.process.poll()
+    if status is None:
+        return
     compiled, result = worker.folder / "compiled.json", worker.folder / "result.json"
-    if compiled.exists():
-        worker.compiled = True
-    if result.exists() and status is not None:
+    if result.exists():
         values = json.loads(result.read_text(encoding="utf-8"))
         if worker.compiled:
             values["compiled"] = json.loads(compiled.read_text(encoding="utf-8"))
         record(worker, values)
-    elif status is not None:
+    elif status == 0 and not worker.compiled:
+        measure(worker)
+    else:
         lines = (worker.folder / "log.txt").read_text(errors="replace").splitlines()
         how = f"signal {-status}" if status < 0 else f"exit code {status}"
         record(worker, {"error": f"{how}: {lines[-1][:300] if lines else 'no output'}"})
 
 
-def _time_all(workers, end, case_minutes, clock, record) -> None:
+def _time_all(workers, end, case_minutes, clock, measure, record) -> None:
     """Gives the word to one worker after another, each on GPUs that no other is using."""
     while True:
         waiting = [w for w in workers if not w.finished and not w.going]
@@ -220,7 +234,7 @@ def _time_all(workers, end, case_minutes, clock, record) -> None:
         if not waiting and not running:
             return
         for worker in [*waiting, *running]:
-            _look(worker, record)
+            _look(worker, measure, record)
         if clock() > end:
             for worker in [*waiting, *running]:
                 if not worker.finished:

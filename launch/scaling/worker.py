@@ -1,11 +1,12 @@
 """One configuration in a process of its own: compile, wait for the word, measure, write.
 
-    python -m launch.scaling.worker FOLDER
+    python -m launch.scaling.worker compile FOLDER
+    python -m launch.scaling.worker measure FOLDER
 
-FOLDER holds case.json. The worker compiles into JAX's shared cache without running anything on
-the devices, writes `compiled.json`, waits for a file `go`, and writes `result.json`; so all
-configurations can compile at the same time, and each has its devices to itself when it is
-timed.
+FOLDER holds case.json. "compile" compiles into JAX's shared cache and writes `compiled.json`;
+all configurations do so at the same time. "measure" waits for a file `go` before it touches a
+device, and writes `result.json`. They are two processes because a compiler that has tried its
+choices on a device keeps that memory until its process ends.
 """
 
 import dataclasses
@@ -34,32 +35,23 @@ def write_case(path: Path, case: Case) -> None:
 
 
 def compile_only(case: Case) -> dict[str, Any]:
-    """Compiles what the measurement will run, from shapes alone.
+    """Compiles what the measurement will run into JAX's cache.
 
     Returns:
       Seconds, and the memory that the compiler planned on each device (GiB).
     """
     import jax
-    import jax.numpy as jnp
 
-    from mmfree_jax.sharding import check_divisible, make_mesh
-    from mmfree_jax.train.optimizer import make_optimizer, schedule_values
-    from mmfree_jax.train.step import jit_init, jit_train_step, state_shapes
+    from mmfree_jax.bench.train import compile_train_step
+    from mmfree_jax.train.step import jit_init
 
     config = train_config(case)
-    mesh = make_mesh(config.mesh)
-    check_divisible(config, mesh)
-    optimizer = make_optimizer(config.optimizer)
-    shapes = state_shapes(config, optimizer)
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
-    schedule = schedule_values(config.optimizer, config.steps)
     begin = time.perf_counter()
-    with jax.set_mesh(mesh):
-        compiled = jit_train_step(config, optimizer, mesh).lower(shapes, batch, schedule).compile()
-        jit_init(config, optimizer, mesh).lower(jax.random.key(config.seed)).compile()
-    seconds = time.perf_counter() - begin
-    return {"compile_s": seconds, **_planned(compiled)}
+    compiled = compile_train_step(config)
+    with jax.set_mesh(compiled.mesh):
+        init = jit_init(config, compiled.optimizer, compiled.mesh)
+        init.lower(jax.random.key(config.seed)).compile()
+    return {"compile_s": time.perf_counter() - begin, **_planned(compiled.step)}
 
 
 def _planned(compiled: Any) -> dict[str, float]:
@@ -72,15 +64,36 @@ def _planned(compiled: Any) -> dict[str, float]:
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    """Times the step, and saving and restoring if the case asks for it."""
+    """Times the step, traces it, and times saving and restoring, as the case asks for it."""
     from mmfree_jax.bench.train import measure_train_step
 
     config = train_config(case)
     timing = timing_of(case)
-    result = dataclasses.asdict(measure_train_step(config, **timing)) | {"timing": timing}
+    trace_dir = folder / "trace" if case.trace else None
+    measured = measure_train_step(config, **timing, trace_dir=trace_dir)
+    result = dataclasses.asdict(measured) | {"timing": timing}
+    if trace_dir is not None:
+        result |= summarise_trace(trace_dir, case.name, folder / "timeline.png")
     if case.checkpoint:
         result["checkpoint"] = measure_checkpoint(case, folder)
     return result
+
+
+def summarise_trace(trace_dir: Path, name: str, figure: Path) -> dict[str, Any]:
+    """What a step's collectives took (ms), how much of it ran beside other kernels, a figure."""
+    from mmfree_jax.bench.trace import exchange, kernel_times, plot_timeline, read_kernels
+    from mmfree_jax.bench.train import TRACED_STEPS
+
+    kernels = read_kernels(trace_dir)
+    moved = exchange(kernels)
+    plot_timeline(kernels, figure, title=f"{TRACED_STEPS} steps of {name}, first device")
+    return {
+        "exchange": {
+            "ms_a_step": moved.total_ms / TRACED_STEPS,
+            "hidden_ms_a_step": moved.hidden_ms / TRACED_STEPS,
+            "collectives": [t._asdict() for t in kernel_times([k for k in kernels if k.exchanges])],
+        }
+    }
 
 
 def timing_of(case: Case) -> dict[str, int]:
@@ -138,8 +151,8 @@ def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
     }
 
 
-def main(folder: Path) -> int:
-    """Runs the worker on `folder`."""
+def main(stage: str, folder: Path) -> int:
+    """Runs one stage ("compile" or "measure") of the case in `folder`."""
     case = read_case(folder / "case.json")
 
     def write(name: str, values: dict[str, Any]) -> None:
@@ -148,10 +161,14 @@ def main(folder: Path) -> int:
         beside.replace(folder / name)
 
     try:
-        write("compiled.json", compile_only(case))
-        while not (folder / "go").exists():
-            time.sleep(0.05)
-        write("result.json", measure(case, folder))
+        if stage == "compile":
+            write("compiled.json", compile_only(case))
+        else:
+            import mmfree_jax.bench.train  # noqa: F401  while others have the devices
+
+            while not (folder / "go").exists():
+                time.sleep(0.05)
+            write("result.json", measure(case, folder))
     except Exception as e:
         traceback.print_exc()
         text = " ".join(str(e).split())
@@ -162,4 +179,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

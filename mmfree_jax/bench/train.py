@@ -3,16 +3,27 @@
 import dataclasses
 import statistics
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.sharding import batch_sharding, check_divisible, make_mesh
 from mmfree_jax.train.flops import count_flops, count_parameters
-from mmfree_jax.train.optimizer import make_optimizer, schedule_values
-from mmfree_jax.train.step import init_sharded, jit_train_step
+from mmfree_jax.train.optimizer import (
+    Optimizer,
+    ScheduleValues,
+    make_optimizer,
+    schedule_values,
+)
+from mmfree_jax.train.step import init_sharded, jit_train_step, state_shapes
+
+TRACED_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +50,50 @@ class TrainMeasurement:
     """Of the last step; random tokens, so about ln(vocab_size)."""
 
 
+class CompiledStep(NamedTuple):
+    """The training step of one configuration, and what it is called with.
+
+    Attributes:
+      step: compiled (state, batch, schedule) -> (state, metrics).
+      mesh: it runs on.
+      optimizer: whose state is in the training state.
+      schedule: of the learning rate, on the host.
+    """
+
+    step: jax.stages.Compiled
+    mesh: Mesh
+    optimizer: Optimizer
+    schedule: ScheduleValues
+
+
+def compile_train_step(config: TrainConfig) -> CompiledStep:
+    """Compiles the step from shapes alone, on the devices that are here.
+
+    Called first in a process it lowers to the same text as in any other such process, so that
+    JAX's compilation cache finds what another has compiled.
+
+    Raises:
+      ConfigError: batch or model do not divide over the mesh.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divisible(config, mesh)
+    optimizer = make_optimizer(config.optimizer)
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
+    schedule = schedule_values(config.optimizer, config.steps)
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, optimizer, mesh)
+        lowered = step.lower(state_shapes(config, optimizer), batch, schedule)
+        return CompiledStep(lowered.compile(), mesh, optimizer, schedule)
+
+
 def measure_train_step(
-    config: TrainConfig, *, groups: int = 5, steps_per_group: int = 4, warmup: int = 2
+    config: TrainConfig,
+    *,
+    groups: int = 5,
+    steps_per_group: int = 4,
+    warmup: int = 2,
+    trace_dir: Path | None = None,
 ) -> TrainMeasurement:
     """Times the compiled training step on random tokens that are already on the device.
 
@@ -52,20 +105,19 @@ def measure_train_step(
       groups: groups of steps to time.
       steps_per_group: steps queued at once.
       warmup: steps before the timing.
+      trace_dir: folder for a profiler trace of `TRACED_STEPS` more steps behind the timing;
+        None: no trace.
 
     Raises:
       ConfigError: batch or model do not divide over the mesh.
     """
-    mesh = make_mesh(config.mesh)
-    check_divisible(config, mesh)
-    optimizer = make_optimizer(config.optimizer)
-    schedule = jax.device_put(schedule_values(config.optimizer, config.steps))
-    state = init_sharded(config, optimizer, mesh)
-    batch = _random_batch(config, batch_sharding(mesh))
     begin = time.perf_counter()
-    with jax.set_mesh(mesh):
-        step = jit_train_step(config, optimizer, mesh).lower(state, batch, schedule).compile()
+    compiled = compile_train_step(config)
     compile_s = time.perf_counter() - begin
+    step, mesh = compiled.step, compiled.mesh
+    schedule = jax.device_put(compiled.schedule, NamedSharding(mesh, P()))
+    state = init_sharded(config, compiled.optimizer, mesh)
+    batch = _random_batch(config, batch_sharding(mesh))
 
     for _ in range(warmup):
         state, metrics = step(state, batch, schedule)
@@ -80,6 +132,11 @@ def measure_train_step(
     seconds = statistics.median(times)
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
+    if trace_dir is not None:
+        with jax.profiler.trace(str(trace_dir)):
+            for _ in range(TRACED_STEPS):
+                state, metrics = step(state, batch, schedule)
+            jax.block_until_ready(metrics)
     rate = tokens_per_step(config) / seconds
     return TrainMeasurement(
         family=config.model.family,

@@ -39,6 +39,7 @@ def test_strong_scaling_keeps_the_global_batch():
         ("13B:fsdp:8", Case("13B", 8, "fsdp", "weak", 64, 2048)),
         ("7B:fsdp+tensor:4:2", Case("7B", 4, "fsdp+tensor", "weak", 8, 2048)),
         ("370M:data:1", Case("370M", 1, "one", "weak", 8, 2048)),
+        ("370M:data:2+trace", Case("370M", 2, "data", "weak", 16, 2048, trace=True)),
         (
             "1.3B:data+fsdp:8+plain+checkpoint",
             Case("1.3B", 8, "data+fsdp", "weak", 64, 2048, overlap=False, checkpoint=True),
@@ -121,11 +122,15 @@ def test_the_report(tmp_path):
         _record("370M", 8, "fsdp", 90_000.0, checkpoint={
             "gib": 4.1, "save_blocked_s": 0.5, "save_s": 3.0, "verify_s": 1.0, "restore_s": 4.0,
         }),
+        _record("370M", 2, "fsdp", 91_000.0, exchange={
+            "ms_a_step": 10.0, "hidden_ms_a_step": 8.0, "collectives": [],
+        }),
         {"name": "bad", "case": {}, "error": "out of memory: 1"},
     ]  # fmt: skip
     text = report.table(records)
     assert "| 370M | weak | 8 | data | 64 x 2048 | 95,000 | 95.0% | 100.0 | 200 | 31.5 |" in text
     assert "| 370M | 8 | 4.1 | 0.5 | 3.0 | 4.0 |" in text
+    assert "| 370M | 2 | fsdp | 10.0 | 80% |" in text
     assert "Not measured: bad: out of memory: 1" in text
     # 15e9 tokens at 760,000 a second.
     assert "| 370M, 15B tokens | 8 x H, data | 760,000 | 5.5 | 5 |" in report.training_times(
@@ -148,16 +153,23 @@ def test_a_later_success_replaces_a_failure_but_not_the_reverse(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_on_simulated_devices(tmp_path, pod_environment):
-    good = Case("tiny", 2, "fsdp", "weak", 4, 32, checkpoint=True)
-    odd = dataclasses.replace(good, batch_size=3, checkpoint=False)
+    good = Case("tiny", 2, "fsdp", "weak", 4, 32, checkpoint=True, trace=True)
+    odd = dataclasses.replace(good, batch_size=3, checkpoint=False, trace=False)
     options = run.Options(out=tmp_path / "out", parallel_compiles=2)
-    records = run.run_study([good, odd], options, environ=pod_environment, say=lambda text: None)
+    environ = dict(pod_environment)
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a study has one of its own
+    records = run.run_study([good, odd], options, environ=environ, say=lambda text: None)
     by_batch = {record["case"]["batch_size"]: record for record in records}
     assert "choose a multiple of 2" in by_batch[3]["error"]
     measured = by_batch[4]
     assert measured["devices"] == 2
     assert measured["tokens_per_s"] > 0
     assert measured["checkpoint"]["restore_s"] > 0
+    # The measuring process found the step that the compiling one had left in the cache.
+    steps = (tmp_path / "out" / "compiled").glob("jit_train_step*-cache")
+    assert len(list(steps)) == 1
+    assert measured["exchange"]["ms_a_step"] == 0, "a CPU's trace has no line of kernels"
+    assert list((tmp_path / "out").rglob("timeline.png"))
     lines = (tmp_path / "out" / run.RESULTS).read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == [r["name"] for r in records]
     assert not list((tmp_path / "out").rglob("manifest.json")), "checkpoints are removed again"
