@@ -22,9 +22,9 @@ from pallas_kernels.ternary_matmul import (
 )
 
 IMPLEMENTATIONS = (*xla.OPERAND_DTYPES, "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
-# Output elements that give each of a Hopper's 132 multiprocessors one tile. With fewer, part of
-# the chip idles, and nobody has measured who wins; the measurements are at 16384 tokens.
-_FULL_CHIP = 132 * 128 * 256
+# Tiles from which a Hopper's 132 multiprocessors count as busy. With fewer, part of the chip
+# idles, and nobody has measured who wins.
+_FULL_CHIP = 128
 
 
 def available_implementations(backend: str | None = None) -> tuple[str, ...]:
@@ -48,10 +48,16 @@ def default_implementation(
     """
     kind = device_kind or jax.devices()[0].device_kind
     best = measured_best("ternary_matmul", (m, n, k), dtype="int8", device_kind=kind)
-    fits = m * n >= _FULL_CHIP and n % 256 == 0 and k % 128 == 0
+    fits = _fills_the_chip(mosaic_config(m, n, k), m, n, k)
     if best == "pallas_mosaic_gpu" and not fits:
         best = None
     return best if best is not None and covers_mesh(token_axes) else "xla_int8"
+
+
+def _fills_the_chip(config: pallas_mosaic_gpu.Config, m: int, n: int, k: int) -> bool:
+    """Whether the tiles divide the matrix, and are enough for a Hopper."""
+    tiles = (m // config.tile_m) * (n // config.tile_n)
+    return tiles >= _FULL_CHIP and n % config.block[1] == 0 and k % config.block[2] == 0
 
 
 def ternary_matmul(
@@ -121,27 +127,82 @@ def ternary_matmul(
     return split(x_q, x_scale, trits, w_scale)[0]
 
 
+def gated_ternary_matmul(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    trits: jax.Array,
+    w_scale: jax.Array,
+    *,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
+    implementation: str | None = None,
+) -> jax.Array:
+    """silu(gate) * up of the two halves of `ternary_matmul`'s result, which is cast first.
+
+    Where that takes the Mosaic GPU kernel by default, the halves never reach memory.
+
+    Args:
+      x_q, x_scale, w_scale, out_dtype, implementation: as in `ternary_matmul`.
+      trits: [2N, K] int8 in {-1, 0, +1}; the gate's rows come first.
+
+    Returns:
+      [..., N] of out_dtype.
+
+    Raises:
+      TypeError, ValueError: as in `ternary_matmul`.
+    """
+    m, n, k = math.prod(x_q.shape[:-1]), trits.shape[0] // 2, trits.shape[1]
+    config = mosaic_gated_config(m, n, k)
+    fused = (
+        (implementation or default_implementation(m, 2 * n, k)) == "pallas_mosaic_gpu"
+        and trits.shape[0] % 2 == 0
+        and _fills_the_chip(config, m, n, k)
+    )
+    if not fused:
+        y = ternary_matmul(
+            x_q, x_scale, trits, w_scale, out_dtype=out_dtype, implementation=implementation
+        )
+        gate, up = jnp.split(y.astype(jnp.float32), 2, axis=-1)
+        return (jax.nn.silu(gate) * up).astype(out_dtype)
+    out = _mosaic_gpu(
+        x_q.reshape(-1, k), x_scale.reshape(-1), trits,
+        w_scale.astype(jnp.float32).reshape(1), jnp.dtype(out_dtype), False, gated=config,
+    )  # fmt: skip
+    return out.reshape(*x_q.shape[:-1], n)
+
+
 def ternarize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`reference.ternarize`: trits and one scale a matrix, from float weights [..., N, K]."""
     return reference.ternarize(w)
 
 
 def mosaic_config(m: int, n: int, k: int) -> pallas_mosaic_gpu.Config:
-    """The tiles for a shape: those measured best for its (N, K), else the default."""
-    return pallas_mosaic_gpu.Config(**_measured_configs().get(f"{n}x{k}", {}))
+    """The tiles for a shape: those measured for its (N, K) at the nearest M, else the default."""
+    return pallas_mosaic_gpu.Config(**_measured_at(m).get(f"{n}x{k}", {}))
+
+
+def mosaic_gated_config(m: int, n: int, k: int) -> pallas_mosaic_gpu.Config:
+    """`mosaic_config` of the gated product of x_q [M, K] with trits [2N, K]."""
+    return pallas_mosaic_gpu.Config(**_measured_at(m).get(f"{n}x{k} gated", {"tile_n": 128}))
+
+
+def _measured_at(m: int) -> dict[str, dict]:
+    measured = _measured_configs()
+    return measured[min(measured, key=lambda tokens: abs(math.log(tokens / m)))]
 
 
 @functools.cache
-def _measured_configs() -> dict[str, dict]:
-    """(N x K) -> tiles; written by `python -m pallas_kernels.ternary_matmul.benchmark tune`."""
-    return json.loads(Path(__file__).with_name("mosaic_configs.json").read_text())
+def _measured_configs() -> dict[int, dict[str, dict]]:
+    """M -> (N x K) -> tiles; from `python -m pallas_kernels.ternary_matmul.benchmark tune M`."""
+    table = json.loads(Path(__file__).with_name("mosaic_configs.json").read_text())
+    return {int(m): tiles for m, tiles in table.items()}
 
 
-def _mosaic_gpu(x_q, x_scale, trits, w_scale, out_dtype, interpret):
+def _mosaic_gpu(x_q, x_scale, trits, w_scale, out_dtype, interpret, gated=None):
+    """`gated` holds the tiles of the gated product, which must divide N and K."""
     if interpret:
         raise ValueError("pallas_mosaic_gpu has no interpreter that runs it on every jax version")
     (m, k), n = x_q.shape, trits.shape[0]
-    config = mosaic_config(m, n, k)
+    config = gated or mosaic_config(m, n, k)
     if out_dtype.itemsize > 2:  # the same bytes for each store
         config = dataclasses.replace(config, store_n=config.store_n // 2)
     # Zero rows and columns change no sum; the model's shapes need none.
@@ -151,9 +212,9 @@ def _mosaic_gpu(x_q, x_scale, trits, w_scale, out_dtype, interpret):
     x_scale = jnp.pad(x_scale, (0, up[0])) if up[0] else x_scale
     out = pallas_mosaic_gpu.ternary_matmul(
         x_q, x_scale, trits, w_scale, out_dtype=out_dtype, config=config,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=_multiprocessors(), gated=gated is not None,
     )  # fmt: skip
-    return out[:m, :n] if up[0] or up[1] else out
+    return out[:m, :n] if up[0] or up[1] else out  # Gated, up[1] is 0.
 
 
 def _triton(x_q, x_scale, trits, w_scale, out_dtype, interpret):

@@ -1,6 +1,6 @@
 """Times the ternary product's implementations against XLA's bf16 product in the same run.
 
-python -m pallas_kernels.ternary_matmul.benchmark [out.json]
+python -m pallas_kernels.ternary_matmul.benchmark [tune] [tokens]
 """
 
 import functools
@@ -139,6 +139,11 @@ CANDIDATES = (
     {"width": 4},
     {"tile_m": 256, "tile_n": 128, "cluster": "n"},
     {"split": "n", "stages": 3, "slots": 4},
+    # For few tokens, where 128 x 256 leaves the last round of tiles half empty.
+    {"tile_n": 128, "even": True},
+    {"tile_n": 160, "store_n": 32, "even": True},
+    {"tile_n": 176, "store_n": 16, "slots": 4, "even": True},
+    {"tile_n": 192, "even": True},
 )
 
 
@@ -162,7 +167,7 @@ def tune(
 
 
 def best_tiles(rows: Iterable[dict]) -> dict[str, dict]:
-    """(N x K) -> the fastest tiles among `tune`'s rows: what mosaic_configs.json holds."""
+    """(N x K) -> the fastest tiles among `tune`'s rows: mosaic_configs.json for an M."""
     best: dict[str, dict] = {}
     for row in rows:
         if row["tiles"] is None or "ms" not in row:
@@ -187,7 +192,8 @@ def _with_tiles(tiles, x_q, x_scale, trits, w_scale):
 
 if __name__ == "__main__":
     rows = []
-    for row in tune() if "tune" in sys.argv else benchmark():
+    tokens = [int(word) for word in sys.argv[1:] if word.isdigit()] or [16384]
+    for row in tune(tokens[0]) if "tune" in sys.argv else benchmark(tokens[0]):
         rows.append(row)
         print(row, flush=True)
     if "tune" in sys.argv:

@@ -2,7 +2,8 @@
 
 A persistent, warp-specialised kernel: one warpgroup copies int8 tiles of both operands into
 shared memory by TMA, two others multiply them (s8 wgmma, int32 accumulators) and scale the
-sums into the output's dtype in registers, so that no int32 matrix is written.
+sums into the output's dtype in registers, so that no int32 matrix is written. Gated, a program
+multiplies a tile of the gate's rows and the same one of up's, and writes only their product.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ class Config:
     # Copy the next output tile's operands before this one's are used up, where the pipeline
     # allows it: the steps over K are a multiple of its stages.
     prefetch: bool = True
+    # Where each program gets few tiles: only as many programs as finish in the same number of
+    # rounds. Tiles that then come out even leave the prefetch possible.
+    even: bool = False
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -56,30 +60,39 @@ def ternary_matmul(
     out_dtype: jax.typing.DTypeLike,
     config: Config,
     multiprocessors: int,
+    gated: bool = False,
 ) -> jax.Array:
     """(x_q @ trits^T) * x_scale * w_scale for multiples of the tiles.
 
     Args:
       x_q: [M, K] int8.
       x_scale: [M] float32.
-      trits: [N, K] int8.
+      trits: [N, K] int8; [2N, K] gated.
       w_scale: [1] float32.
       out_dtype: float32 or bfloat16.
       config: the tiles; M, N and K are multiples of them.
       multiprocessors: of the device; one program runs on each.
+      gated: give silu(gate) * up of the product's two halves, both cast to out_dtype first, which
+        then never reach memory. `config.split` is "m".
 
     Returns:
       [M, N] of out_dtype.
     """
     m, k = x_q.shape
-    n = trits.shape[0]
+    n = trits.shape[0] // (2 if gated else 1)
+    if gated and config.split != "m":
+        raise ValueError(f"a gated product needs split='m', got {config.split!r}")
     if any(size % block for size, block in zip((m, n, k), config.block, strict=True)):
         raise ValueError(f"[M, N, K] = {[m, n, k]} must be multiples of {config.block}")
     clusters = 2 if config.cluster else 1
+    programs = multiprocessors // clusters
+    if config.even:
+        tiles = (m // config.block[0]) * (n // config.block[1])
+        programs = -(-tiles // -(-tiles // programs))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config),
+        functools.partial(_kernel, config=config, gated=gated),
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(multiprocessors // clusters,),
+        grid=(programs,),
         grid_names=("program",),
         cluster=(clusters,),
         cluster_names=("cluster",),
@@ -101,9 +114,10 @@ def _swizzled(columns: int, dtype: jax.typing.DTypeLike) -> tuple:
     )
 
 
-def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Config):
+def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Config, gated: bool):
     m, k = x_gmem.shape
-    n = t_gmem.shape[0]
+    n = out_gmem.shape[1]
+    halves = 2 if gated else 1
     out_dtype = out_gmem.dtype
     group_m = config.tile_m // (2 if config.split == "m" else 1)
     group_n = config.tile_n // (2 if config.split == "n" else 1)
@@ -137,7 +151,10 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                     memory_space=plgpu.SMEM,
                     collective_axes=("cluster",) if config.cluster == shared_along else (),
                 )
-                for rows, shared_along in ((config.tile_m, "n"), (config.tile_n, "m"))
+                for rows, shared_along in (
+                    (config.tile_m, "n"),
+                    *[(config.tile_n, "m")] * halves,
+                )
             ],
             wg_axis="warpgroup",
             num_compute_wgs=2,
@@ -151,7 +168,7 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
 
     @functools.partial(
         pl.run_scoped,
-        allocations=pipeline(ignore, ignore).get_allocations(x_gmem, t_gmem),
+        allocations=pipeline(ignore, ignore).get_allocations(x_gmem, *[t_gmem] * halves),
         out_smem=plgpu.SMEM(
             (2, slots, config.store_m, config.store_n),
             out_dtype,
@@ -187,14 +204,23 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                 )
                 scale = scale * w_scale_gmem[0]
 
-                @functools.partial(
-                    pl.run_scoped, accumulator=plgpu.ACC((group_m, group_n), jnp.int32)
-                )
-                def _accumulate(accumulator):
-                    run_pipeline(accumulator)
+                def scaled(accumulator):
                     values = accumulator[...].astype(jnp.float32)
                     values *= lax.broadcast_in_dim(scale, values.shape, [0])
-                    values = values.astype(out_dtype)
+                    return values.astype(out_dtype)
+
+                @functools.partial(
+                    pl.run_scoped,
+                    accumulators=[plgpu.ACC((group_m, group_n), jnp.int32)] * halves,
+                )
+                def _accumulate(accumulators):
+                    run_pipeline(accumulators)
+                    values = scaled(accumulators[0])
+                    if gated:
+                        gate, up = (
+                            v.astype(jnp.float32) for v in (values, scaled(accumulators[1]))
+                        )
+                        values = (gate / (1.0 + jnp.exp(-gate)) * up).astype(out_dtype)
                     for i, part in enumerate(stores):
                         slot = out_smem.at[group, i % slots]
                         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -205,14 +231,16 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                             out_gmem.at[rows, columns].at[group_rows, group_columns].at[part],
                         )
 
-            def multiply(_, x_smem, t_smem, accumulator):
-                plgpu.wgmma(
-                    accumulator,
-                    x_smem.at[group_rows],
-                    t_smem.at[group_columns].transpose((1, 0)),
-                )
+            def multiply(_, x_smem, *refs):
+                *t_smems, accumulators = refs
+                for t_smem, accumulator in zip(t_smems, accumulators, strict=True):
+                    plgpu.wgmma(
+                        accumulator,
+                        x_smem.at[group_rows],
+                        t_smem.at[group_columns].transpose((1, 0)),
+                    )
                 plgpu.wgmma_wait(0)
-                return accumulator
+                return accumulators
 
             state = None
             if prefetch:
@@ -226,8 +254,12 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                         plgpu.PipelinePipeline.STEADY,
                     ),
                 )
+            weights = [
+                t_gmem.at[pl.ds(half * n + n_index * config.tile_n, config.tile_n), :]
+                for half in range(halves)
+            ]
             pipeline(multiply, compute, state)(
-                x_gmem.at[rows, :], t_gmem.at[columns, :], allocations=allocations
+                x_gmem.at[rows, :], *weights, allocations=allocations
             )
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -20,7 +20,8 @@ from pallas_kernels.bitlinear.api import bitlinear_many
 from pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
 from pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
 from pallas_kernels.recurrence import pallas_gpu, pallas_tpu
-from pallas_kernels.ternary_matmul.api import ternarize
+from pallas_kernels.ternary_matmul import pallas_mosaic_gpu
+from pallas_kernels.ternary_matmul.api import mosaic_config, mosaic_gated_config, ternarize
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:The Pallas Triton")]
 
@@ -112,6 +113,30 @@ def test_a_layer_and_its_gradients(platform, implementation, k, widths, form):
         *[((n, k), jnp.float32) for n in widths],
     )  # fmt: skip
     assert marks(platform) in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "gated"),
+    [
+        (1024, 1024, False),
+        (2560, 2560, False),
+        (2560, 6912, False),
+        (2816, 1024, True),
+        (6912, 2560, True),
+    ],
+)
+def test_products_of_a_prompt(n, k, gated):
+    m = 2048
+    config = (mosaic_gated_config if gated else mosaic_config)(m, n, k)
+    call = functools.partial(
+        pallas_mosaic_gpu.ternary_matmul, out_dtype=jnp.bfloat16, config=config,
+        multiprocessors=132, gated=gated,
+    )  # fmt: skip
+    compiled = compile_for(
+        "cuda", call, ((m, k), jnp.int8), ((m,), jnp.float32),
+        ((2 * n if gated else n, k), jnp.int8), ((1,), jnp.float32),
+    )  # fmt: skip
+    assert "mosaic_gpu" in compiled.as_text()
 
 
 @pytest.mark.parametrize(("platform", "module"), [("tpu", pallas_tpu), ("cuda", pallas_gpu)])

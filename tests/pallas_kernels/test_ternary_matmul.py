@@ -1,6 +1,7 @@
 """The ternary product gives the same integers in every implementation."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def test_default_is_measured_or_xla():
     assert default_implementation(16384, 1024, 1024, device_kind="TPU v9") == "xla_int8"
     hopper = functools.partial(default_implementation, device_kind="NVIDIA H100 80GB HBM3")
     assert hopper(16384, 1024, 1024) == "pallas_mosaic_gpu"
-    assert hopper(1, 1024, 1024) == hopper(2048, 1024, 1024) == "xla_int8"
+    assert hopper(2048, 1024, 1024) == hopper(2048, 2560, 6912) == "pallas_mosaic_gpu"
+    assert hopper(1, 1024, 1024) == hopper(1024, 1024, 1024) == "xla_int8"
     assert hopper(16384, 1000, 1024) == "xla_int8"
     assert set(available_implementations("gpu")) < set(IMPLEMENTATIONS)
 
@@ -166,7 +168,14 @@ def test_split_over_a_mesh_gathers_nothing():
 
 
 def test_measured_tiles_divide_their_shapes():
-    for n, k in MODEL_SHAPES:
-        config = mosaic_config(16384, n, k)
-        sizes = zip((16384, n, k), config.block, strict=True)
-        assert not any(size % block for size, block in sizes), (n, k)
+    for m, (n, k) in itertools.product((2048, 16384), MODEL_SHAPES):
+        config = mosaic_config(m, n, k)
+        sizes = zip((m, n, k), config.block, strict=True)
+        assert not any(size % block for size, block in sizes), (m, n, k)
+
+
+def test_tiles_are_those_of_the_nearest_number_of_tokens():
+    few, many = (mosaic_config(m, 2560, 2560) for m in (2048, 16384))
+    assert few != many
+    assert mosaic_config(1, 2560, 2560) == mosaic_config(4096, 2560, 2560) == few
+    assert mosaic_config(8192, 2560, 2560) == mosaic_config(1 << 20, 2560, 2560) == many
