@@ -21,7 +21,7 @@ from pallas_kernels.packed_matmul import pallas_gpu, rows_gpu
 from pallas_kernels.packed_matmul.api import unpack
 from pallas_kernels.packed_matmul.words import from_words, to_words
 from pallas_kernels.recurrence.api import mlgru_recurrence
-from pallas_kernels.ternary_matmul.api import ternary_matmul
+from pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
 
 Tree = dict[str, Any]
 
@@ -38,6 +38,7 @@ def decode(
     segment_ids_BT: jax.Array | None,
     *,
     kernels: bool | None = None,
+    unroll: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, State]:
     """`LanguageModel.decode` on packed weights.
@@ -49,6 +50,8 @@ def decode(
       state: to go on from.
       segment_ids_BT: 0 marks padding on the right; None: there is none.
       kernels: compute the linear layers by the GPU kernels; None: on a GPU.
+      unroll: layers in one round of the loop over layers; None: all with the kernels, so that
+        a GPU gets the whole program as one graph, and one at a time without.
       interpret: run those as JAX programs.
 
     Returns:
@@ -100,6 +103,7 @@ def decode(
             x_BTD,
             residual=update_BTD,
             outer_norm=blocks["glu_norm"]["scale"],
+            to_gate=True,
         )
         _, (update_BTD,) = linears([glu["down_proj"]], index, gate_up_BTM, gated=True)
         return (x_BTD, update_BTD), last_BD
@@ -110,6 +114,7 @@ def decode(
         layer,
         (x_BTD, nothing_BTD),
         (jnp.arange(config.num_layers, dtype=jnp.int32), state.layers["h"]),
+        unroll=(config.num_layers if kernels else 1) if unroll is None else unroll,
     )
     last_B11 = (length_B - 1)[:, None, None]
     x_B1D, update_B1D = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BTD, update_BTD))
@@ -176,6 +181,7 @@ def xla_linears(
     residual: jax.Array | None = None,
     times_silu: jax.Array | None = None,
     gated: bool = False,
+    to_gate: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """BitLinears of one input, from stacks of packed weights.
 
@@ -188,10 +194,12 @@ def xla_linears(
       residual: [B, T, K] to add to x first.
       times_silu: [B, T, K]; RMSNorm(x) * silu(times_silu) is the input.
       gated: silu(gate) * up, of the two halves of x, is the input.
+      to_gate: the next call is gated, on this one's output.
 
     Returns:
       x + residual, and [B, T, N_j] in the compute dtype for each.
     """
+    del to_gate
     if residual is not None:
         x = x + residual.astype(x.dtype)
     own = [jax.tree.map(lambda stack: stack[index], layer) for layer in layers]
@@ -222,9 +230,14 @@ def kernel_linears(
     residual: jax.Array | None = None,
     times_silu: jax.Array | None = None,
     gated: bool = False,
+    to_gate: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """`xla_linears` by GPU kernels, which read the stacks in place."""
+    """`xla_linears` by GPU kernels, which read the stacks in place.
+
+    With many rows the output of a call with `to_gate` comes gated, [B, T, N / 2], and the next
+    call takes it so: of x's width it tells whether there is a gate to apply.
+    """
     B, T = x.shape[:2]
     columns = layers[0]["norm_scale"].shape[-1]
     out_dtype = jnp.dtype(config.compute_dtype)
@@ -232,6 +245,7 @@ def kernel_linears(
     def rows(a: jax.Array | None) -> jax.Array | None:
         return None if a is None else a.reshape(B * T, a.shape[-1])
 
+    unpacked = B * T > UNPACK_TOKENS
     stream, qs, scales = rows_gpu.quantize(
         x.reshape(B * T, -1),
         index,
@@ -241,22 +255,26 @@ def kernel_linears(
         outer_eps=config.norm_eps,
         residual=rows(residual),
         times_silu=rows(times_silu),
-        gated=gated,
+        matrix_scales=[layer["scale"] for layer in layers] if unpacked else (),
+        gated=gated and x.shape[-1] == 2 * columns,
         interpret=interpret,
     )
-    outputs = []
-    for layer, q, scale in zip(layers, qs, scales, strict=True):
-        stack_LNQ = packed_rows(layer)
-        if B * T <= UNPACK_TOKENS:
-            y = pallas_gpu.scaled_matmul(
-                q, scale, stack_LNQ, layer["scale"], index, out_dtype=out_dtype,
+    if unpacked:
+        trits = pallas_gpu.unpack_many(
+            [packed_rows(layer) for layer in layers], index, columns, interpret=interpret
+        )
+        one = jnp.ones((1,), jnp.float32)  # The rows' scales hold the matrices'.
+        product = gated_ternary_matmul if to_gate else ternary_matmul
+        outputs = [
+            product(q, scale, t, one, out_dtype=out_dtype, implementation=config.matmul_kernel)
+            for q, scale, t in zip(qs, scales, trits, strict=True)
+        ]
+    else:
+        outputs = [
+            pallas_gpu.scaled_matmul(
+                q, scale, packed_rows(layer), layer["scale"], index, out_dtype=out_dtype,
                 interpret=interpret,
-            )  # fmt: skip
-        else:
-            trits = pallas_gpu.unpack(stack_LNQ, index, columns, interpret=interpret)
-            w_scale = layer["scale"].reshape(-1)[index]
-            y = ternary_matmul(
-                q, scale, trits, w_scale, out_dtype=out_dtype, implementation=config.matmul_kernel
             )
-        outputs.append(y.reshape(B, T, -1))
-    return stream.reshape(x.shape), tuple(outputs)
+            for layer, q, scale in zip(layers, qs, scales, strict=True)
+        ]  # fmt: skip
+    return stream.reshape(x.shape), tuple(y.reshape(B, T, -1) for y in outputs)

@@ -9,6 +9,7 @@ layer's number, so that nothing is sliced in memory. For one row or a few, the d
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.experimental.pallas as pl
@@ -150,34 +151,59 @@ def _trits(packed: jax.Array, plane: int, *, emulate: bool) -> jax.Array:
     return trits
 
 
-# Rows and bytes of a row that a program unpacks.
-_UNPACK_ROWS, _UNPACK_BYTES = 16, 512
+# Rows and bytes of a row that a program unpacks; the bytes of a plane fill a line of the cache.
+_UNPACK_ROWS, _UNPACK_BYTES = 64, 128
 
 
 def unpack(
     packed: jax.Array, layer: jax.Array, columns: int, *, interpret: bool = False
 ) -> jax.Array:
     """One matrix of a stack as int8: [L, N, Q] uint8 at 2 bits -> [N, columns]."""
-    _, n, size = packed.shape
+    return unpack_many([packed], layer, columns, interpret=interpret)[0]
+
+
+def unpack_many(
+    stacks: Sequence[jax.Array], layer: jax.Array, columns: int, *, interpret: bool = False
+) -> list[jax.Array]:
+    """One layer's matrices of several stacks of one shape, in one launch.
+
+    Args:
+      stacks: [L, N, Q] uint8 at 2 bits.
+      layer: int32 scalar.
+      columns: of the matrices.
+      interpret: run as a JAX program.
+
+    Returns:
+      [N, columns] int8 for each.
+    """
+    _, n, size = stacks[0].shape
     return pl.pallas_call(
         functools.partial(_unpack_kernel, emulate=interpret),
-        out_shape=jax.ShapeDtypeStruct((n, columns), jnp.int8),
+        out_shape=[jax.ShapeDtypeStruct((n, columns), jnp.int8)] * len(stacks),
         grid=(pl.cdiv(n, _UNPACK_ROWS), pl.cdiv(size, _UNPACK_BYTES)),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="unpack",
-    )(layer.reshape(1), packed)
+    )(layer.reshape(1), *stacks)
 
 
-def _unpack_kernel(layer_ref, w_ref, out_ref, *, emulate: bool):
-    n, columns = out_ref.shape
-    size = w_ref.shape[2]
+def _unpack_kernel(layer_ref, *refs, emulate: bool):
+    pairs = list(zip(refs[: len(refs) // 2], refs[len(refs) // 2 :], strict=True))
+    n, columns = pairs[0][1].shape
+    size = pairs[0][0].shape[2]
     row = (pl.program_id(0) * _UNPACK_ROWS + jnp.arange(_UNPACK_ROWS))[:, None]
     place = (pl.program_id(1) * _UNPACK_BYTES + jnp.arange(_UNPACK_BYTES))[None, :]
-    inside = (row < n) & (place < size)
-    packed = pltriton.load(w_ref.at[layer_ref[0], row, place], mask=inside, other=0)
-    for plane in range(4):
-        column = plane * size + place
-        mask = inside if 4 * size == columns else inside & (column < columns)
-        trits = _trits(packed, plane, emulate=emulate)
-        pltriton.store(out_ref.at[row, column], trits, mask=mask)
+    in_rows = None if n % _UNPACK_ROWS == 0 else row < n
+    in_place = None if size % _UNPACK_BYTES == 0 else place < size
+    layer = layer_ref[0]
+    loaded = [_load(w_ref.at[layer, row, place], in_rows, in_place) for w_ref, _ in pairs]
+    for packed, (_, out_ref) in zip(loaded, pairs, strict=True):
+        for plane in range(4):
+            column = plane * size + place
+            in_columns = None if 4 * size == columns else column < columns
+            masks = [mask for mask in (in_rows, in_place, in_columns) if mask is not None]
+            mask = functools.reduce(jnp.logical_and, masks) if masks else None
+            if mask is not None:
+                mask = jnp.broadcast_to(mask, packed.shape)
+            trits = _trits(packed, plane, emulate=emulate)
+            pltriton.store(out_ref.at[row, column], trits, mask=mask)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.norm_quant.reference import MIN_ABSMAX
-from pallas_kernels.packed_matmul.dot4 import round_half_even
 
 
 def quantize(
@@ -25,6 +24,7 @@ def quantize(
     outer_eps: float,
     residual: jax.Array | None = None,
     times_silu: jax.Array | None = None,
+    matrix_scales: Sequence[jax.Array] = (),
     gated: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
@@ -39,6 +39,8 @@ def quantize(
       outer_eps: of the outer norm.
       residual: [M, K] to add to x first, in x's dtype.
       times_silu: [M, K]; RMSNorm_outer(x) * silu(times_silu) takes the outer norm's place.
+      matrix_scales: float32 [L, 1, 1] of each consumer's weights, to multiply the rows' scales
+        by; empty leaves them out.
       gated: silu(gate) * up of the two halves of x takes x's place.
       interpret: run as a JAX program.
 
@@ -47,8 +49,12 @@ def quantize(
     """
     m = x.shape[0]
     columns = norms[0].shape[1]
-    padded = pl.next_power_of_2(columns)
-    operands = [layer.reshape(1), x, *norms]
+    # A row is walked in pieces of four columns a thread, as few as reach its end: a row padded
+    # to a power of two would spend up to half its instructions on nothing.
+    warps = 4 if columns <= 4096 else 8
+    piece = 128 * warps
+    starts = range(0, columns, piece)
+    operands = [layer.reshape(1), x, *norms, *(s.reshape(-1) for s in matrix_scales)]
     operands += [a for a in (outer_norm, residual, times_silu) if a is not None]
     out_shape = [jax.ShapeDtypeStruct((m, columns), jnp.int8)] * len(norms)
     out_shape += [jax.ShapeDtypeStruct((m, 1), jnp.float32)] * len(norms)
@@ -60,54 +66,90 @@ def quantize(
         layer_ref, x_ref = refs[:2]
         del refs[:2]
         norm_refs = [refs.pop(0) for _ in norms]
+        matrix_scale_refs = [refs.pop(0) for _ in matrix_scales]
         outer_ref = refs.pop(0) if outer_norm is not None else None
         residual_ref = refs.pop(0) if residual is not None else None
         state_ref = refs.pop(0) if times_silu is not None else None
         q_refs = [refs.pop(0) for _ in norms]
         scale_refs = [refs.pop(0) for _ in norms]
         at, row = layer_ref[0], pl.program_id(0)
-        c = jnp.arange(padded)
-        mask = None if padded == columns else c < columns
-        other = None if mask is None else 0.0
 
-        def load(ref, *index):
-            value = pltriton.load(ref.at[(*index, c)], mask=mask, other=other)
+        def places(start):
+            c = start + jnp.arange(piece)
+            return c, None if start + piece <= columns else c < columns
+
+        def load(ref, row, start, offset=0):
+            c, mask = places(start)
+            other = None if mask is None else 0.0
+            value = pltriton.load(ref.at[row, offset + c], mask=mask, other=other)
             return value.astype(jnp.float32)
 
-        def mean_square(v):
-            return jnp.sum(v * v) * (1.0 / columns)
+        def store(ref, value, start):
+            c, mask = places(start)
+            pltriton.store(ref.at[row, c], value, mask=mask)
 
-        v = load(x_ref, row)
-        if gated:
-            up = pltriton.load(x_ref.at[row, columns + c], mask=mask, other=other)
-            v = (_silu(v) * up.astype(jnp.float32)).astype(x_ref.dtype).astype(jnp.float32)
-        if residual_ref is not None:
-            total = (v + load(residual_ref, row)).astype(x_ref.dtype)
-            pltriton.store(refs[0].at[row, c], total, mask=mask)
-            v = total.astype(jnp.float32)
+        # The norms' scales are positive and common to a row, so that what they are made of is
+        # gathered in one pass over values without them, and no sum waits for another.
+        parts = []
+        outer_squares = squares = jnp.zeros((piece,), jnp.float32)
+        absmaxes = [jnp.zeros((piece,), jnp.float32) for _ in norms]
+        for start in starts:
+            v = load(x_ref, row, start)
+            if gated:
+                v = _silu(v) * load(x_ref, row, start, columns)
+                v = v.astype(x_ref.dtype).astype(jnp.float32)
+            if residual_ref is not None:
+                total = (v + load(residual_ref, row, start)).astype(x_ref.dtype)
+                store(refs[0], total, start)
+                v = total.astype(jnp.float32)
+            if outer_ref is not None:
+                outer_squares += v * v
+                v *= load(outer_ref, at, start)
+            if state_ref is not None:
+                v *= _silu(load(state_ref, row, start))
+            squares += v * v
+            absmaxes = [
+                jnp.maximum(absmax, jnp.abs(v * load(norm_ref, at, start)))
+                for absmax, norm_ref in zip(absmaxes, norm_refs, strict=True)
+            ]
+            parts.append(v)
+        factor = 1.0
         if outer_ref is not None:
-            v = v * jax.lax.rsqrt(mean_square(v) + outer_eps) * load(outer_ref, at)
-        if state_ref is not None:
-            v = v * _silu(load(state_ref, row))
-        v = v * jax.lax.rsqrt(mean_square(v) + eps)
-        for norm_ref, q_ref, scale_ref in zip(norm_refs, q_refs, scale_refs, strict=True):
-            n = v * load(norm_ref, at)
-            absmax = jnp.maximum(jnp.max(jnp.abs(n)), MIN_ABSMAX)
-            q = round_half_even(n * (127.0 / absmax), emulate=interpret)
-            pltriton.store(q_ref.at[row, c], q.astype(jnp.int32).astype(jnp.int8), mask=mask)
-            pltriton.store(scale_ref.at[row, jnp.int32(0)], absmax / 127.0)
+            factor = jax.lax.rsqrt(jnp.sum(outer_squares) * (1.0 / columns) + outer_eps)
+        mean_square = jnp.sum(squares) * (1.0 / columns) * (factor * factor)
+        factor *= jax.lax.rsqrt(mean_square + eps)
+        for j, (norm_ref, q_ref, scale_ref) in enumerate(
+            zip(norm_refs, q_refs, scale_refs, strict=True)
+        ):
+            absmax = jnp.maximum(jnp.max(absmaxes[j]) * factor, MIN_ABSMAX)
+            to_int8 = factor * (127.0 / absmax)
+            for v, start in zip(parts, starts, strict=True):
+                store(q_ref, round_to_int8(v * load(norm_ref, at, start) * to_int8), start)
+            scale = absmax / 127.0
+            if matrix_scale_refs:
+                scale *= matrix_scale_refs[j][at]
+            pltriton.store(scale_ref.at[row, jnp.int32(0)], scale)
 
     results = pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=(m,),
-        compiler_params=pltriton.CompilerParams(num_warps=8 if padded > 2048 else 4, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="quantize_rows",
     )(*operands)
     count = len(norms)
     stream = x if residual is None else results[-1]
     return stream, list(results[:count]), list(results[count : 2 * count])
+
+
+def round_to_int8(x: jax.Array) -> jax.Array:
+    """x to the nearest int8, halves to even, for |x| up to 127.
+
+    In the sum the integer stands in the low bits, so that neither a rounding nor a conversion
+    is left to do.
+    """
+    return jax.lax.bitcast_convert_type(x + 12582912.0, jnp.int32).astype(jnp.int8)
 
 
 def _silu(x: jax.Array) -> jax.Array:
