@@ -105,11 +105,16 @@ def mlgru_recurrence(
         raise ValueError(
             f"lower_bound_D has shape {lower_bound_D.shape}; it must be {i_BTD.shape[2:]}"
         )
-    if padding_BT is not None:  # a gate fully open keeps the state, and closes the input
-        f_BTD = jnp.where(padding_BT[..., None], jnp.asarray(_OPEN, f_BTD.dtype), f_BTD)
     mesh = _mesh_for(mesh, partition, i_BTD.shape)
     how = _How(_resolve(implementation, i_BTD, partition), mesh, partition)
-    return _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD)
+    if padding_BT is not None and not how.takes_held:
+        f_BTD, padding_BT = _held_open(f_BTD, padding_BT), None
+    return _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT)
+
+
+def _held_open(f_BTD, padding_BT):
+    """A gate fully open keeps the state, and closes the input."""
+    return jnp.where(padding_BT[..., None], jnp.asarray(_OPEN, f_BTD.dtype), f_BTD)
 
 
 class _How(NamedTuple):
@@ -122,6 +127,11 @@ class _How(NamedTuple):
     @property
     def module(self):
         return _IMPLEMENTATIONS[self.implementation]
+
+    @property
+    def takes_held(self) -> bool:
+        """Whether the implementation itself holds the state on padding."""
+        return self.mesh is None and getattr(self.module, "TAKES_HELD", False)
 
 
 def _resolve(implementation: str | None, x_BTD: jax.Array, partition) -> str:
@@ -232,8 +242,8 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
-    return _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD)[0]
+def _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT):
+    return _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT)[0]
 
 
 def _mlgru_decay(i_BTD, f_BTD, lower_bound_D):
@@ -241,11 +251,14 @@ def _mlgru_decay(i_BTD, f_BTD, lower_bound_D):
     return gate_values(i_BTD.astype(dtype), f_BTD.astype(dtype), lower_bound_D).forget
 
 
-def _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
+def _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT):
     operands = (i_BTD, f_BTD, lower_bound_D)
     if how.mesh is None:
-        h_BTD, h_last_BD = how.module.mlgru_forward(*operands, reset_BT, h0_BD)
+        held = {} if padding_BT is None else {"held_BT": padding_BT}
+        h_BTD, h_last_BD = how.module.mlgru_forward(*operands, reset_BT, h0_BD, **held)
         start = h0_BD
+        if held:  # The backward sees the padding in the gates.
+            operands = (i_BTD, _held_open(f_BTD, padding_BT), lower_bound_D)
     else:
         forward = how.module.mlgru_forward
         h_BTD, h_last_BD, start = sharded.forward(
@@ -274,7 +287,7 @@ def _mlgru_backward(how, residuals, cotangents):
             *cotangents,
         )
     di_BTD, df_BTD, dbound_D, dh0_BD = gradients
-    return di_BTD, df_BTD, _like(dbound_D, lower_bound_D), None, _like(dh0_BD, h0_BD)
+    return di_BTD, df_BTD, _like(dbound_D, lower_bound_D), None, _like(dh0_BD, h0_BD), None
 
 
 _mlgru.defvjp(_mlgru_forward, _mlgru_backward)

@@ -28,7 +28,7 @@ from pallas_kernels.recurrence.steps import Row, Steps
 
 _CARRY_READY = 30  # bit of a group's flag word: the state at the group's start is published
 _MAX_POLLS = 1 << 24  # seconds of polling, far beyond any real wait
-_RESET_BITS = 32
+_WORD_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Config:
             raise ValueError(f"blocks={self.blocks} needs reload=True")
 
 
-def pack_resets(reset_BT: jax.Array) -> jax.Array:
+def pack_bits(steps_BT: jax.Array) -> jax.Array:
     """[B, T] bool -> [B, ceil(T / 32)] int32, step t in bit t % 32 of word t // 32."""
-    B, T = reset_BT.shape
-    bits = jnp.pad(reset_BT, ((0, 0), (0, -T % _RESET_BITS))).reshape(B, -1, _RESET_BITS)
-    words = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(_RESET_BITS, dtype=jnp.uint32), axis=2)
+    B, T = steps_BT.shape
+    bits = jnp.pad(steps_BT, ((0, 0), (0, -T % _WORD_BITS))).reshape(B, -1, _WORD_BITS)
+    words = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(_WORD_BITS, dtype=jnp.uint32), axis=2)
     return jax.lax.bitcast_convert_type(words.astype(jnp.uint32), jnp.int32)
 
 
@@ -79,6 +79,7 @@ def scan(
     initial_BD: jax.Array | None = None,
     lanes: dict[str, jax.Array] | None = None,
     reset_BT: jax.Array | None = None,
+    held_BT: jax.Array | None = None,
     config: Config,
     interpret: bool = False,
 ):
@@ -94,7 +95,9 @@ def scan(
     optional = {"previous": previous_BTD, "start": start_BD, "initial": initial_BD}
     inputs |= {name: value for name, value in optional.items() if value is not None}
     if reset_BT is not None:
-        inputs["resets"] = pack_resets(reset_BT)
+        inputs["resets"] = pack_bits(reset_BT)
+    if held_BT is not None:
+        inputs["helds"] = pack_bits(held_BT)
 
     f32 = jnp.float32
     shapes: dict[str, tuple[tuple[int, ...], Any]]
@@ -174,7 +177,7 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
         for u in reversed(range(unroll)) if steps.reverse else range(unroll):
             t = first + u
             inside = None if T % chunk == 0 else t < T
-            row: Row = {"t": t, "inside": inside, "reset": None, **lanes}
+            row: Row = {"t": t, "inside": inside, "reset": None, "held": None, **lanes}
             for name, ref in refs.items():
                 if name.startswith("row:"):
                     row[name.removeprefix("row:")] = load(ref, b, t, mask=inside)
@@ -183,17 +186,21 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
                 row["previous"] = load(refs["previous"], b, t - 1, mask=exists)
                 if "start" in refs and u == 0:
                     row["previous"] += load(refs["start"], b, mask=t == 0)
-            if "resets" in refs:
-                if u // _RESET_BITS not in words:
-                    words[u // _RESET_BITS] = refs["resets"][b, t // _RESET_BITS]
-                row["reset"] = ((words[u // _RESET_BITS] >> (t % _RESET_BITS)) & 1) == 1
-                if "previous" in refs:
-                    row["previous"] = jnp.where(row["reset"], 0.0, row["previous"])
+            for name in ("reset", "held"):
+                if f"{name}s" in refs:
+                    word = name, u // _WORD_BITS
+                    if word not in words:
+                        words[word] = refs[f"{name}s"][b, t // _WORD_BITS]
+                    row[name] = ((words[word] >> (t % _WORD_BITS)) & 1) == 1
+            if row["reset"] is not None and "previous" in refs:
+                row["previous"] = jnp.where(row["reset"], 0.0, row["previous"])
             rows.append(row)
         return rows
 
     def coefficients(row):
         a, s = steps.coefficients(row)
+        if row["held"] is not None:
+            a, s = jnp.where(row["held"], 1.0, a), jnp.where(row["held"], 0.0, s)
         if row["reset"] is not None:
             a = jnp.where(row["reset"], 0.0, a)
             if steps.reverse:  # the whole state crosses the boundary, not only its past

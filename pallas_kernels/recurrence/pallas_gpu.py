@@ -6,6 +6,8 @@ and [1, 16384, 2048] bfloat16 (`python -m pallas_kernels.recurrence.benchmark`).
 
 import functools
 
+import jax
+
 from pallas_kernels.recurrence import steps
 from pallas_kernels.recurrence.chunked_gpu import Config, scan
 
@@ -15,6 +17,8 @@ MLGRU_FORWARD = Config(unroll=16, block_d=64)
 # With few rows and channels the chunks of a sequence wait on each other: fewer, longer chunks.
 MLGRU_FORWARD_NARROW = Config(unroll=8, blocks=8, block_d=64, reload=True)
 MLGRU_BACKWARD = Config(unroll=8, blocks=4, block_d=64, reload=True)
+# `mlgru_forward` takes held_BT, where the state passes unchanged.
+TAKES_HELD = True
 _WIDE = 8192  # rows times channels from which a chunk fills the chip
 
 
@@ -28,12 +32,14 @@ def backward(*args, config: Config = BACKWARD, interpret: bool = False):
     return steps.backward(_bind(config, interpret), *args)
 
 
-def mlgru_forward(i_BTD, *args, config: Config | None = None, interpret: bool = False):
+def mlgru_forward(
+    i_BTD, *args, config: Config | None = None, interpret: bool = False, **held: jax.Array | None
+):
     """`steps.mlgru_forward` as one kernel."""
     if config is None:
         wide = i_BTD.shape[0] * i_BTD.shape[2] >= _WIDE
         config = MLGRU_FORWARD if wide else MLGRU_FORWARD_NARROW
-    return steps.mlgru_forward(_bind(config, interpret), i_BTD, *args)
+    return steps.mlgru_forward(_bind(config, interpret), i_BTD, *args, **held)
 
 
 def mlgru_backward(*args, config: Config = MLGRU_BACKWARD, interpret: bool = False):

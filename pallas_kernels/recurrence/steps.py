@@ -1,14 +1,15 @@
 """The recurrences as data: what each computes from a row, for the kernel that walks over time.
 
 A kernel offers `scan(steps, rows, previous_BTD=, start_BD=, initial_BD=, lanes=, reset_BT=)`,
-which returns (outputs, last state [B, D], sums [D]):
+and the GPU's also `held_BT=`, which returns (outputs, last state [B, D], sums [D]):
 
   rows: inputs [B, T, D] by name, given to `steps` in float32;
   previous_BTD: an array whose row t - 1 is wanted beside row t, as row["previous"], zero where
     the state is reset; `start_BD` stands before its first row (zeros when None);
   initial_BD: the state before the first step walked (zeros when None);
   lanes: inputs [D] by name, given to `steps` with every row;
-  reset_BT: bool, where true the state does not pass.
+  reset_BT: bool, where true the state does not pass;
+  held_BT: bool, where true the state passes unchanged.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ def backward(scan, f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
     return df_BTD, dx_BTD, dh0_BD
 
 
-def mlgru_forward(scan, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
+def mlgru_forward(scan, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, **held):
     """(h_BTD in i's dtype, h_last_BD): the gates are computed beside the recurrence."""
 
     def coefficients(row):
@@ -97,6 +98,7 @@ def mlgru_forward(scan, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
         lanes=_bound(lower_bound_D),
         initial_BD=_float32(h0_BD),
         reset_BT=reset_BT,
+        **held,
     )
     return h_BTD, h_last_BD
 

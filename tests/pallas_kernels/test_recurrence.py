@@ -20,7 +20,8 @@ def interpreted(module, config):
         **{
             name: functools.partial(getattr(module, name), config=config, interpret=True)
             for name in STEPS
-        }
+        },
+        TAKES_HELD=getattr(module, "TAKES_HELD", False),
     )
 
 
@@ -163,17 +164,22 @@ def test_decoding_step_by_step_equals_the_whole_sequence():
     np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-6)
 
 
-def test_padding_holds_the_state_exactly():
+@pytest.mark.parametrize("implementation", ["xla", "gpu", "gpu_reload", "tpu"])
+def test_padding_holds_the_state(implementation):
     arrays = make_inputs((2, 9, 8), 3, optional=True)
     i, f, h0, bound = (jnp.asarray(arrays[n], jnp.float32) for n in ("x", "f", "h0", "bound"))
     padding = jnp.zeros((2, 9), bool).at[0, 4:].set(True)
 
     def last(i, f, padding):
-        return mlgru_recurrence(i, f, bound, h0_BD=h0, padding_BT=padding)[1]
+        return mlgru_recurrence(
+            i, f, bound, h0_BD=h0, padding_BT=padding, implementation=implementation
+        )[1]
 
     padded = last(i, f, padding)
-    np.testing.assert_array_equal(padded[0], last(i[:, :4], f[:, :4], None)[0])
-    np.testing.assert_array_equal(padded[1], last(i, f, None)[1])
+    # A kernel with padding is another program: it may fuse and combine its chunks otherwise.
+    rtol = 0 if implementation == "xla" else 1e-6
+    np.testing.assert_allclose(padded[0], last(i[:, :4], f[:, :4], None)[0], rtol=rtol)
+    np.testing.assert_allclose(padded[1], last(i, f, None)[1], rtol=rtol)
     gradients = jax.grad(lambda i, f: last(i, f, padding).sum(), (0, 1))(i, f)
     assert all(not np.any(g[0, 4:]) and np.any(g[1, 4:]) for g in gradients)
 
