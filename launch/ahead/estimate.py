@@ -48,10 +48,11 @@ def executed_flops(config: TrainConfig, topology: Topology) -> float:
     model, device = config.model, topology.device
     flops = count_flops(model, config.data.seq_len)
     linear = flops.mixer + flops.glu
-    again = {"none": 0.0, "dots": 0.0, "gates": 1.0, "full": 1.0, "stream": 1.0}[model.remat]
-    if model.remat == "gates":  # i, f and g are kept: three of the mixer's four products
+    again = 0.0 if model.remat in ("none", "dots") else 1.0
+    # i, f and g are kept, or g: three or one of the mixer's four products.
+    if share := {"gates": 0.75, "gated": 0.25}.get(model.remat):
         weights = mixer_weights(model)
-        again = 1 - 0.75 * weights / (weights + 3 * model.hidden_size * model.glu_size)
+        again = 1 - share * weights / (weights + 3 * model.hidden_size * model.glu_size)
     faster = device.int8_over_bf16 if device else 1.0
 
     def forward(work: float, quantised: bool) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional
@@ -98,6 +99,7 @@ class MLGRU(nn.Module):
             name="i_f_g",
         )
         x_BTD = skipped[0] if skipped else x_BTD
+        g_BTD = checkpoint_name(g_BTD, "g")
         if c.short_conv and not c.share_short_conv:
             i_BTD, f_BTD = convolve("i_conv", i_BTD), convolve("f_conv", f_BTD)
         h_BTD, new_state["h"] = mlgru_recurrence(

@@ -16,6 +16,8 @@ _STREAM = (*_SCALARS, "mixed", "o_stats")
 KEPT: dict[str, tuple[str, ...]] = {
     "full": _SCALARS,
     "stream": _STREAM,
+    "states": (*_STREAM, "state"),
+    "gated": (*_STREAM, "state", "g"),
     "gates": (*_STREAM, "i_f_g", "i_f_g_stats", "state"),
     "dots": (*_STREAM, "i_f_g", "i_f_g_stats", "gate_up", "gate_up_stats", "linear"),
 }

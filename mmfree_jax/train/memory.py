@@ -24,9 +24,11 @@ class Memory:
     ternary: float
     """The int8 copies of the ternary weights that a step works with."""
     activations: float
-    """Kept for the backward pass, and the working set of the block being recomputed."""
+    """Kept for the backward pass, and the working set of the block being recomputed. Where layers
+    are unrolled, only what exceeds their gradients: as the backward pass goes through the layers,
+    these take the place of what was kept."""
     logits: float
-    """One chunk of logits and of their gradient."""
+    """One chunk of logits in float32 and of their gradient in the compute dtype."""
 
     @property
     def total(self) -> float:
@@ -54,6 +56,8 @@ def _block_bytes_per_token(config: ModelConfig) -> dict[str, float]:
     return {
         "full": residuals,
         "stream": residuals + d * c,
+        "states": residuals + (d + inner * (config.mixer == "mlgru")) * c,
+        "gated": residuals + (d + 2 * inner * (config.mixer == "mlgru")) * c,
         "gates": residuals + (d + 2 * pair + 2 * inner) * c,
         "dots": residuals + products,
         "none": residuals + products + inputs + mixing,
@@ -84,16 +88,20 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     moment = jnp.dtype(config.optimizer.moment_dtype).itemsize
     tokens = rows // copies * config.data.seq_len // mesh.sequence
     kept = _block_bytes_per_token(model)
-    activations = model.num_layers * kept[model.remat]
+    activations = model.num_layers * kept[model.remat] * tokens
+    gradients = parameters.total * size / shards
+    if not model.scan_layers:
+        activations = max(0.0, activations - gradients)
     if model.remat != "none":
-        activations += kept["none"]
+        activations += kept["none"] * tokens
     chunk = min(tokens, config.loss_chunk)
+    compute = jnp.dtype(model.compute_dtype).itemsize
     accumulated = 2 if config.grad_accum > 1 else 1
     return Memory(
         parameters=parameters.total * size / shards,
-        gradients=parameters.total * size * accumulated / shards,
+        gradients=gradients * accumulated,
         optimizer=parameters.total * (moment + size) / shards,
         ternary=parameters.ternary / shards,
-        activations=activations * tokens,
-        logits=chunk * model.vocab_size * (4 + 4) / mesh.tensor,
+        activations=activations,
+        logits=chunk * model.vocab_size * (4 + compute) / mesh.tensor,
     )

@@ -187,7 +187,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 def test_remat_and_unrolled_layers_change_nothing():
     batch = _batch(_config(), 0)
     _, expected = _run(_config(), batch)
-    for changes in ({"remat": "full"}, {"remat": "dots"}, {"scan_layers": False}):
+    unrolled = {"scan_layers": False}
+    for changes in (
+        {"remat": "full"},
+        {"remat": "gated"},
+        {"remat": "dots"},
+        unrolled,
+        {"remat": "states", **unrolled},
+    ):
         _, metrics = _run(replace_model(_config(), **changes), batch)
         np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
 
@@ -206,13 +213,14 @@ def test_each_remat_policy_recomputes_less_than_the_one_before():
         text = str(jax.make_jaxpr(jax.grad(loss))(state.params))
         return text.count(" dot_general["), text.count(" while[") + text.count(" scan[")
 
-    dots, loops = zip(
-        *(products(p) for p in ("full", "stream", "gates", "dots", "none")), strict=True
-    )
+    policies = ("full", "stream", "states", "gated", "gates", "dots", "none")
+    dots, loops = zip(*map(products, policies), strict=True)
     # Six products forward, twelve backward; the last is never needed again, o's not once the
-    # stream is kept, i, f, g with the gates, gate_up with all products.
-    assert [d - dots[-1] for d in dots] == [5, 4, 1, 0, 0]
-    assert loops[2] < loops[1] == loops[0] == loops[3]
+    # stream is kept, g with the gated states, i and f with the gates, gate_up with all products.
+    assert [d - dots[-1] for d in dots] == [5, 4, 4, 3, 1, 0, 0]
+    # The recurrence not with its states.
+    full, stream, states, gated, gates, all_products, _ = loops
+    assert states == gated == gates < stream == full == all_products
 
 
 def test_gradients_in_bfloat16_differ_by_their_rounding_alone():
