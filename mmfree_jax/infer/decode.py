@@ -36,8 +36,12 @@ class Session:
     seen_BV: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("config", "batch_size", "max_length"))
 def init_session(config: ModelConfig, batch_size: int, max_length: int | None = None) -> Session:
-    """Rows that have read nothing yet; attention needs `max_length`, the places of its cache."""
+    """Rows that have read nothing yet; attention needs `max_length`, the places of its cache.
+
+    One launch rather than one an array: they count in the time to a first token.
+    """
     return Session(
         init_state(config, batch_size, max_length),
         jnp.zeros((batch_size, config.vocab_size), jnp.float32),
