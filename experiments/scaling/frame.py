@@ -101,7 +101,11 @@ def _need(frame: RunFrame, name: str, purpose: str) -> np.ndarray:
     column = getattr(frame, name)
     gaps = int(np.count_nonzero(~np.isfinite(column)))
     if gaps:
-        missing = "is missing" if gaps == len(frame) else f"is empty in {gaps} of {len(frame)} runs"
+        missing = (
+            "is missing"
+            if gaps == len(frame)
+            else f"is empty or not finite in {gaps} of {len(frame)} runs"
+        )
         flag = name.replace("_", "-")
         raise ScalingError(
             f"column: '{name}' {missing} and {purpose} needs it; name its column with "
@@ -110,9 +114,28 @@ def _need(frame: RunFrame, name: str, purpose: str) -> np.ndarray:
     if np.any(column <= 0):
         row = int(np.argmin(column))
         raise ScalingError(
-            f"column: '{name}' is {column[row]:g} in run {row + 1}; it must be positive"
+            f"column: '{name}' is {column[row]:g} in {_where(frame, row)}; it must be positive"
         )
     return column
+
+
+def _where(frame: RunFrame, row: int) -> str:
+    """A row as its reader would look for it."""
+    return str(frame.provenance[row]) or f"run {row + 1}"
+
+
+def _repeated(frame: RunFrame) -> str | None:
+    """A note on rows that repeat another in every number, which count several times."""
+    columns = [np.nan_to_num(getattr(frame, n), nan=-1.0) for n in NUMBERS]
+    words = [np.unique(getattr(frame, n), return_inverse=True)[1] for n in ("family", "seed")]
+    table = np.stack([*columns, *words], axis=1)
+    _, first, count = np.unique(table, axis=0, return_index=True, return_counts=True)
+    if not np.any(count > 1):
+        return None
+    row = int(first[count > 1].min())
+    return (f"{int((count - 1).sum())} rows repeat another in every number, the first "
+            f"{_where(frame, row)}: they count several times; remove them unless they are "
+            "runs of their own")  # fmt: skip
 
 
 def sizes(frame: RunFrame, which: str = "total") -> np.ndarray:
@@ -212,8 +235,11 @@ def complete(frame: RunFrame) -> RunFrame:
         raise ScalingError("runs: no row has a finite loss; nothing can be fitted")
     if np.any(frame.loss <= 0):
         row = int(np.argmin(frame.loss))
-        raise ScalingError(f"column: 'loss' is {frame.loss[row]:g} in run {row + 1}; it must be "
-                           "positive (nats a token)")  # fmt: skip
+        raise ScalingError(f"column: 'loss' is {frame.loss[row]:g} in {_where(frame, row)}; it "
+                           "must be positive (nats a token)")  # fmt: skip
+    repeated = _repeated(frame)
+    if repeated:
+        notes.append(repeated)
     has = {n: np.isfinite(getattr(frame, n)) for n in ("params", "tokens", "flops")}
     derive = ~has["tokens"] & has["params"] & has["flops"]
     if derive.any():

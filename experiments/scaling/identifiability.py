@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from experiments.scaling.descent import residuals
 from experiments.scaling.laws import Inputs, Law, Model
 from experiments.scaling.objectives import Objective
-from experiments.scaling.search import Search, residuals
+from experiments.scaling.search import Search
 
 
 def distinct(values: np.ndarray, within: float = 0.01) -> int:
@@ -83,13 +84,17 @@ def after_fit(
         if parameters["c0"] + parameters["c1"] <= 0:
             out.append("c0 + c1 is not positive: beyond the break the loss would rise")
     prefactors = [p for p in law.parameters if p in ("A", "B", "K", "a", "b")]
+    dead = set()
     for name in prefactors:
         if _largest_share(law, parameters, x, loss, name) < 1e-3:
             out.append(f"the term of {name} is below 0.1% of every loss: it is on its bound at 0, "
                        "and its exponent means nothing")  # fmt: skip
+            dead.add(name)
     for j, name in enumerate(law.parameters):
         low, high = intervals.get(name, (None, None))
         # Prefactors are quoted at N = 1 or C = 1, so decades are normal; many are a valley.
+        if name in dead or name == law.floor:  # said above
+            continue
         if model.positive[j] and low is not None and high is not None and low > 0:
             decades = np.log10(high / low)
             if decades > 3:
@@ -109,7 +114,7 @@ def after_fit(
                            f"{column.min():.3g} to {column.max():.3g}")  # fmt: skip
     if found.starts_at_best < 0.01 * found.starts:
         out.append(f"only {found.starts_at_best} of {found.starts} starts reached the optimum: the "
-                   " objective is rugged, and a lower one may exist")  # fmt: skip
+                   "objective is rugged, and a lower one may exist")  # fmt: skip
     target = log_loss if objective.space == "log" else loss
     residual = np.abs(residuals(model, objective.space, target, found.point[None])[0])
     if objective.kind == "huber" and np.mean(residual <= objective.delta) < 0.05 and len(loss) > 20:

@@ -39,7 +39,8 @@ class Model:
 
     `evaluate` works on standardised coordinates [S, P] and gives log loss where `space`
     is "log", loss where it is "raw". Natural coordinates (logs of positive parameters)
-    are `matrix @ coordinates + offset`.
+    are `matrix @ coordinates + offset`. `terms` are the coordinates that are the logarithm of
+    a whole term of the loss: towards minus infinity the term vanishes.
     """
 
     space: str
@@ -47,6 +48,7 @@ class Model:
     matrix: np.ndarray
     offset: np.ndarray
     positive: tuple[bool, ...]
+    terms: tuple[int, ...] = ()
 
     def to_natural(self, coordinates: np.ndarray) -> np.ndarray:
         """Standardised [..., P] -> natural coordinates [..., P]."""
@@ -171,7 +173,8 @@ def _log_sum_model(terms: Sequence[Term], n: int, positive: tuple[bool, ...]) ->
 
         return Evaluation(value, gradient, hessian)
 
-    return Model("log", evaluate, back, np.zeros(size), positive)
+    intercepts = tuple(term[0][0] for term in terms)
+    return Model("log", evaluate, back, np.zeros(size), positive, intercepts)
 
 
 # --- L = E + A / N^alpha + B / D^beta ---
@@ -339,7 +342,7 @@ def _broken(x: Inputs) -> Model:
     matrix = np.diag([1.0, 1.0, 1 / spread, 1.0, spread])
     matrix[1, 2] = mean / spread
     offset = np.array([0, 0, 0, 0, mean])
-    return Model("log", evaluate, matrix, offset, (True, True, False, False, True))
+    return Model("log", evaluate, matrix, offset, (True, True, False, False, True), (0, 1))
 
 
 def _broken_starts(model: Model, x: Inputs, y: np.ndarray) -> np.ndarray:

@@ -207,7 +207,8 @@ def read_table(path: Path, columns: Columns, where: Iterable[str] = ()) -> RunFr
             words = ["" if v is None else str(v) for v in table[source]]
             data[name] = np.array(words, dtype=str)[keep]
     if "provenance" not in data:
-        data["provenance"] = np.full(int(keep.sum()), path.name)
+        rows = np.flatnonzero(keep) + 2  # as numbered in the file, below its header
+        data["provenance"] = np.array([f"{path.name}, row {row}" for row in rows], dtype=str)
     guessed = ", ".join(f"{n} = {s!r}" for n, s in chosen.items()
                         if not getattr(columns, n) and n != s)  # fmt: skip
     if guessed:

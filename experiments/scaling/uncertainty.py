@@ -1,22 +1,16 @@
 """How sure a fit is: bootstrap over runs, profile likelihood, leave-one-size-out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from experiments.scaling.descent import exact, follow, huber_oracle, lower, refit, widths_to
 from experiments.scaling.errors import ScalingError
 from experiments.scaling.frame import RunFrame
 from experiments.scaling.laws import Law, Model
 from experiments.scaling.objectives import Objective, log_likelihood
-from experiments.scaling.search import (
-    Search,
-    exact,
-    follow,
-    huber_oracle,
-    refit,
-    widths_to,
-)
+from experiments.scaling.search import Search
 
 Interval = tuple[float | None, float | None]
 
@@ -148,44 +142,114 @@ def profile_intervals(
 
     size, n = len(found.point), len(log_loss)
     covariance = _covariance(model, objective, log_loss, found, scale, spread)
-    starts, directions, fixed = [], [], []
+    directions, fixed, slopes, rowsets = [], [], [], []
     for j in range(size):
         row = model.matrix[j]
         deviation = np.sqrt(max(row @ covariance @ row, 1e-18))
-        slope = covariance @ row / deviation**2  # how the others move along
-        normal = np.linalg.svd(row[None])[2][1:].T  # [P, P - 1], keeps row @ point
         side = reach * (np.arange(1, steps + 1) / steps) ** 1.5
-        for t in np.r_[-side[::-1], side] * deviation:
-            starts.append(found.point + slope * t)
-            directions.append(normal)
-            fixed.append(row @ found.point + model.offset[j] + t)
-    end = follow(model, objective, log_loss, np.array(starts), widths_to(objective, scale),
-                 directions=np.array(directions), tolerance=1e-12, scale=scale)  # fmt: skip
-    values = exact(model, objective, log_loss, end.points)
+        values = row @ found.point + np.r_[-side[::-1], side] * deviation
+        floor = np.log(np.linspace(0.02, 1.0, steps)) + log_loss.min() - model.offset[j]
+        if law.parameters[j] == law.floor and values[steps - 1] < floor[0] - 4:
+            values[steps:] = floor  # it vanished: what matters is the way up from nothing
+        for value in values:
+            directions.append(_others(row))
+            fixed.append(value)
+            slopes.append(covariance @ row / deviation**2)  # how the others move along
+            rowsets.append(row)
+    # From every known optimum: where one has lost a term, another knows the fit with it.
+    points, totals = None, None
+    for optimum in found.optima:
+        away = np.array(fixed) - np.array(rowsets) @ optimum
+        end = follow(model, objective, log_loss, optimum + np.array(slopes) * away[:, None],
+                     widths_to(objective, scale), directions=np.array(directions),
+                     tolerance=1e-12, scale=scale).points  # fmt: skip
+        reached = exact(model, objective, log_loss, end)
+        if points is None or totals is None:
+            points, totals = end, reached
+        else:
+            points, totals = lower(points, totals, end, reached)
+    assert points is not None
+    assert totals is not None
     best = log_likelihood(objective, np.array([found.objective]), n)[0]
-    drop = best - log_likelihood(objective, values, n)
-    threshold = chi2.ppf(level, 1) / 2
-    out = {}
+    drop = best - log_likelihood(objective, totals, n)
+    threshold = float(chi2.ppf(level, 1) / 2)
+    out, brackets = {}, []
     for j, name in enumerate(law.parameters):
         rows = slice(j * 2 * steps, (j + 1) * 2 * steps)
-        natural = np.insert(np.array(fixed[rows]), steps,
-                            model.matrix[j] @ found.point + model.offset[j])  # fmt: skip
+        natural = np.insert(fixed[rows], steps, model.matrix[j] @ found.point) + model.offset[j]
+        path = np.insert(points[rows], steps, found.point, axis=0)
         curve = np.insert(drop[rows], steps, 0.0)
         with np.errstate(over="ignore"):
             real = np.exp(natural) if model.positive[j] else natural
-        ends = []
-        for order in (np.arange(steps, -1, -1), np.arange(steps, 2 * steps + 1)):
+        out[name] = (real, curve)
+        for side, order in enumerate((np.arange(steps, -1, -1), np.arange(steps, 2 * steps + 1))):
             above = np.flatnonzero(curve[order] > threshold)
-            if not len(above):
-                ends.append(None)
-                continue
-            k = above[0]
-            c0, c1 = curve[order[k - 1]], curve[order[k]]
-            mix = (threshold - c0) / max(c1 - c0, 1e-300)
-            end = natural[order[k - 1]] + mix * (natural[order[k]] - natural[order[k - 1]])
-            ends.append(float(np.exp(end) if model.positive[j] else end))
-        out[name] = Profile(real, curve, (ends[0], ends[1]))
-    return out
+            if len(above):
+                inside, outside = order[above[0] - 1], order[above[0]]
+                brackets.append(_Bracket(j, side, path[[inside, outside]],
+                                         curve[[inside, outside]]))  # fmt: skip
+
+    def likelihood_drop(starts: np.ndarray, keep: np.ndarray):
+        reached = follow(model, objective, log_loss, starts, widths_to(objective, scale),
+                         directions=keep, tolerance=1e-12, scale=scale).points  # fmt: skip
+        return reached, best - log_likelihood(objective, exact(
+            model, objective, log_loss, reached), n)  # fmt: skip
+
+    ends: dict[tuple[int, int], float] = {}
+    for b in _narrowed(brackets, model, threshold, likelihood_drop):
+        mix = (threshold - b.drop[0]) / max(b.drop[1] - b.drop[0], 1e-300)
+        low, high = b.points @ model.matrix[b.parameter] + model.offset[b.parameter]
+        at = low + np.clip(mix, 0, 1) * (high - low)
+        ends[b.parameter, b.side] = float(np.exp(at) if model.positive[b.parameter] else at)
+    return {
+        name: Profile(real, curve, (ends.get((j, 0)), ends.get((j, 1))))
+        for j, (name, (real, curve)) in enumerate(out.items())
+    }
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """Points [2, P] on a profile below and above the threshold, with their drops [2]."""
+
+    parameter: int
+    side: int
+    points: np.ndarray
+    drop: np.ndarray
+
+
+def _narrowed(
+    brackets: list[_Bracket],
+    model: Model,
+    threshold: float,
+    likelihood_drop: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    parts: int = 10,
+    rounds: int = 2,
+) -> list[_Bracket]:
+    """Brackets a hundredth as wide: the profile is curved, and its first steps may be large."""
+    share = np.arange(1, parts) / parts
+    for _ in range(rounds if brackets else 0):
+        starts = np.concatenate([
+            b.points[0] + share[:, None] * (b.points[1] - b.points[0]) for b in brackets
+        ])  # fmt: skip
+        keep = np.concatenate([
+            np.repeat(_others(model.matrix[b.parameter])[None], len(share), axis=0)
+            for b in brackets
+        ])  # fmt: skip
+        points, drops = likelihood_drop(starts, keep)
+        narrower = []
+        for i, b in enumerate(brackets):
+            rows = slice(i * len(share), (i + 1) * len(share))
+            between = np.concatenate([b.points[:1], points[rows], b.points[1:]])
+            drop = np.r_[b.drop[0], drops[rows], b.drop[1]]
+            k = int(np.argmax(drop > threshold))
+            narrower.append(_Bracket(b.parameter, b.side, between[[k - 1, k]], drop[[k - 1, k]]))
+        brackets = narrower
+    return brackets
+
+
+def _others(row: np.ndarray) -> np.ndarray:
+    """Directions [P, P - 1] along which `row @ point` does not change."""
+    return np.linalg.svd(row[None])[2][1:].T
 
 
 def _covariance(

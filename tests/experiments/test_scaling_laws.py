@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from experiments.scaling.descent import exact, huber_oracle
 from experiments.scaling.errors import ScalingError
 from experiments.scaling.laws import LAWS, get_law
 from experiments.scaling.objectives import OBJECTIVES, Objective, log_likelihood
-from experiments.scaling.search import exact, huber_oracle, search
+from experiments.scaling.search import search
 from experiments.scaling.synthetic import isoflop_design
 
 TRUTH = {

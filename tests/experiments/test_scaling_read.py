@@ -66,7 +66,7 @@ def test_where(tmp_path):
         ("N,n_params,loss\n1,2,3\n", None),
         ("params,Params,loss\n1,2,3\n", "could all be params"),
         ("N,D,loss\n", "a header and at least one run are needed"),
-        ("N,D,loss\n1e7,1e9,-1\n", "'loss' is -1 in run 1"),
+        ("N,D,loss\n1e7,1e9,-1\n", "'loss' is -1 in x.csv, row 2"),
         ("N,D,loss\n1e7,1e9,nan\n", "no row has a finite loss"),
     ],
 )
@@ -167,10 +167,21 @@ def test_flop_conventions():
 
 def test_gaps_and_nonsense_in_a_column_are_named():
     frame = make_frame(params=[1e7, np.nan], tokens=1e9, loss=[2.0, 3.0])
-    with pytest.raises(ScalingError, match="'params' is empty in 1 of 2 runs"):
+    with pytest.raises(ScalingError, match="'params' is empty or not finite in 1 of 2 runs"):
         inputs(frame, ("params",))
     frame = make_frame(params=[1e7, 0], tokens=1e9, loss=[2.0, 3.0])
     with pytest.raises(ScalingError, match="'params' is 0 in run 2"):
         inputs(frame, ("params",))
     with pytest.raises(ScalingError, match="'tokens' has 1 rows but 'loss' has 2"):
         make_frame(tokens=[1.0], loss=[2.0, 3.0])
+
+
+def test_rows_are_named_as_in_the_file_and_repeated_ones_are_noted(tmp_path):
+    text = "N,D,loss,keep\n1e7,1e9,nan,1\n2e7,1e9,3,0\n2e7,-1e9,3,1\n3e7,1e9,2,1\n3e7,1e9,2,1\n"
+    frame = read_runs([write(tmp_path / "x.csv", text)], where=["keep = 1"])
+    with pytest.raises(ScalingError, match=r"'tokens' is -1e\+09 in x.csv, row 4; it must"):
+        inputs(frame, ("params", "tokens"))
+    notes = " ".join(frame.notes)
+    assert "1 rows repeat another in every number, the first x.csv, row 5" in notes
+    seeds = write(tmp_path / "y.csv", "N,D,loss,seed\n3e7,1e9,2,0\n3e7,1e9,2,1\n")
+    assert "repeat" not in " ".join(read_runs([seeds]).notes)

@@ -5,9 +5,10 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
+from experiments.scaling.descent import refit, typical_residual
 from experiments.scaling.laws import LAWS
 from experiments.scaling.objectives import Objective
-from experiments.scaling.search import refit, search, typical_residual
+from experiments.scaling.search import search
 from experiments.scaling.synthetic import draw_runs, isoflop_design
 from experiments.scaling.trust_region import step
 
@@ -146,6 +147,30 @@ def test_least_absolute_deviation_ends_on_a_vertex():
     residual = np.abs(model.evaluate(found.point[None]).value[0] - y)
     assert np.sum(residual < 1e-9) >= 5  # five parameters: five runs are met exactly
     assert found.slope < 1e-9  # no linear programme promises a decrease
+    assert found.starts_at_best > 450
+
+
+def test_a_term_that_the_data_do_not_have_is_set_to_nothing():
+    """A pure power law read as one with a floor: descent in log E alone stops on its way to 0."""
+    c = 10 ** np.linspace(18, 21, 12)
+    x = {"compute": c}
+    y = (
+        np.log(30 * c**-0.05)
+        + 0.002 * np.cos(7 * np.arange(12.0))
+        - 3e-3 * np.log(c / c[6]) ** 2 / 10
+    )
+    law = LAWS["power-floor"]
+    found = search(law, x, y, Objective("log-lsq"))
+    floor, _, gamma = law.build(x).to_parameters(found.point)
+    assert floor < 1e-15
+    fit = np.polyfit(np.log(c), y, 1)
+    assert gamma == pytest.approx(-fit[0], rel=1e-9)
+    assert found.objective == pytest.approx(
+        np.sum((np.polyval(fit, np.log(c)) - y) ** 2), rel=1e-12
+    )
+    # Refits start from a point with a floor as well: from nothing it could not come back.
+    floors = law.build(x).to_parameters(found.optima)[:, 0]
+    assert floors.max() > 0.1 * np.exp(y.min())
 
 
 def test_units_do_not_matter():

@@ -141,3 +141,38 @@ def test_profile_of_an_unbounded_parameter_is_open():
     frame = draw_runs("chinchilla", TRUTH, params, tokens, noise=0.02, seed=4)
     fit = fit_law(frame, objective=Objective("log-lsq"), resamples=0)
     assert any(None in p.interval for p in fit.profiles.values())
+
+
+def test_a_floor_that_the_data_do_not_show_keeps_its_upper_bound():
+    """At the optimum E is 0, where it has no slope: refits and the profile must still find it."""
+    c = 10 ** np.linspace(18, 20, 16)
+    rng = np.random.default_rng(3)
+    wave = 0.01 * rng.standard_normal(16)
+    loss = np.exp(np.log(30 * c**-0.05) + wave - 0.002 * np.log(c / c[8]) ** 2)
+    frame = make_frame(params=np.sqrt(c / 120), tokens=np.sqrt(c * 20 / 6), loss=loss)
+    fit = fit_law(frame, "power-floor", Objective("log-lsq"), resamples=300, holdout=False)
+    assert fit.parameters["E"] < 1e-9
+    assert any("E = " in w and "on its bound at 0" in w for w in fit.warnings)
+    assert fit.intervals["E"][1] > 0.05
+    low, high = fit.profiles["E"].interval
+    assert low is None
+    # The profile's end by hand: least squares with E fixed, on a grid of exponents.
+    best = _squares_at(0.0, frame, loss)
+    grid = np.linspace(0.0, loss.min() * 0.999, 400)
+    drop = 8 * np.log(np.array([_squares_at(e, frame, loss) for e in grid]) / best)
+    by_hand = grid[np.argmax(drop > 3.841 / 2)]
+    assert high == pytest.approx(by_hand, rel=0.02)
+
+
+def _squares_at(floor, frame, loss):
+    """Least sum of squared log residuals of E + K C^-gamma at a fixed E."""
+    from scipy.optimize import least_squares
+
+    z = np.log(6 * frame.params * frame.tokens)
+    z = (z - z.mean()) / z.std()
+    start = np.polyfit(z, np.log(loss - floor), 1)
+
+    def residual(q):
+        return np.log(floor + np.exp(q[1] + q[0] * z)) - np.log(loss)
+
+    return 2 * least_squares(residual, start, xtol=1e-14, ftol=1e-14, gtol=1e-14).cost
