@@ -301,7 +301,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
         **task,
         "device": device.device_kind,
         "backend": jax.default_backend(),
-        "programs": packed_gpu.programs(),
+        "multiprocessors": packed_gpu.multiprocessors(),
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     }
     return row | works[task["work"]](task)

@@ -25,9 +25,9 @@ from pallas_kernels.packed_matmul.fused_gpu import MAX_ROWS, Layer
 
 Tree = dict[str, Any]
 
-# Programs of the one-kernel form wait for each other, so all must run at once: one on each
-# multiprocessor. With fewer than this many (a slice of a GPU) four kernels a layer do better.
-FEWEST_PROGRAMS = 64
+# Programs of the one-kernel form wait for each other, so all must run at once. With fewer
+# multiprocessors than this (a slice of a GPU) four kernels a layer do better.
+FEWEST_MULTIPROCESSORS = 64
 
 # Environment variable: "layers" keeps the one-kernel form off.
 KERNELS_VARIABLE = "MMFREE_DECODE_KERNELS"
@@ -46,7 +46,7 @@ def applies(packed: Tree, batch: int, tokens: int) -> bool:
     )
 
 
-def programs() -> int:
+def multiprocessors() -> int:
     """Multiprocessors of the first device; 0 where it is not a GPU."""
     if jax.default_backend() != "gpu":
         return 0
@@ -57,12 +57,24 @@ def token_config(config: ModelConfig) -> token_gpu.Config:
     """How the one-kernel form is cut on this device: as measured for the nearest width."""
     widths = _measured_configs()
     nearest = min(widths, key=lambda width: abs(math.log(width / config.hidden_size)))
-    return token_gpu.Config(programs=programs(), **widths[nearest])
+    cut = dict(widths[nearest])
+    return token_gpu.Config(programs=cut.pop("each") * multiprocessors(), **cut)
+
+
+def _one_kernel(packed: Tree) -> bool:
+    """Whether the kernel that runs the whole token is to be used on this device."""
+    mixer, glu = packed["blocks"]["mixer"], packed["blocks"]["glu"]
+    widths = [linear["norm_scale"].shape[-1] for linear in (mixer["o_proj"], glu["down_proj"])]
+    return (
+        os.environ.get(KERNELS_VARIABLE) != "layers"
+        and multiprocessors() >= FEWEST_MULTIPROCESSORS
+        and all(width % 16 == 0 for width in widths)
+    )
 
 
 @functools.cache
 def _measured_configs() -> dict[int, dict[str, Any]]:
-    """Hidden size -> the fastest of a few cuts on an H100, without the number of programs."""
+    """Hidden size -> the fastest of a few cuts on an H100; "each": programs a multiprocessor."""
     text = Path(__file__).with_name("token_configs.json").read_text(encoding="utf-8")
     return {int(width): cut for width, cut in json.loads(text).items()}
 
@@ -86,16 +98,15 @@ def decode_token(
       token_B: int32.
       state: to go on from.
       held_B: True for rows whose token is padding: their state is kept.
-      token: cut of the kernel that runs the whole token; None: that kernel for one row, where
-        the device is large enough.
+      token: cut of the kernel that runs the whole token, for one row; None: that kernel, where
+        the device is large enough and the model's widths are multiples of 16.
       unroll: else, layers in one round of the loop over layers.
       interpret: run the kernels as JAX programs.
 
     Returns:
       [B, V] float32 logits, and the new state.
     """
-    whole = os.environ.get(KERNELS_VARIABLE) != "layers" and programs() >= FEWEST_PROGRAMS
-    if token is None and token_B.shape[0] == 1 and whole:
+    if token is None and token_B.shape[0] == 1 and _one_kernel(packed):
         token = token_config(config)
     if token is None:
         logits_BV, new_LBD = _layer_by_layer(packed, config, token_B, state, unroll, interpret)

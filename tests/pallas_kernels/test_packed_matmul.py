@@ -13,6 +13,7 @@ from pallas_kernels.norm_quant.api import norm_quant
 from pallas_kernels.norm_quant.reference import rms_norm
 from pallas_kernels.packed_matmul import fused_gpu, pallas_gpu, reference, rows_gpu, token_gpu
 from pallas_kernels.packed_matmul.api import packed_matmul
+from pallas_kernels.packed_matmul.dot4 import quantize4
 from pallas_kernels.packed_matmul.words import from_words, plane_columns, to_words
 
 EPS, OUTER_EPS = 1e-6, 1e-5
@@ -307,8 +308,8 @@ def test_kernels_lower_for_cuda(width, inner, batch):
         assert "triton" in lowered.as_text()
 
 
-def test_the_kernel_of_a_whole_token_lowers_for_cuda():
-    layers, width, inner, vocabulary = 2, 128, 352, 512
+def whole_token(layers, width, inner, vocabulary, dtype, config):
+    """The kernel of a whole token, and the shapes that it takes."""
 
     def shape(*dims, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(dims, dtype)
@@ -318,7 +319,7 @@ def test_the_kernel_of_a_whole_token_lowers_for_cuda():
         return fused_gpu.Layer(
             [shape(depth, outputs, words, dtype=jnp.int32)] * count,
             [shape(depth, 1, 1)] * count,
-            [shape(depth, columns, dtype=jnp.bfloat16)] * count,
+            [shape(depth, columns, dtype=dtype)] * count,
         )
 
     norm = shape(layers, width)
@@ -328,14 +329,33 @@ def test_the_kernel_of_a_whole_token_lowers_for_cuda():
         shape(1, width), norm,
     )  # fmt: skip
     call = functools.partial(
-        token_gpu.decode_token, eps=EPS, outer_eps=OUTER_EPS, dtype=jnp.bfloat16,
-        config=token_gpu.Config(programs=132, warps=4),
-    )  # fmt: skip
-    x = shape(1, width, dtype=jnp.bfloat16)
-    assert "triton" in lower_for_cuda(call, x, model, shape(layers, 1, width)).as_text()
-    wrong = model._replace(glu_out=layer(width, 2 * inner))
+        token_gpu.decode_token, eps=EPS, outer_eps=OUTER_EPS, dtype=dtype, config=config
+    )
+    return call, (shape(1, width, dtype=dtype), model, shape(layers, 1, width))
+
+
+@pytest.mark.parametrize(("warps", "dtype"), [(1, jnp.bfloat16), (4, jnp.float32)])
+def test_the_kernel_of_a_whole_token_lowers_for_cuda(warps, dtype):
+    config = token_gpu.Config(programs=132, warps=warps, tile=4, ahead=1)
+    call, (x, model, h) = whole_token(2, 256, 704, 4096, dtype, config)
+    text = lower_for_cuda(call, x, model, h).as_text()
+    assert "triton" in text
+    wrong = model._replace(glu_out=model.mixer_out)
     with pytest.raises(ValueError, match="glu_out has words"):
-        lower_for_cuda(call, x, wrong, shape(layers, 1, width))
+        lower_for_cuda(call, x, wrong, h)
+    with pytest.raises(ValueError, match="one row"):
+        lower_for_cuda(call, jax.ShapeDtypeStruct((2, 256), dtype), model, h)
+    odd, shapes = whole_token(2, 250, 704, 4096, dtype, config)
+    with pytest.raises(ValueError, match="250 columns"):
+        lower_for_cuda(odd, *shapes)
+
+
+def test_four_values_round_into_a_word():
+    rng = np.random.default_rng(0)
+    # Half of them lie halfway between two integers.
+    xs = [jnp.asarray(rng.integers(-254, 255, 40) / 2, jnp.float32) for _ in range(4)]
+    found = np.asarray(quantize4(xs, jnp.ones(40), emulate=True)).view(np.int8).reshape(40, 4)
+    np.testing.assert_array_equal(found, np.rint(np.stack(xs, 1)))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(128, 5120, 2560), (33, 45, 131)])

@@ -1,0 +1,200 @@
+"""The board on which the programs of a token's kernel (`token_gpu.py`) pass on their values.
+
+It starts as `EMPTY`; a reader looks again until nothing that it needs is empty, so that the
+data is its own flag and one trip through the L2 cache passes it on. A value that is a bfloat16
+anyway is two to a word.
+
+What a thread reads of a row is a list over its words of a list over the four planes of the four
+columns that a word holds of a plane, each [warps, 32].
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.packed_matmul import inline
+from pallas_kernels.packed_matmul.inline import EMPTY, EMPTY_HALF
+from pallas_kernels.packed_matmul.token_plan import Plan, places, word_numbers
+from pallas_kernels.packed_matmul.words import plane_columns
+
+Refs = dict[str, Any]
+Row = list[list[list[jax.Array]]]
+
+_NAN, _NAN_HALF = 0x7FC00000, 0x7FC0
+
+
+def empty_board(plan: Plan, x: jax.Array) -> jax.Array:
+    """The board before a token, flat int32; `x` [D] is the "out" of the layer before the first."""
+    if plan.bytes["out"] == 2:
+        bits = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
+    else:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    before = plan.slots["out"]
+    after = plan.board * (plan.layers + 1) - before - bits.size
+    return jnp.pad(bits, (before, after), constant_values=EMPTY)
+
+
+def load(plan: Plan, ref: Any, index: tuple[Any, ...], inside: jax.Array | None) -> jax.Array:
+    """Elements of an array, int32 or float32; 0 where not inside (None: all are).
+
+    The last of the indices is of the shape of `places`, the others are numbers.
+    """
+    if plan.emulate:
+        found = pltriton.load(ref.at[index], mask=inside, other=None if inside is None else 0)
+        return found if found.dtype == jnp.int32 else found.astype(jnp.float32)
+    size = jnp.dtype(ref.dtype).itemsize
+    bits = inline.load(ref, _flat(ref, index), inside, size=size)
+    if ref.dtype == jnp.int32:
+        return bits
+    return jax.lax.bitcast_convert_type(bits << 16 if size == 2 else bits, jnp.float32)
+
+
+def store(plan: Plan, ref: Any, index: tuple[Any, ...], y: jax.Array, inside: jax.Array) -> None:
+    """Writes float32 elements, where inside."""
+    if plan.emulate:
+        pltriton.store(ref.at[index], y, mask=inside)
+    else:
+        bits = jax.lax.bitcast_convert_type(y, jnp.int32)
+        inline.store(ref, _flat(ref, index), bits, inside)
+
+
+def _flat(ref: Any, index: tuple[Any, ...]) -> jax.Array:
+    place = index[0]
+    for size, i in zip(ref.shape[1:], index[1:], strict=True):
+        place = place * size + i
+    return place
+
+
+def _start(plan: Plan, value: str, layer: Any) -> tuple[Any, int]:
+    """The word at which a value begins, and the bytes of an element; "x" is a layer's input."""
+    if value == "x":
+        value, layer = "out", layer - 1
+    return (layer + 1) * plan.board + plan.slots[value], plan.bytes[value]
+
+
+def publish(
+    refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array, y: jax.Array
+) -> None:
+    """Writes elements n of a value for all to read; `y` is of the value's dtype."""
+    start, size = _start(plan, value, layer)
+    bits = jax.lax.bitcast_convert_type(y.astype(jnp.float32), jnp.int32)
+    if size == 2:
+        half = jax.lax.shift_right_logical(bits, jnp.int32(16))
+        half = jnp.where(half == EMPTY_HALF, _NAN_HALF, half)
+        inline.store_half(refs["board"], 2 * start + n, half, inside)
+    else:
+        bits = jnp.where(bits == EMPTY, _NAN, bits)
+        if plan.emulate:
+            pltriton.store(refs["board"].at[start + n], bits, mask=inside)
+        else:
+            inline.store(refs["board"], start + n, bits, inside)
+
+
+def read_some(
+    refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array
+) -> jax.Array:
+    """Elements n of a value, float32; they are there already."""
+    start, size = _start(plan, value, layer)
+    place = start + (n if size == 4 else n >> 1)
+    if plan.emulate:
+        bits = pltriton.load(refs["board"].at[place], mask=inside, other=0)
+    else:
+        bits = inline.load(refs["board"], place, inside, size=4, shared=True)
+    if size == 2:
+        bits = jnp.where((n & 1) == 1, bits & ~0xFFFF, bits << 16)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def read(
+    refs: Refs, plan: Plan, values: Sequence[str], layer: Any, columns: int, patience: jax.Array
+) -> tuple[list[Row], jax.Array]:
+    """The rows of some values, once they are there, and what is left of the patience."""
+    numbers = word_numbers(plan, columns)
+    if plan.emulate:
+        rows = []
+        for value in values:
+            start, _ = _start(plan, value, layer)
+            rows.append(_emulated(refs["board"], plan, columns, lambda c, s=start: (s + c,)))
+        return _as_floats(rows), patience
+    masks, groups = [], []
+    for value in values:
+        start, size = _start(plan, value, layer)
+        offsets = _planes(columns, size)
+        for word, mask in numbers:
+            masks.append(mask)
+            groups.append(inline.Group(start + size * word, offsets, size, halves=size == 2))
+    found = [inline.load_words(refs["board"], group, shared=True) for group in groups]
+    found, patience = inline.settle(refs["board"], groups, found, patience)
+    pieces = []
+    for group, words, mask in zip(groups, found, masks, strict=True):
+        piece = _unpack(words, group.count)
+        if mask is not None:
+            piece = [[jnp.where(mask, x, 0.0) for x in plane] for plane in piece]
+        pieces.append(piece)
+    count = len(numbers)
+    return [pieces[count * i : count * (i + 1)] for i in range(len(values))], patience
+
+
+def _planes(columns: int, size: int) -> list[int]:
+    """Bytes from a row's start to each plane, of elements of `size` bytes."""
+    return [plane * plane_columns(columns) * size for plane in range(4)]
+
+
+def ask_for_norm(refs: Refs, plan: Plan, name: str, layer: Any, columns: int) -> Any:
+    """Starts to load a norm's weights, which are [L, columns]."""
+    ref = refs[name]
+    if plan.emulate:
+        return _emulated(ref, plan, columns, lambda c: (layer, c))
+    # Four elements are as many words as one has bytes.
+    size = jnp.dtype(ref.dtype).itemsize
+    offsets = _planes(columns, size)
+    return [
+        inline.load_words(
+            ref, inline.Group(layer * columns + 4 * word, offsets, size), shared=False
+        )
+        for word, _ in word_numbers(plan, columns)
+    ]
+
+
+def norm_weights(refs: Refs, plan: Plan, name: str, asked: Any) -> Row:
+    """What `ask_for_norm` found, float32."""
+    if plan.emulate:
+        return [[[x.astype(jnp.float32) for x in plane] for plane in piece] for piece in asked]
+    size = jnp.dtype(refs[name].dtype).itemsize
+    return [_unpack(words, size) for words in asked]
+
+
+def _unpack(words: Sequence[jax.Array], size: int) -> list[list[jax.Array]]:
+    """[plane][column] float32 of words that hold elements of `size` bytes."""
+    bits = list(words)
+    if size == 2:
+        bits = [half for word in words for half in (word << 16, word & ~0xFFFF)]
+    floats = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in bits]
+    return [floats[4 * plane : 4 * (plane + 1)] for plane in range(4)]
+
+
+def _emulated(ref: Any, plan: Plan, columns: int, place: Any) -> Row:
+    """The same elements by plain loads, 0 where there is no column."""
+    size, threads = plane_columns(columns), places(plan).size
+    row = []
+    for number, _ in enumerate(word_numbers(plan, columns)):
+        word = number * threads + places(plan)
+        piece = []
+        for plane in range(4):
+            c = [plane * size + 4 * word + byte for byte in range(4)]
+            exists = [(4 * word < size) & (column < columns) for column in c]
+            piece.append(
+                [
+                    pltriton.load(ref.at[place(column)], mask=mask, other=0)
+                    for column, mask in zip(c, exists, strict=True)
+                ]
+            )
+        row.append(piece)
+    return row
+
+
+def _as_floats(rows: list[Row]) -> list[Row]:
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.float32), rows)
