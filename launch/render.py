@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -113,6 +113,22 @@ def render(values: Any, train: Sequence[str]) -> str:
         text = _fill("gke.yaml", _gke(values, train))
         check_jobset(text)
     return text
+
+
+def check_run_dir(values: Any, run_dir: str) -> None:
+    """Refuses a run directory that vanishes with the machine it is on.
+
+    Raises:
+      ConfigError: on TPU VMs and GKE, run_dir is not in the folder that all hosts mount.
+    """
+    mount = getattr(values, "mount", None)
+    if mount is None:
+        return  # a cluster's nodes share what the user's shell sees
+    if not PurePosixPath(run_dir).is_relative_to(mount) or ".." in PurePosixPath(run_dir).parts:
+        raise ConfigError(
+            f"run_dir is {run_dir!r}, outside of mount ({mount}): the hosts would not share it, "
+            f"and checkpoints would be lost with them; give --run-dir {mount}/NAME behind --"
+        )
 
 
 def _fill(name: str, values: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from launch.render import PLATFORMS, render
+from launch.render import PLATFORMS, check_run_dir, render
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import last_value, resolve_config
 from mmfree_jax.config_io import from_dict
@@ -43,8 +43,9 @@ def render_job(argv: Sequence[str]) -> int:
         ),
         default=_arguments(kind)(None, None, given),
     )
-    resolve_config(train)  # a job that is refused after an hour in the queue is a bad joke
+    config = resolve_config(train)  # refused after an hour in the queue would be a bad joke
     text = render(arguments.job, train)
+    check_run_dir(arguments.job, config.run_dir)
     if arguments.out is None:
         sys.stdout.write(text)
         return 0

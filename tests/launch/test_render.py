@@ -160,3 +160,20 @@ def test_the_command_merges_values_and_flags(tmp_path, capsys):
         render_job(["lsf"])
     with pytest.raises(ConfigError, match="no arguments for mmfree train"):
         render_job(["slurm", "--name", "a", "--nodes", "1"])
+
+
+@pytest.mark.parametrize("run_dir", ["/shared/runs/a", "runs/a", "/mnt/shared-not/a", None])
+def test_a_run_directory_that_the_hosts_do_not_share_is_refused(run_dir):
+    train = ["--preset", "tiny", *(["--run-dir", run_dir] if run_dir else [])]
+    gke = ["gke", "--name", "a", "--image", "i", "--claim", "c", "--hosts", "2",
+           "--accelerator", "nvidia-h100-80gb", "--devices-per-host", "8"]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"run_dir is .*, outside of mount \(/mnt/shared\)"):
+        render_job([*gke, "--", *train])
+    assert render_job(["slurm", "--name", "a", "--nodes", "2", "--", *train]) == 0
+
+
+def test_a_run_directory_below_the_mount_is_taken(capsys):
+    values = ["tpu-vm", "--name", "t", "--project", "p", "--zone", "z", "--nfs", "n:/v",
+              "--accelerator-type", "v5litepod-8", "--mount", "/data"]  # fmt: skip
+    assert render_job([*values, "--", "--preset", "tiny", "--run-dir", "/data/run"]) == 0
+    assert "--run-dir /data/run" in capsys.readouterr().out
