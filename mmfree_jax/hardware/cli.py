@@ -37,7 +37,8 @@ def compile_(
       model: Run directory, model folder, packed model or Hugging Face folder.
       out: Folder that receives program.asm, memory.bin and program.json.
       numerics: Integers to compute with (docs/hardware.md).
-      layer: One block only, from the vector "x" to the vector "y"; default: the whole model.
+      layer: One block only, from the vector "x", which holds what the blocks before it make of a
+        token, to the vector "y"; default: the whole model.
       lanes: Elements handled in a cycle; the memory bus has two bits for each.
       vector_length: Elements of a register; default: the model's widest vector.
       memory_latency: Cycles from a request to its first beat.
@@ -45,7 +46,7 @@ def compile_(
       clock_mhz: Clock.
       seed: Of the text, written by the model itself, that the formats are fitted to.
     """
-    from mmfree_jax.hardware.compile import compile_block, compile_model
+    from mmfree_jax.hardware.compile import compile_block, compile_model, write_vector
     from mmfree_jax.hardware.numerics import parse_numerics
     from mmfree_jax.hardware.program_dir import save
     from mmfree_jax.hardware.quantized import check_supported, quantize, self_written
@@ -71,10 +72,27 @@ def compile_(
         compiled = compile_model(quantized, machine)
     else:
         compiled = compile_block(quantized, layer, machine)
+        assert compiled.memory is not None
+        write_vector(compiled, "x", _block_input(quantized, layer, tokens_BT), compiled.memory)
     save(compiled, out)
     assert compiled.memory is not None
     print(f"{len(compiled.program)} instructions, {len(compiled.memory):,} bytes of memory: {out}")
     return 0
+
+
+def _block_input(quantized: Any, layer: int, tokens_BT: np.ndarray) -> np.ndarray:
+    """The residual stream [D] in front of a block, for the first token of the first row."""
+    import jax
+    import jax.numpy as jnp
+
+    from mmfree_jax.hardware import integer_model
+
+    before = {name: value[:layer] for name, value in quantized.arrays["layers"].items()}
+    h_LBD = jnp.zeros((layer, 1, quantized.config.hidden_size), jnp.int32)
+    arrays = jax.tree.map(jnp.asarray, quantized.arrays | {"layers": before})
+    token_BT = jnp.asarray(tokens_BT[:1, :1])
+    x_BTD, _ = integer_model.hidden(arrays, token_BT, None, h_LBD, quantized.numerics)
+    return np.asarray(x_BTD[0, 0])
 
 
 def _load(path: Path) -> tuple[Any, Any]:
@@ -138,9 +156,15 @@ def run(
                 offsets.append(following * compiled.token_stride)
         counted = [line.cycles] * len(offsets)
     else:
+        expected = memory.copy()
+        for offset in offsets:
+            simulate.run(compiled.program, expected, machine, token_offset=offset)
         counted = _run_rtl(backend, compiled, memory, offsets)
+        if different := int((memory != expected).sum()):
+            raise DataError(f"{different:,} bytes of the RTL's memory are not the simulator's")
         if set(counted) != {line.cycles}:
-            print(f"warning: the RTL took {counted} cycles, the timing model says {line.cycles}")
+            raise DataError(f"the RTL took {counted} cycles, the timing model says {line.cycles}")
+        print(f"the RTL's memory of {len(memory):,} bytes and its cycles are the simulator's")
     table = Table("unit", title_justify="left")
     for name in ("cycles", "share"):
         table.add_column(name, justify="right")

@@ -121,6 +121,8 @@ def check(i: Instruction) -> str | None:
         return f"{i.op} takes a result and two operands, the first a register or #number"
     if i.op in ("EXP", "SIG", "NORM", "TMATMUL") and i.a is None:
         return f"{i.op} takes a result and a source register"
+    if i.indexed and i.op not in ("LDV", "SV"):
+        return f"{i.op} takes no [token]: only LDV and SV do"
     if i.op == "TMATMUL" and i.dst == i.a:
         return "TMATMUL reads its source for every output: write to another register"
     return None
@@ -281,7 +283,7 @@ def decode(word: int) -> Instruction:
     """The instruction that `encode` made a number of.
 
     Raises:
-      DataError: no instruction has this number.
+      DataError: no instruction has this number, or one that cannot run.
     """
     value = {name: (word >> first) & ((1 << w) - 1) for name, (first, w) in FIELDS.items()}
     if value["op"] >= len(OPS):
@@ -303,4 +305,7 @@ def decode(word: int) -> Instruction:
         changes |= {"address": value["extra"], "indexed": bool(value["indexed"])}
     if op == "TMATMUL":
         changes["k"] = value["k"]
-    return dataclasses.replace(i, **changes)  # type: ignore[arg-type]
+    i = dataclasses.replace(i, **changes)  # type: ignore[arg-type]
+    if problem := check(i):
+        raise DataError(f"instruction word {word:#034x}: {problem}")
+    return i

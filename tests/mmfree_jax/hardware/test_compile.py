@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError, DataError
@@ -18,7 +20,7 @@ from mmfree_jax.hardware.compile import (
     shape_program,
     write_vector,
 )
-from mmfree_jax.hardware.isa import assemble, disassemble
+from mmfree_jax.hardware.isa import Instruction, assemble, disassemble
 from mmfree_jax.hardware.machine import Machine, cycles_of, timeline
 from mmfree_jax.hardware.simulate import run
 
@@ -108,6 +110,32 @@ def test_wide_machines_read_the_matrix_in_fewer_beats():
         timeline(shape_program(config, m, block_only=True).program, m).beats for m in (narrow, wide)
     ]
     assert beats[0] == 16 * beats[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 21), st.integers(0, 6), st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_loads_and_stores_move_words_and_clear_what_lies_behind(n, address, offset, seed):
+    machine = Machine(lanes=8, vector_length=21)
+    rng = np.random.default_rng(seed)
+    memory = rng.integers(0, 256, 2 * (64 + 24), dtype=np.uint8)
+    before, registers = memory.copy(), rng.integers(-32_768, 32_768, (8, 24)).astype(np.int32)
+    untouched = registers.copy()
+    padded = machine.words(n) * 8
+    # Beats are of 2 bytes, words of 16; an indexed address has the token's offset added.
+    program = [Instruction("LDV", 5, n=n, address=address, indexed=True)]
+    run(program, memory, machine, token_offset=offset, registers=registers)
+    start = 2 * (address + offset)
+    expected = before[start : start + 2 * n].view("<i2")
+    assert registers[5, :n].tolist() == expected.tolist()
+    assert not registers[5, n:padded].any()
+    assert registers[5, padded:].tolist() == untouched[5, padded:].tolist()
+    np.testing.assert_array_equal(np.delete(registers, 5, 0), np.delete(untouched, 5, 0))
+    run([Instruction("SV", 2, n=n, address=address)], memory, machine, token_offset=offset,
+        registers=registers)  # fmt: skip
+    stored = memory[2 * address :][: 2 * padded]
+    assert stored.view("<i2").tolist() == untouched[2, :padded].tolist()
+    memory[2 * address :][: 2 * padded] = before[2 * address :][: 2 * padded]
+    np.testing.assert_array_equal(memory, before)
 
 
 def test_what_does_not_fit_is_refused(quantized):

@@ -86,6 +86,7 @@ def test_comments_blank_lines_case_and_hexadecimal():
         ("SV v0, 0x100000000, n=4", "address is"),
         ("TMATMUL v1, v1, 0, n=4, k=4", "write to another register"),
         ("LDV v0, 0, n=0", "n is 0"),
+        ("TMATMUL v1, v2, 0[token], n=4, k=4", "TMATMUL takes no [token]"),
     ],
 )
 def test_malformed_lines_are_refused_with_their_number(line, message):
@@ -100,3 +101,6 @@ def test_malformed_lines_are_refused_with_their_number(line, message):
 def test_a_word_without_an_operation_is_refused():
     with pytest.raises(DataError, match=re.escape("operation 15")):
         decode(15)
+    # A number of an instruction, with a field that cannot run: no elements.
+    with pytest.raises(DataError, match="n is 0: LDV takes 1 to"):
+        decode(encode(Instruction("LDV", 3, n=4)) & ~(0xFFFF << 16))
