@@ -16,6 +16,7 @@ from mmfree_jax.hardware.machine import Machine, timeline
 
 CHANNELS = 4
 BURST_FACTOR = 64  # 512 bits for 8
+DEVICE_M20K = 11_721  # Intel's Stratix 10 SX 2800, the D5005's device
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class Laws:
       idle_w, idle_w_per_alm: idle power, linear in the share of ALMs (%), from Table 4's rows of
         1 and 8 cores.
       alm_per_core: ALMs of one core (%), from the row of 8 cores.
+      shell_alm: ALMs outside the cores (%), from the row of 8 cores.
+      m20k_per_core: SRAM blocks of one core (%), from the row of 26 cores, the least rounded.
+      core_ms: latency of a core, whatever their number, from Table 4's first row.
       alm_per_channel: ALMs of one core for each of its d (%), from Table 5's d = 512.
       card_w, card_w_per_doubling: idle power by d, from Table 5's d = 512 and 1024.
     """
@@ -107,6 +111,9 @@ class Laws:
     idle_w: float
     idle_w_per_alm: float
     alm_per_core: float
+    shell_alm: float
+    m20k_per_core: float
+    core_ms: float
     alm_per_channel: float
     card_w: float
     card_w_per_doubling: float
@@ -144,6 +151,9 @@ def fit() -> Laws:
         idle_w=one.power_active - slope * one.alm_total,
         idle_w_per_alm=slope,
         alm_per_core=eight.alm_core / eight.cores,
+        shell_alm=eight.alm_total - eight.alm_core,
+        m20k_per_core=TABLE_4[-1].m20k_core / TABLE_4[-1].cores,
+        core_ms=one.core_ms,
         alm_per_channel=small.alm_core / small.width,
         card_w=small.power_idle,
         card_w_per_doubling=middle.power_idle - small.power_idle,
@@ -151,7 +161,11 @@ def fit() -> Laws:
 
 
 def predictions(laws: Laws) -> list[Prediction]:
-    """Every row that a law speaks about."""
+    """Every row that a law speaks about.
+
+    None speaks about clocks, which estimates take as printed, nor about what is outside the cores
+    in Table 5 (ALMs) and Table 4 (M20Ks).
+    """
     out: list[Prediction] = []
 
     def compare(
@@ -182,6 +196,21 @@ def predictions(laws: Laws) -> list[Prediction]:
     compare(
         "5", "idle power, W", TABLE_5, lambda r: r.power_idle,
         lambda r: card_power(laws, r.width), {512, 1024},
+    )  # fmt: skip
+    compare(
+        "5", "active power, W", TABLE_5, lambda r: r.power_active,
+        lambda r: card_power(laws, r.width) + laws.dynamic_w, set(),
+    )  # fmt: skip
+    compare(
+        "4", "latency of a core, ms", TABLE_4, lambda r: r.core_ms, lambda r: laws.core_ms, {1},
+    )  # fmt: skip
+    compare(
+        "4", "M20K of the cores, %", TABLE_4, lambda r: r.m20k_core,
+        lambda r: laws.m20k_per_core * r.cores, {26},
+    )  # fmt: skip
+    compare(
+        "4", "ALM of all, %", TABLE_4, lambda r: r.alm_total,
+        lambda r: laws.shell_alm + laws.alm_per_core * r.cores, {8},
     )  # fmt: skip
     compare(
         "4", "ALM of the cores, %", TABLE_4, lambda r: r.alm_core,
@@ -252,7 +281,11 @@ def inconsistencies(laws: Laws) -> list[str]:
         f"ALMs outside the cores are {rest[0]:.1f}, {rest[1]:.1f}, {rest[2]:.1f} and "
         f"{rest[3]:.1f} % for 1, 8, 16 and 26 cores; 26 cores add up to "
         f"{most.alm_core + rest[2]:.0f} % with the shell of 16, and 100 % is printed; by the "
-        f"power of that row it is {alm_26:.0f} %",
+        f"power of that row it is {alm_26:.0f} %; M20Ks outside the cores likewise are "
+        f"{', '.join(f'{r.m20k_total - r.m20k_core:.1f}' for r in TABLE_4)} %",
+        f"a core has {one.m20k_core} % of the M20Ks: {one.m20k_core / 100 * DEVICE_M20K:.1f} of "
+        f"the device's {DEVICE_M20K:,}, but eight registers of one SRAM each need eight: they are "
+        "not in M20Ks, or the share is not a core's",
         f"power of more cores is scaled by resources, {laws.idle_w_per_alm:.2f} W for each % of "
         f"ALMs; measured (Table 5), 16 % of the ALMs draw {measured:.2f} W where that scaling "
         f"gives {table_4_law:.1f} W, so that {eight.power_active}, {sixteen.power_idle} and "

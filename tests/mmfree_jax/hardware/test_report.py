@@ -23,13 +23,21 @@ def laws():
 
 def test_held_out_rows_are_predicted_within_the_stated_error(laws):
     rows = paper.predictions(laws)
-    outlier = [r for r in rows if (r.row, r.quantity) == ("d = 512", "block latency, ms")]
-    held_out = [r for r in rows if not r.fitted and r not in outlier]
-    assert len(held_out) > 15
-    assert max(abs(r.error) for r in held_out) < 0.025
-    # The row that no law reaches: the paper's smallest block is slower than the others say.
-    assert len(outlier) == 1
-    assert -0.45 < outlier[0].error < -0.3
+    # What no law reaches: the smallest block is slower than the others say, and the ALMs outside
+    # 1 and 26 cores are more than outside 8 and 16.
+    expected = {
+        ("5", "d = 512", "block latency, ms"): -0.381,
+        ("4", "1 cores", "ALM of all, %"): -0.268,
+        ("4", "26 cores", "ALM of all, %"): -0.209,
+    }
+    outliers = {(r.table, r.row, r.quantity): r.error for r in rows}
+    assert {k: outliers[k] for k in expected} == pytest.approx(expected, abs=0.002)
+    held_out = [r for r in rows if not r.fitted and (r.table, r.row, r.quantity) not in expected]
+    assert len(held_out) > 25
+    # M20Ks are printed with one or two digits: half a unit in the last place is their error.
+    rounded = [r for r in held_out if r.quantity == "M20K of the cores, %"]
+    assert all(abs(r.predicted - r.published) < 0.0051 for r in rounded)
+    assert max(abs(r.error) for r in held_out if r not in rounded) < 0.025
     assert max(abs(r.error) for r in rows if r.fitted) < 1e-3
 
 
