@@ -1,5 +1,6 @@
 """The RTL against the instruction-level simulator: bit for bit and cycle for cycle."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -9,20 +10,26 @@ import pytest
 
 pytest.importorskip("amaranth", reason="the RTL needs the extra `hardware`")
 
-from mmfree_jax.hardware import integer_model
+from mmfree_jax.cli.main import main
+from mmfree_jax.hardware import cli, integer_model
 from mmfree_jax.hardware.compile import compile_block, fitting, read_vector, write_vector
 from mmfree_jax.hardware.isa import OPS, Instruction, assemble
 from mmfree_jax.hardware.machine import Machine, timeline
+from mmfree_jax.hardware.program_dir import load
 from mmfree_jax.hardware.rtl.simulation import simulate
 from mmfree_jax.hardware.rtl.verilog import cell_counts, run_icarus
 from mmfree_jax.hardware.simulate import run
+from mmfree_jax.infer.pack import leaves_of, pack
+
+from .conftest import CONFIG, random_params
 
 needs_icarus = pytest.mark.skipif(
     shutil.which("iverilog") is None or shutil.which("yosys") is None,
     reason="needs iverilog and yosys on the path (apt install iverilog yosys)",
 )
 needs_yosys = pytest.mark.skipif(
-    shutil.which("yosys") is None, reason="needs yosys on the path: YoWASP's starts too slowly"
+    shutil.which("yosys") is None,
+    reason="needs yosys on the path: YoWASP's takes 80 s of CPU at its first start",
 )
 
 
@@ -165,6 +172,30 @@ def test_the_ternary_unit_has_no_wide_multiplier_and_grows_with_lanes(tmp_path):
     # The one product is n times the words of a row, for the number of beats.
     assert [c.multipliers for c in cells] == [1, 1]
     assert [c.memory_bits for c in cells] == [0, 0]
+
+
+def test_run_command_compares_the_rtl_with_the_simulator(tmp_path, capsys, monkeypatch):
+    config = dataclasses.replace(CONFIG, hidden_size=10, intermediate_size=14)
+    pack(config, leaves_of(random_params(config)), tmp_path / "model", dense_dtype="float32")
+    program = tmp_path / "block"
+    arguments = ["hardware", "compile", "--model", str(tmp_path / "model"), "--layer", "1"]
+    assert main([*arguments, "--out", str(program)]) == 0
+    compiled = load(program)
+    assert compiled.memory is not None
+    assert len(set(read_vector(compiled, "x", compiled.memory).tolist())) > 3  # a real input
+    again = ["hardware", "run", "--program", str(program), "--backend", "amaranth"]
+    assert main([*again, "--out", str(tmp_path / "after.bin")]) == 0
+    assert "its cycles are the simulator's" in capsys.readouterr().out
+    after = np.fromfile(tmp_path / "after.bin", np.uint8)
+    assert len(set(read_vector(compiled, "y", after).tolist())) > 3
+
+    def wrong(backend, compiled, memory, offsets):
+        memory[3] ^= 1
+        return [timeline(compiled.program, compiled.machine).cycles]
+
+    monkeypatch.setattr(cli, "_run_rtl", wrong)
+    assert main(again) == 2
+    assert "bytes of the RTL's memory are not the simulator's" in capsys.readouterr().err
 
 
 def test_programs_of_unknown_speed_are_refused():
