@@ -110,11 +110,14 @@ def decode_token(
         token = token_config(config)
     if token is None:
         logits_BV, new_LBD = _layer_by_layer(packed, config, token_B, state, unroll, interpret)
+        if held_B is not None:
+            new_LBD = jnp.where(held_B[None, :, None], state.layers["h"], new_LBD)
     else:
         logits_BV, new_LBD = token_gpu.decode_token(
             embed(packed["embedding"], token_B, config),
             whole_model(packed, config),
             state.layers["h"],
+            held_B,
             eps=config.linear_norm_eps,
             outer_eps=config.norm_eps,
             dtype=jnp.dtype(config.compute_dtype),
@@ -123,7 +126,6 @@ def decode_token(
         )
     length_B = jnp.ones_like(state.position_B)
     if held_B is not None:
-        new_LBD = jnp.where(held_B[None, :, None], state.layers["h"], new_LBD)
         length_B = (~held_B).astype(jnp.int32)
     return logits_BV, State(state.position_B + length_B, {"h": new_LBD})
 

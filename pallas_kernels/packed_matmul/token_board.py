@@ -27,14 +27,18 @@ _NAN, _NAN_HALF = 0x7FC00000, 0x7FC0
 
 
 def empty_board(plan: Plan, x: jax.Array) -> jax.Array:
-    """The board before a token, flat int32; `x` [D] is the "out" of the layer before the first."""
+    """The board's copies before a token, flat int32.
+
+    `x` [D] is the "out" of the layer before the first.
+    """
     if plan.bytes["out"] == 2:
         bits = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
     else:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     before = plan.slots["out"]
     after = plan.board * (plan.layers + 1) - before - bits.size
-    return jnp.pad(bits, (before, after), constant_values=EMPTY)
+    board = jnp.pad(bits, (before, after), constant_values=EMPTY)
+    return jnp.tile(board, plan.config.copies)
 
 
 def load(plan: Plan, ref: Any, index: tuple[Any, ...], inside: jax.Array | None) -> jax.Array:
@@ -68,36 +72,43 @@ def _flat(ref: Any, index: tuple[Any, ...]) -> jax.Array:
     return place
 
 
-def _start(plan: Plan, value: str, layer: Any) -> tuple[Any, int]:
+def _start(plan: Plan, value: str, layer: Any, copy: Any) -> tuple[Any, int]:
     """The word at which a value begins, and the bytes of an element; "x" is a layer's input."""
     if value == "x":
         value, layer = "out", layer - 1
-    return (layer + 1) * plan.board + plan.slots[value], plan.bytes[value]
+    layer = copy * (plan.layers + 1) + layer + 1
+    return layer * plan.board + plan.slots[value], plan.bytes[value]
+
+
+def _own_copy(refs: Refs, plan: Plan) -> Any:
+    """The copy that this program reads."""
+    return refs["program"] % plan.config.copies if plan.config.copies > 1 else 0
 
 
 def publish(
     refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array, y: jax.Array
 ) -> None:
     """Writes elements n of a value for all to read; `y` is of the value's dtype."""
-    start, size = _start(plan, value, layer)
     bits = jax.lax.bitcast_convert_type(y.astype(jnp.float32), jnp.int32)
-    if size == 2:
-        half = jax.lax.shift_right_logical(bits, jnp.int32(16))
-        half = jnp.where(half == EMPTY_HALF, _NAN_HALF, half)
-        inline.store_half(refs["board"], 2 * start + n, half, inside)
-    else:
-        bits = jnp.where(bits == EMPTY, _NAN, bits)
+    for copy in range(plan.config.copies):
+        start, size = _start(plan, value, layer, copy)
+        if size == 2:
+            half = jax.lax.shift_right_logical(bits, jnp.int32(16))
+            half = jnp.where(half == EMPTY_HALF, _NAN_HALF, half)
+            inline.store_half(refs["board"], 2 * start + n, half, inside)
+            continue
+        word = jnp.where(bits == EMPTY, _NAN, bits)
         if plan.emulate:
-            pltriton.store(refs["board"].at[start + n], bits, mask=inside)
+            pltriton.store(refs["board"].at[start + n], word, mask=inside)
         else:
-            inline.store(refs["board"], start + n, bits, inside)
+            inline.store(refs["board"], start + n, word, inside)
 
 
 def read_some(
     refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array
 ) -> jax.Array:
     """Elements n of a value, float32; they are there already."""
-    start, size = _start(plan, value, layer)
+    start, size = _start(plan, value, layer, _own_copy(refs, plan))
     place = start + (n if size == 4 else n >> 1)
     if plan.emulate:
         bits = pltriton.load(refs["board"].at[place], mask=inside, other=0)
@@ -113,15 +124,16 @@ def read(
 ) -> tuple[list[Row], jax.Array]:
     """The rows of some values, once they are there, and what is left of the patience."""
     numbers = word_numbers(plan, columns)
+    copy = _own_copy(refs, plan)
     if plan.emulate:
         rows = []
         for value in values:
-            start, _ = _start(plan, value, layer)
+            start, _ = _start(plan, value, layer, copy)
             rows.append(_emulated(refs["board"], plan, columns, lambda c, s=start: (s + c,)))
         return _as_floats(rows), patience
     masks, groups = [], []
     for value in values:
-        start, size = _start(plan, value, layer)
+        start, size = _start(plan, value, layer, copy)
         offsets = _planes(columns, size)
         for word, mask in numbers:
             masks.append(mask)

@@ -69,6 +69,7 @@ def decode_token(
     x: jax.Array,
     model: Model,
     h: jax.Array,
+    held: jax.Array | None = None,
     *,
     eps: float,
     outer_eps: float,
@@ -82,6 +83,7 @@ def decode_token(
       x: [1, D], the embedded token; its dtype is the residual stream's.
       model: weights.
       h: [L, 1, E] float32 states.
+      held: [1] bool, True to leave the states as they are; None: do not.
       eps: of the BitLinears' norms.
       outer_eps: of the other norms.
       dtype: of the products' outputs.
@@ -112,7 +114,8 @@ def decode_token(
                     f"{step.name} has words {words.shape}, but {step.columns} columns need "
                     f"{plane_columns(step.columns) // 4}"
                 )
-    operands = {"h": h}
+    held = jnp.zeros(1, jnp.int32) if held is None else held.astype(jnp.int32)
+    operands = {"h": h, "held": held}
     for name, value in model._asdict().items():
         if isinstance(value, Layer):
             for field, arrays in value._asdict().items():

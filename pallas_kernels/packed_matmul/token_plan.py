@@ -22,6 +22,7 @@ class Config:
       tile: words of weights in a tile, for each thread.
       depth: tiles that are on their way to registers while one is worked on.
       ahead: tiles that are on their way to the L2 cache before those.
+      copies: of the board. Readers are spread over them, since a cache line serves one at a time.
     """
 
     programs: int = 528
@@ -29,6 +30,7 @@ class Config:
     tile: int = 24
     depth: int = 1
     ahead: int = 0
+    copies: int = 1
 
 
 class Step(NamedTuple):

@@ -177,11 +177,10 @@ def run(
     else:
         for index in range(rounds):
             queue, patience = advance(index, (queue, patience))
-    for ahead, tile in enumerate(queue[:-1]):
+    for ahead, tile in enumerate(queue):
         finish(tile, rounds + ahead)
-    following = then()
-    finish(queue[-1], tiles - 1)
-    return patience, following
+    # Behind the last results, which others wait for; the loads go on while this program waits.
+    return patience, then()
 
 
 def _totals(
@@ -316,7 +315,8 @@ def _finish(
         write("g", y=g)
         silu = _silu(new.astype(plan.dtype).astype(jnp.float32))
         write("u", y=g * weight * silu)
-        store(plan, refs["new_h"], (layer, 0, n), new, inside)
+        held = jnp.broadcast_to(refs["held"][0], new.shape) != 0
+        store(plan, refs["new_h"], (layer, 0, n), jnp.where(held, before, new), inside)
     elif step.name == "glu_in":
         gate, up = results
         write("z", y=(_silu(gate) * up).astype(plan.dtype))

@@ -376,14 +376,22 @@ def test_the_decode_kernels_compute_the_packed_models_step(words):
 def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
     tree, _, (logits, after) = words
     # Three programs share 38, 47 and 61 outputs unevenly, in tiles that overhang.
-    cut = token_gpu.Config(programs=3, warps=2, tile=2, depth=2)
+    cut = token_gpu.Config(programs=3, warps=2, tile=2, depth=2, copies=2)
     fused = jax.jit(
-        lambda t, s: packed_gpu.decode_token(tree, BASE, t, s, token=cut, interpret=True)
+        lambda t, s, held: packed_gpu.decode_token(
+            tree, BASE, t, s, held, token=cut, interpret=True
+        )
     )
-    found, state = quick_steps(fused, [row[:1] for row in TOKENS], init_state(BASE, 1))
+    free, held = jnp.array([False]), jnp.array([True])
+    found, state = quick_steps(
+        lambda t, s: fused(t, s, free), [row[:1] for row in TOKENS], init_state(BASE, 1)
+    )
     np.testing.assert_allclose(found, logits[:, :1], rtol=1e-5, atol=1e-5)
     h = after.layers["h"][:, :1]
     np.testing.assert_allclose(state.layers["h"], h, rtol=1e-5, atol=1e-5)
+    _, kept = fused(jnp.array([1]), state, held)
+    np.testing.assert_array_equal(kept.layers["h"], state.layers["h"])
+    np.testing.assert_array_equal(kept.position_B, state.position_B)
 
 
 def test_every_size_has_a_cut_of_the_kernel(monkeypatch):

@@ -336,7 +336,7 @@ def whole_token(layers, width, inner, vocabulary, dtype, config):
 
 @pytest.mark.parametrize(("warps", "dtype"), [(1, jnp.bfloat16), (4, jnp.float32)])
 def test_the_kernel_of_a_whole_token_lowers_for_cuda(warps, dtype):
-    config = token_gpu.Config(programs=132, warps=warps, tile=4, ahead=1)
+    config = token_gpu.Config(programs=132, warps=warps, tile=4, ahead=1, copies=2)
     call, (x, model, h) = whole_token(2, 256, 704, 4096, dtype, config)
     text = lower_for_cuda(call, x, model, h).as_text()
     assert "triton" in text
