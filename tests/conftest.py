@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Before numpy is imported: two test processes with two threads each get into each other's way.
+for _library in ("OPENBLAS", "OMP"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
 # Before jax is imported: eight simulated devices, so that every mesh shape can be tested, and
 # quick compilation, which takes most of the tests' time.
 for _flag, _value in (
@@ -12,7 +16,7 @@ for _flag, _value in (
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
-import pytest  # noqa: E402  (jax reads the flags above when it is first imported)
+import pytest  # noqa: E402  (numpy and jax read the above when they are first imported)
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -112,7 +112,7 @@ def measure(plan: Plan, out: Path, command: str, say: Callable[[str], None]) -> 
         (out / RECORDS).write_text(
             json.dumps({"command": command, "rows": rows}, indent=1) + "\n", encoding="utf-8"
         )
-    report(rows, out)
+        report(rows, out)  # a run that is cut short leaves what it measured
     return rows
 
 

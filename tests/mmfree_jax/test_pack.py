@@ -402,7 +402,7 @@ def test_every_size_has_a_cut_of_the_kernel(monkeypatch):
         assert found.warps in (1, 2, 4, 8, 16)
         # All programs must be able to run at once: their registers are at most 255 a thread.
         assert found.programs // 132 * found.warps * 32 * 256 <= 65536
-    near = [packed_gpu.token_config(dataclasses.replace(BASE, hidden_size=w)) for w in (4096, 5120)]
+    near = [packed_gpu.token_config(dataclasses.replace(BASE, hidden_size=w)) for w in (5120, 7000)]
     assert near[0] == near[1]
 
 

@@ -17,8 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.bitlinear.api import bitlinear_many
+from pallas_kernels.packed_matmul import fused_gpu, token_gpu
 from pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
 from pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
+from pallas_kernels.packed_matmul.words import plane_columns
 from pallas_kernels.recurrence import pallas_gpu, pallas_tpu
 from pallas_kernels.ternary_matmul import pallas_mosaic_gpu
 from pallas_kernels.ternary_matmul.api import mosaic_config, mosaic_gated_config, ternarize
@@ -137,6 +139,41 @@ def test_products_of_a_prompt(n, k, gated):
         ((2 * n if gated else n, k), jnp.int8), ((1,), jnp.float32),
     )  # fmt: skip
     assert "mosaic_gpu" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("width", "glu", "warps", "copies"), [(1024, 2816, 2, 4), (5120, 13824, 8, 1)]
+)
+def test_a_whole_token(width, glu, warps, copies):
+    layers, vocabulary = 2, 32000
+
+    def shape(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    def layer(rows, columns, count=1, depth=layers):
+        return fused_gpu.Layer(
+            [shape(depth, rows, plane_columns(columns) // 4, dtype=jnp.int32)] * count,
+            [shape(depth, 1, 1, dtype=jnp.float32)] * count,
+            [shape(depth, columns)] * count,
+        )
+
+    norm, state = shape(layers, width), shape(layers, 1, width, dtype=jnp.float32)
+    model = token_gpu.Model(
+        layer(width, width, 3), layer(width, width), layer(2 * glu, width), layer(width, glu),
+        layer(vocabulary, width, depth=1), norm, norm, norm, shape(1, width),
+        shape(layers, width, dtype=jnp.float32),
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten((shape(1, width), model, state))
+    config = token_gpu.Config(programs=132, warps=warps, ahead=1, copies=copies)
+
+    def call(*leaves):
+        x, model, h = jax.tree.unflatten(tree, leaves)
+        return token_gpu.decode_token(
+            x, model, h, eps=1e-6, outer_eps=1e-6, dtype=jnp.bfloat16, config=config
+        )
+
+    compiled = compile_for("cuda", call, *[(leaf.shape, leaf.dtype) for leaf in leaves])
+    assert marks("cuda") in compiled.as_text()
 
 
 @pytest.mark.parametrize(("platform", "module"), [("tpu", pallas_tpu), ("cuda", pallas_gpu)])
