@@ -53,11 +53,23 @@ def multiprocessors() -> int:
     return int(getattr(jax.local_devices()[0], "core_count", 0) or 0)
 
 
+def prefetches() -> bool:
+    """Whether the first device takes requests to bring memory to its L2 cache.
+
+    `cp.async.bulk.prefetch.L2` is there from compute capability 9.0 (PTX ISA, section on bulk
+    copies); on older devices the kernel does without.
+    """
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
+    return float(capability) >= 9.0
+
+
 def token_config(config: ModelConfig) -> token_gpu.Config:
     """How the one-kernel form is cut on this device: as measured for the nearest width."""
     widths = _measured_configs()
     nearest = min(widths, key=lambda width: abs(math.log(width / config.hidden_size)))
     cut = dict(widths[nearest])
+    if not prefetches():
+        cut["ahead"] = 0
     return token_gpu.Config(programs=cut.pop("each") * multiprocessors(), **cut)
 
 

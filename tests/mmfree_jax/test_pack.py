@@ -396,6 +396,9 @@ def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
 
 def test_every_size_has_a_cut_of_the_kernel(monkeypatch):
     monkeypatch.setattr(packed_gpu, "multiprocessors", lambda: 132)
+    assert packed_gpu.token_config(BASE).ahead == 0, "no instruction for it on this device"
+    monkeypatch.setattr(packed_gpu, "prefetches", lambda: True)
+    assert packed_gpu.token_config(BASE).ahead > 0
     for width in (64, 1024, 1300, 4096, 9000):
         found = packed_gpu.token_config(dataclasses.replace(BASE, hidden_size=width))
         assert found.programs % 132 == 0
