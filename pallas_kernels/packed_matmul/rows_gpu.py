@@ -124,7 +124,7 @@ def quantize(
             absmax = jnp.maximum(jnp.max(absmaxes[j]) * factor, MIN_ABSMAX)
             to_int8 = factor * (127.0 / absmax)
             for v, start in zip(parts, starts, strict=True):
-                store(q_ref, round_to_int8(v * load(norm_ref, at, start) * to_int8), start)
+                store(q_ref, nearest_int8(v * load(norm_ref, at, start) * to_int8), start)
             scale = absmax / 127.0
             if matrix_scale_refs:
                 scale *= matrix_scale_refs[j][at]
@@ -143,7 +143,7 @@ def quantize(
     return stream, list(results[:count]), list(results[count : 2 * count])
 
 
-def round_to_int8(x: jax.Array) -> jax.Array:
+def nearest_int8(x: jax.Array) -> jax.Array:
     """x to the nearest int8, halves to even, for |x| up to 127.
 
     In the sum the integer stands in the low bits, so that neither a rounding nor a conversion
