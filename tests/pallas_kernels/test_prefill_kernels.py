@@ -45,7 +45,7 @@ def test_every_integer_and_half_rounds_as_numpy_does():
     x = np.arange(-254, 255, dtype=np.float32) / 2
     near = np.concatenate([np.nextafter(x, np.float32(-1e9)), x, np.nextafter(x, np.float32(1e9))])
     near = near[np.abs(near) <= 127]
-    found = jax.jit(rows_gpu.round_to_int8)(jnp.asarray(near))
+    found = jax.jit(rows_gpu.nearest_int8)(jnp.asarray(near))
     assert found.dtype == jnp.int8
     np.testing.assert_array_equal(found, np.rint(near).astype(np.int8))
 
