@@ -1,0 +1,157 @@
+"""Talks to an exported MatMul-free model: Python, onnxruntime, numpy and its tokenizer, no JAX.
+
+python chat.py --prompt "Fellow citizens"     one continuation
+python chat.py                                type, it goes on; the state carries over
+
+The model's whole memory is `state`, which does not grow with the conversation.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 64  # tokens of a prompt read at once
+
+
+def fail(message):
+    """Ends the program with one line."""
+    sys.exit(f"chat.py: error: {message}")
+
+
+def package(name):
+    """An installed package."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        fail(f"{name} is not installed: run pip install {name}")
+
+
+def read_manifest(folder):
+    """export.json, after every file's size and checksum were compared with it."""
+    try:
+        manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        if manifest["format"] != "mmfree-onnx" or manifest["version"] > 1:
+            fail(f"{folder} is a newer or another kind of export; use the chat.py inside it")
+        for name, entry in manifest["files"].items():
+            with (folder / name).open("rb") as file:
+                size = file.seek(0, 2)
+                if size != entry["bytes"]:
+                    fail(f"{name} has {size} bytes, not {entry['bytes']}: copy it again")
+                file.seek(0)
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    fail(f"{name} does not match its checksum: copy it again")
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}; give --model the folder of `mmfree export onnx`")
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{folder / 'export.json'} is damaged ({e}): copy it again")
+    return manifest
+
+
+def load_session(folder, manifest, threads):
+    """The graph in onnxruntime, if that is new enough for its two-bit weights."""
+    needed = manifest["onnxruntime"].removeprefix(">=")
+    onnxruntime = package("onnxruntime")
+    found = onnxruntime.__version__
+    if [int(n) for n in re.findall(r"\d+", found)[:3]] < [int(n) for n in needed.split(".")]:
+        fail(f"onnxruntime is {found}; run pip install 'onnxruntime>={needed}'")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    graph = folder / manifest["graph"]
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def load_tokenizer(folder, manifest):
+    """(text -> ids, ids -> text)."""
+    file = str(folder / (manifest["tokenizer"] or ""))
+    if file.endswith(".model"):
+        pieces = package("sentencepiece").SentencePieceProcessor(model_file=file)
+        return pieces.encode, pieces.decode
+    if file.endswith("tokenizer.json"):
+        tokenizer = package("tokenizers").Tokenizer.from_file(file)
+        return lambda s: tokenizer.encode(s, add_special_tokens=False).ids, tokenizer.decode
+    if not file.endswith("byte.json"):
+        fail(f"{folder} holds no tokenizer: export a model that has one")
+    text = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")  # noqa: E731
+    return lambda s: list(s.encode()), text
+
+
+def read_tokens(session, ids, state):
+    """Logits [vocabulary] after the last of `ids`, and the new state."""
+    logits_BV = np.zeros((1, 0), np.float32)
+    for first in range(0, len(ids), CHUNK):
+        feeds = {"tokens": np.array([ids[first : first + CHUNK]], np.int64), "state": state}
+        logits_BV, state = session.run(["logits", "next_state"], feeds)
+    return logits_BV[0], state
+
+
+def sample(logits, temperature, top_k, random):
+    """The likeliest token at temperature 0, otherwise one drawn from the top k (0: from all)."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    scaled = logits.astype(np.float64) / temperature
+    if 0 < top_k < len(scaled):
+        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
+    # The largest of logits with Gumbel noise is a draw from their softmax.
+    return int(np.argmax(scaled + random.gumbel(size=len(scaled))))
+
+
+def answer(session, manifest, decode, ids, state, args, random):
+    """Streams a continuation of `ids`; returns the state after it."""
+    start, count, window = time.perf_counter(), 0, ids[-8:]
+    logits, state = read_tokens(session, ids, state)
+    begin, shown = time.perf_counter(), len(decode(window))
+    while count < args.max_new_tokens:
+        token = sample(logits, args.temperature, args.top_k, random)
+        if token == manifest["eos_token_id"]:
+            break
+        count += 1
+        window.append(token)
+        text = decode(window)
+        if not text.endswith("\ufffd"):  # what a character reads as until its last byte
+            print(text[shown:], end="", flush=True)
+            window = window[-8:]
+            shown = len(decode(window))
+        logits, state = read_tokens(session, [token], state)
+    speed = f"{count} written at {count / max(time.perf_counter() - begin, 1e-9):.1f} tokens/s"
+    print(f"\n[{len(ids)} tokens read in {begin - start:.2f} s, {speed}]", file=sys.stderr)
+    return state
+
+
+def main():
+    """Reads the arguments, loads the folder, and answers."""
+    parser = argparse.ArgumentParser(description="Talks to an exported MatMul-free model.")
+    flag = parser.add_argument
+    flag("--model", type=Path, default=Path(__file__).parent, help="exported folder")
+    flag("--prompt", help="text to continue; without it, lines that you type")
+    flag("--max-new-tokens", type=int, default=128)
+    flag("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    flag("--top-k", type=int, default=40, help="0: all tokens")
+    flag("--seed", type=int, default=0)
+    flag("--threads", type=int, default=0, help="0: one a core")
+    args = parser.parse_args()
+    manifest = read_manifest(args.model)
+    encode, decode = load_tokenizer(args.model, manifest)
+    session = load_session(args.model, manifest, args.threads)
+    state, random = np.zeros(manifest["state_shape"], np.float32), np.random.default_rng(args.seed)
+    first = [] if manifest["bos_token_id"] is None else [manifest["bos_token_id"]]
+    prompts = iter(lambda: input("\n> "), None) if args.prompt is None else [args.prompt]
+    try:
+        for prompt in prompts:
+            ids, first = first + encode(prompt), []
+            if args.prompt is not None:
+                print(prompt, end="", flush=True)
+            if ids := ids or manifest["start_ids"]:
+                state = answer(session, manifest, decode, ids, state, args, random)
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""`mmfree export onnx`: a folder that onnxruntime runs, without JAX and without this package.
+
+export.json       what is in it, with sizes and checksums; written last
+model.onnx        the graph; its weights are in
+model.onnx.data   in order of writing, see `onnx_weights`
+model-web.onnx    the same model for runtimes without two-bit kernels, over the same data
+chat.py           an example: Python, onnxruntime, numpy and the tokenizer
+tokenizer files
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.export import manifest, onnx_graph
+from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
+from mmfree_jax.export.source import Source
+from mmfree_jax.interop.writing import new_folder
+
+Grade = Literal["exact", "fast"]
+GRAPH, WEB_GRAPH, DATA = "model.onnx", "model-web.onnx", "model.onnx.data"
+# Float32 holds the sums of fewer columns than this exactly.
+_MOST_COLUMNS = 2**24 // 127
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` made.
+
+    Attributes:
+      folder: of the export.
+      num_bytes: of all its files.
+      embedding: dtype of the stored embedding.
+    """
+
+    folder: Path
+    num_bytes: int
+    embedding: Embedding
+
+
+def default_embedding(source: Source, grade: Grade) -> Embedding:
+    """int8 in the fast grade; in the exact one what the model itself reads.
+
+    A model with a bfloat16 residual stream rounds its embedding to bfloat16, and a packed model
+    may hold it so: nothing is lost.
+    """
+    stored = source.dense(("embedding", "weight")).dtype.name
+    if grade == "fast" or stored == "int8":
+        return "int8"
+    if stored == "bfloat16" or source.config.residual_dtype == "bfloat16":
+        return "bfloat16"
+    return "float32"
+
+
+def export_onnx(
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    grade: Grade = "exact",
+    embedding: Embedding | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes an ONNX export.
+
+    Args:
+      source: of the tensors.
+      out: folder to make; it appears whole or not at all.
+      grade: "exact": the integers of the training path; "fast": the runtime's own quantisation of
+        the activations.
+      embedding: dtype of the stored embedding; None: see `default_embedding`.
+      overwrite: replace the folder if it exists.
+
+    Raises:
+      ConfigError: `out` exists or cannot be written; matrices too wide for exact sums.
+      CheckpointError: the source is damaged.
+    """
+    c = source.config
+    widest = max(c.hidden_size, c.state_size, c.glu_size)
+    if grade == "exact" and widest >= _MOST_COLUMNS:
+        raise ConfigError(
+            f"the widest matrix has {widest} columns: sums are exact below {_MOST_COLUMNS}; use "
+            "--grade fast"
+        )
+    stored = embedding or default_embedding(source, grade)
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        data = DataFile(folder / DATA)
+        write_weights(source, data, padded=grade == "exact", embedding=stored)
+        files: dict[str, Any] = {DATA: data.close()}
+        products: dict[str, onnx_graph.Product] = {GRAPH: grade, WEB_GRAPH: "integer"}
+        for name, product in products.items():
+            graph = onnx_graph.language_model(
+                c, product=product, padded=grade == "exact", embedding=stored
+            )
+            (folder / name).write_bytes(
+                onnx_graph.to_model(graph, data.tensors).SerializeToString()
+            )
+        tokenizer = _copy_tokenizer(source.tokenizer, folder)
+        shutil.copy2(Path(__file__).with_name("chat.py"), folder / "chat.py")
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and name not in files:
+                files[name] = manifest.file_entry(path)
+        text = json.dumps(_manifest(source, grade, stored, tokenizer, files), indent=2) + "\n"
+        (folder / manifest.FILE).write_text(text, encoding="utf-8")
+    size = sum(entry["bytes"] for entry in files.values()) + len(text)
+    return ExportReport(Path(out), size, stored)
+
+
+def _manifest(
+    source: Source,
+    grade: Grade,
+    embedding: Embedding,
+    tokenizer: dict[str, Any],
+    files: dict[str, Any],
+) -> dict[str, Any]:
+    c = source.config
+    return {
+        "format": manifest.FORMAT,
+        "version": manifest.VERSION,
+        "grade": grade,
+        "model": {
+            "name": source.name,
+            "hidden_size": c.hidden_size,
+            "num_layers": c.num_layers,
+            "glu_size": c.glu_size,
+            "state_size": c.state_size,
+            "embedding": embedding,
+        },
+        "vocab_size": c.vocab_size,
+        "state_shape": [c.num_layers, 1, c.state_size],
+        **tokenizer,
+        "onnxruntime": f">={manifest.ONNXRUNTIME}",
+        "graph": GRAPH,
+        "web_graph": WEB_GRAPH,
+        "files": files,
+    }
+
+
+def _copy_tokenizer(source: Path | None, folder: Path) -> dict[str, Any]:
+    """Copies a model's tokenizer files; what the manifest says of it."""
+    from mmfree_jax.data.tokenizer import load_tokenizer
+    from mmfree_jax.infer.text import start_tokens
+
+    if source is None:
+        return {"tokenizer": None, "bos_token_id": None, "eos_token_id": None, "start_ids": []}
+    tokenizer = load_tokenizer(source)
+    tokenizer.save(folder)
+    name = next(
+        name
+        for name in ("tokenizer.model", "tokenizer.json", "byte.json")
+        if (folder / name).is_file()
+    )
+    return {
+        "tokenizer": name,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "start_ids": start_tokens(tokenizer),
+    }

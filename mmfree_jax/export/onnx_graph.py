@@ -1,0 +1,352 @@
+"""The MatMul-free model as an ONNX graph: one function a building block.
+
+The maths is that of the model (`model/functional.py`, `infer/packed_model.py`) in float32. One
+graph reads a prompt's chunk and decodes a token: time is a dynamic axis.
+
+A BitLinear's product comes in three forms (`PRODUCTS`):
+
+  exact    int8 activations, one scale a token, as in training; the sums of the training path,
+           every bit of them. The product is `MatMulNBits` with two bits a weight, whose kernels
+           quantise their input again, by blocks: to int8 of scale (largest magnitude) / 127. Each
+           block gets one column more, which holds 127 and has the weight zero. So the scale is
+           exactly 1, the second quantisation changes nothing, and the float32 results are the
+           integer sums (below 2^24).
+  integer  the same sums by `MatMulInteger`, from the same file: for runtimes without two-bit
+           kernels, such as WebAssembly. Activations are shifted to uint8, for which those have
+           kernels; a pair of products stays below 2^15 because weights are ternary.
+  fast     `MatMulNBits` on the normalised activations themselves, which the runtime quantises to
+           int8 by blocks. Finer than one scale a token, but not what the model was trained with.
+
+Shapes: B rows, T time steps, D hidden channels, E state channels, L layers, V vocabulary,
+N outputs and K inputs of a matrix, b columns of a block, C blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mmfree_jax.config import ModelConfig
+from pallas_kernels.norm_quant.reference import MIN_ABSMAX
+
+Product = Literal["exact", "integer", "fast"]
+PRODUCTS: tuple[Product, ...] = ("exact", "integer", "fast")
+
+# Kernels for two bits exist for blocks of 32, 64 and 128 columns.
+BLOCK = 64
+OPSET = 21
+IR_VERSION = 10
+# What stands for trit 0; -1 and +1 are the codes beside it. The operator's default zero point.
+ZERO_CODE = 2
+MICROSOFT = "com.microsoft"
+
+
+@dataclass
+class Graph:
+    """Nodes and constants as they are added; a value is the name of its tensor.
+
+    Attributes:
+      config: of the model.
+      product: of the BitLinears.
+      padded: whether the stored codes have a column of weight zero in each block.
+      nodes, constants: so far.
+    """
+
+    config: ModelConfig
+    product: Product
+    padded: bool
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+
+    def add(self, op: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Adds a node of one output; returns its name."""
+        return self.add_many(op, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def add_many(
+        self, op: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Adds a node; returns its outputs' names."""
+        name = f"{op}_{len(self.nodes)}"
+        names = [name, *(f"{name}_{i}" for i in range(1, outputs))]
+        node = helper.make_node(op, list(inputs), names, name, domain=domain, **attributes)
+        self.nodes.append(node)
+        return names
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        """A small constant, kept once."""
+        array = np.asarray(value, dtype)
+        name = f"{array.dtype.name}{list(array.shape) or ''}{array.tolist()}".replace(" ", "")
+        self.constants.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+
+def rms_norm(g: Graph, x: str, scale: str, *, eps: float) -> str:
+    """x / sqrt(mean(x^2) + eps) * scale, over the last axis."""
+    mean = g.add("ReduceMean", g.add("Mul", x, x), g.constant([-1], np.int64))
+    root = g.add("Sqrt", g.add("Add", mean, g.constant(eps)))
+    return g.add("Mul", g.add("Mul", x, g.add("Reciprocal", root)), scale)
+
+
+def silu(g: Graph, x: str) -> str:
+    """x sigmoid(x), the sigmoid written out as XLA computes it."""
+    if g.product == "fast":
+        return g.add("Mul", x, g.add("Sigmoid", x))
+    return g.add("Mul", x, sigmoid_of_minus(g, g.add("Neg", x)))
+
+
+def sigmoid_of_minus(g: Graph, x: str) -> str:
+    """1 / (1 + exp(x)); 0 where exp overflows."""
+    return g.add("Reciprocal", g.add("Add", g.add("Exp", x), g.constant(1)))
+
+
+def quantize(g: Graph, x: str) -> tuple[str, str]:
+    """Each token to whole numbers of magnitude 127 at most: float32 of x's shape, and absmax."""
+    absmax = g.add("ReduceMax", g.add("Abs", x), g.constant([-1], np.int64))
+    absmax = g.add("Max", absmax, g.constant(MIN_ABSMAX))
+    factor = g.add("Div", g.constant(127), absmax)
+    return g.add("Round", g.add("Mul", x, factor)), absmax
+
+
+def bit_linear(g: Graph, x: str, layer: str, *, outputs: int, inputs: int) -> str:
+    """RMSNorm, int8 quantisation and ternary product: [B, T, K] -> [B, T, N].
+
+    Args:
+      g: to add to.
+      x: the input.
+      layer: name of the weights: `{layer}.codes`, `.norm_scale`, `.matrix_scale`.
+      outputs: N.
+      inputs: K.
+    """
+    scale, eps = f"{layer}.norm_scale", g.config.linear_norm_eps
+    if g.product == "fast":
+        # The matrix's scale travels with the norm's: both are constants.
+        scale = g.add("Mul", scale, f"{layer}.matrix_scale")
+        normalized = rms_norm(g, x, scale, eps=eps)
+        return two_bit_product(g, normalized, layer, outputs=outputs, inputs=inputs)
+    q, absmax = quantize(g, rms_norm(g, x, scale, eps=eps))
+    if g.product == "exact":
+        columns = padded_columns(inputs)
+        sums = two_bit_product(g, fill_blocks(g, q, inputs), layer, outputs=outputs, inputs=columns)
+    else:
+        sums = integer_product(g, q, layer, outputs=outputs, inputs=inputs)
+    q_scale = g.add("Div", absmax, g.constant(127))
+    row_scale = g.add("Mul", q_scale, f"{layer}.matrix_scale")
+    if g.product == "integer":
+        # Changes nothing: it keeps the runtime from a fusion that rounds the product otherwise.
+        row_scale = g.add("Max", row_scale, g.constant(0))
+    return g.add("Mul", sums, row_scale)
+
+
+def padded_columns(inputs: int) -> int:
+    """Columns of a matrix whose blocks have one column of padding each."""
+    return -(-inputs // (BLOCK - 1)) * BLOCK
+
+
+def fill_blocks(g: Graph, q: str, inputs: int) -> str:
+    """[B, T, K] -> [B, T, C b]: behind each b - 1 columns one that holds 127."""
+    columns = padded_columns(inputs)
+    blocks = columns // BLOCK
+    if missing := blocks * (BLOCK - 1) - inputs:
+        q = g.add("Pad", q, g.constant([0, 0, 0, 0, 0, missing], np.int64))
+    q = g.add("Reshape", q, g.constant([0, 0, blocks, BLOCK - 1], np.int64))
+    q = g.add("Pad", q, g.constant([0, 0, 0, 0, 0, 0, 0, 1], np.int64), g.constant(127))
+    return g.add("Reshape", q, g.constant([0, 0, columns], np.int64))
+
+
+def two_bit_product(g: Graph, x: str, layer: str, *, outputs: int, inputs: int) -> str:
+    """x @ trits^T by two-bit kernels: [B, T, K] float32 -> [B, T, N] float32."""
+    return g.add(
+        "MatMulNBits",
+        x,
+        f"{layer}.codes",
+        ones_name(outputs, inputs),
+        domain=MICROSOFT,
+        N=outputs,
+        K=inputs,
+        bits=2,
+        block_size=BLOCK,
+        accuracy_level=4,
+    )
+
+
+def ones_name(outputs: int, inputs: int) -> str:
+    """The blocks' scales, which all matrices of one shape share."""
+    return f"ones.{outputs * -(-inputs // BLOCK)}"
+
+
+def integer_product(g: Graph, q: str, layer: str, *, outputs: int, inputs: int) -> str:
+    """The same sums from integers: q float32 [B, T, K] -> [B, T, N] float32.
+
+    The runtime unpacks the codes once, when it folds constants.
+    """
+    shifts = g.constant([0, 2, 4, 6], np.uint8)
+    stored = g.add("Unsqueeze", f"{layer}.codes", g.constant([-1], np.int64))
+    codes = g.add("BitShift", stored, shifts, direction="RIGHT")
+    codes = g.add("BitwiseAnd", codes, g.constant(3, np.uint8))
+    if g.padded:
+        blocks = padded_columns(inputs) // BLOCK
+        codes = g.add("Reshape", codes, g.constant([outputs, blocks, BLOCK], np.int64))
+        codes = first(g, codes, BLOCK - 1, axis=2)
+    codes = g.add("Reshape", codes, g.constant([outputs, -1], np.int64))
+    codes = g.add("Transpose", first(g, codes, inputs, axis=1), perm=[1, 0])
+    shifted = g.add("Cast", g.add("Add", q, g.constant(128)), to=TensorProto.UINT8)
+    sums = g.add(
+        "MatMulInteger", shifted, codes, g.constant(128, np.uint8), g.constant(ZERO_CODE, np.uint8)
+    )
+    return g.add("Cast", sums, to=TensorProto.FLOAT)
+
+
+def first(g: Graph, x: str, count: int, *, axis: int) -> str:
+    """The first `count` along an axis."""
+    ends = (g.constant([0], np.int64), g.constant([count], np.int64))
+    return g.add("Slice", x, *ends, g.constant([axis], np.int64))
+
+
+def recurrence(g: Graph, i: str, f: str, bound: str, h0_BE: str) -> tuple[str, str]:
+    """h_t = F h_{t-1} + (1 - F) silu(i), F = bound + (1 - bound) sigmoid(f), in order of time.
+
+    Returns:
+      The states [B, T, E] and the last one [B, E].
+    """
+    closed = g.add("Sigmoid", g.add("Neg", f)) if g.product == "fast" else sigmoid_of_minus(g, f)
+    complement = g.add("Mul", g.add("Sub", g.constant(1), bound), closed)
+    forget = g.add("Sub", g.constant(1), complement)
+    x = g.add("Mul", silu(g, i), complement)
+    h_BE, h_BTE = g.add_many(
+        "Scan",
+        h0_BE,
+        forget,
+        x,
+        outputs=2,
+        body=recurrence_step(),
+        num_scan_inputs=2,
+        scan_input_axes=[1, 1],
+        scan_output_axes=[1],
+    )
+    return h_BTE, h_BE
+
+
+def recurrence_step() -> onnx.GraphProto:
+    """One step: (h, F, x) -> (F h + x, the same as output)."""
+    nodes = [
+        helper.make_node("Mul", ["forget", "h"], ["kept"]),
+        helper.make_node("Add", ["kept", "x"], ["next_h"]),
+        helper.make_node("Identity", ["next_h"], ["emitted_h"]),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "width"])
+        for name in ("h", "forget", "x", "next_h", "emitted_h")
+    ]
+    return helper.make_graph(nodes, "recurrence_step", values[:3], values[3:])
+
+
+def mixer(g: Graph, x: str, layer: str, h0_BE: str) -> tuple[str, str]:
+    """MLGRU of RMSNorm(x): its update of the residual stream, and the last state."""
+    c = g.config
+    D, E = c.hidden_size, c.state_size
+    u = rms_norm(g, x, f"{layer}.mixer_norm", eps=c.norm_eps)
+    i, f, gate = (
+        bit_linear(g, u, f"{layer}.{name}", outputs=E, inputs=D)
+        for name in ("i_proj", "f_proj", "g_proj")
+    )
+    h_BTE, h_BE = recurrence(g, i, f, f"{layer}.lower_bound", h0_BE)
+    # RMSNorm(gate) * silu(h), multiplied in the model's order.
+    factor = g.add("Mul", f"{layer}.gate_norm", silu(g, h_BTE))
+    gated = rms_norm(g, gate, factor, eps=c.norm_eps)
+    return bit_linear(g, gated, f"{layer}.o_proj", outputs=D, inputs=E), h_BE
+
+
+def glu(g: Graph, x: str, layer: str) -> str:
+    """Gated linear unit of RMSNorm(x): its update of the residual stream."""
+    c = g.config
+    D, M = c.hidden_size, c.glu_size
+    u = rms_norm(g, x, f"{layer}.glu_norm", eps=c.norm_eps)
+    gate_up = bit_linear(g, u, f"{layer}.gate_up_proj", outputs=2 * M, inputs=D)
+    gate, up = g.add_many("Split", gate_up, outputs=2, axis=-1, num_outputs=2)
+    gated = g.add("Mul", silu(g, gate), up)
+    return bit_linear(g, gated, f"{layer}.down_proj", outputs=D, inputs=M)
+
+
+def embed(g: Graph, tokens: str, *, dtype: str) -> str:
+    """The tokens' rows of the table, float32."""
+    rows = g.add("Gather", "embedding", tokens)
+    if dtype == "float32":
+        return rows
+    rows = g.add("Cast", rows, to=TensorProto.FLOAT)
+    if dtype == "int8":
+        rows = g.add("Mul", rows, g.add("Gather", "embedding.scale", tokens))
+    return rows
+
+
+def head(g: Graph, x: str) -> str:
+    """Final norm and logits of the last token: [B, T, D] -> [B, V]."""
+    c = g.config
+    last = g.add("Gather", x, g.constant([-1], np.int64), axis=1)
+    normalized = rms_norm(g, last, "final_norm", eps=c.norm_eps)
+    logits = bit_linear(g, normalized, "head", outputs=c.vocab_size, inputs=c.hidden_size)
+    return g.add("Squeeze", logits, g.constant([1], np.int64))
+
+
+def language_model(config: ModelConfig, *, product: Product, padded: bool, embedding: str) -> Graph:
+    """The whole graph, from `tokens` and `state` to `logits` and `next_state`.
+
+    Args:
+      config: of the model; MatMul-free throughout.
+      product: of the BitLinears.
+      padded: whether the stored codes have a column of weight zero in each block.
+      embedding: dtype of the stored table: "float32", "bfloat16" or "int8".
+    """
+    g = Graph(config, product, padded)
+    x = embed(g, "tokens", dtype=embedding)
+    states = []
+    for number in range(config.num_layers):
+        layer = f"layers.{number}"
+        h0_BE = g.add("Gather", "state", g.constant(number, np.int64), axis=0)
+        update, h_BE = mixer(g, x, layer, h0_BE)
+        x = g.add("Add", x, update)
+        x = g.add("Add", x, glu(g, x, layer))
+        states.append(g.add("Unsqueeze", h_BE, g.constant([0], np.int64)))
+    g.nodes.append(helper.make_node("Concat", states, ["next_state"], axis=0))
+    g.nodes.append(helper.make_node("Identity", [head(g, x)], ["logits"]))
+    return g
+
+
+def to_model(g: Graph, tensors: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
+    """The graph as a model file.
+
+    Args:
+      g: the graph.
+      tensors: the stored weights, by reference to the data file; those that are not read are
+        left out.
+    """
+    read = {name for node in g.nodes for name in node.input}
+    used = [tensor for tensor in tensors if tensor.name in read]
+    if missing := read - {t.name for t in used} - _computed(g) - {"tokens", "state"}:
+        raise ValueError(f"the graph reads tensors that are not stored: {sorted(missing)[:3]}")
+    c = g.config
+    state = [c.num_layers, "batch", c.state_size]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        g.nodes,
+        "mmfree",
+        [
+            value("tokens", TensorProto.INT64, ["batch", "time"]),
+            value("state", TensorProto.FLOAT, state),
+        ],
+        [
+            value("logits", TensorProto.FLOAT, ["batch", c.vocab_size]),
+            value("next_state", TensorProto.FLOAT, state),
+        ],
+        [*used, *g.constants.values()],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(
+        graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="mmfree-jax"
+    )
+
+
+def _computed(g: Graph) -> set[str]:
+    return {name for node in g.nodes for name in node.output} | set(g.constants)
