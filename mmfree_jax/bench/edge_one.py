@@ -1,0 +1,314 @@
+"""One measurement of a model on a CPU in its own process: `python -I edge_one.py JSON`.
+
+It imports numpy and the runtime that it measures and nothing else, so that the peak memory is
+that runtime's; run with the peer's interpreter it measures llama.cpp. The loop is the same for
+all: greedy, one row, the likeliest token chosen and fed back, from Python. (The JAX path decodes
+in a compiled loop of its own, `generate`.) The result is one line of JSON on stdout.
+
+Memory is the kernel's account of the process: resident pages, of which those of mapped files
+(llama.cpp maps its weights) are counted as soon as they are touched.
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PIECE = 512  # tokens of a prompt read at once, by every runtime: llama.cpp's default
+
+Row = dict[str, Any]
+
+
+class Engine(NamedTuple):
+    """A loaded model and its state.
+
+    Attributes:
+      read: takes in tokens after those read so far; returns the likeliest next one.
+      generate: (token, steps) feeds back the likeliest token so many times; returns them.
+      mark: remembers the state as it is now.
+      rewind: goes back to it.
+      save: writes the state to a file.
+      restore: replaces the state by one that was saved.
+      versions: of the runtime.
+    """
+
+    read: Callable[[Sequence[int]], int]
+    generate: Callable[[int, int], list[int]]
+    mark: Callable[[], None]
+    rewind: Callable[[], None]
+    save: Callable[[Path], None]
+    restore: Callable[[Path], None]
+    versions: dict[str, str]
+
+
+def pieces(tokens: Sequence[int]) -> list[Sequence[int]]:
+    """A prompt in pieces of at most `PIECE` tokens."""
+    return [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
+
+
+def loop(read: Callable[[Sequence[int]], int]) -> Callable[[int, int], list[int]]:
+    """The greedy loop over a `read`."""
+
+    def generate(token: int, steps: int) -> list[int]:
+        out = []
+        for _ in range(steps):
+            token = read([token])
+            out.append(token)
+        return out
+
+    return generate
+
+
+def open_onnx(task: Row) -> Engine:
+    """An exported folder (or a graph of its inputs and outputs) in onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = task["threads"]
+    options.inter_op_num_threads = 1
+    for name, value in task.get("session", {}).items():
+        options.add_session_config_entry(name, value)
+    session = onnxruntime.InferenceSession(
+        str(Path(task["path"]) / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    shape = [size if isinstance(size, int) else 1 for size in shapes["state"]]
+    held: dict[str, Any] = {"state": np.zeros(shape, np.float32)}
+
+    def read(tokens: Sequence[int]) -> int:
+        logits_BV: Any = None
+        for piece in pieces(tokens):
+            feed = {"tokens": np.array([piece], np.int64), "state": held["state"]}
+            logits_BV, held["state"] = session.run(["logits", "next_state"], feed)
+        return int(logits_BV[0].argmax())
+
+    def mark() -> None:
+        held["mark"] = held["state"]
+
+    def rewind() -> None:
+        held["state"] = held["mark"]
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, held["state"])
+
+    def restore(path: Path) -> None:
+        held["state"] = np.load(path)
+
+    versions = {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
+    return Engine(read, loop(read), mark, rewind, save, restore, versions)
+
+
+def open_jax(task: Row) -> Engine:
+    """A packed model in our own CPU path, as `mmfree generate` runs it."""
+    import jax
+
+    from mmfree_jax import infer
+
+    model, variables = infer.load_model(task["path"])
+    held: dict[str, Any] = {"session": None}
+
+    def read(tokens: Sequence[int]) -> int:
+        session = infer.prefill(model, variables, [list(tokens)], session=held["session"])
+        held["session"] = session
+        return int(np.asarray(session.logits_BV)[0].argmax())
+
+    def generate(token: int, steps: int) -> list[int]:
+        # The session holds the logits that `token` was chosen from.
+        del token
+        out = infer.generate(
+            model, variables, [[]], session=held["session"], max_new_tokens=steps, temperature=0
+        )
+        held["session"] = out.session
+        return out.tokens[0]
+
+    def mark() -> None:
+        held["mark"] = held["session"]
+
+    def rewind() -> None:
+        held["session"] = held["mark"]
+
+    def save(path: Path) -> None:
+        infer.save_session(path, held["session"], variables, model.config)
+
+    def restore(path: Path) -> None:
+        held["session"] = infer.load_session(path, variables, model.config)
+
+    versions = {"jax": jax.__version__, "numpy": np.__version__}
+    return Engine(read, generate, mark, rewind, save, restore, versions)
+
+
+def open_llama(task: Row) -> Engine:
+    """A GGUF file in llama.cpp, through its C interface."""
+    import llama_cpp as llama  # pyright: ignore[reportMissingImports]
+
+    silent = llama.llama_log_callback(lambda *_: None)
+    llama.llama_log_set(silent, ctypes.c_void_p(0))
+    llama.llama_backend_init()
+    model = llama.llama_model_load_from_file(
+        str(task["path"]).encode(), llama.llama_model_default_params()
+    )
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot load {task['path']}")
+    options = llama.llama_context_default_params()
+    options.n_ctx = task["places"]
+    options.n_threads = options.n_threads_batch = task["threads"]
+    options.n_batch = options.n_ubatch = PIECE
+    options.no_perf = True
+    context = llama.llama_init_from_model(model, options)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot make a context of {task['places']} tokens")
+    memory = llama.llama_get_memory(context)
+    size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    held: dict[str, Any] = {"read": 0, "silent": silent}
+
+    def read(tokens: Sequence[int]) -> int:
+        for piece in pieces(tokens):
+            ids = (llama.llama_token * len(piece))(*piece)
+            code = llama.llama_decode(context, llama.llama_batch_get_one(ids, len(piece)))
+            if code:
+                raise RuntimeError(f"llama_decode gave {code} after {held['read']} tokens")
+            held["read"] += len(piece)
+        logits = llama.llama_get_logits_ith(context, -1)
+        return int(np.ctypeslib.as_array(logits, (size,)).argmax())
+
+    def mark() -> None:
+        held["mark"] = held["read"]
+
+    def rewind() -> None:
+        if not llama.llama_memory_seq_rm(memory, 0, held["mark"], -1):
+            raise RuntimeError(f"llama.cpp cannot go back to token {held['mark']}")
+        held["read"] = held["mark"]
+
+    def save(path: Path) -> None:
+        ids = (llama.llama_token * held["read"])()
+        if not llama.llama_state_save_file(context, str(path).encode(), ids, held["read"]):
+            raise RuntimeError(f"llama.cpp cannot write {path}")
+
+    def restore(path: Path) -> None:
+        ids, count = (llama.llama_token * task["places"])(), ctypes.c_size_t(0)
+        if not llama.llama_state_load_file(
+            context, str(path).encode(), ids, task["places"], ctypes.byref(count)
+        ):
+            raise RuntimeError(f"llama.cpp cannot read {path}")
+        held["read"] = count.value
+
+    versions = {
+        "llama-cpp-python": llama.__version__,
+        "system": llama.llama_print_system_info().decode().strip(),
+    }
+    return Engine(read, loop(read), mark, rewind, save, restore, versions)
+
+
+OPEN = {"onnx": open_onnx, "jax": open_jax, "llama": open_llama}
+
+
+def prompt(count: int, vocab_size: int) -> list[int]:
+    """A prompt of so many tokens, the same for every runtime."""
+    return [(31 * place + 977) % vocab_size for place in range(count)]
+
+
+def memory() -> dict[str, float]:
+    """Resident memory of this process now, its parts, and its peak (10^6 bytes)."""
+    names = {"VmRSS": "rss", "RssAnon": "anonymous", "RssFile": "file_backed", "VmHWM": "peak"}
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in names:
+            found[names[name] + "_mb"] = round(int(value.split()[0]) * 1024 / 1e6, 1)
+    return found
+
+
+def measure_decode(engine: Engine, task: Row) -> Row:
+    """Tokens a second of the greedy loop, each timed loop from the same context on."""
+    start = time.perf_counter()
+    if task.get("state"):
+        engine.restore(Path(task["state"]))
+        token = 0
+    else:
+        token = engine.read(prompt(task["context"], task["vocab_size"]))
+    context_s = time.perf_counter() - start
+    engine.mark()
+    expected = engine.generate(token, task["steps"])
+    times = []
+    for _ in range(task["repeats"]):
+        engine.rewind()
+        start = time.perf_counter()
+        found = engine.generate(token, task["steps"])
+        times.append(time.perf_counter() - start)
+        if found != expected:
+            raise RuntimeError("the same loop gave other tokens the second time")
+    return {
+        "context_s": round(context_s, 3),
+        "ms_per_token": summary([1e3 * t / task["steps"] for t in times]),
+        "tokens_per_s": summary([task["steps"] / t for t in times]),
+    }
+
+
+def measure_prefill(engine: Engine, task: Row) -> Row:
+    """Tokens a second of reading a prompt into an empty state."""
+    tokens = prompt(task["tokens"], task["vocab_size"])
+    engine.mark()
+    times = []
+    for _ in range(task["repeats"] + 1):
+        engine.rewind()
+        start = time.perf_counter()
+        engine.read(tokens)
+        times.append(time.perf_counter() - start)
+    return {"tokens_per_s": summary([task["tokens"] / t for t in times[1:]])}
+
+
+def save_context(engine: Engine, task: Row) -> Row:
+    """Reads a long prompt once and keeps the state behind it for later measurements."""
+    start = time.perf_counter()
+    engine.read(prompt(task["context"], task["vocab_size"]))
+    seconds = time.perf_counter() - start
+    final = Path(task["state"])
+    part = final.with_name(final.name + ".tmp")
+    engine.save(part)
+    part.replace(final)
+    return {"context_s": round(seconds, 1), "state_mb": round(final.stat().st_size / 1e6, 1)}
+
+
+WORKS = {"decode": measure_decode, "prefill": measure_prefill, "context": save_context}
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def run_task(task: Row) -> Row:
+    """Runs one task; its row says what it was and what came out."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["threads"]])
+    load = os.getloadavg()[0]
+    before = memory()["rss_mb"]
+    start = time.perf_counter()
+    engine = OPEN[task["runtime"]](task)
+    load_s = time.perf_counter() - start
+    loaded = memory()
+    row = {
+        **task,
+        "versions": engine.versions,
+        "load_average": round(load, 2),
+        "load_s": round(load_s, 3),
+        "rss_before_mb": before,
+        "rss_loaded_mb": loaded["rss_mb"],
+        **WORKS[task["work"]](engine, task),
+    }
+    return row | memory()
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_task(json.loads(sys.argv[1]))), flush=True)
