@@ -14,13 +14,14 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 CHUNK = 64  # tokens of a prompt read at once
 
 
-def fail(message):
+def fail(message) -> NoReturn:
     """Ends the program with one line."""
     sys.exit(f"chat.py: error: {message}")
 

@@ -37,8 +37,8 @@ PRODUCTS: tuple[Product, ...] = ("exact", "integer", "fast")
 
 # Kernels for two bits exist for blocks of 32, 64 and 128 columns.
 BLOCK = 64
-OPSET = 21
-IR_VERSION = 10
+OPSET = 23  # The first with RMSNormalization.
+IR_VERSION = 11
 # What stands for trit 0; -1 and +1 are the codes beside it. The operator's default zero point.
 ZERO_CODE = 2
 MICROSOFT = "com.microsoft"
@@ -85,21 +85,30 @@ class Graph:
 
 def rms_norm(g: Graph, x: str, scale: str, *, eps: float) -> str:
     """x / sqrt(mean(x^2) + eps) * scale, over the last axis."""
-    mean = g.add("ReduceMean", g.add("Mul", x, x), g.constant([-1], np.int64))
-    root = g.add("Sqrt", g.add("Add", mean, g.constant(eps)))
-    return g.add("Mul", g.add("Mul", x, g.add("Reciprocal", root)), scale)
+    return g.add("RMSNormalization", x, scale, axis=-1, epsilon=eps)
 
 
 def silu(g: Graph, x: str) -> str:
-    """x sigmoid(x), the sigmoid written out as XLA computes it."""
+    """x sigmoid(x)."""
     if g.product == "fast":
         return g.add("Mul", x, g.add("Sigmoid", x))
-    return g.add("Mul", x, sigmoid_of_minus(g, g.add("Neg", x)))
+    # Written out as XLA computes it: the runtime's own Sigmoid is an approximation.
+    return g.add("Mul", x, inverse_of_one_plus(g, g.add("Exp", g.add("Neg", x))))
 
 
-def sigmoid_of_minus(g: Graph, x: str) -> str:
-    """1 / (1 + exp(x)); 0 where exp overflows."""
-    return g.add("Reciprocal", g.add("Add", g.add("Exp", x), g.constant(1)))
+def inverse_of_one_plus(g: Graph, x: str) -> str:
+    """1 / (1 + x)."""
+    return g.add("Reciprocal", g.add("Add", x, g.constant(1)))
+
+
+def closed_gate(g: Graph, f: str) -> str:
+    """sigmoid(-f), of full precision where it is small."""
+    if g.product == "fast":
+        return g.add("Sigmoid", g.add("Neg", f))
+    small = g.add("Exp", g.add("Neg", g.add("Abs", f)))
+    larger = inverse_of_one_plus(g, small)
+    positive = g.add("GreaterOrEqual", f, g.constant(0))
+    return g.add("Where", positive, g.add("Mul", small, larger), larger)
 
 
 def quantize(g: Graph, x: str) -> tuple[str, str]:
@@ -127,11 +136,11 @@ def bit_linear(g: Graph, x: str, layer: str, *, outputs: int, inputs: int) -> st
         normalized = rms_norm(g, x, scale, eps=eps)
         return two_bit_product(g, normalized, layer, outputs=outputs, inputs=inputs)
     q, absmax = quantize(g, rms_norm(g, x, scale, eps=eps))
-    if g.product == "exact":
-        columns = padded_columns(inputs)
-        sums = two_bit_product(g, fill_blocks(g, q, inputs), layer, outputs=outputs, inputs=columns)
-    else:
-        sums = integer_product(g, q, layer, outputs=outputs, inputs=inputs)
+    columns = padded_columns(inputs) if g.padded else inputs
+    if g.padded:
+        q = fill_blocks(g, q, inputs)
+    product = two_bit_product if g.product == "exact" else integer_product
+    sums = product(g, q, layer, outputs=outputs, inputs=columns)
     q_scale = g.add("Div", absmax, g.constant(127))
     row_scale = g.add("Mul", q_scale, f"{layer}.matrix_scale")
     if g.product == "integer":
@@ -186,23 +195,16 @@ def integer_product(g: Graph, q: str, layer: str, *, outputs: int, inputs: int) 
     stored = g.add("Unsqueeze", f"{layer}.codes", g.constant([-1], np.int64))
     codes = g.add("BitShift", stored, shifts, direction="RIGHT")
     codes = g.add("BitwiseAnd", codes, g.constant(3, np.uint8))
-    if g.padded:
-        blocks = padded_columns(inputs) // BLOCK
-        codes = g.add("Reshape", codes, g.constant([outputs, blocks, BLOCK], np.int64))
-        codes = first(g, codes, BLOCK - 1, axis=2)
     codes = g.add("Reshape", codes, g.constant([outputs, -1], np.int64))
-    codes = g.add("Transpose", first(g, codes, inputs, axis=1), perm=[1, 0])
+    if inputs % BLOCK:
+        ends = (g.constant([0], np.int64), g.constant([inputs], np.int64))
+        codes = g.add("Slice", codes, *ends, g.constant([1], np.int64))
+    codes = g.add("Transpose", codes, perm=[1, 0])
     shifted = g.add("Cast", g.add("Add", q, g.constant(128)), to=TensorProto.UINT8)
     sums = g.add(
         "MatMulInteger", shifted, codes, g.constant(128, np.uint8), g.constant(ZERO_CODE, np.uint8)
     )
     return g.add("Cast", sums, to=TensorProto.FLOAT)
-
-
-def first(g: Graph, x: str, count: int, *, axis: int) -> str:
-    """The first `count` along an axis."""
-    ends = (g.constant([0], np.int64), g.constant([count], np.int64))
-    return g.add("Slice", x, *ends, g.constant([axis], np.int64))
 
 
 def recurrence(g: Graph, i: str, f: str, bound: str, h0_BE: str) -> tuple[str, str]:
@@ -211,8 +213,7 @@ def recurrence(g: Graph, i: str, f: str, bound: str, h0_BE: str) -> tuple[str, s
     Returns:
       The states [B, T, E] and the last one [B, E].
     """
-    closed = g.add("Sigmoid", g.add("Neg", f)) if g.product == "fast" else sigmoid_of_minus(g, f)
-    complement = g.add("Mul", g.add("Sub", g.constant(1), bound), closed)
+    complement = g.add("Mul", g.add("Sub", g.constant(1), bound), closed_gate(g, f))
     forget = g.add("Sub", g.constant(1), complement)
     x = g.add("Mul", silu(g, i), complement)
     h_BE, h_BTE = g.add_many(
@@ -253,9 +254,8 @@ def mixer(g: Graph, x: str, layer: str, h0_BE: str) -> tuple[str, str]:
         for name in ("i_proj", "f_proj", "g_proj")
     )
     h_BTE, h_BE = recurrence(g, i, f, f"{layer}.lower_bound", h0_BE)
-    # RMSNorm(gate) * silu(h), multiplied in the model's order.
-    factor = g.add("Mul", f"{layer}.gate_norm", silu(g, h_BTE))
-    gated = rms_norm(g, gate, factor, eps=c.norm_eps)
+    normalized = rms_norm(g, gate, f"{layer}.gate_norm", eps=c.norm_eps)
+    gated = g.add("Mul", normalized, silu(g, h_BTE))
     return bit_linear(g, gated, f"{layer}.o_proj", outputs=D, inputs=E), h_BE
 
 
