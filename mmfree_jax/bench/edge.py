@@ -14,6 +14,7 @@ from typing import Any
 from mmfree_jax.bench import edge_models, edge_one, edge_report
 from mmfree_jax.bench.edge_report import describe
 from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.export import onnx_session
 from mmfree_jax.presets import preset
 
 # What is measured, and what tables call it.
@@ -21,6 +22,10 @@ FORMS = edge_report.LABELS
 RECORDS = "edge.json"
 TABLE = "edge.md"
 FIGURE = "edge.png"
+
+# Tokens of a prompt that are read at once: what each runtime's own program does. (The JAX path
+# cuts prompts itself.)
+PIECES = {"onnx": onnx_session.CHUNK, "jax": 0, "llama": 512}
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -106,6 +111,7 @@ def _task(plan: Plan, models: Path, size: str, form: str, work: str, tokens: int
         ("context" if work == "decode" else "tokens"): tokens,
         "places": -(-places // 256) * 256,
         "vocab_size": preset(size).model.vocab_size,
+        "piece": PIECES[edge_models.runtime(form)],
         "threads": plan.threads,
         "steps": plan.steps,
         "repeats": plan.repeats,

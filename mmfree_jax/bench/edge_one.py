@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PIECE = 512  # tokens of a prompt read at once, by every runtime: llama.cpp's default
 COPIED = 2048  # tokens that fill a cache are read up to here and copied beyond
 
 Row = dict[str, Any]
@@ -45,16 +44,16 @@ class Engine(NamedTuple):
     read: Callable[[Sequence[int]], int]
     generate: Callable[[int, int], list[int]]
     fill: Callable[[Sequence[int]], object]
-    mark: Callable[[], None]
-    rewind: Callable[[], None]
-    save: Callable[[Path], None]
-    restore: Callable[[Path], None]
+    mark: Callable[[], object]
+    rewind: Callable[[], object]
+    save: Callable[[Path], object]
+    restore: Callable[[Path], object]
     versions: dict[str, str]
 
 
-def pieces(tokens: Sequence[int]) -> list[Sequence[int]]:
-    """A prompt in pieces of at most `PIECE` tokens."""
-    return [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
+def pieces(tokens: Sequence[int], size: int) -> list[Sequence[int]]:
+    """A prompt in pieces of at most `size` tokens, which are read at once."""
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 
 def loop(read: Callable[[Sequence[int]], int]) -> Callable[[int, int], list[int]]:
@@ -88,7 +87,7 @@ def open_onnx(task: Row) -> Engine:
 
     def read(tokens: Sequence[int]) -> int:
         logits_BV: Any = None
-        for piece in pieces(tokens):
+        for piece in pieces(tokens, task["piece"]):
             feed = {"tokens": np.array([piece], np.int64), "state": held["state"]}
             logits_BV, held["state"] = session.run(["logits", "next_state"], feed)
         return int(logits_BV[0].argmax())
@@ -164,7 +163,7 @@ def open_llama(task: Row) -> Engine:
     options = llama.llama_context_default_params()
     options.n_ctx = task["places"]
     options.n_threads = options.n_threads_batch = task["threads"]
-    options.n_batch = options.n_ubatch = PIECE
+    options.n_batch = options.n_ubatch = task["piece"]
     options.no_perf = True
     if task["work"] == "context":  # a second sequence in the same cache, for `fill`
         options.n_seq_max, options.kv_unified = 2, True
@@ -176,7 +175,7 @@ def open_llama(task: Row) -> Engine:
     held: dict[str, Any] = {"read": 0, "silent": silent}
 
     def read(tokens: Sequence[int]) -> int:
-        for piece in pieces(tokens):
+        for piece in pieces(tokens, task["piece"]):
             ids = (llama.llama_token * len(piece))(*piece)
             code = llama.llama_decode(context, llama.llama_batch_get_one(ids, len(piece)))
             if code:
