@@ -218,7 +218,15 @@ def generate_chunk(
     batch = finished_B.shape[0]
     rows = jnp.arange(batch)
     if "packed" in variables:
-        variables = {"packed": packed_model.with_bounds(variables["packed"], config)}
+        packed = packed_model.with_bounds(variables["packed"], config)
+        if filters.greedy and not filters.repetition_penalty and packed_gpu.chains(packed, batch):
+            limit_B = jnp.where(finished_B, 0, jnp.minimum(remaining_B, steps))
+            tokens_BN, logits_BV, state = packed_gpu.decode_greedy(
+                packed, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps
+            )
+            stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B
+            return _see(Session(state, logits_BV, session.seen_BV), tokens_BN), tokens_BN, stopped_B
+        variables = {"packed": packed}
 
     def unfinished(carry):
         step, _, _, _, finished_B = carry
@@ -261,7 +269,13 @@ def generate_chunk(
         carry = jax.lax.fori_loop(0, steps, lambda _, carry: body(carry), carry)
     _, session, tokens_BN, stopped_B, _ = carry
     if not filters.repetition_penalty:
-        place_BN = jnp.where(tokens_BN < 0, config.vocab_size, tokens_BN)
-        seen_BV = session.seen_BV.at[rows[:, None], place_BN].set(True, mode="drop")
-        session = Session(session.state, session.logits_BV, seen_BV)
+        session = _see(session, tokens_BN)
     return session, tokens_BN, stopped_B
+
+
+def _see(session: Session, tokens_BN: jax.Array) -> Session:
+    """Notes tokens as seen; -1 is none."""
+    batch, vocabulary = session.seen_BV.shape
+    place_BN = jnp.where(tokens_BN < 0, vocabulary, tokens_BN)
+    seen_BV = session.seen_BV.at[jnp.arange(batch)[:, None], place_BN].set(True, mode="drop")
+    return Session(session.state, session.logits_BV, seen_BV)

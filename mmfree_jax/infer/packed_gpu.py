@@ -125,21 +125,70 @@ def decode_token(
         if held_B is not None:
             new_LBD = jnp.where(held_B[None, :, None], state.layers["h"], new_LBD)
     else:
-        logits_BV, new_LBD = token_gpu.decode_token(
-            embed(packed["embedding"], token_B, config),
-            whole_model(packed, config),
-            state.layers["h"],
-            held_B,
-            eps=config.linear_norm_eps,
-            outer_eps=config.norm_eps,
-            dtype=jnp.dtype(config.compute_dtype),
-            config=token,
-            interpret=interpret,
-        )
+        limit_B = jnp.ones(1, jnp.int32) if held_B is None else (~held_B).astype(jnp.int32)
+        _, logits_BV, new_LBD = _tokens(
+            packed, config, token_B, state, jnp.zeros((1, config.vocab_size)), limit_B,
+            jnp.full(1, -1, jnp.int32), 1, token, interpret,
+        )  # fmt: skip
     length_B = jnp.ones_like(state.position_B)
     if held_B is not None:
         length_B = (~held_B).astype(jnp.int32)
     return logits_BV, State(state.position_B + length_B, {"h": new_LBD})
+
+
+def chains(packed: Tree, batch: int) -> bool:
+    """Whether `decode_greedy` serves a call."""
+    return applies(packed, batch, 1) and batch == 1 and _one_kernel(packed)
+
+
+def decode_greedy(
+    packed: Tree,
+    config: ModelConfig,
+    state: State,
+    logits_BV: jax.Array,
+    limit_B: jax.Array,
+    stop_ids_S: jax.Array,
+    steps: int,
+    *,
+    token: token_gpu.Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, State]:
+    """The likeliest tokens of one row, one after another in one kernel.
+
+    Args:
+      packed: the tree, with words.
+      config: of the model.
+      state: to go on from.
+      logits_BV: float32, of the token that comes next.
+      limit_B: int32, most tokens.
+      stop_ids_S: int32 tokens before which it ends; -1 is none.
+      steps: static, what `limit_B` may be at most.
+      token: cut of the kernel; None: as measured.
+      interpret: run it as a JAX program.
+
+    Returns:
+      [1, steps] int32 tokens, -1 behind the last; the logits after it, and the new state.
+    """
+    first_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    token = token_config(config) if token is None else token
+    tokens_N, logits_BV, new_LBD = _tokens(
+        packed, config, first_B, state, logits_BV, limit_B, stop_ids_S, steps, token, interpret
+    )
+    read = jnp.sum(tokens_N >= 0, dtype=jnp.int32)
+    return tokens_N[None], logits_BV, State(state.position_B + read, {"h": new_LBD})
+
+
+def _tokens(
+    packed: Tree, config: ModelConfig, first_B: jax.Array, state: State, logits_BV: jax.Array,
+    limit_B: jax.Array, stop_ids_S: jax.Array, steps: int, token: token_gpu.Config,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    return token_gpu.decode_tokens(
+        first_B, whole_model(packed, config), state.layers["h"], logits_BV, limit_B, stop_ids_S,
+        steps=steps, eps=config.linear_norm_eps, outer_eps=config.norm_eps,
+        dtype=jnp.dtype(config.compute_dtype), residual_dtype=jnp.dtype(config.residual_dtype),
+        config=token, interpret=interpret,
+    )  # fmt: skip
 
 
 def _layer_by_layer(
@@ -202,6 +251,8 @@ def whole_model(packed: Tree, config: ModelConfig) -> token_gpu.Model:
         glu_norm=blocks["glu_norm"]["scale"],
         final_norm=packed["final_norm"]["scale"][None],
         lower_bound=lower_bounds(packed, config),
+        embedding=packed["embedding"]["weight"],
+        embedding_scale=packed["embedding"].get("scale"),
     )
 
 

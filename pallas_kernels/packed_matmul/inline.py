@@ -29,10 +29,10 @@ _asm_p.multiple_results = True
 
 
 @_asm_p.def_effectful_abstract_eval
-def _(ref, place, *args, asm, constraints, count, results, writes):
+def _(ref, first, *args, asm, constraints, count, results, writes):
     del ref, args, asm, constraints, count
     effect = state.WriteEffect(0) if writes else state.ReadEffect(0)
-    return [jax_core.ShapedArray(place.shape, jnp.dtype("int32"))] * results, {effect}
+    return [jax_core.ShapedArray(first.shape, jnp.dtype("int32"))] * results, {effect}
 
 
 @lowering.register_lowering(_asm_p)
@@ -181,14 +181,16 @@ def load(
       ref: an array, places in which are counted flat.
       place: int32.
       inside: bool, or None for all.
-      size: bytes of an element, 2 or 4.
-      shared: other programs write it.
+      size: bytes of an element, 1 (signed), 2 or 4.
+      shared: the kernel writes it.
     """
     kind = "relaxed.gpu.global" if shared else "global.nc.L1::no_allocate"
     predicate = "" if inside is None else "@yes"
     body = f"{predicate} ld.{kind}.b32 $0, [$1];"
     if size == 2:
         body = f"mov.b16 half, 0; {predicate} ld.{kind}.b16 half, [$1]; cvt.u32.u16 $0, half;"
+    if size == 1:
+        body = f"{predicate} ld.{kind}.s8 $0, [$1];"
     if inside is not None:
         body = "setp.ne.u32 yes, $2, 0; mov.b32 $0, 0; " + body
     (bits,) = _at(
@@ -240,6 +242,88 @@ def store_half(ref: Any, element: jax.Array, bits: jax.Array, inside: jax.Array)
         results=1,
         writes=True,
     )  # fmt: skip
+
+
+# Named barrier of the exchanges between warps: the compiler's own barriers use number 0.
+_BARRIER = 1
+
+
+def exchange(
+    ref: Any, values: Sequence[jax.Array], wanted: Sequence[jax.Array] | None, count: int,
+    phase: jax.Array | int = 0,
+) -> list[list[jax.Array]]:  # fmt: skip
+    """What other warps of a program hold: one write, one barrier, one read.
+
+    The memory of each call is its own. A loop that holds a single call must alternate `phase`,
+    or a fast warp would overwrite what a slow one has not read.
+
+    Args:
+      ref: any array; the call is ordered among the accesses to it.
+      values: int32 [warps, 32].
+      wanted: for each result, the place of its first share in [values, warps, 32] counted flat,
+        int32 [warps, 32]; None: a result for each value, its shares in the warps' first lanes.
+      count: shares of a result, from as many neighbouring warps.
+      phase: int32, even or odd.
+
+    Returns:
+      The shares of each result, [warps, 32] each.
+    """
+    warps, lanes = shape = values[0].shape
+    places = [] if wanted is None else list(wanted)
+    results = len(values) if wanted is None else len(places)
+    total, row = results * count, warps if wanted is None else warps * lanes
+    size = 4 * len(values) * row
+    operands = iter(range(total, total + len(values) + len(places) + 1))
+    inputs = [f"${next(operands)}" for _ in values]
+    body = [
+        f".shared .align 16 .b8 table[{2 * size}];",
+        ".reg .pred first; .reg .b32 base, own, place;",
+        "mov.u32 own, %tid.x; mov.u32 place, table;",
+    ]
+    if wanted is None:
+        body.append("and.b32 base, own, 31; setp.eq.u32 first, base, 0; shr.u32 own, own, 5;")
+    starts = [f"${next(operands)}" for _ in places]
+    body.append(f"and.b32 base, ${next(operands)}, 1; mad.lo.u32 base, base, {size}, place;")
+    body.append("mad.lo.u32 own, own, 4, base;")
+    guard = "@first " if wanted is None else ""
+    body += [f"{guard}st.shared.b32 [own + {4 * row * i}], {x};" for i, x in enumerate(inputs)]
+    body.append(f"bar.sync {_BARRIER}, {warps * lanes};")
+    for result in range(results):
+        names = [f"${result * count + share}" for share in range(count)]
+        if wanted is None:
+            width = min(4, count)
+            for first in range(0, count, width):
+                group = ", ".join(names[first : first + width])
+                at = f"base + {4 * (result * row + first)}"
+                body.append(
+                    f"ld.shared.v{width}.b32 {{{group}}}, [{at}];"
+                    if width > 1
+                    else f"ld.shared.b32 {group}, [{at}];"
+                )
+            continue
+        body.append(f"mad.lo.u32 place, {starts[result]}, 4, base;")
+        body += [f"ld.shared.b32 {x}, [place + {4 * lanes * i}];" for i, x in enumerate(names)]
+    phases = jnp.broadcast_to(jnp.asarray(phase, jnp.int32), shape)
+    found = _at(
+        ref, [], *values, *places, phases,
+        asm="{ " + " ".join(body) + " }",
+        constraints=",".join(["=&r"] * total + ["r"] * (len(values) + len(places) + 1)),
+        results=total,
+    )  # fmt: skip
+    return [found[i : i + count] for i in range(0, total, count)]
+
+
+def fence(ref: Any, patience: jax.Array) -> jax.Array:
+    """What a thread has read and written comes before what it reads and writes from here on.
+
+    Args:
+      ref: any array; the call is ordered among the accesses to it.
+      patience: returned; the call stands in its chain.
+    """
+    (patience,) = _at(
+        ref, [], patience, asm="fence.acq_rel.gpu;", constraints="=r,0", results=1, writes=True
+    )
+    return patience
 
 
 def fetch(ref: Any, place: jax.Array, size: jax.Array, patience: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.packed_matmul import inline
 from pallas_kernels.packed_matmul.inline import EMPTY, EMPTY_HALF
-from pallas_kernels.packed_matmul.token_plan import Plan, places, word_numbers
+from pallas_kernels.packed_matmul.token_plan import Plan, groups, places, word_numbers
 from pallas_kernels.packed_matmul.words import plane_columns
 
 Refs = dict[str, Any]
@@ -26,38 +26,33 @@ Row = list[list[list[jax.Array]]]
 _NAN, _NAN_HALF = 0x7FC00000, 0x7FC0
 
 
-def empty_board(plan: Plan, x: jax.Array) -> jax.Array:
-    """The board's copies before a token, flat int32.
-
-    `x` [D] is the "out" of the layer before the first.
-    """
-    if plan.bytes["out"] == 2:
-        bits = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
-    else:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    before = plan.slots["out"]
-    after = plan.board * (plan.layers + 1) - before - bits.size
-    board = jnp.pad(bits, (before, after), constant_values=EMPTY)
-    return jnp.tile(board, plan.config.copies)
+def board_size(plan: Plan) -> int:
+    """Words of all boards and their copies."""
+    return plan.boards * plan.config.copies * (plan.layers + 1) * plan.board
 
 
-def load(plan: Plan, ref: Any, index: tuple[Any, ...], inside: jax.Array | None) -> jax.Array:
+def load(
+    plan: Plan, ref: Any, index: tuple[Any, ...], inside: jax.Array | None, *, written: bool = False
+) -> jax.Array:
     """Elements of an array, int32 or float32; 0 where not inside (None: all are).
 
-    The last of the indices is of the shape of `places`, the others are numbers.
+    The last of the indices is of the shape of `places`, the others are numbers. `written`: the
+    kernel writes the array.
     """
     if plan.emulate:
         found = pltriton.load(ref.at[index], mask=inside, other=None if inside is None else 0)
         return found if found.dtype == jnp.int32 else found.astype(jnp.float32)
     size = jnp.dtype(ref.dtype).itemsize
-    bits = inline.load(ref, _flat(ref, index), inside, size=size)
+    bits = inline.load(ref, _flat(ref, index), inside, size=size, shared=written)
     if ref.dtype == jnp.int32:
         return bits
+    if ref.dtype == jnp.int8:
+        return bits.astype(jnp.float32)
     return jax.lax.bitcast_convert_type(bits << 16 if size == 2 else bits, jnp.float32)
 
 
 def store(plan: Plan, ref: Any, index: tuple[Any, ...], y: jax.Array, inside: jax.Array) -> None:
-    """Writes float32 elements, where inside."""
+    """Writes elements of four bytes, float32 or int32, where inside."""
     if plan.emulate:
         pltriton.store(ref.at[index], y, mask=inside)
     else:
@@ -72,10 +67,18 @@ def _flat(ref: Any, index: tuple[Any, ...]) -> jax.Array:
     return place
 
 
-def _start(plan: Plan, value: str, layer: Any, copy: Any) -> tuple[Any, int]:
-    """The word at which a value begins, and the bytes of an element; "x" is a layer's input."""
+def _start(
+    refs: Refs, plan: Plan, value: str, layer: Any, copy: Any, other: bool = False
+) -> tuple[Any, int]:
+    """The word at which a value begins, and the bytes of an element; "x" is a layer's input.
+
+    On the board of the token that is worked on, or on the other one.
+    """
     if value == "x":
         value, layer = "out", layer - 1
+    if plan.boards > 1:
+        number = refs["step"] % 2
+        copy = copy + plan.config.copies * (1 - number if other else number)
     layer = copy * (plan.layers + 1) + layer + 1
     return layer * plan.board + plan.slots[value], plan.bytes[value]
 
@@ -88,27 +91,49 @@ def _own_copy(refs: Refs, plan: Plan) -> Any:
 def publish(
     refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array, y: jax.Array
 ) -> None:
-    """Writes elements n of a value for all to read; `y` is of the value's dtype."""
-    bits = jax.lax.bitcast_convert_type(y.astype(jnp.float32), jnp.int32)
+    """Writes elements n of a value for all to read; `y` is of the value's dtype, or int32 bits."""
+    bits = y
+    size = plan.bytes["out" if value == "x" else value]
+    if y.dtype != jnp.int32:
+        bits = jax.lax.bitcast_convert_type(y.astype(jnp.float32), jnp.int32)
+    if size == 2:
+        bits = jax.lax.shift_right_logical(bits, jnp.int32(16))
+        bits = jnp.where(bits == EMPTY_HALF, _NAN_HALF, bits)
+    else:
+        bits = jnp.where(bits == EMPTY, _NAN, bits)
+    _write(refs, plan, value, layer, n, inside, bits, other=False)
+
+
+def take_off(
+    refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array
+) -> None:
+    """Empties the places of elements n of a value on the other board.
+
+    Whoever writes a place is the one who empties it, so that the two are in order.
+    """
+    if plan.boards > 1:
+        _write(refs, plan, value, layer, n, inside, jnp.full(n.shape, EMPTY), other=True)
+
+
+def _write(
+    refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array,
+    bits: jax.Array, other: bool,
+) -> None:  # fmt: skip
     for copy in range(plan.config.copies):
-        start, size = _start(plan, value, layer, copy)
+        start, size = _start(refs, plan, value, layer, copy, other)
         if size == 2:
-            half = jax.lax.shift_right_logical(bits, jnp.int32(16))
-            half = jnp.where(half == EMPTY_HALF, _NAN_HALF, half)
-            inline.store_half(refs["board"], 2 * start + n, half, inside)
-            continue
-        word = jnp.where(bits == EMPTY, _NAN, bits)
-        if plan.emulate:
-            pltriton.store(refs["board"].at[start + n], word, mask=inside)
+            inline.store_half(refs["board"], 2 * start + n, bits, inside)
+        elif plan.emulate:
+            pltriton.store(refs["board"].at[start + n], bits, mask=inside)
         else:
-            inline.store(refs["board"], start + n, word, inside)
+            inline.store(refs["board"], start + n, bits, inside)
 
 
 def read_some(
     refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array
 ) -> jax.Array:
     """Elements n of a value, float32; they are there already."""
-    start, size = _start(plan, value, layer, _own_copy(refs, plan))
+    start, size = _start(refs, plan, value, layer, _own_copy(refs, plan))
     place = start + (n if size == 4 else n >> 1)
     if plan.emulate:
         bits = pltriton.load(refs["board"].at[place], mask=inside, other=0)
@@ -128,12 +153,12 @@ def read(
     if plan.emulate:
         rows = []
         for value in values:
-            start, _ = _start(plan, value, layer, copy)
+            start, _ = _start(refs, plan, value, layer, copy)
             rows.append(_emulated(refs["board"], plan, columns, lambda c, s=start: (s + c,)))
         return _as_floats(rows), patience
     masks, groups = [], []
     for value in values:
-        start, size = _start(plan, value, layer, copy)
+        start, size = _start(refs, plan, value, layer, copy)
         offsets = _planes(columns, size)
         for word, mask in numbers:
             masks.append(mask)
@@ -148,6 +173,20 @@ def read(
         pieces.append(piece)
     count = len(numbers)
     return [pieces[count * i : count * (i + 1)] for i in range(len(values))], patience
+
+
+def read_pairs(
+    refs: Refs, plan: Plan, value: str, layer: Any, pairs: Sequence[jax.Array], patience: jax.Array
+) -> tuple[list[list[jax.Array]], jax.Array]:
+    """Pairs of words of a value, by number, once they are there: int32 bits."""
+    start, _ = _start(refs, plan, value, layer, _own_copy(refs, plan))
+    if plan.emulate:
+        board = refs["board"]
+        words = [[pltriton.load(board.at[start + 2 * n + i]) for i in range(2)] for n in pairs]
+        return words, patience
+    groups = [inline.Group(start + 2 * n, [0], 2) for n in pairs]
+    found = [inline.load_words(refs["board"], group, shared=True) for group in groups]
+    return inline.settle(refs["board"], groups, found, patience)
 
 
 def _planes(columns: int, size: int) -> list[int]:
@@ -190,10 +229,11 @@ def _unpack(words: Sequence[jax.Array], size: int) -> list[list[jax.Array]]:
 
 def _emulated(ref: Any, plan: Plan, columns: int, place: Any) -> Row:
     """The same elements by plain loads, 0 where there is no column."""
-    size, threads = plane_columns(columns), places(plan).size
+    size = plane_columns(columns)
+    threads = places(plan).size // groups(plan, columns)
     row = []
     for number, _ in enumerate(word_numbers(plan, columns)):
-        word = number * threads + places(plan)
+        word = number * threads + places(plan) % threads
         piece = []
         for plane in range(4):
             c = [plane * size + 4 * word + byte for byte in range(4)]

@@ -1,14 +1,17 @@
-"""One token through the whole model in one GPU kernel.
+"""Tokens of one row through the whole model, one after another, in one GPU kernel.
 
 A layer is four steps, each a matrix-vector product whose inputs are all outputs of the step
 before. As kernels of their own they spend most of their time on starting and on waiting for
-memory. Here a few programs a multiprocessor stay for the whole token:
+memory, and between two tokens a dozen small kernels would choose the next. Here a few programs
+a multiprocessor stay for all tokens:
 
+    embed      the token's row of the embedding                  -> stream
     mixer_in   RMSNorm, {i, f, g}, the gates and the recurrence  -> g, RMSNorm's weight g silu(h)
     mixer_out  the norm of g, o, residual                        -> stream
     glu_in     RMSNorm, gate and up, SwiGLU                      -> z
     glu_out    down, residual                                    -> stream
     head       final RMSNorm, head                               -> logits
+    choose     the likeliest token
 
 Every program owns an equal share of the rows of each matrix. It asks for the weights of a step
 before the step's input exists, so that memory is read while programs wait for each other. They
@@ -24,6 +27,7 @@ ends gives NaN logits rather than hang.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +35,13 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.packed_matmul import token_board, token_step
+from pallas_kernels.packed_matmul import token_board, token_choice, token_step
 from pallas_kernels.packed_matmul.fused_gpu import Layer
+from pallas_kernels.packed_matmul.inline import EMPTY
 from pallas_kernels.packed_matmul.token_plan import Config, Plan, make_plan, places
 from pallas_kernels.packed_matmul.words import plane_columns
 
-_MAX_LOOKS = 1 << 20  # of all waits of one thread together: about a second
+_MAX_LOOKS = 1 << 20  # of all waits of one thread for one token: about a second
 
 
 class Model(NamedTuple):
@@ -51,6 +56,8 @@ class Model(NamedTuple):
       mixer_norm, gate_norm, glu_norm: [L, columns].
       final_norm: [1, D].
       lower_bound: [L, E] float32, of the forget gates.
+      embedding: [V, D] float32, bfloat16 or int8.
+      embedding_scale: [V, 1] float32, of the rows of an int8 embedding; else None.
     """
 
     mixer_in: Layer
@@ -63,47 +70,61 @@ class Model(NamedTuple):
     glu_norm: jax.Array
     final_norm: jax.Array
     lower_bound: jax.Array
+    embedding: jax.Array
+    embedding_scale: jax.Array | None = None
 
 
-def decode_token(
-    x: jax.Array,
+def decode_tokens(
+    token: jax.Array,
     model: Model,
     h: jax.Array,
-    held: jax.Array | None = None,
+    logits: jax.Array,
+    limit: jax.Array,
+    stop_ids: jax.Array,
     *,
+    steps: int,
     eps: float,
     outer_eps: float,
     dtype: jax.typing.DTypeLike,
+    residual_dtype: jax.typing.DTypeLike,
     config: Config,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Logits and new states after one token of one row.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Reads a token, then the likeliest one that follows, and so on.
+
+    It ends behind `limit` tokens, or before a stop token, which is not read.
 
     Args:
-      x: [1, D], the embedded token; its dtype is the residual stream's.
+      token: [1] int32, the first.
       model: weights.
       h: [L, 1, E] float32 states.
-      held: [1] bool, True to leave the states as they are; None: do not.
+      logits: [1, V] float32, returned if no token is read.
+      limit: [1] int32, most tokens to read; 0 leaves all as it is.
+      stop_ids: [S] int32; -1 is none.
+      steps: most tokens that `limit` may hold; with 1 nothing is chosen.
       eps: of the BitLinears' norms.
       outer_eps: of the other norms.
       dtype: of the products' outputs.
+      residual_dtype: of the stream.
       config: programs and tiles.
       interpret: run as a JAX program, step after step, to check the arithmetic without a GPU.
 
     Returns:
-      [1, V] float32 logits, and [L, 1, E] float32 states.
+      [steps] int32 tokens that were read, -1 behind them; [1, V] float32 logits after the last,
+      and [L, 1, E] float32 states.
 
     Raises:
       ValueError: operands that do not fit; more than one row; columns that 16 does not divide
         (except under `interpret`).
     """
     layers, batch, inner = h.shape
-    if batch != 1 or x.shape[0] != 1:
-        raise ValueError(f"one row at a time, but x is {x.shape} and h {h.shape}")
+    if batch != 1 or token.shape != (1,):
+        raise ValueError(f"one row at a time, but token is {token.shape} and h {h.shape}")
     plan = make_plan(
-        layers=layers, width=x.shape[1], inner=inner, glu=model.glu_in.words[0].shape[1] // 2,
-        vocabulary=model.head.words[0].shape[1], residual_dtype=x.dtype, dtype=dtype, eps=eps,
-        outer_eps=outer_eps, config=config, emulate=interpret,
+        layers=layers, width=model.embedding.shape[1], inner=inner,
+        glu=model.glu_in.words[0].shape[1] // 2, vocabulary=model.head.words[0].shape[1],
+        residual_dtype=residual_dtype, dtype=dtype, eps=eps, outer_eps=outer_eps,
+        boards=2 if steps > 1 else 1, config=config, emulate=interpret,
     )  # fmt: skip
     for step in plan.steps.values():
         if step.columns % 16 and not interpret:
@@ -114,38 +135,37 @@ def decode_token(
                     f"{step.name} has words {words.shape}, but {step.columns} columns need "
                     f"{plane_columns(step.columns) // 4}"
                 )
-    held = jnp.zeros(1, jnp.int32) if held is None else held.astype(jnp.int32)
-    operands = {"h": h, "held": held}
+    operands = {"first": token, "limit": limit, "stop_ids": stop_ids}
     for name, value in model._asdict().items():
         if isinstance(value, Layer):
             for field, arrays in value._asdict().items():
                 operands |= {f"{name}/{field}/{i}": array for i, array in enumerate(arrays)}
-        else:
+        elif value is not None:
             operands[name] = value
-    operands["board_in"] = token_board.empty_board(plan, x[0])
-    vocabulary = plan.steps["head"].rows
-    results = {
-        "logits": jax.ShapeDtypeStruct((1, vocabulary), jnp.float32),
-        "new_h": jax.ShapeDtypeStruct(h.shape, jnp.float32),
-        "board": jax.ShapeDtypeStruct(operands["board_in"].shape, jnp.int32),
+    begun = {
+        "tokens": jnp.full(steps, -1, jnp.int32),
+        "logits": logits,
+        "new_h": h,
+        "board": jnp.full(token_board.board_size(plan), EMPTY, jnp.int32),
     }
 
     def kernel(*refs):
-        _kernel(dict(zip([*operands, *results], refs, strict=True)), plan)
+        names = [*operands, *(f"{name} before" for name in begun), *begun]
+        _kernel(dict(zip(names, refs, strict=True)), plan, steps)
 
     grid = (config.programs,)
     if interpret:  # Programs run one after another: a step must be over before the next begins.
-        grid = (4 * layers + 1, config.programs)
-    logits, new_h, _ = pl.pallas_call(
+        grid = (steps * (4 * layers + 2), config.programs)
+    tokens, logits, new_h, _ = pl.pallas_call(
         kernel,
-        out_shape=list(results.values()),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in begun.values()],
         grid=grid,
-        input_output_aliases={len(operands) - 1: 2},
+        input_output_aliases={len(operands) + i: i for i in range(len(begun))},
         compiler_params=pltriton.CompilerParams(num_warps=config.warps, num_stages=1),
         interpret=interpret,
-        name="decode_token",
-    )(*operands.values())
-    return logits, new_h
+        name="decode_tokens",
+    )(*operands.values(), *begun.values())
+    return tokens, logits, new_h
 
 
 _FOLLOWING = {
@@ -156,36 +176,112 @@ _FOLLOWING = {
 }
 
 
-def _kernel(refs: dict[str, Any], plan: Plan) -> None:
+def _kernel(refs: dict[str, Any], plan: Plan, steps: int) -> None:
     # Read once, here: the interpreter knows program numbers outside conditionals only.
     refs["program"] = pl.program_id(1 if plan.emulate else 0)
+    limit = refs["limit"][0]
+    stop_ids = [refs["stop_ids"][i] for i in range(refs["stop_ids"].shape[0])]
+
+    def goes_on(step: Any, token: jax.Array) -> jax.Array:
+        stops = functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids])
+        return (step < limit) & ~stops
+
+    if plan.emulate:
+        _emulate(refs, plan, steps, goes_on)
+        return
+
+    def read(carry: Any) -> Any:
+        step, token, _, patience, bundle = carry
+        patience, best, bundle = _token(refs | {"step": step}, plan, step, token, patience, bundle)
+        if steps > 1:
+            token, patience = _choose(refs | {"step": step}, plan, best, patience)
+            # Once a wait was in vain there are no more looks; else each token has its own.
+            patience = jnp.where(patience > 0, _MAX_LOOKS, 0)
+        return step + 1, token, goes_on(step + 1, token), patience, bundle
+
+    first = refs["first"][0]
+    start = jnp.int32(0)
+    patience = jnp.full(places(plan).shape, _MAX_LOOKS, jnp.int32)
+    bundle = token_step.prefetch(refs, plan, "mixer_in", start)
+    carry = (start, first, goes_on(start, first), patience, bundle)
+    jax.lax.while_loop(lambda carry: carry[2], read, carry)
+
+
+def _token(
+    refs: dict[str, Any], plan: Plan, step: jax.Array, token: jax.Array, patience: jax.Array,
+    bundle: Any,
+) -> tuple[jax.Array, Any, Any]:  # fmt: skip
+    """One token: what is left of the patience, the largest logits, the next token's bundle."""
     run = functools.partial(token_step.run, refs, plan)
     prefetch = functools.partial(token_step.prefetch, refs, plan)
-    patience = jnp.full(places(plan).shape, _MAX_LOOKS, jnp.int32)
-    if plan.emulate:
-        phase = pl.program_id(0)
-        for number, name in enumerate(plan.steps):
-            layer = 0 if name == "head" else phase // 4
-            last = phase == 4 * plan.layers
-            now = last if name == "head" else (phase % 4 == number) & ~last
-
-            @pl.when(now)
-            def _(name=name, layer=layer):
-                run(name, layer, prefetch(name, layer), lambda: None, patience)
-
-        return
+    _note(refs, plan, step, token)
+    token_choice.embed(refs, plan, token)
 
     def body(layer: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         patience, bundle = carry
+        last = layer == plan.layers - 1
+        patience = token_step.fetch(refs, plan, "head", 0, 0, patience, now=last)
         for name, following in _FOLLOWING.items():
             at = layer if following != "mixer_in" else jnp.minimum(layer + 1, plan.layers - 1)
             for tile in range(plan.config.ahead):
                 patience = token_step.fetch(refs, plan, following, at, tile, patience)
             then = functools.partial(prefetch, following, at)
-            patience, bundle = run(name, layer, bundle, then, patience)
+            patience, bundle, _ = run(name, layer, bundle, then, patience)
         return patience, bundle
 
-    patience, _ = jax.lax.fori_loop(
-        0, plan.layers, body, (patience, prefetch("mixer_in", jnp.int32(0)))
-    )
-    run("head", 0, prefetch("head", 0), lambda: None, patience)
+    patience, _ = jax.lax.fori_loop(0, plan.layers, body, (patience, bundle))
+    then = functools.partial(prefetch, "mixer_in", jnp.int32(0))
+    patience, bundle, best = run("head", 0, prefetch("head", 0), then, patience)
+    return patience, best, bundle
+
+
+def _note(refs: dict[str, Any], plan: Plan, step: jax.Array, token: jax.Array) -> None:
+    """Writes down a token that is read."""
+
+    @pl.when(refs["program"] == 0)
+    def _():
+        refs["tokens"][step] = token
+
+
+def _choose(
+    refs: dict[str, Any], plan: Plan, best: Any, patience: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    patience = token_choice.publish_best(refs, plan, best, patience)
+    return token_choice.choose(refs, plan, patience)
+
+
+def _emulate(
+    refs: dict[str, Any], plan: Plan, steps: int, goes_on: Callable[[Any, jax.Array], jax.Array]
+) -> None:
+    """One phase of one program: all programs finish a phase before the next begins."""
+    phases = 4 * plan.layers + 2
+    step, phase = pl.program_id(0) // phases, pl.program_id(0) % phases
+    refs = refs | {"step": step}
+    patience = jnp.zeros(places(plan).shape, jnp.int32)
+
+    @pl.when(phase == 0)
+    def _():
+        before = refs | {"step": jnp.maximum(step - 1, 0)}
+        token = refs["first"][0]
+        if steps > 1:
+            token = jnp.where(step == 0, token, token_choice.choose(before, plan, patience)[0])
+        read = refs["tokens"][jnp.maximum(step - 1, 0)] >= 0
+
+        @pl.when(goes_on(step, token) & ((step == 0) | read))
+        def _():
+            _note(refs, plan, step, token)
+            token_choice.embed(refs, plan, token)
+
+    layer = (phase - 1) // 4
+    on = refs["tokens"][step] >= 0
+    for number, name in enumerate([*_FOLLOWING, "head"]):
+        at = 0 if name == "head" else layer
+        last = phase == phases - 1
+        now = last if name == "head" else (phase > 0) & ((phase - 1) % 4 == number) & ~last
+
+        @pl.when(now & on)
+        def _(name=name, at=at):
+            bundle = token_step.prefetch(refs, plan, name, at)
+            _, _, best = token_step.run(refs, plan, name, at, bundle, lambda: None, patience)
+            if name == "head" and steps > 1:
+                token_choice.publish_best(refs, plan, best, patience)

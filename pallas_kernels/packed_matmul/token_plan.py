@@ -66,6 +66,8 @@ class Plan(NamedTuple):
       outer_eps: of the other norms.
       dtype: of the products' outputs.
       residual_dtype: of the stream.
+      boards: 2 where one token follows another in the same kernel: while one board fills, each
+        value on the other is taken off.
       config: the cut.
       emulate: run as a JAX program, without the GPU's instructions.
     """
@@ -79,13 +81,14 @@ class Plan(NamedTuple):
     outer_eps: float
     dtype: jnp.dtype
     residual_dtype: jnp.dtype
+    boards: int
     config: Config
     emulate: bool
 
 
 def make_plan(
     *, layers: int, width: int, inner: int, glu: int, vocabulary: int, residual_dtype: Any,
-    dtype: Any, eps: float, outer_eps: float, config: Config, emulate: bool,
+    dtype: Any, eps: float, outer_eps: float, boards: int, config: Config, emulate: bool,
 ) -> Plan:  # fmt: skip
     """The plan of a model of these sizes."""
     steps = (
@@ -98,6 +101,8 @@ def make_plan(
     columns = {"g": inner, "u": inner, "middle": width, "z": glu, "out": width}
     dtypes = {"g": dtype, "u": jnp.float32, "middle": residual_dtype, "z": dtype}
     dtypes["out"] = residual_dtype
+    # One thread writes, but all have a place.
+    columns["best"], dtypes["best"] = 2 * config.programs + LANES * config.warps, jnp.float32
     sizes, slots, end = {}, {}, 0
     for value, count in columns.items():
         half = jnp.dtype(dtypes[value]) == jnp.bfloat16 and not emulate
@@ -107,7 +112,7 @@ def make_plan(
         end += 4 * pl.cdiv(4 * plane_columns(count) * sizes[value], 16)
     return Plan(
         {step.name: step for step in steps}, layers, sizes, slots, end, float(eps),
-        float(outer_eps), jnp.dtype(dtype), jnp.dtype(residual_dtype), config, emulate,
+        float(outer_eps), jnp.dtype(dtype), jnp.dtype(residual_dtype), boards, config, emulate,
     )  # fmt: skip
 
 
@@ -117,15 +122,27 @@ def places(plan: Plan) -> jax.Array:
     return LANES * jnp.arange(warps)[:, None] + jnp.arange(LANES)[None, :]
 
 
+def groups(plan: Plan, columns: int) -> int:
+    """Groups of warps that each hold a whole row; each takes its own rows of a tile.
+
+    A power of two: where a row has fewer words than a program has threads.
+    """
+    words, count = plane_columns(columns) // 4, 1
+    while words * 2 * count <= LANES * plan.config.warps and 2 * count <= plan.config.warps:
+        count *= 2
+    return count
+
+
 def word_numbers(plan: Plan, columns: int) -> list[tuple[jax.Array, jax.Array | None]]:
     """Words of a row that each thread holds: their numbers, and which exist (None: all).
 
     Where one does not exist its number is that of the last.
     """
-    words, threads = plane_columns(columns) // 4, LANES * plan.config.warps
+    words = plane_columns(columns) // 4
+    threads = LANES * plan.config.warps // groups(plan, columns)
     out = []
     for first in range(0, words, threads):
-        word = first + places(plan)
+        word = first + places(plan) % threads
         if first + threads <= words:
             out.append((word, None))
         else:
@@ -133,10 +150,26 @@ def word_numbers(plan: Plan, columns: int) -> list[tuple[jax.Array, jax.Array | 
     return out
 
 
-def tiling(plan: Plan, step: Step) -> tuple[int, int]:
-    """Rows of a tile, and tiles of a program's share."""
+class Tiling(NamedTuple):
+    """How a program's share of a step's rows is cut.
+
+    Attributes:
+      tiles: of a share.
+      rows: of a tile; 32 at most, so that a warp can finish them.
+      each: of those, for each group of warps.
+    """
+
+    tiles: int
+    rows: int
+    each: int
+
+
+def tiling(plan: Plan, step: Step) -> Tiling:
+    """The tiles of a step."""
     share = pl.cdiv(step.rows, plan.config.programs)
-    pieces = pl.cdiv(plane_columns(step.columns) // 4, LANES * plan.config.warps)
-    rows = max(1, plan.config.tile // (pieces * len(step.streams)))
+    count = groups(plan, step.columns)
+    pieces = len(word_numbers(plan, step.columns))
+    rows = count * max(1, plan.config.tile // (pieces * len(step.streams)))
     tiles = pl.cdiv(share, min(rows, LANES, share))
-    return pl.cdiv(share, tiles), tiles
+    each = pl.cdiv(pl.cdiv(share, tiles), count)
+    return Tiling(pl.cdiv(share, count * each), count * each, each)

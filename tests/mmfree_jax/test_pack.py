@@ -394,6 +394,49 @@ def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
     np.testing.assert_array_equal(kept.position_B, state.position_B)
 
 
+@pytest.mark.slow
+def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
+    tree, _, _ = words
+    weight, scale = pack._quantize_rows(np.asarray(tree["embedding"]["weight"], np.float32))
+    tree = tree | {"embedding": {"weight": weight, "scale": scale}}
+    cut = token_gpu.Config(programs=3, warps=4, tile=8, depth=1, copies=2)
+    steps = 4
+    greedy = jax.jit(
+        lambda state, logits, limit, stop: packed_gpu.decode_greedy(
+            tree, BASE, state, logits, limit, stop, steps, token=cut, interpret=True
+        )
+    )
+    step = jax.jit(lambda t, s: packed_model.decode(tree, BASE, t[:, None], s, None))
+    start = jax.random.normal(jax.random.key(2), (1, BASE.vocab_size))
+    logits, state, expected = start, init_state(BASE, 1), []
+    for _ in range(steps):
+        expected.append(int(jnp.argmax(logits)))
+        logits, state = step(jnp.array(expected[-1:]), state)
+    assert len(set(expected)) > 2, "a stream of one token shows little"
+
+    def run(limit, stop):
+        return greedy(init_state(BASE, 1), start, jnp.array([limit]), jnp.array([-1, stop]))
+
+    tokens, found, after = run(steps, -1)
+    assert tokens[0].tolist() == expected
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after.layers["h"], state.layers["h"], rtol=1e-5, atol=1e-5)
+    assert after.position_B.tolist() == [steps]
+
+    stop = expected.index(expected[-1])  # Ends before the first of its kind.
+    tokens, found, after = run(steps, expected[-1])
+    assert tokens[0].tolist() == expected[:stop] + [-1] * (steps - stop)
+    assert after.position_B.tolist() == [stop]
+    tokens, found, after = run(2, -1)
+    assert tokens[0].tolist() == [*expected[:2], -1, -1]
+    again, _, _ = greedy(after, found, jnp.array([3]), jnp.array([-1, -1]))
+    assert again[0].tolist()[:2] == expected[2:]
+    tokens, found, after = run(0, -1)
+    assert tokens[0].tolist() == [-1] * steps
+    np.testing.assert_array_equal(found, start)
+    assert not after.layers["h"].any()
+
+
 def test_every_size_has_a_cut_of_the_kernel(monkeypatch):
     monkeypatch.setattr(packed_gpu, "multiprocessors", lambda: 132)
     assert packed_gpu.token_config(BASE).ahead == 0, "no instruction for it on this device"

@@ -161,16 +161,18 @@ def test_a_whole_token(width, glu, warps, copies):
     model = token_gpu.Model(
         layer(width, width, 3), layer(width, width), layer(2 * glu, width), layer(width, glu),
         layer(vocabulary, width, depth=1), norm, norm, norm, shape(1, width),
-        shape(layers, width, dtype=jnp.float32),
+        shape(layers, width, dtype=jnp.float32), shape(vocabulary, width),
     )  # fmt: skip
-    leaves, tree = jax.tree.flatten((shape(1, width), model, state))
+    one = shape(1, dtype=jnp.int32)
+    logits = shape(1, vocabulary, dtype=jnp.float32)
+    leaves, tree = jax.tree.flatten((one, model, state, logits, one, one))
     config = token_gpu.Config(programs=132, warps=warps, ahead=1, copies=copies)
 
     def call(*leaves):
-        x, model, h = jax.tree.unflatten(tree, leaves)
-        return token_gpu.decode_token(
-            x, model, h, eps=1e-6, outer_eps=1e-6, dtype=jnp.bfloat16, config=config
-        )
+        return token_gpu.decode_tokens(
+            *jax.tree.unflatten(tree, leaves), steps=8, eps=1e-6, outer_eps=1e-6,
+            dtype=jnp.bfloat16, residual_dtype=jnp.bfloat16, config=config,
+        )  # fmt: skip
 
     compiled = compile_for("cuda", call, *[(leaf.shape, leaf.dtype) for leaf in leaves])
     assert marks("cuda") in compiled.as_text()

@@ -308,8 +308,8 @@ def test_kernels_lower_for_cuda(width, inner, batch):
         assert "triton" in lowered.as_text()
 
 
-def whole_token(layers, width, inner, vocabulary, dtype, config):
-    """The kernel of a whole token, and the shapes that it takes."""
+def whole_tokens(layers, width, inner, vocabulary, dtype, config, steps):
+    """The kernel of whole tokens, and the shapes that it takes."""
 
     def shape(*dims, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(dims, dtype)
@@ -326,26 +326,30 @@ def whole_token(layers, width, inner, vocabulary, dtype, config):
     model = token_gpu.Model(
         layer(width, width, 3), layer(width, width), layer(2 * inner, width),
         layer(width, inner), layer(vocabulary, width, depth=1), norm, norm, norm,
-        shape(1, width), norm,
+        shape(1, width), norm, shape(vocabulary, width, dtype=dtype),
     )  # fmt: skip
     call = functools.partial(
-        token_gpu.decode_token, eps=EPS, outer_eps=OUTER_EPS, dtype=dtype, config=config
-    )
-    return call, (shape(1, width, dtype=dtype), model, shape(layers, 1, width))
+        token_gpu.decode_tokens, steps=steps, eps=EPS, outer_eps=OUTER_EPS, dtype=dtype,
+        residual_dtype=dtype, config=config,
+    )  # fmt: skip
+    one = shape(1, dtype=jnp.int32)
+    return call, (one, model, shape(layers, 1, width), shape(1, vocabulary), one, one)
 
 
-@pytest.mark.parametrize(("warps", "dtype"), [(1, jnp.bfloat16), (4, jnp.float32)])
-def test_the_kernel_of_a_whole_token_lowers_for_cuda(warps, dtype):
+@pytest.mark.parametrize(
+    ("warps", "dtype", "steps"), [(1, jnp.bfloat16, 1), (4, jnp.float32, 1), (4, jnp.bfloat16, 8)]
+)
+def test_the_kernel_of_whole_tokens_lowers_for_cuda(warps, dtype, steps):
     config = token_gpu.Config(programs=132, warps=warps, tile=4, ahead=1, copies=2)
-    call, (x, model, h) = whole_token(2, 256, 704, 4096, dtype, config)
-    text = lower_for_cuda(call, x, model, h).as_text()
+    call, (token, model, h, *rest) = whole_tokens(2, 256, 704, 4096, dtype, config, steps)
+    text = lower_for_cuda(call, token, model, h, *rest).as_text()
     assert "triton" in text
     wrong = model._replace(glu_out=model.mixer_out)
     with pytest.raises(ValueError, match="glu_out has words"):
-        lower_for_cuda(call, x, wrong, h)
+        lower_for_cuda(call, token, wrong, h, *rest)
     with pytest.raises(ValueError, match="one row"):
-        lower_for_cuda(call, jax.ShapeDtypeStruct((2, 256), dtype), model, h)
-    odd, shapes = whole_token(2, 250, 704, 4096, dtype, config)
+        lower_for_cuda(call, jax.ShapeDtypeStruct((2,), jnp.int32), model, h, *rest)
+    odd, shapes = whole_tokens(2, 250, 704, 4096, dtype, config, steps)
     with pytest.raises(ValueError, match="250 columns"):
         lower_for_cuda(odd, *shapes)
 
