@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.export import manifest, onnx_graph
 from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
 from mmfree_jax.export.source import Source
+from mmfree_jax.export.web_page import write_page
+from mmfree_jax.infer.text import start_tokens
 from mmfree_jax.interop.writing import new_folder
 
 Grade = Literal["exact", "fast"]
 GRAPH, WEB_GRAPH, DATA = "model.onnx", "model-web.onnx", "model.onnx.data"
+CHAT = Path(__file__).with_name("chat.py")
 # Float32 holds the sums of fewer columns than this exactly.
 _MOST_COLUMNS = 2**24 // 127
 
@@ -62,6 +66,7 @@ def export_onnx(
     *,
     grade: Grade = "exact",
     embedding: Embedding | None = None,
+    web: bool = True,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes an ONNX export.
@@ -72,11 +77,13 @@ def export_onnx(
       grade: "exact": the integers of the training path; "fast": the runtime's own quantisation of
         the activations.
       embedding: dtype of the stored embedding; None: see `default_embedding`.
+      web: also write the web page, if the model has a tokenizer.
       overwrite: replace the folder if it exists.
 
     Raises:
       ConfigError: `out` exists or cannot be written; matrices too wide for exact sums.
       CheckpointError: the source is damaged.
+      DataError: the web page has no means for the model's tokenizer.
     """
     c = source.config
     widest = max(c.hidden_size, c.state_size, c.glu_size)
@@ -99,14 +106,18 @@ def export_onnx(
                 onnx_graph.to_model(graph, data.tensors).SerializeToString()
             )
         tokenizer = _copy_tokenizer(source.tokenizer, folder)
-        shutil.copy2(Path(__file__).with_name("chat.py"), folder / "chat.py")
+        shutil.copy2(CHAT, folder / CHAT.name)
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name not in files:
                 files[name] = manifest.file_entry(path)
+        # Not among the listed files: a page may be changed, or left out on a device.
+        page = 0
+        if web and source.tokenizer is not None:
+            page = write_page(folder, load_tokenizer(source.tokenizer))
         text = json.dumps(_manifest(source, grade, stored, tokenizer, files), indent=2) + "\n"
         (folder / manifest.FILE).write_text(text, encoding="utf-8")
-    size = sum(entry["bytes"] for entry in files.values()) + len(text)
+    size = sum(entry["bytes"] for entry in files.values()) + len(text) + page
     return ExportReport(Path(out), size, stored)
 
 
@@ -142,9 +153,6 @@ def _manifest(
 
 def _copy_tokenizer(source: Path | None, folder: Path) -> dict[str, Any]:
     """Copies a model's tokenizer files; what the manifest says of it."""
-    from mmfree_jax.data.tokenizer import load_tokenizer
-    from mmfree_jax.infer.text import start_tokens
-
     if source is None:
         return {"tokenizer": None, "bos_token_id": None, "eos_token_id": None, "start_ids": []}
     tokenizer = load_tokenizer(source)

@@ -1,0 +1,384 @@
+"""The web page of an export, in a real headless Chromium, against onnxruntime in Python."""
+
+import functools
+import http.server
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import sentencepiece
+import tokenizers
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.data import tokenizer as tokenizer_lib
+from mmfree_jax.errors import DataError
+from mmfree_jax.export import onnx_export, onnx_session, web_tokenizer
+from mmfree_jax.export.source import from_leaves
+from mmfree_jax.infer.pack import leaves_of
+from mmfree_jax.model import LanguageModel
+
+pytestmark = pytest.mark.timeout(180)
+
+TEXTS = [
+    "We hold these truths to be self-evident, that all are created equal. " * 3,
+    "My fellow citizens, the state of our union is strong;\n\tso is  our café 日本.\n\n",
+]
+HARD = [
+    *web_tokenizer.CHECKS,
+    "",
+    " ",
+    "\x00\x7f",
+    *(a + b + c for a, b, c in itertools.product(("e", " ", "\n", "🙂"), ("", "  ", "é"), "a. 日")),
+    *(character * n for character in " =ao\n▁" for n in (2, 3, 5, 7, 11, 16, 33)),
+]
+PROMPT, SECOND = "My fellow citizens, café 日本", " so is our union"
+
+
+def sentencepiece_model(**options) -> tokenizer_lib.SentencePieceTokenizer:
+    """A model of the kind of Mistral's: BPE, bytes for what it does not know, text as it is."""
+    kind = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "vocab_size": 330,
+        "minloglevel": 2,
+    }
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, **(kind | options)
+    )
+    return tokenizer_lib.SentencePieceTokenizer(model.getvalue())
+
+
+@functools.cache
+def make_tokenizers() -> dict[str, tokenizer_lib.Tokenizer]:
+    return {
+        "byte": tokenizer_lib.ByteTokenizer(),
+        "bpe": tokenizer_lib.train_bpe(TEXTS, 300),
+        "sentencepiece": sentencepiece_model(),
+        "no dummy prefix": sentencepiece_model(add_dummy_prefix=False),
+    }
+
+
+# ---- the tokenizer's file, without a browser
+
+
+def check_file(tokenizer, texts):
+    spec = web_tokenizer.browser_tokenizer(tokenizer)
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(spec["encoder"]))
+    for text in texts:
+        ids = encoder.encode(text, add_special_tokens=False).ids if text else []
+        assert ids == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("name", ["bpe", "sentencepiece", "no dummy prefix"])
+def test_the_rewritten_tokenizer_gives_the_same_ids(name):
+    check_file(make_tokenizers()[name], HARD)
+
+
+def test_mistrals_tokenizer_is_rewritten_exactly(shared_dir):
+    mistral = tokenizer_lib.load_tokenizer(shared_dir / "tokenizer" / "mistral_v1.model")
+    check_file(mistral, HARD)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"model_type": "unigram"}, "model type 1"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "character map"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"user_defined_symbols": ["union"]}, "user-defined pieces"),
+    ],
+)
+def test_tokenizers_that_the_page_cannot_match_are_refused(options, word):
+    with pytest.raises(DataError, match=word):
+        web_tokenizer.browser_tokenizer(sentencepiece_model(vocab_size=310, **options))
+
+
+def test_a_tokenizer_json_of_another_kind_is_refused():
+    other = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}))
+    tokenizer = tokenizer_lib.JsonTokenizer(other.to_str().encode())
+    with pytest.raises(DataError, match="WordPiece"):
+        web_tokenizer.browser_tokenizer(tokenizer)
+
+
+# ---- the browser
+
+
+def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer) -> Path:
+    """An export of a model with random weights."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        num_layers=2,
+        intermediate_size=96,
+        compute_dtype="float32",
+        residual_dtype="float32",
+        remat="none",
+    )
+    params = LanguageModel(config).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    tokenizer.save(folder / "tokenizer")
+    source = from_leaves(config, leaves_of(params), name="random", tokenizer=folder / "tokenizer")
+    onnx_export.export_onnx(source, folder / "export")
+    return folder / "export"
+
+
+class Site:
+    """Serves a folder on this machine, with answers put in the place of some files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.instead: dict[str, bytes | None] = {}
+        site = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0].lstrip("/")
+                if path not in site.instead:
+                    super().do_GET()
+                elif (body := site.instead[path]) is None:
+                    self.send_error(404)
+                else:
+                    self.send_response(200)
+                    self.send_header("Content-Type", self.guess_type(path))
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            def end_headers(self) -> None:
+                self.send_header("Cache-Control", "no-store")
+                super().end_headers()
+
+            def log_message(self, *_) -> None:
+                pass
+
+        handler = functools.partial(Handler, directory=str(folder))
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/web/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """An export with its page as `npm ci && npm run build` leave it."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed: apt-get install npm")
+    folder = _export(tmp_path_factory.mktemp("web"), make_tokenizers()["sentencepiece"])
+    for command in (["npm", "ci"], ["npm", "run", "build"]):
+        done = subprocess.run(
+            command, cwd=folder / "web", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "web" / "node_modules")
+    site = Site(folder)
+    yield site
+    site.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium that reaches nothing but this machine."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    from selenium.webdriver.chrome.service import Service
+
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("chromium is not installed: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{argument}")
+    # With both paths given, selenium looks for no driver and no browser of its own.
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    browser.set_script_timeout(60)
+    browser.command_executor.client_config.timeout = 60
+    yield browser
+    browser.quit()
+
+
+def wait(browser, *states: str) -> str:
+    """Waits for one of the page's states; the page may load anew meanwhile."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def state(_):
+        found = browser.execute_script("return document.body?.dataset.state")
+        return found if found in states else None
+
+    return WebDriverWait(browser, 60, 0.05).until(state)
+
+
+def show(browser, site: Site, query: str = "") -> str:
+    browser.get(site.url + query)
+    return wait(browser, "ready", "failed")
+
+
+def read(browser, name: str) -> str:
+    return browser.find_element("id", name).text
+
+
+def configure(browser, **values) -> None:
+    for name, value in values.items():
+        browser.execute_script(
+            "document.getElementById(arguments[0]).value = arguments[1]",
+            name.replace("_", "-"),
+            str(value),
+        )
+
+
+def send(browser, text: str, *, finish: bool = True) -> list[int]:
+    """Types a prompt; returns the tokens of the answer."""
+    browser.find_element("id", "prompt").send_keys(text)
+    browser.find_element("id", "send").click()
+    if not finish:
+        return []
+    assert wait(browser, "ready", "failed") == "ready", read(browser, "error")
+    answers = browser.find_elements("class name", "answer")
+    return [int(i) for i in answers[-1].get_attribute("data-tokens").split(",")]
+
+
+@pytest.mark.parametrize("query", ["", "?threads=1"])
+def test_the_page_streams_what_python_generates(site, browser, query):
+    tokenizer = make_tokenizers()["sentencepiece"]
+    model = onnx_session.load(site.folder)
+    first = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+    expected = list(itertools.islice(onnx_session.greedy(model, first), 40))
+    both = [*first, *expected, *tokenizer.encode(SECOND)]
+    expected_second = list(itertools.islice(onnx_session.greedy(model, both), 30))
+
+    assert show(browser, site, query) == "ready", read(browser, "error")
+    if query:
+        assert read(browser, "threads") == "1"
+    else:
+        cores = browser.execute_script("return navigator.hardwareConcurrency")
+        assert browser.execute_script("return crossOriginIsolated")
+        assert read(browser, "threads") == str(min(4, cores))
+    configure(browser, temperature=0, max_tokens=40)
+    browser.execute_script(
+        "window.changes = 0;"
+        "new MutationObserver(() => window.changes++)"
+        ".observe(document.getElementById('log'), {childList: true, subtree: true});"
+    )
+    assert send(browser, PROMPT) == expected
+    assert browser.execute_script("return window.changes") > 3, "the answer came in one piece"
+    text = tokenizer.decode(first + expected).removeprefix(tokenizer.decode(first))
+    shown = browser.execute_script("return document.querySelector('.answer').textContent")
+    assert shown.replace("\ufffd", "") == text.replace("\ufffd", "")
+    assert re.fullmatch(r"[\d.]+ tokens/s", read(browser, "speed"))
+    assert read(browser, "read") == str(len(first) + 40)
+    assert read(browser, "state").startswith("1 kB")
+
+    # The state carries over, and nothing of it is left behind Reset.
+    configure(browser, max_tokens=30)
+    assert send(browser, SECOND) == expected_second
+    browser.find_element("id", "reset").click()
+    assert read(browser, "log") == ""
+    assert send(browser, PROMPT) == expected[:30]
+
+
+def test_stop_ends_an_answer_and_the_next_prompt_goes_on(site, browser, monkeypatch):
+    # Without an end token, so that nothing but Stop ends the answer.
+    endless = {"export.json": _manifest(site, eos_token_id=None)}
+    monkeypatch.setattr(site, "instead", endless)
+    assert show(browser, site) == "ready", read(browser, "error")
+    configure(browser, temperature=0, max_tokens=100000)
+    send(browser, PROMPT, finish=False)
+    wait(browser, "busy")
+    browser.find_element("id", "stop").click()
+    assert wait(browser, "ready", "failed") == "ready"
+    assert "[stopped]" in read(browser, "log")
+    tokens = browser.find_element("class name", "answer").get_attribute("data-tokens")
+
+    tokenizer, model = make_tokenizers()["sentencepiece"], onnx_session.load(site.folder)
+    generated = [int(i) for i in tokens.split(",") if i]
+    so_far = [tokenizer.bos_id, *tokenizer.encode(PROMPT), *generated]
+    configure(browser, max_tokens=10)
+    expected = onnx_session.greedy(model, [*so_far, *tokenizer.encode(SECOND)])
+    assert send(browser, SECOND) == list(itertools.islice(expected, 10))
+
+
+def test_sampling_follows_its_seed_and_top_k(site, browser):
+    assert show(browser, site) == "ready", read(browser, "error")
+    answers = []
+    for seed, top_k in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        configure(browser, temperature=1, max_tokens=20, seed=seed, top_k=top_k)
+        answers.append(send(browser, PROMPT))
+        browser.find_element("id", "reset").click()
+    configure(browser, temperature=0)
+    assert answers[0] == answers[1] != answers[2]
+    assert answers[3] == send(browser, PROMPT)
+
+
+def test_tokenizers_give_pythons_ids_and_bytes_in_the_browser(site, browser):
+    show(browser, site)
+    script = """
+        const [spec, texts, done] = arguments;
+        Promise.all([import("./tokenizer.js"), import("./vendor/tokenizers.min.mjs")])
+          .then(([page, library]) => {
+            const tokenizer = page.makeTokenizer(spec, library);
+            done(texts.map((text) => {
+              const ids = tokenizer.encode(text);
+              const stream = new page.TextStream(tokenizer, tokenizer.stripSpace);
+              return [ids, ids.map((id) => stream.push(id)).join("") + stream.flush()];
+            }));
+          })
+          .catch((error) => done(String(error)));
+    """
+    for name, tokenizer in make_tokenizers().items():
+        spec = web_tokenizer.browser_tokenizer(tokenizer)
+        found = browser.execute_async_script(script, spec, HARD)
+        expected = [[ids, tokenizer.decode(ids)] for ids in map(tokenizer.encode, HARD)]
+        assert found == expected, name
+
+
+def _manifest(site: Site, **changes) -> bytes:
+    manifest = json.loads((site.folder / "export.json").read_text())
+    return json.dumps(manifest | changes).encode()
+
+
+def test_what_is_wrong_with_the_files_is_said(site, browser, monkeypatch):
+    data = (site.folder / "model.onnx.data").read_bytes()
+    graph = json.loads((site.folder / "export.json").read_text())["web_graph"]
+    tokenizer = json.loads((site.folder / "web" / "tokenizer.json").read_text())
+    tokenizer["checks"][0][1][0] += 1
+    old = b"export const env = {versions: {common: '1.23.2', web: '1.23.2'}, wasm: {}};"
+    faults = {
+        "model.onnx.data has 1000 bytes": {"model.onnx.data": data[:1000]},
+        "model.onnx.data does not have the checksum": {
+            "model.onnx.data": data[:-1] + bytes([data[-1] ^ 1])
+        },
+        f"{graph} is missing (HTTP 404": {graph: None},
+        "export.json is missing": {"export.json": None},
+        "export.json is not JSON": {"export.json": b'{"format": '},
+        "export.json is of format mmfree-onnx 9": {"export.json": _manifest(site, version=9)},
+        "other ids here than in Python": {"web/tokenizer.json": json.dumps(tokenizer).encode()},
+        "npm ci && npm run build": {"web/vendor/ort.wasm.min.mjs": None},
+        "onnxruntime-web 1.23.2 does not read two-bit weights": {
+            "web/vendor/ort.wasm.min.mjs": old
+        },
+    }
+    for message, instead in faults.items():
+        monkeypatch.setattr(site, "instead", instead)
+        assert show(browser, site, "?threads=1") == "failed", message
+        assert message in read(browser, "error")
+        assert not browser.find_element("id", "send").is_enabled()
