@@ -1,10 +1,12 @@
-"""`mmfree export onnx` and `mmfree export stablehlo`: models for other runtimes."""
+"""`mmfree export`: models for other runtimes, and how far they are from the original."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class OnnxConfig:
     embedding: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the stored embedding; None: int8 in the fast grade, in the exact one what the
     model itself reads."""
+    web: bool = True
+    """Also write the web page, web/; needs a tokenizer that the page can read."""
     step: int | None = None
     """Checkpoint of a training run (step); None: the newest."""
     overwrite: bool = False
@@ -49,6 +53,7 @@ def export_onnx(argv: Sequence[str]) -> int:
         config.out,
         grade=config.grade,
         embedding=config.embedding,
+        web=config.web,
         overwrite=config.overwrite,
     )
     print(
@@ -58,10 +63,40 @@ def export_onnx(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(
+    model: Path, export: Path, data: Path, windows: int = 16, length: int = 128, threads: int = 0
+) -> int:
+    """Compare an ONNX export with its model, on held-out text.
+
+    Args:
+      model: The model that was exported.
+      export: Folder of the export.
+      data: Prepared data set (`mmfree data prepare`); its held-out documents are read.
+      windows: Stretches of text, spread over the held-out part; each starts afresh.
+      length: Of a stretch (tokens).
+      threads: Of onnxruntime; 0: one a core.
+    """
+    import numpy as np
+
+    from mmfree_jax.data.dataset import HELDOUT, open_dataset
+    from mmfree_jax.export import agreement, onnx_session
+    from mmfree_jax.infer.load import load_model
+
+    held_out = open_dataset(data, HELDOUT)
+    if held_out.num_tokens < length or length < 2 or windows < 1:
+        raise ConfigError(
+            f"--windows is {windows} and --length {length}, of {held_out.num_tokens} held-out "
+            "tokens: set at least 1 and 2, and a length that there is"
+        )
+    starts = np.linspace(0, held_out.num_tokens - length, windows).astype(int)
+    tokens_WT = np.stack([held_out.tokens(int(s), int(s) + length) for s in starts])
+    exported = onnx_session.load(export, threads=threads)
+    print(f"{export}: {agreement.compare(*load_model(model), exported, tokens_WT)}")
+    return 0
+
+
 def _require_onnx() -> None:
     import importlib.util
-
-    from mmfree_jax.errors import ConfigError
 
     if importlib.util.find_spec("onnx") is None:
         raise ConfigError("onnx is not installed: run pip install 'mmfree-jax[edge]'")

@@ -1,9 +1,7 @@
 """Talks to an exported MatMul-free model: Python, onnxruntime, numpy and its tokenizer, no JAX.
 
 python chat.py --prompt "Fellow citizens"     one continuation
-python chat.py                                type, it goes on; the state carries over
-
-The model's whole memory is `state`, which does not grow with the conversation.
+python chat.py                                type, it goes on; the state, its memory, carries over
 """
 
 import argparse
@@ -21,8 +19,7 @@ import numpy as np
 CHUNK = 64  # tokens of a prompt read at once
 
 
-def fail(message) -> NoReturn:
-    """Ends the program with one line."""
+def fail(message) -> NoReturn:  # noqa: D103
     sys.exit(f"chat.py: error: {message}")
 
 
@@ -41,11 +38,9 @@ def read_manifest(folder):
         if manifest["format"] != "mmfree-onnx" or manifest["version"] > 1:
             fail(f"{folder} is a newer or another kind of export; use the chat.py inside it")
         for name, entry in manifest["files"].items():
+            if (size := (folder / name).stat().st_size) != entry["bytes"]:
+                fail(f"{name} has {size} bytes, not {entry['bytes']}: copy it again")
             with (folder / name).open("rb") as file:
-                size = file.seek(0, 2)
-                if size != entry["bytes"]:
-                    fail(f"{name} has {size} bytes, not {entry['bytes']}: copy it again")
-                file.seek(0)
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     fail(f"{name} does not match its checksum: copy it again")
     except OSError as e:
@@ -64,8 +59,7 @@ def load_session(folder, manifest, threads):
         fail(f"onnxruntime is {found}; run pip install 'onnxruntime>={needed}'")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    graph = folder / manifest["graph"]
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(folder / manifest["graph"], options)
 
 
 def load_tokenizer(folder, manifest):
@@ -79,26 +73,25 @@ def load_tokenizer(folder, manifest):
         return lambda s: tokenizer.encode(s, add_special_tokens=False).ids, tokenizer.decode
     if not file.endswith("byte.json"):
         fail(f"{folder} holds no tokenizer: export a model that has one")
-    text = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")  # noqa: E731
-    return lambda s: list(s.encode()), text
+    return str.encode, lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 def read_tokens(session, ids, state):
     """Logits [vocabulary] after the last of `ids`, and the new state."""
-    logits_BV = np.zeros((1, 0), np.float32)
+    logits = [np.zeros(0, np.float32)]
     for first in range(0, len(ids), CHUNK):
         feeds = {"tokens": np.array([ids[first : first + CHUNK]], np.int64), "state": state}
-        logits_BV, state = session.run(["logits", "next_state"], feeds)
-    return logits_BV[0], state
+        logits, state = session.run(["logits", "next_state"], feeds)
+    return logits[0], state
 
 
-def sample(logits, temperature, top_k, random):
+def sample(logits, args, random):
     """The likeliest token at temperature 0, otherwise one drawn from the top k (0: from all)."""
-    if temperature == 0:
+    if args.temperature == 0:
         return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / temperature
-    if 0 < top_k < len(scaled):
-        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
+    scaled = logits.astype(np.float64) / args.temperature
+    if 0 < args.top_k < len(scaled):
+        scaled[scaled < np.partition(scaled, -args.top_k)[-args.top_k]] = -np.inf
     # The largest of logits with Gumbel noise is a draw from their softmax.
     return int(np.argmax(scaled + random.gumbel(size=len(scaled))))
 
@@ -109,8 +102,7 @@ def answer(session, manifest, decode, ids, state, args, random):
     logits, state = read_tokens(session, ids, state)
     begin, shown = time.perf_counter(), len(decode(window))
     while count < args.max_new_tokens:
-        token = sample(logits, args.temperature, args.top_k, random)
-        if token == manifest["eos_token_id"]:
+        if (token := sample(logits, args, random)) == manifest["eos_token_id"]:
             break
         count += 1
         window.append(token)
@@ -121,7 +113,8 @@ def answer(session, manifest, decode, ids, state, args, random):
             shown = len(decode(window))
         logits, state = read_tokens(session, [token], state)
     speed = f"{count} written at {count / max(time.perf_counter() - begin, 1e-9):.1f} tokens/s"
-    print(f"\n[{len(ids)} tokens read in {begin - start:.2f} s, {speed}]", file=sys.stderr)
+    print()
+    print(f"[{len(ids)} tokens read in {begin - start:.2f} s, {speed}]", file=sys.stderr)
     return state
 
 
@@ -145,11 +138,9 @@ def main():
     prompts = iter(lambda: input("\n> "), None) if args.prompt is None else [args.prompt]
     try:
         for prompt in prompts:
-            ids, first = first + encode(prompt), []
-            if args.prompt is not None:
-                print(prompt, end="", flush=True)
-            if ids := ids or manifest["start_ids"]:
-                state = answer(session, manifest, decode, ids, state, args, random)
+            print(args.prompt or "", end="", flush=True)
+            ids, first = [*first, *encode(prompt)] or manifest["start_ids"], []
+            state = answer(session, manifest, decode, ids, state, args, random)
     except (EOFError, KeyboardInterrupt):
         print()
 

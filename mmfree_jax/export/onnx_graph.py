@@ -141,7 +141,8 @@ def bit_linear(g: Graph, x: str, layer: str, *, outputs: int, inputs: int) -> st
         q = fill_blocks(g, q, inputs)
     product = two_bit_product if g.product == "exact" else integer_product
     sums = product(g, q, layer, outputs=outputs, inputs=columns)
-    q_scale = g.add("Div", absmax, g.constant(127))
+    # XLA too multiplies by the reciprocal where the program divides by 127.
+    q_scale = g.add("Mul", absmax, g.constant(np.float32(1) / np.float32(127)))
     row_scale = g.add("Mul", q_scale, f"{layer}.matrix_scale")
     if g.product == "integer":
         # Changes nothing: it keeps the runtime from a fusion that rounds the product otherwise.

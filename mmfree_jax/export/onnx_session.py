@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.export import manifest as manifests
 
 # Tokens of a prompt that are read at once: memory stays bounded, and products fill the cores.
@@ -42,7 +42,7 @@ class OnnxModel:
 def load(
     folder: str | os.PathLike[str],
     *,
-    threads: int | None = None,
+    threads: int = 0,
     checksums: bool = True,
     graph: str = "graph",
 ) -> OnnxModel:
@@ -50,7 +50,7 @@ def load(
 
     Args:
       folder: that `mmfree export onnx` wrote.
-      threads: of the runtime; None: one a core.
+      threads: of the runtime; 0: one a core.
       checksums: compare every file with its checksum, not only its size.
       graph: which graph: "graph", or "web_graph" for the one without two-bit products.
 
@@ -67,10 +67,13 @@ def load(
     manifests.verify(folder, manifest, checksums=checksums)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads
     path = Path(folder) / manifest[graph]
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises many kinds, none documented
+        reason = " ".join(str(e).split())[:200]
+        raise CheckpointError(f"{path} is refused by onnxruntime: {reason}") from e
     return OnnxModel(manifest, session)
 
 

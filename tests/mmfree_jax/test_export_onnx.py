@@ -1,0 +1,404 @@
+"""ONNX exports: the integers and the stream of the model, and refusal of what is damaged."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import optax
+import pytest
+from onnx import helper
+
+import mmfree_jax
+from mmfree_jax.cli.main import main
+from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
+from mmfree_jax.data.tokenizer import ByteTokenizer
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError
+from mmfree_jax.export import agreement, manifest, onnx_export, onnx_graph, onnx_session, source
+from mmfree_jax.export.onnx_weights import two_bit_codes
+from mmfree_jax.infer import pack
+from mmfree_jax.model import LanguageModel
+from mmfree_jax.presets import preset
+from pallas_kernels.norm_quant.reference import quantize_int8
+
+TINY = preset("tiny").model
+# Widths that no block divides, and a state that is wider than the residual stream.
+ODD = dataclasses.replace(
+    TINY, vocab_size=61, hidden_size=38, intermediate_size=135, expand_ratio=2.0,
+    use_lower_bound=False,
+)  # fmt: skip
+TEXT = (
+    "A language model without matrix multiplication adds and subtracts. Its memory is one vector "
+    "a layer, which does not grow: after one word or after a million it has the same size. So it "
+    "fits a laptop, and a telephone too; and what it has read it keeps as well as it can. "
+)
+PROMPTS = ["A language model", "So it fits", "memory", "zebra 7 ", "it keeps as well as"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has learnt a text by heart: its likeliest tokens are clear."""
+    # The integer sums are the same; this product is quicker on a CPU.
+    model = LanguageModel(dataclasses.replace(TINY, matmul_kernel="xla_f32"))
+    data = np.frombuffer((TEXT * 3).encode(), np.uint8).astype(np.int32)
+    starts = np.random.default_rng(0).integers(0, len(TEXT), (100, 4))
+    batches = jnp.asarray(data[starts[..., None] + np.arange(41)])
+    optimizer = optax.adam(1e-2)
+
+    def loss(params, batch):
+        logits = model.apply({"params": params}, batch[:, :-1])
+        targets = batch[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def step(carry, batch):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    params = model.init(jax.random.key(0), batches[0])["params"]
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), batches))
+    (params, _), losses = run(params)
+    assert losses[-1] < 1.0  # nats a byte
+    return LanguageModel(TINY), params
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ByteTokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(trained, tokenizer_folder, tmp_path_factory):
+    """The folders of both grades."""
+    leaves, out = pack.leaves_of(trained[1]), tmp_path_factory.mktemp("exports")
+    tensors = source.from_leaves(TINY, leaves, name="tiny", tokenizer=tokenizer_folder)
+    for grade in ("exact", "fast"):
+        onnx_export.export_onnx(tensors, out / grade, grade=grade)
+    return out
+
+
+@pytest.fixture(scope="module")
+def exact(exports):
+    return onnx_session.load(exports / "exact", threads=1)
+
+
+@pytest.mark.parametrize("product", ["exact", "integer"])
+@pytest.mark.parametrize("columns", [5, 63, 64, 200])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_sums_are_the_integers_of_training_bit_for_bit(product, columns, rows):
+    rng = np.random.default_rng(columns)
+    x_TK = rng.standard_normal((1, rows, columns)).astype(np.float32)
+    trits_NK = rng.integers(-1, 2, (24, columns)).astype(np.int8)
+    g = onnx_graph.Graph(TINY, product, padded=True)
+    q, absmax = onnx_graph.quantize(g, "x")
+    padded = onnx_graph.padded_columns(columns)
+    make = onnx_graph.two_bit_product if product == "exact" else onnx_graph.integer_product
+    sums = make(g, onnx_graph.fill_blocks(g, q, columns), "m", outputs=24, inputs=padded)
+    constants = {
+        "m.codes": two_bit_codes(trits_NK, padded=True),
+        onnx_graph.ones_name(24, padded): np.ones(24 * padded // onnx_graph.BLOCK, np.float32),
+    }
+    found_q, found_absmax, found = run_graph(g, [q, absmax, sums], constants, x=x_TK)
+    want_q, scale = quantize_int8(jnp.asarray(x_TK))
+    np.testing.assert_array_equal(found_q, np.asarray(want_q))
+    np.testing.assert_allclose(found_absmax / 127, np.asarray(scale), rtol=1e-6)
+    want = np.asarray(want_q, np.int32) @ trits_NK.T.astype(np.int32)
+    np.testing.assert_array_equal(found.astype(np.int32), want)
+    assert (found == np.round(found)).all()
+
+
+def run_graph(g, outputs, constants, **inputs):
+    """What onnxruntime computes of some of a graph's tensors."""
+    value = helper.make_tensor_value_info
+    given = [value(k, onnx.TensorProto.FLOAT, [None] * v.ndim) for k, v in inputs.items()]
+    read = {name for node in g.nodes for name in node.input}
+    initializers = [
+        onnx.numpy_helper.from_array(v, k) for k, v in constants.items() if k in read
+    ] + list(g.constants.values())
+    wanted = [value(name, onnx.TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph(g.nodes, "part", given, wanted, initializers)
+    opsets = [helper.make_opsetid("", onnx_graph.OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=onnx_graph.IR_VERSION)
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)
+
+
+@pytest.mark.parametrize("graph", ["graph", "web_graph"])
+def test_the_exact_grade_writes_what_the_model_writes(trained, exports, graph):
+    ids = [ByteTokenizer().encode(prompt) for prompt in PROMPTS]
+    want = mmfree_jax.generate(*trained, ids, max_new_tokens=220, temperature=0).tokens
+    export = onnx_session.load(exports / "exact", threads=1, graph=graph)
+    for prompt, tokens in zip(ids, want, strict=True):
+        stream = onnx_session.greedy(export, prompt)
+        assert [next(stream) for _ in tokens] == tokens
+
+
+@pytest.mark.parametrize("grade", ["exact", "fast"])
+def test_a_prompt_may_be_read_in_any_chunks(exports, grade):
+    export = onnx_session.load(exports / grade, threads=1)
+    prompt = ByteTokenizer().encode(TEXT)[:150]
+    logits_V, state = onnx_session.prefill(export, prompt, export.start(), chunk=150)
+    assert np.abs(state).max() > 0
+    for chunk in (1, 37, 64):
+        found_V, found = onnx_session.prefill(export, prompt, export.start(), chunk=chunk)
+        if grade == "exact":
+            np.testing.assert_array_equal(found_V, logits_V)
+            np.testing.assert_array_equal(found, state)
+        # The fast kernels add up blocks in an order of their own for one row.
+        np.testing.assert_allclose(found_V, logits_V, atol=0.02 * np.abs(logits_V).max())
+
+
+def test_rows_of_a_batch_do_not_see_each_other(exact):
+    rng = np.random.default_rng(1)
+    tokens_BT = rng.integers(0, 256, (3, 9))
+    logits_BV, state = exact.step(tokens_BT, exact.start(3))
+    for row in range(3):
+        alone_BV, alone = exact.step(tokens_BT[row : row + 1], exact.start())
+        np.testing.assert_array_equal(alone_BV[0], logits_BV[row])
+        np.testing.assert_array_equal(alone[:, 0], state[:, row])
+
+
+@pytest.mark.parametrize("graph", ["graph", "web_graph"])
+def test_the_runtimes_optimisations_change_no_bit(exact, exports, graph):
+    levels = onnxruntime.GraphOptimizationLevel
+    path = exports / "exact" / exact.manifest[graph]
+    prompt = np.array([ByteTokenizer().encode(TEXT)[:50]])
+    want = exact.step(prompt, exact.start())
+    for level in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_BASIC, levels.ORT_ENABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(path, options)
+        found = session.run(None, {"tokens": prompt, "state": exact.start()})
+        for a, b in zip(found, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_agreement_with_the_model_is_close_and_is_measured(trained, exports, exact):
+    text = np.frombuffer((TEXT * 2).encode(), np.uint8)
+    windows_WT = np.stack([text[s : s + 60] for s in (0, 31, 99, 170)]).astype(np.int64)
+    found = agreement.compare(*trained, exact, windows_WT)
+    assert found.tokens == 4 * 59
+    assert found.kl < 1e-5
+    assert found.same_top > 0.99
+    assert found.export_perplexity == pytest.approx(found.perplexity, rel=1e-3)
+    fast = onnx_session.load(exports / "fast", threads=1)
+    quick = agreement.compare(*trained, fast, windows_WT)
+    assert found.kl < quick.kl < 0.05
+    assert quick.same_top > 0.9
+    # Of another model's predictions it says so.
+    other = LanguageModel(TINY).init(jax.random.key(7), jnp.zeros((1, 2), jnp.int32))["params"]
+    assert agreement.compare(trained[0], other, exact, windows_WT).kl > 0.5
+    with pytest.raises(DataError, match="token id 9999"):
+        agreement.compare(*trained, exact, np.array([[1, 9999]]))
+
+
+def test_widths_that_no_block_divides(tmp_path):
+    model = LanguageModel(ODD)
+    params = model.init(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))["params"]
+    tensors = source.from_leaves(ODD, pack.leaves_of(params))
+    tokens_WT = np.random.default_rng(3).integers(0, 61, (4, 9))
+    for grade, most in (("exact", 1e-5), ("fast", 1e-3)):
+        out = tmp_path / grade
+        onnx_export.export_onnx(tensors, out, grade=grade)
+        export, web = (onnx_session.load(out, threads=1, graph=g) for g in ("graph", "web_graph"))
+        assert agreement.compare(model, params, export, tokens_WT).kl < most
+        assert agreement.compare(model, params, web, tokens_WT).kl < 1e-4
+        if grade == "exact":
+            want, _ = export.step(tokens_WT, export.start(4))
+            np.testing.assert_array_equal(web.step(tokens_WT, web.start(4))[0], want)
+
+
+def test_a_packed_model_gives_the_same_files_as_its_run(trained, exports, tmp_path):
+    _, params = trained
+    pack.pack(TINY, pack.leaves_of(params), tmp_path / "packed", dense_dtype="float32", bits="1.6")
+    assert main(
+        ["export", "onnx", "--model", str(tmp_path / "packed"), "--out", str(tmp_path / "out")]
+    ) == 0  # fmt: skip
+    for name in ("model.onnx", "model.onnx.data"):
+        want, found = (
+            (exports / "exact" / name).read_bytes(),
+            (tmp_path / "out" / name).read_bytes(),
+        )
+        assert hashlib.sha256(found).digest() == hashlib.sha256(want).digest()
+
+
+@pytest.mark.parametrize("embedding", ["bfloat16", "int8"])
+def test_the_embedding_is_stored_as_asked(embedding, trained, exact, tmp_path):
+    tensors = source.from_leaves(TINY, pack.leaves_of(trained[1]))
+    onnx_export.export_onnx(tensors, tmp_path / "out", embedding=embedding)
+    export = onnx_session.load(tmp_path / "out", threads=1)
+    size = export.manifest["files"]["model.onnx.data"]["bytes"]
+    assert size < exact.manifest["files"]["model.onnx.data"]["bytes"]
+    tokens = np.array([[65, 66]])
+    logits, want = export.step(tokens, export.start())[0], exact.step(tokens, exact.start())[0]
+    assert not np.array_equal(logits, want)
+    np.testing.assert_allclose(logits, want, atol=0.1 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"short_conv": 4}, "model.short_conv is 4"),
+        ({"mixer_linear": LinearConfig(int8_activations=False)}, "not all BitLinear"),
+        ({"mixer": "attention", "mixer_linear": DENSE, "glu_linear": DENSE}, "model.mixer is"),
+    ],
+)
+def test_an_unsupported_config_is_refused_by_name(change, match):
+    config = dataclasses.replace(TINY, **change)
+    with pytest.raises(ConfigError, match=match):
+        source.from_leaves(config, lambda path: None)
+
+
+def test_sums_that_float32_cannot_hold_are_refused(tmp_path):
+    config = ModelConfig(hidden_size=8, num_layers=1, intermediate_size=140_000)
+    tensors = source.from_leaves(config, lambda path: np.zeros((1, 8), np.float32))
+    with pytest.raises(ConfigError, match="140000 columns"):
+        onnx_export.export_onnx(tensors, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_export_leaves_nothing(trained, tmp_path):
+    def leaf(path):
+        if path[0] == "head":
+            raise CheckpointError("the head is damaged")
+        return pack.leaves_of(trained[1])(path)
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        onnx_export.export_onnx(source.from_leaves(TINY, leaf), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_told(exports, capsys):
+    before = manifest.read(exports / "exact")
+    assert main(["export", "onnx", "--model", str(exports), "--out", str(exports / "exact")]) == 2
+    assert manifest.read(exports / "exact") == before
+    assert "mmfree: error:" in capsys.readouterr().err
+
+
+def damage(kind, folder):
+    data, text = folder / "model.onnx.data", folder / "export.json"
+    if kind == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif kind == "altered":
+        contents = bytearray(data.read_bytes())
+        contents[len(contents) // 2] ^= 1
+        data.write_bytes(contents)
+    elif kind == "missing":
+        data.unlink()
+    elif kind == "manifest":
+        text.write_text(text.read_text()[:-50])
+    elif kind == "newer":
+        text.write_text(json.dumps(json.loads(text.read_text()) | {"version": 9}))
+    elif kind == "runtime":
+        text.write_text(json.dumps(json.loads(text.read_text()) | {"onnxruntime": ">=99.1"}))
+
+
+DAMAGE = {
+    "truncated": "model.onnx.data has",
+    "altered": "checksum",
+    "missing": "model.onnx.data",
+    "manifest": "export.json",
+    "newer": "newer",
+    "runtime": "99.1",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_is_refused(kind, exports, tmp_path):
+    folder = shutil.copytree(exports / "exact", tmp_path / "copy")
+    damage(kind, folder)
+    with pytest.raises((CheckpointError, ConfigError), match=DAMAGE[kind]):
+        onnx_session.load(folder)
+    answer = chat(folder, "--prompt", "x")
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    assert answer.stderr.startswith("chat.py: error:")
+    assert DAMAGE[kind] in answer.stderr
+
+
+def test_an_old_runtime_is_refused_with_the_version_that_is_needed(exact):
+    manifest.check_runtime(manifest.ONNXRUNTIME, exact.manifest)
+    manifest.check_runtime("1.131.0.dev20270101", exact.manifest)
+    with pytest.raises(ConfigError, match=rf"1\.30\.2.*{manifest.ONNXRUNTIME}"):
+        manifest.check_runtime("1.30.2", exact.manifest)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(exact):
+    with pytest.raises(DataError, match="token id 264"):
+        onnx_session.prefill(exact, [1, 264], exact.start())
+    with pytest.raises(DataError, match="empty"):
+        onnx_session.prefill(exact, [], exact.start())
+
+
+def chat(folder, *arguments, typed=""):
+    """Runs the shipped example in a process that can import neither JAX nor this package."""
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(('jax', 'jaxlib', 'flax', 'mmfree_jax')))"
+    )
+    run = f"{blocked}; import runpy; runpy.run_path('chat.py', run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", run, "--threads", "1", *arguments],
+        cwd=folder,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_example_is_short():
+    lines = onnx_export.CHAT.read_text().splitlines()
+    assert len(lines) < 150
+    assert not any("jax" in line for line in lines if line.lstrip().startswith(("import", "from")))
+
+
+def test_the_example_writes_the_models_text_without_jax(exact, exports):
+    prompt = "So it fits"
+    want, _ = continuation(exact, ByteTokenizer().encode(prompt), 60)
+    options = ("--temperature", "0", "--max-new-tokens", "60")
+    answer = chat(exports / "exact", "--prompt", prompt, *options)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == prompt + want + "\n"
+    assert "tokens/s" in answer.stderr
+
+
+def continuation(export, prompt, count, state=None):
+    """The likeliest text, and the state after it."""
+    logits_V, state = onnx_session.prefill(
+        export, prompt, export.start() if state is None else state
+    )
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(np.argmax(logits_V)))
+        logits_V, state = onnx_session.prefill(export, tokens[-1:], state)
+    return ByteTokenizer().decode(tokens), state
+
+
+def test_the_examples_state_carries_over_the_conversation(exact, exports):
+    """Two typed lines read as one text, with the first answer between them."""
+    encode = ByteTokenizer().encode
+    first, state = continuation(exact, encode("A language"), 30)
+    second, _ = continuation(exact, encode(" a layer"), 30, state)
+    options = ("--temperature", "0", "--max-new-tokens", "30")
+    answer = chat(exports / "exact", *options, typed="A language\n a layer\n")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == f"\n> {first}\n\n> {second}\n\n> \n"
+
+
+def test_the_examples_draws_are_reproducible_and_matter(exports):
+    def draw(seed):
+        return chat(exports / "fast", "--prompt", "So", "--seed", seed, "--max-new-tokens", "40")
+
+    first = draw("1").stdout
+    assert first.startswith("So")
+    assert draw("1").stdout == first
+    assert draw("2").stdout != first
