@@ -20,7 +20,7 @@ import tokenizers
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.data import tokenizer as tokenizer_lib
 from mmfree_jax.errors import DataError
-from mmfree_jax.export import onnx_export, onnx_session, web_tokenizer
+from mmfree_jax.export import onnx_export, onnx_session, web_page, web_tokenizer
 from mmfree_jax.export.source import from_leaves
 from mmfree_jax.infer.pack import leaves_of
 from mmfree_jax.model import LanguageModel
@@ -109,6 +109,11 @@ def test_a_tokenizer_json_of_another_kind_is_refused():
     tokenizer = tokenizer_lib.JsonTokenizer(other.to_str().encode())
     with pytest.raises(DataError, match="WordPiece"):
         web_tokenizer.browser_tokenizer(tokenizer)
+
+
+def test_every_file_of_the_page_is_copied():
+    folder = Path(web_page.__file__).parent / "web"
+    assert {path.name for path in folder.iterdir() if path.is_file()} == set(web_page.FILES)
 
 
 # ---- the browser
