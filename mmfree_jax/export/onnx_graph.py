@@ -37,8 +37,8 @@ PRODUCTS: tuple[Product, ...] = ("exact", "integer", "fast")
 
 # Kernels for two bits exist for blocks of 32, 64 and 128 columns.
 BLOCK = 64
-OPSET = 23  # The first with RMSNormalization.
-IR_VERSION = 11
+OPSET = 25  # The first with two-bit numbers.
+IR_VERSION = 13
 # What stands for trit 0; -1 and +1 are the codes beside it. The operator's default zero point.
 ZERO_CODE = 2
 MICROSOFT = "com.microsoft"
@@ -182,6 +182,17 @@ def two_bit_product(g: Graph, x: str, layer: str, *, outputs: int, inputs: int) 
     )
 
 
+def as_numbers(codes: onnx.TensorProto) -> onnx.TensorProto:
+    """The bytes of stored codes, [N, C, b / 4], as a matrix [N, C b] of two-bit numbers."""
+    N, C, size = codes.dims
+    numbers = onnx.TensorProto()
+    numbers.CopyFrom(codes)
+    numbers.data_type = TensorProto.UINT2
+    numbers.ClearField("dims")
+    numbers.dims.extend([N, C * size * 4])
+    return numbers
+
+
 def ones_name(outputs: int, inputs: int) -> str:
     """The blocks' scales, which all matrices of one shape share."""
     return f"ones.{outputs * -(-inputs // BLOCK)}"
@@ -190,16 +201,12 @@ def ones_name(outputs: int, inputs: int) -> str:
 def integer_product(g: Graph, q: str, layer: str, *, outputs: int, inputs: int) -> str:
     """The same sums from integers: q float32 [B, T, K] -> [B, T, N] float32.
 
-    The runtime unpacks the codes once, when it folds constants.
+    The runtime unpacks the codes once, when it folds constants. All that it folds is in memory
+    at the same time, which is why the codes are read as two-bit numbers and not by shifts.
     """
-    shifts = g.constant([0, 2, 4, 6], np.uint8)
-    stored = g.add("Unsqueeze", f"{layer}.codes", g.constant([-1], np.int64))
-    codes = g.add("BitShift", stored, shifts, direction="RIGHT")
-    codes = g.add("BitwiseAnd", codes, g.constant(3, np.uint8))
-    codes = g.add("Reshape", codes, g.constant([outputs, -1], np.int64))
-    if inputs % BLOCK:
-        ends = (g.constant([0], np.int64), g.constant([inputs], np.int64))
-        codes = g.add("Slice", codes, *ends, g.constant([1], np.int64))
+    if missing := -inputs % BLOCK:
+        q = g.add("Pad", q, g.constant([0, 0, 0, 0, 0, missing], np.int64))
+    codes = g.add("Cast", f"{layer}.codes", to=TensorProto.UINT8)
     codes = g.add("Transpose", codes, perm=[1, 0])
     shifted = g.add("Cast", g.add("Add", q, g.constant(128)), to=TensorProto.UINT8)
     sums = g.add(
@@ -327,6 +334,8 @@ def to_model(g: Graph, tensors: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
     used = [tensor for tensor in tensors if tensor.name in read]
     if missing := read - {t.name for t in used} - _computed(g) - {"tokens", "state"}:
         raise ValueError(f"the graph reads tensors that are not stored: {sorted(missing)[:3]}")
+    if g.product == "integer":
+        used = [as_numbers(t) if t.name.endswith(".codes") else t for t in used]
     c = g.config
     state = [c.num_layers, "batch", c.state_size]
     value = helper.make_tensor_value_info
