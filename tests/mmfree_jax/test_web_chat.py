@@ -214,6 +214,7 @@ def browser(tmp_path_factory):
         f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
     ):
         options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     # With both paths given, selenium looks for no driver and no browser of its own.
     browser = webdriver.Chrome(options=options, service=Service(driver))
     browser.set_script_timeout(60)
@@ -271,6 +272,7 @@ def test_the_page_streams_what_python_generates(site, browser, query):
     both = [*first, *expected, *tokenizer.encode(SECOND)]
     expected_second = list(itertools.islice(onnx_session.greedy(model, both), 30))
 
+    browser.get_log("browser")
     assert show(browser, site, query) == "ready", read(browser, "error")
     if query:
         assert read(browser, "threads") == "1"
@@ -299,6 +301,7 @@ def test_the_page_streams_what_python_generates(site, browser, query):
     browser.find_element("id", "reset").click()
     assert read(browser, "log") == ""
     assert send(browser, PROMPT) == expected[:30]
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
 
 def test_stop_ends_an_answer_and_the_next_prompt_goes_on(site, browser, monkeypatch):
@@ -367,6 +370,8 @@ def test_what_is_wrong_with_the_files_is_said(site, browser, monkeypatch):
     tokenizer = json.loads((site.folder / "web" / "tokenizer.json").read_text())
     tokenizer["checks"][0][1][0] += 1
     old = b"export const env = {versions: {common: '1.23.2', web: '1.23.2'}, wasm: {}};"
+    worker = (site.folder / "web" / "worker.js").read_bytes()
+    no_simd = b"WebAssembly.validate = () => false;\n" + worker
     faults = {
         "model.onnx.data has 1000 bytes": {"model.onnx.data": data[:1000]},
         "model.onnx.data does not have the checksum": {
@@ -378,6 +383,7 @@ def test_what_is_wrong_with_the_files_is_said(site, browser, monkeypatch):
         "export.json is of format mmfree-onnx 9": {"export.json": _manifest(site, version=9)},
         "other ids here than in Python": {"web/tokenizer.json": json.dumps(tokenizer).encode()},
         "npm ci && npm run build": {"web/vendor/ort.wasm.min.mjs": None},
+        "no WebAssembly SIMD": {"web/worker.js": no_simd},
         "onnxruntime-web 1.23.2 does not read two-bit weights": {
             "web/vendor/ort.wasm.min.mjs": old
         },
@@ -387,3 +393,17 @@ def test_what_is_wrong_with_the_files_is_said(site, browser, monkeypatch):
         assert show(browser, site, "?threads=1") == "failed", message
         assert message in read(browser, "error")
         assert not browser.find_element("id", "send").is_enabled()
+
+
+def test_a_page_opened_as_a_file_says_that_it_needs_a_server(site, browser):
+    browser.get((site.folder / "web" / "index.html").as_uri())
+    assert "python -m http.server" in read(browser, "error")
+
+
+def test_every_control_has_a_name_for_screen_readers(site, browser):
+    show(browser, site)
+    browser.find_element("tag name", "summary").click()
+    controls = browser.find_elements("css selector", "textarea, input, button, summary, [role=log]")
+    names = [control.accessible_name for control in controls]
+    assert len(names) == 10
+    assert all(names), names
