@@ -63,6 +63,26 @@ def export_onnx(argv: Sequence[str]) -> int:
     return 0
 
 
+def export_stablehlo(
+    model: Path, out: Path, step: int | None = None, chunk: int = 64, overwrite: bool = False
+) -> int:
+    """Write a model's programs as StableHLO for CPU, CUDA and TPU, beside its packed weights.
+
+    Args:
+      model: Training run, packed model (2 bits) or Hugging Face folder.
+      out: Folder to make.
+      step: Checkpoint of a training run (step); None: the newest.
+      chunk: Tokens of a prompt that one call reads.
+      overwrite: Replace the folder if it exists.
+    """
+    from mmfree_jax.export import stablehlo
+
+    folder = stablehlo.export_stablehlo(model, out, step=step, chunk=chunk, overwrite=overwrite)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 2**20:.1f} MiB, for {', '.join(stablehlo.PLATFORMS)}")
+    return 0
+
+
 def compare(
     model: Path, export: Path, data: Path, windows: int = 16, length: int = 128, threads: int = 0
 ) -> int:

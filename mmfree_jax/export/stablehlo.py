@@ -1,0 +1,245 @@
+"""`mmfree export stablehlo`: the model's two programs in XLA's portable form, beside its weights.
+
+    step.stablehlo       one token: (weights, tokens [B, 1], state) -> (logits, state)
+    prefill.stablehlo    a prompt's chunk: (weights, tokens [B, C], length [B], state) -> the same
+    packed.safetensors   the weights, as `mmfree pack` writes them
+    tokenizer/           if the model has one
+    export.json          what is in it, and the order of the arguments; written last
+
+Each program is lowered for CPU, CUDA and TPU in one file; the batch is symbolic. The weights are
+arguments, not constants: a program stays a few dozen kilobytes at any size, the weights exist
+once, and any safetensors reader gives them. They stay at two bits; each layer is unpacked where it
+is used. `jax.export` keeps such files readable for at least six months of JAX releases; a file
+records its version.
+
+    from mmfree_jax.export.stablehlo import load
+    program = load("folder")
+    logits_BV, state = program.prefill(tokens_BC, length_B, program.start(batch))
+    logits_BV, state = program.step(tokens_B1, state)
+
+Without this package: `jax.export.deserialize(bytes).call(weights, ...)`, where `weights` is a dict
+from the tensors' names to arrays.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.export import manifest as manifests
+from mmfree_jax.export.source import check_supported
+from mmfree_jax.infer import load as loading
+from mmfree_jax.infer import pack, packed_model
+from mmfree_jax.interop.writing import new_folder
+from mmfree_jax.model import State
+
+FORMAT = "mmfree-stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+STEP, PREFILL = "step.stablehlo", "prefill.stablehlo"
+CHUNK = 64
+
+Weights = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported model, loaded.
+
+    Attributes:
+      manifest: of the folder.
+      weights: tensors by name.
+      programs: by the names of their files.
+    """
+
+    manifest: dict[str, Any]
+    weights: Weights
+    programs: dict[str, jax_export.Exported]
+
+    def start(self, batch: int = 1) -> jax.Array:
+        """The state before the first token, [L, B, E] float32."""
+        layers, _, width = self.manifest["state_shape"]
+        return jnp.zeros((layers, batch, width), jnp.float32)
+
+    def step(self, tokens_B1: Any, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits [B, V] after one token a row, and the new state."""
+        tokens_B1 = jnp.asarray(tokens_B1, jnp.int32)
+        result: Any = self.programs[STEP].call(self.weights, tokens_B1, state)
+        return result
+
+    def prefill(
+        self, tokens_BC: Any, length_B: Any, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same after the first `length` tokens of each row; the rest is padding."""
+        tokens_BC, length_B = jnp.asarray(tokens_BC, jnp.int32), jnp.asarray(length_B, jnp.int32)
+        result: Any = self.programs[PREFILL].call(self.weights, tokens_BC, length_B, state)
+        return result
+
+
+def export_stablehlo(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    chunk: int = CHUNK,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the programs and the weights.
+
+    Args:
+      model: a training run, a Hugging Face folder, or a packed model at two bits.
+      out: folder to make; it appears whole or not at all.
+      step: checkpoint of a training run; None: the newest.
+      chunk: tokens that one call of `prefill` reads.
+      overwrite: replace the folder if it exists.
+
+    Raises:
+      ConfigError: the model is not MatMul-free throughout, or packed at 1.6 bits; `out` exists.
+      CheckpointError: the model is missing or damaged.
+    """
+    if chunk < 1:
+        raise ConfigError(f"--chunk is {chunk}: set 1 or more")
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        _write_weights(model, folder, step)
+        config, weights = _read_weights(folder)
+        programs = lower(config, weights, chunk=chunk)
+        for name, program in programs.items():
+            (folder / name).write_bytes(program.serialize())
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "version": manifests.VERSION,
+                "vocab_size": config.vocab_size,
+                "state_shape": [config.num_layers, 1, config.state_size],
+                "chunk": chunk,
+                "platforms": PLATFORMS,
+                "jax": jax.__version__,
+                "calling_convention": programs[STEP].calling_convention_version,
+                "weights": [
+                    {"name": name, "dtype": w.dtype.name, "shape": w.shape}
+                    for name, w in weights.items()
+                ],
+                "files": {name: manifests.file_entry(folder / name) for name in names},
+            },
+            indent=2,
+        )
+        (folder / manifests.FILE).write_text(text + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def lower(config: ModelConfig, weights: Weights, *, chunk: int) -> dict[str, jax_export.Exported]:
+    """Both programs for all platforms, by the names of their files.
+
+    Args:
+      config: of the model.
+      weights: arrays or their shapes, by name, sorted.
+      chunk: tokens of a call of the second.
+    """
+    # What any platform runs: the choice of kernels is otherwise this machine's.
+    config = dataclasses.replace(
+        config, matmul_kernel="xla_int8", recurrence_kernel="xla", remat="none"
+    )
+
+    def run(weights, tokens_BT, state, held_BT):
+        position_B = jnp.zeros(tokens_BT.shape[:1], jnp.int32)
+        packed: dict[str, Any] = {}
+        for name, value in weights.items():
+            *path, leaf = name.split("/")
+            node = packed
+            for part in path:
+                node = node.setdefault(part, {})
+            node[leaf] = value
+        logits_BV, after = packed_model.decode(
+            packed, config, tokens_BT, State(position_B, {"h": state}), held_BT, kernels=False
+        )
+        return logits_BV, after.layers["h"]
+
+    def step(weights, tokens_B1, state):
+        return run(weights, tokens_B1, state, None)
+
+    def prefill(weights, tokens_BC, length_B, state):
+        held_BC = jnp.arange(chunk) < length_B[:, None]
+        return run(weights, tokens_BC, state, held_BC.astype(jnp.int32))
+
+    (B,) = jax_export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct
+    given = {name: shape(w.shape, w.dtype) for name, w in weights.items()}
+    state = shape((config.num_layers, B, config.state_size), jnp.float32)
+    tokens_B1, tokens_BC = shape((B, 1), jnp.int32), shape((B, chunk), jnp.int32)
+    length_B = shape((B,), jnp.int32)
+
+    def lowered(function: Callable[..., Any], *arguments: Any) -> jax_export.Exported:
+        return jax_export.export(jax.jit(function), platforms=PLATFORMS)(given, *arguments)
+
+    return {
+        STEP: lowered(step, tokens_B1, state),
+        PREFILL: lowered(prefill, tokens_BC, length_B, state),
+    }
+
+
+def load(folder: str | os.PathLike[str], *, checksums: bool = True) -> Program:
+    """Loads an exported folder onto the default device.
+
+    Args:
+      folder: that `mmfree export stablehlo` wrote.
+      checksums: compare every file with its checksum, not only its size.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or altered, or of a JAX that this one does
+        not read.
+    """
+    path = Path(folder)
+    manifest = manifests.read(path, file_format=FORMAT)
+    manifests.verify(path, manifest, checksums=checksums)
+    _, weights = _read_weights(path)
+    try:
+        programs = {
+            name: jax_export.deserialize(bytearray((path / name).read_bytes()))
+            for name in (STEP, PREFILL)
+        }
+    except Exception as e:  # jax.export raises several kinds
+        reason = " ".join(str(e).split())[:200]
+        raise CheckpointError(
+            f"{path}: the programs were written by jax {manifest['jax']}, and jax "
+            f"{jax.__version__} does not read them ({reason}): export again"
+        ) from e
+    return Program(manifest, weights, programs)
+
+
+def _write_weights(model: str | os.PathLike[str], folder: Path, step: int | None) -> None:
+    if pack.is_packed(model):
+        _, config, bits = pack.open_packed(model)
+        check_supported(config)
+        if bits != "2":
+            raise ConfigError(
+                f"--model {model} is packed at {bits} bits: pack the trained model at 2 bits"
+            )
+        shutil.copy2(Path(model) / pack.FILE, folder / pack.FILE)
+        tokenizer = loading.find_tokenizer(model)
+        if tokenizer is not None and tokenizer.is_dir():
+            shutil.copytree(tokenizer, folder / tokenizer.name)
+        elif tokenizer is not None:
+            shutil.copy2(tokenizer, folder / tokenizer.name)
+        return
+    if loading.is_run(model):
+        config, leaves = loading.run_leaves(model, step=step)
+    else:
+        config, leaves = loading.folder_leaves(model)
+    check_supported(config)
+    tokenizer = loading.find_tokenizer(model)
+    pack.pack(config, leaves, folder, dense_dtype="float32", tokenizer=tokenizer)
+
+
+def _read_weights(folder: Path) -> tuple[ModelConfig, Weights]:
+    reader, config, _ = pack.open_packed(folder)
+    return config, {name: jnp.asarray(reader.read(name)) for name in sorted(reader.names())}
