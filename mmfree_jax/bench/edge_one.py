@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-COPIED = 2048  # tokens that fill a cache are read up to here and copied beyond
+COPIED = 512  # tokens that fill a cache are read up to here and copied beyond
 
 Row = dict[str, Any]
 
@@ -248,6 +248,15 @@ def memory() -> dict[str, float]:
     return found
 
 
+def busy_seconds() -> tuple[float, float]:
+    """Seconds of work of all the machine's cores since it started, and of this process."""
+    ticks = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    idle, waiting = int(ticks[3]), int(ticks[4])
+    times = os.times()
+    busy = (sum(map(int, ticks)) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+    return busy, times.user + times.system
+
+
 def measure_decode(engine: Engine, task: Row) -> Row:
     """Tokens a second of the greedy loop, each timed loop from the same context on."""
     start = time.perf_counter()
@@ -314,8 +323,8 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 def run_task(task: Row) -> Row:
     """Runs one task; its row says what it was and what came out."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["threads"]])
-    load = os.getloadavg()[0]
     before = memory()["rss_mb"]
+    machine_s, own_s = busy_seconds()
     start = time.perf_counter()
     engine = OPEN[task["runtime"]](task)
     load_s = time.perf_counter() - start
@@ -323,13 +332,14 @@ def run_task(task: Row) -> Row:
     row = {
         **task,
         "versions": engine.versions,
-        "load_average": round(load, 2),
         "load_s": round(load_s, 3),
         "rss_before_mb": before,
         "rss_loaded_mb": loaded["rss_mb"],
         **WORKS[task["work"]](engine, task),
     }
-    return row | memory()
+    machine_s, own_s = busy_seconds()[0] - machine_s, busy_seconds()[1] - own_s
+    others = max(0.0, machine_s - own_s) / (time.perf_counter() - start)
+    return row | {"cores_of_others": round(others, 2)} | memory()
 
 
 if __name__ == "__main__":

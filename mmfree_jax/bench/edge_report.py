@@ -40,7 +40,12 @@ def describe(row: Row) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """All rows as Markdown: forms side by side, then speed and memory by context."""
-    parts = ["\n".join(_form_lines(rows)), "\n".join(_context_lines(rows)), verdicts(rows)]
+    parts = [
+        "\n".join(_form_lines(rows)),
+        "\n".join(_context_lines(rows)),
+        verdicts(rows),
+        disturbance(rows),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -128,6 +133,22 @@ def verdicts(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def disturbance(rows: Sequence[Row]) -> str:
+    """How much of the machine other processes took during the measurements."""
+    shares = sorted(
+        (r["cores_of_others"], describe(r).partition(":")[0])
+        for r in rows
+        if "cores_of_others" in r
+    )
+    if not shares:
+        return ""
+    median, (most, where) = shares[len(shares) // 2][0], shares[-1]
+    return (
+        f"Other processes used {median:.2f} cores during the median measurement and {most:.2f} "
+        f"at most ({where})."
+    )
+
+
 def draw(record: Row, path: Path) -> None:
     """Speed and memory by form, and by context."""
     import matplotlib
@@ -141,6 +162,9 @@ def draw(record: Row, path: Path) -> None:
     colors = {form: f"C{number % 10}" for number, form in enumerate(LABELS)}
     first = _first_context(rows)
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
+    if len({r["context"] for r in rows}) < 2:
+        for axis in axes[1]:
+            axis.set_visible(False)
     panels = (
         ("Decoding (tokens/s)", lambda r: r["tokens_per_s"]["median"]),
         ("Peak memory of the process (MB)", lambda r: r["peak_mb"]),
@@ -159,7 +183,7 @@ def draw(record: Row, path: Path) -> None:
                 label=LABELS[form],
                 color=colors[form],
             )
-            top.bar_label(bars, fmt="%.3g", fontsize=6)
+            top.bar_label(bars, fmt="{:,.4g}", fontsize=6)
         top.set_xticks(range(len(sizes)), sizes)
         top.set_yscale("log")
         top.yaxis.set_major_formatter("{x:g}")

@@ -65,6 +65,7 @@ def test_the_command_writes_records_table_and_figure(run):
         assert row["versions"]["onnxruntime"]
         assert row["peak_mb"] >= row["rss_loaded_mb"] > row["rss_before_mb"] > 0
         assert row["file_mb"] > 0
+        assert 0 <= row["cores_of_others"] <= os.cpu_count()
         assert str(run.models) not in json.dumps(row)
     table = (run.out / edge.TABLE).read_text()
     assert "| tiny | MatMul-free, ONNX fast (2 bits) | " in table
@@ -214,14 +215,14 @@ def _row(form, context, speed, peak, size="370M"):
     return {
         "work": "decode", "size": size, "form": form, "context": context, "file_mb": 100.0,
         "tokens_per_s": {"median": speed, "min": speed - 1, "max": speed + 1}, "load_s": 0.5,
-        "rss_loaded_mb": peak - 1, "peak_mb": peak,
+        "rss_loaded_mb": peak - 1, "peak_mb": peak, "cores_of_others": 0.25,
     }  # fmt: skip
 
 
 def test_the_verdict_compares_the_fast_grade_with_the_peer(tmp_path):
     rows = [
         _row("onnx-fast", 32, 150.0, 200.0),
-        _row("llama-q4_0", 32, 80.0, 500.0),
+        _row("llama-q4_0", 32, 80.0, 500.0) | {"cores_of_others": 0.5},
         _row("onnx-fast", 16384, 150.0, 200.0),
         _row("llama-q4_0", 16384, 15.0, 2100.0),
         {"work": "decode", "size": "370M", "form": "jax-cpu", "context": 32, "failed": "why"},
@@ -233,6 +234,7 @@ def test_the_verdict_compares_the_fast_grade_with_the_peer(tmp_path):
     assert "below 1: reached." in text
     assert "| 370M | Transformer++, llama.cpp Q4_0 | 80.0 tokens/s, 500 MB | 15.0 tokens/s" in text
     assert "| why |" in text
+    assert "0.25 cores during the median measurement and 0.50 at most (decode 370M" in text
     record = {"machine": {"threads": 2, "cpu": "some CPU"}, "rows": rows}
     edge_report.draw(record, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
