@@ -116,6 +116,31 @@ def measure(plan: Plan, out: Path, command: str, say: Callable[[str], None]) -> 
     return rows
 
 
+def join(folders: Sequence[Path], out: Path) -> list[Row]:
+    """Puts the rows of earlier runs into one record, table and figure.
+
+    Raises:
+      ConfigError: a folder without a readable record.
+    """
+    commands: list[str] = []
+    rows: list[Row] = []
+    for folder in folders:
+        try:
+            record = json.loads((folder / RECORDS).read_text(encoding="utf-8"))
+            commands += record["commands"] if "commands" in record else [record["command"]]
+            rows += record["rows"]
+        except (OSError, ValueError, KeyError) as e:
+            raise ConfigError(
+                f"--join has {folder}, which has no readable {RECORDS} ({e}): give folders that "
+                "`mmfree bench infer --out` made"
+            ) from e
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"commands": commands, "rows": rows}, indent=1) + "\n"
+    (out / RECORDS).write_text(text, encoding="utf-8")
+    report(rows, out)
+    return rows
+
+
 def _start() -> subprocess.Popen[str]:
     """A process that does its imports, which need no device, and waits for a task."""
     return subprocess.Popen(

@@ -22,7 +22,9 @@ class BenchInferConfig:
     forms: str = "packed,matmulfree-bf16,transformer-bf16"
     """packed: ternary weights at 2 bits; the others compute with dense bfloat16 weights."""
     batch_sizes: str = "1"
-    """Rows decoded at once, separated by commas; above 1 the packed form alone."""
+    """Rows decoded at once, separated by commas."""
+    batch_forms: str = "packed"
+    """Forms decoded with more than one row, separated by commas."""
     steps: int = 64
     """Tokens of one timed loop."""
     repeats: int = 5
@@ -43,6 +45,9 @@ class BenchInferConfig:
     """Preset for which packed and unpacked logits are compared; empty: none."""
     timeout: float = 600.0
     """Longest time for one measurement (seconds)."""
+    join: str = ""
+    """Folders of earlier runs, separated by commas: put their rows together in --out and measure
+    nothing."""
 
 
 def bench_infer(argv: Sequence[str]) -> int:
@@ -60,11 +65,15 @@ def bench_infer(argv: Sequence[str]) -> int:
     config = parse(BenchInferConfig, argv, prog="mmfree bench infer")
     from mmfree_jax.bench import infer
 
+    if config.join:
+        rows = infer.join([Path(name) for name in _names(config.join)], config.out)
+        print(f"{config.out / infer.RECORDS}, {infer.TABLE}, {infer.FIGURE}: {len(rows)} rows")
+        return 0
     plan = infer.Plan(
         sizes=_names(config.sizes),
         forms=_names(config.forms),
         batch_sizes=_numbers("batch-sizes", config.batch_sizes),
-        batch_forms=("packed",),
+        batch_forms=_names(config.batch_forms),
         steps=config.steps,
         repeats=config.repeats,
         prefill=config.prefill,

@@ -101,6 +101,7 @@ def generate(
     reasons: list[FinishReason] = ["length"] * batch
     finished = np.zeros(batch, bool)
     allowance = 1 if on_tokens else _CHUNK
+    ends_itself = decode.ends_itself(variables, batch, sampling.filters())
     while not finished.all():
         remaining = np.array([max_new_tokens - len(row) for row in tokens])
         finished |= remaining <= 0
@@ -117,7 +118,7 @@ def generate(
             sampling.numbers(),
             config=config,
             filters=sampling.filters(),
-            **_loop(int(np.minimum(remaining, allowance)[~finished].max())),
+            **_loop(int(np.minimum(remaining, allowance)[~finished].max()), ends_itself),
         )
         new_BN, stopped_B, sound = jax.device_get((new_BN, stopped_B, _all_finite(own.logits_BV)))
         if not sound:
@@ -232,9 +233,9 @@ def _make_room(config, prompts, session, max_new_tokens) -> Session:
     return jax.tree.map(jnp.copy, session)
 
 
-def _loop(count: int) -> dict[str, Any]:
+def _loop(count: int, ends_itself: bool) -> dict[str, Any]:
     """How the decode loop is compiled to give `count` tokens."""
-    if jax.default_backend() == "cpu":
+    if ends_itself or jax.default_backend() == "cpu":
         return {"steps": _CHUNK, "early_exit": True}
     # A power of two: few programs, and no round trip to the host between tokens.
     return {"steps": 1 << (count - 1).bit_length(), "early_exit": False}

@@ -174,6 +174,19 @@ def prefill(
     )
 
 
+def ends_itself(variables: Variables, batch: int, filters: Filters) -> bool:
+    """Whether a call of `generate_chunk` takes no longer than its tokens, whatever `steps` is.
+
+    So it is for one packed row on a GPU: one kernel chooses and reads token after token.
+    """
+    return (
+        "packed" in variables
+        and filters.greedy
+        and not filters.repetition_penalty
+        and packed_gpu.chains(variables["packed"], batch)
+    )
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "filters", "steps", "early_exit"), donate_argnames="session"
 )
@@ -219,7 +232,7 @@ def generate_chunk(
     rows = jnp.arange(batch)
     if "packed" in variables:
         packed = packed_model.with_bounds(variables["packed"], config)
-        if filters.greedy and not filters.repetition_penalty and packed_gpu.chains(packed, batch):
+        if ends_itself(variables, batch, filters):
             limit_B = jnp.where(finished_B, 0, jnp.minimum(remaining_B, steps))
             tokens_BN, logits_BV, state = packed_gpu.decode_greedy(
                 packed, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps

@@ -41,6 +41,25 @@ def test_a_measurement_that_fails_is_a_row_with_the_reason(tmp_path, monkeypatch
     )
 
 
+def test_runs_can_be_joined(tmp_path, capsys):
+    row = {"work": "decode", "form": "packed", "batch": 1, "failed": "x"}
+    for name, size in (("a", "tiny"), ("b", "370M")):
+        (tmp_path / name).mkdir()
+        record = {"command": f"mmfree bench infer {name}", "rows": [row | {"size": size}]}
+        (tmp_path / name / infer.RECORDS).write_text(json.dumps(record))
+    both = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    assert bench_infer(["--out", str(tmp_path / "c"), "--join", both]) == 0
+    # What was joined can be joined again.
+    again = f"{tmp_path / 'c'},{tmp_path / 'a'}"
+    assert bench_infer(["--out", str(tmp_path / "d"), "--join", again]) == 0
+    record = json.loads((tmp_path / "d" / infer.RECORDS).read_text())
+    assert record["commands"] == [f"mmfree bench infer {name}" for name in "aba"]
+    assert [row["size"] for row in record["rows"]] == ["tiny", "370M", "tiny"]
+    assert "| 370M |" in (tmp_path / "d" / infer.TABLE).read_text()
+    assert main(["bench", "infer", "--out", str(tmp_path / "e"), "--join", str(tmp_path)]) == 2
+    assert infer.RECORDS in capsys.readouterr().err
+
+
 def _plan(sizes, forms, **changes):
     options = {
         "batch_sizes": (1,), "batch_forms": ("packed",), "steps": 2, "repeats": 1, "prefill": 0,

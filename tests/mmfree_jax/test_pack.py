@@ -437,6 +437,19 @@ def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     assert not after.layers["h"].any()
 
 
+def test_few_rows_are_fewer_where_the_model_is_wide(words, monkeypatch):
+    tree, _, _ = words
+    assert not packed_gpu.applies(tree, 1, 1), "there is no GPU"
+    monkeypatch.setattr(packed_gpu.jax, "default_backend", lambda: "gpu")
+    found = []
+    for width in (38, 1024, 1025, 2048, 2560, 5120):
+        wide = tree | {"final_norm": {"scale": np.ones(width)}}
+        assert not packed_gpu.applies(wide, 1, 2), "a prompt"
+        found.append(max(rows for rows in range(1, 9) if packed_gpu.applies(wide, rows, 1)))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] >= 1
+
+
 def test_every_size_has_a_cut_of_the_kernel(monkeypatch):
     monkeypatch.setattr(packed_gpu, "multiprocessors", lambda: 132)
     assert packed_gpu.token_config(BASE).ahead == 0, "no instruction for it on this device"
