@@ -1,14 +1,11 @@
 """The web page of an export, in a real headless Chromium, against onnxruntime in Python."""
 
 import functools
-import http.server
 import io
 import itertools
 import json
 import re
 import shutil
-import subprocess
-import threading
 from pathlib import Path
 
 import jax
@@ -17,6 +14,17 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from mmfree_jax.bench.browser import (
+    Site,
+    answer,
+    build_page,
+    chromium,
+    configure,
+    show,
+    text_of,
+    type_prompt,
+    wait,
+)
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.data import tokenizer as tokenizer_lib
 from mmfree_jax.errors import DataError
@@ -137,130 +145,30 @@ def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer) -> Path:
     return folder / "export"
 
 
-class Site:
-    """Serves a folder on this machine, with answers put in the place of some files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.instead: dict[str, bytes | None] = {}
-        site = self
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0].lstrip("/")
-                if path not in site.instead:
-                    super().do_GET()
-                elif (body := site.instead[path]) is None:
-                    self.send_error(404)
-                else:
-                    self.send_response(200)
-                    self.send_header("Content-Type", self.guess_type(path))
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            def end_headers(self) -> None:
-                self.send_header("Cache-Control", "no-store")
-                super().end_headers()
-
-            def log_message(self, *_) -> None:
-                pass
-
-        handler = functools.partial(Handler, directory=str(folder))
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/web/"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """An export with its page as `npm ci && npm run build` leave it."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: apt-get install npm")
     folder = _export(tmp_path_factory.mktemp("web"), make_tokenizers()["sentencepiece"])
-    for command in (["npm", "ci"], ["npm", "run", "build"]):
-        done = subprocess.run(
-            command, cwd=folder / "web", capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    shutil.rmtree(folder / "web" / "node_modules")
-    site = Site(folder)
-    yield site
-    site.server.shutdown()
+    build_page(folder / "web")
+    with Site(folder, folder) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Headless Chromium that reaches nothing but this machine."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    from selenium.webdriver.chrome.service import Service
-
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("chromium is not installed: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "disable-dev-shm-usage",
-        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # With both paths given, selenium looks for no driver and no browser of its own.
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    browser.set_script_timeout(60)
-    browser.command_executor.client_config.timeout = 60
-    yield browser
-    browser.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
-def wait(browser, *states: str) -> str:
-    """Waits for one of the page's states; the page may load anew meanwhile."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def state(_):
-        found = browser.execute_script("return document.body?.dataset.state")
-        return found if found in states else None
-
-    return WebDriverWait(browser, 60, 0.05).until(state)
-
-
-def show(browser, site: Site, query: str = "") -> str:
-    browser.get(site.url + query)
-    return wait(browser, "ready", "failed")
-
-
-def read(browser, name: str) -> str:
-    return browser.find_element("id", name).text
-
-
-def configure(browser, **values) -> None:
-    for name, value in values.items():
-        browser.execute_script(
-            "document.getElementById(arguments[0]).value = arguments[1]",
-            name.replace("_", "-"),
-            str(value),
-        )
-
-
-def send(browser, text: str, *, finish: bool = True) -> list[int]:
+def send(browser, text: str) -> list[int]:
     """Types a prompt; returns the tokens of the answer."""
-    browser.find_element("id", "prompt").send_keys(text)
-    browser.find_element("id", "send").click()
-    if not finish:
-        return []
-    assert wait(browser, "ready", "failed") == "ready", read(browser, "error")
-    answers = browser.find_elements("class name", "answer")
-    return [int(i) for i in answers[-1].get_attribute("data-tokens").split(",")]
+    type_prompt(browser, text)
+    return answer(browser)
 
 
 @pytest.mark.parametrize("query", ["", "?threads=1"])
@@ -273,13 +181,13 @@ def test_the_page_streams_what_python_generates(site, browser, query):
     expected_second = list(itertools.islice(onnx_session.greedy(model, both), 30))
 
     browser.get_log("browser")
-    assert show(browser, site, query) == "ready", read(browser, "error")
+    assert show(browser, site, query) == "ready", text_of(browser, "error")
     if query:
-        assert read(browser, "threads") == "1"
+        assert text_of(browser, "threads") == "1"
     else:
         cores = browser.execute_script("return navigator.hardwareConcurrency")
         assert browser.execute_script("return crossOriginIsolated")
-        assert read(browser, "threads") == str(min(4, cores))
+        assert text_of(browser, "threads") == str(min(4, cores))
     configure(browser, temperature=0, max_tokens=40)
     browser.execute_script(
         "window.changes = 0;"
@@ -291,15 +199,15 @@ def test_the_page_streams_what_python_generates(site, browser, query):
     text = tokenizer.decode(first + expected).removeprefix(tokenizer.decode(first))
     shown = browser.execute_script("return document.querySelector('.answer').textContent")
     assert shown.replace("\ufffd", "") == text.replace("\ufffd", "")
-    assert re.fullmatch(r"[\d.]+ tokens/s", read(browser, "speed"))
-    assert read(browser, "read") == str(len(first) + 40)
-    assert read(browser, "state").startswith("1 kB")
+    assert re.fullmatch(r"[\d.]+ tokens/s", text_of(browser, "speed"))
+    assert text_of(browser, "read") == str(len(first) + 40)
+    assert text_of(browser, "state").startswith("1 kB")
 
     # The state carries over, and nothing of it is left behind Reset.
     configure(browser, max_tokens=30)
     assert send(browser, SECOND) == expected_second
     browser.find_element("id", "reset").click()
-    assert read(browser, "log") == ""
+    assert text_of(browser, "log") == ""
     assert send(browser, PROMPT) == expected[:30]
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
@@ -308,13 +216,13 @@ def test_stop_ends_an_answer_and_the_next_prompt_goes_on(site, browser, monkeypa
     # Without an end token, so that nothing but Stop ends the answer.
     endless = {"export.json": _manifest(site, eos_token_id=None)}
     monkeypatch.setattr(site, "instead", endless)
-    assert show(browser, site) == "ready", read(browser, "error")
+    assert show(browser, site) == "ready", text_of(browser, "error")
     configure(browser, temperature=0, max_tokens=100000)
-    send(browser, PROMPT, finish=False)
+    type_prompt(browser, PROMPT)
     wait(browser, "busy")
     browser.find_element("id", "stop").click()
     assert wait(browser, "ready", "failed") == "ready"
-    assert "[stopped]" in read(browser, "log")
+    assert "[stopped]" in text_of(browser, "log")
     tokens = browser.find_element("class name", "answer").get_attribute("data-tokens")
 
     tokenizer, model = make_tokenizers()["sentencepiece"], onnx_session.load(site.folder)
@@ -326,7 +234,7 @@ def test_stop_ends_an_answer_and_the_next_prompt_goes_on(site, browser, monkeypa
 
 
 def test_sampling_follows_its_seed_and_top_k(site, browser):
-    assert show(browser, site) == "ready", read(browser, "error")
+    assert show(browser, site) == "ready", text_of(browser, "error")
     answers = []
     for seed, top_k in ((1, 0), (1, 0), (2, 0), (1, 1)):
         configure(browser, temperature=1, max_tokens=20, seed=seed, top_k=top_k)
@@ -391,13 +299,13 @@ def test_what_is_wrong_with_the_files_is_said(site, browser, monkeypatch):
     for message, instead in faults.items():
         monkeypatch.setattr(site, "instead", instead)
         assert show(browser, site, "?threads=1") == "failed", message
-        assert message in read(browser, "error")
+        assert message in text_of(browser, "error")
         assert not browser.find_element("id", "send").is_enabled()
 
 
 def test_a_page_opened_as_a_file_says_that_it_needs_a_server(site, browser):
     browser.get((site.folder / "web" / "index.html").as_uri())
-    assert "python -m http.server" in read(browser, "error")
+    assert "python -m http.server" in text_of(browser, "error")
 
 
 def test_every_control_has_a_name_for_screen_readers(site, browser):

@@ -68,7 +68,9 @@ function amount(bytes) {
 }
 
 function rate(tokens, seconds) {
-  return seconds > 0 && tokens > 0 ? `${(tokens / seconds).toPrecision(3)} tokens/s` : "-";
+  if (!(seconds > 0 && tokens > 0)) return "-";
+  const perSecond = tokens / seconds;
+  return `${perSecond < 100 ? perSecond.toPrecision(2) : Math.round(perSecond)} tokens/s`;
 }
 
 /** The first token of an answer comes with the prompt: the others took the time. */
