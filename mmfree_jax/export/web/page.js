@@ -64,7 +64,7 @@ function enable() {
 }
 
 function amount(bytes) {
-  return bytes < MEGABYTE ? `${Math.ceil(bytes / 1000)} kB` : `${(bytes / MEGABYTE).toFixed(1)} MB`;
+  return bytes < MEGABYTE ? `${Math.max(1, Math.round(bytes / 1000))} kB` : `${(bytes / MEGABYTE).toFixed(1)} MB`;
 }
 
 function rate(tokens, seconds) {
