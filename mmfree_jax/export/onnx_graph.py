@@ -36,9 +36,11 @@ Product = Literal["exact", "integer", "fast"]
 PRODUCTS: tuple[Product, ...] = ("exact", "integer", "fast")
 
 # Kernels for two bits exist for blocks of 32, 64 and 128 columns.
-BLOCK = 64
-OPSET = 25  # The first with two-bit numbers.
-IR_VERSION = 13
+BLOCK = 128
+# Versions of the operators and of the file format: the first with RMSNormalization, and for
+# `integer` the first with two-bit numbers.
+OPSETS = {"exact": 23, "fast": 23, "integer": 25}
+IR_VERSIONS = {"exact": 11, "fast": 11, "integer": 13}
 # What stands for trit 0; -1 and +1 are the codes beside it. The operator's default zero point.
 ZERO_CODE = 2
 MICROSOFT = "com.microsoft"
@@ -352,9 +354,9 @@ def to_model(g: Graph, tensors: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
         ],
         [*used, *g.constants.values()],
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    opsets = [helper.make_opsetid("", OPSETS[g.product]), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(
-        graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="mmfree-jax"
+        graph, opset_imports=opsets, ir_version=IR_VERSIONS[g.product], producer_name="mmfree-jax"
     )
 
 
