@@ -182,28 +182,35 @@ def _make_float32(packed: Path, part: Path) -> None:
     import onnx
     from onnx import helper, numpy_helper
 
-    from mmfree_jax.export.onnx_export import GRAPH, export_onnx
+    from mmfree_jax.export.onnx_export import DATA, GRAPH, export_onnx
+    from mmfree_jax.export.onnx_weights import DataFile
     from mmfree_jax.export.source import open_source
 
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:
         export_onnx(open_source(packed), Path(folder) / "fast", grade="fast", embedding="float32")
         model = onnx.load(Path(folder) / "fast" / GRAPH)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    dense: dict[str, onnx.TensorProto] = {}
+    part.mkdir()
+    data = DataFile(part / DATA)
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
             continue
         codes, scales = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
         name = f"{node.input[1]}.float32"
-        dense[name] = numpy_helper.from_array(_unpacked(codes, scales, node), name)
-        new = helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
-        node.CopyFrom(new)
+        data.write(name, _unpacked(codes, scales, node))
+        node.CopyFrom(helper.make_node("MatMul", [node.input[0], name], node.output, node.name))
     read = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    small = []
+    for name in sorted(read & stored.keys()):
+        array = numpy_helper.to_array(stored[name])
+        if array.dtype == np.float32 and array.size > 1:
+            data.write(name, array)
+        else:
+            small.append(stored[name])
     del model.graph.initializer[:]
-    model.graph.initializer.extend([*kept, *dense.values()])
-    part.mkdir()
-    onnx.save(model, part / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data")
+    model.graph.initializer.extend([*small, *data.tensors])
+    data.close()
+    onnx.save(model, part / GRAPH)
 
 
 def _unpacked(codes_NCb: np.ndarray, scales: np.ndarray, node: Any) -> np.ndarray:
