@@ -121,9 +121,16 @@ def _packed_trits(
 ) -> tuple[np.ndarray, np.ndarray]:
     shape, layer = shapes[leaf], "/".join(leaf[:-1])
     size = packed_matmul.packed_columns(shape[-1], bits)
-    packed = jnp.asarray(reader.read(f"{layer}/packed", (*shape[:-1], size)))
+    packed = reader.read(f"{layer}/packed", (*shape[:-1], size))
     scale = reader.read(f"{layer}/scale", (*shape[:-2], 1, 1))
-    return np.asarray(packed_matmul.unpack(packed, shape[-1], bits=bits)), scale
+    # One matrix at a time: unpacking takes 16 times the packed bytes.
+    trits = np.empty((int(np.prod(shape[:-2])), *shape[-2:]), np.int8)
+    for out_NK, packed_NQ in zip(trits, packed.reshape(-1, shape[-2], size), strict=True):
+        out_NK[:] = _unpack(jnp.asarray(packed_NQ), shape[-1], bits=bits)
+    return trits.reshape(shape), scale
+
+
+_unpack = jax.jit(packed_matmul.unpack, static_argnums=1, static_argnames="bits")
 
 
 def check_supported(config: ModelConfig) -> None:

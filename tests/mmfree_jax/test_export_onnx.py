@@ -393,9 +393,10 @@ def test_the_examples_state_carries_over_the_conversation(exact, exports):
     """Two typed lines read as one text, with the first answer between them."""
     encode = ByteTokenizer().encode
     first, state = continuation(exact, encode("A language"), 30)
-    second, _ = continuation(exact, encode(" a layer"), 30, state)
+    second, _ = continuation(exact, encode("a"), 30, state)
+    assert second != continuation(exact, encode("a"), 30)[0]
     options = ("--temperature", "0", "--max-new-tokens", "30")
-    answer = chat(exports / "exact", *options, typed="A language\n a layer\n")
+    answer = chat(exports / "exact", *options, typed="A language\na\n")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == f"\n> {first}\n\n> {second}\n\n> \n"
 
