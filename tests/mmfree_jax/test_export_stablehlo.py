@@ -20,9 +20,13 @@ PROMPTS = [[65, 66, 67, 68, 69, 70, 71], [80, 81]]
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    model = LanguageModel(TINY)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+def params():
+    init = jax.jit(LanguageModel(TINY).init)
+    return init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="module")
+def packed(params, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "model"
     pack.pack(TINY, pack.leaves_of(params), out, dense_dtype="float32")
     return out
@@ -87,9 +91,7 @@ def test_damaged_files_are_refused(name, folder, tmp_path):
         stablehlo.load(copy)
 
 
-def test_what_cannot_be_exported_is_refused(packed, folder, tmp_path, capsys):
-    model = LanguageModel(TINY)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+def test_what_cannot_be_exported_is_refused(params, packed, folder, tmp_path, capsys):
     pack.pack(TINY, pack.leaves_of(params), tmp_path / "dense", bits="1.6")
     with pytest.raises(ConfigError, match=r"1\.6 bits"):
         stablehlo.export_stablehlo(tmp_path / "dense", tmp_path / "out")
