@@ -84,7 +84,14 @@ def export_stablehlo(
 
 
 def compare(
-    model: Path, export: Path, data: Path, windows: int = 16, length: int = 128, threads: int = 0
+    model: Path,
+    export: Path,
+    data: Path,
+    windows: int = 16,
+    length: int = 128,
+    continuations: int = 0,
+    new_tokens: int = 200,
+    threads: int = 0,
 ) -> int:
     """Compare an ONNX export with its model, on held-out text.
 
@@ -94,6 +101,9 @@ def compare(
       data: Prepared data set (`mmfree data prepare`); its held-out documents are read.
       windows: Stretches of text, spread over the held-out part; each starts afresh.
       length: Of a stretch (tokens).
+      continuations: Also continue the first 12 tokens of so many stretches greedily, and compare
+        with `mmfree generate --temperature 0`.
+      new_tokens: Of a continuation (tokens).
       threads: Of onnxruntime; 0: one a core.
     """
     import numpy as np
@@ -103,15 +113,29 @@ def compare(
     from mmfree_jax.infer.load import load_model
 
     held_out = open_dataset(data, HELDOUT)
-    if held_out.num_tokens < length or length < 2 or windows < 1:
+    if not 2 <= length <= held_out.num_tokens or windows < 1 or continuations < 0 or new_tokens < 1:
         raise ConfigError(
-            f"--windows is {windows} and --length {length}, of {held_out.num_tokens} held-out "
-            "tokens: set at least 1 and 2, and a length that there is"
+            f"--windows is {windows}, --length {length}, --continuations {continuations} and "
+            f"--new-tokens {new_tokens}, of {held_out.num_tokens} held-out tokens: set a length "
+            "from 2 to these, and the others at least 1"
         )
-    starts = np.linspace(0, held_out.num_tokens - length, windows).astype(int)
-    tokens_WT = np.stack([held_out.tokens(int(s), int(s) + length) for s in starts])
+
+    def stretches(count: int, size: int) -> np.ndarray:
+        starts = np.linspace(0, held_out.num_tokens - size, count).astype(int)
+        return np.stack([held_out.tokens(int(start), int(start) + size) for start in starts])
+
     exported = onnx_session.load(export, threads=threads)
-    print(f"{export}: {agreement.compare(*load_model(model), exported, tokens_WT)}")
+    own = load_model(model)
+    print(f"{export}: {agreement.compare(*own, exported, stretches(windows, length))}")
+    if continuations:
+        prompts = stretches(continuations, min(12, length)).tolist()
+        counts = agreement.same_continuations(*own, exported, prompts, new_tokens=new_tokens)
+        left = [count for count in counts if count < new_tokens]
+        others = f"; the others leave it after a median of {np.median(left):.0f}" if left else ""
+        print(
+            f"{export}: {continuations - len(left)} of {continuations} greedy continuations of "
+            f"{new_tokens} tokens are the model's{others}"
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ Shapes: W windows of text, T tokens in each, D hidden channels, V vocabulary.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.errors import DataError
+from mmfree_jax.export import onnx_session
 from mmfree_jax.export.onnx_session import OnnxModel
+from mmfree_jax.infer import as_variables, generate
 from mmfree_jax.model import LanguageModel
 
 
@@ -72,8 +75,6 @@ def compare(
             f"the text has token id {tokens_WT.max()}: the model's ids go from 0 to "
             f"{model.config.vocab_size - 1}"
         )
-    from mmfree_jax.infer import as_variables
-
     config = dataclasses.replace(
         model.config, compute_dtype="float32", residual_dtype="float32", remat="none"
     )
@@ -101,6 +102,35 @@ def compare(
         math.exp(export_loss / count),
         largest,
     )
+
+
+def same_continuations(
+    model: LanguageModel,
+    params: dict[str, Any],
+    export: OnnxModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+) -> list[int]:
+    """Tokens that the greedy continuations have in common with those of `generate`.
+
+    Args:
+      model: in its own compute dtype.
+      params: its parameters, or what `as_variables` made of them.
+      export: loaded.
+      prompts: token ids.
+      new_tokens: of each continuation.
+
+    Returns:
+      For each prompt the tokens before the first that differs; `new_tokens` where none does.
+    """
+    out = generate(model, params, prompts, max_new_tokens=new_tokens, temperature=0)
+    counts = []
+    for prompt, want in zip(prompts, out.tokens, strict=True):
+        found = onnx_session.greedy(export, prompt)
+        same = [a == b for a, b in zip(found, want, strict=False)]
+        counts.append([*same, False].index(False))
+    return counts
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -200,8 +200,12 @@ def test_agreement_with_the_model_is_close_and_is_measured(trained, exports, exa
     quick = agreement.compare(*trained, fast, windows_WT)
     assert found.kl < quick.kl < 0.05
     assert quick.same_top > 0.9
+    prompts = [ByteTokenizer().encode(prompt) for prompt in PROMPTS]
+    assert agreement.same_continuations(*trained, exact, prompts, new_tokens=220) == [220] * 5
     # Of another model's predictions it says so.
     other = jax.tree.map(lambda x: -x, trained[1])
+    counts = agreement.same_continuations(trained[0], other, exact, prompts, new_tokens=220)
+    assert max(counts) < 10
     assert agreement.compare(trained[0], other, exact, windows_WT).kl > 0.5
     with pytest.raises(DataError, match="token id 9999"):
         agreement.compare(*trained, exact, np.array([[1, 9999]]))
