@@ -65,8 +65,14 @@ def compare(
       tokens_WT: int, at least two tokens in each window.
 
     Raises:
-      DataError: windows of one token, or tokens that the model does not have.
+      DataError: windows of one token, tokens that the model does not have, or an export of
+        another model.
     """
+    if (found := export.manifest["vocab_size"]) != model.config.vocab_size:
+        raise DataError(
+            f"the export has {found} tokens, the model {model.config.vocab_size}: it is of another "
+            "model"
+        )
     W, T = tokens_WT.shape
     if T < 2 or W < 1:
         raise DataError(f"the text has {W} windows of {T} tokens: give one of two tokens or more")

@@ -207,6 +207,8 @@ def test_agreement_with_the_model_is_close_and_is_measured(trained, exports, exa
     counts = agreement.same_continuations(trained[0], other, exact, prompts, new_tokens=220)
     assert max(counts) < 10
     assert agreement.compare(trained[0], other, exact, windows_WT).kl > 0.5
+    with pytest.raises(DataError, match="264 tokens, the model 61"):
+        agreement.compare(LanguageModel(ODD), other, exact, windows_WT)
     with pytest.raises(DataError, match="token id 9999"):
         agreement.compare(*trained, exact, np.array([[1, 9999]]))
 
