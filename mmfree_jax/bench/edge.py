@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,6 +27,8 @@ FIGURE = "edge.png"
 # Tokens of a prompt that are read at once: what each runtime's own program does. (The JAX path
 # cuts prompts itself.)
 PIECES = {"onnx": onnx_session.CHUNK, "jax": 0, "llama": 512}
+# How often a measurement is taken while other programs disturb it.
+ATTEMPTS = 3
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -45,6 +48,7 @@ class Plan:
     prefill: int
     peer_python: str
     models: Path | None
+    quiet: float
     timeout_s: float
 
 
@@ -68,6 +72,8 @@ def check(plan: Plan) -> None:
     for name in ("threads", "steps", "repeats"):
         if getattr(plan, name) < 1:
             raise ConfigError(f"--{name} is {getattr(plan, name)}: set 1 or more")
+    if plan.quiet < 0:
+        raise ConfigError(f"--quiet is {plan.quiet}: set a number of cores, 0 or more")
     if plan.prefill < 0:
         raise ConfigError(f"--prefill is {plan.prefill}: set 0 (none) or more")
     for context in plan.contexts:
@@ -175,7 +181,7 @@ def _measure(
         if number in failures:
             row = task | {"failed": failures[number]}
         else:
-            row = _run(task, _python(plan, task), plan.timeout_s)
+            row = _run_quietly(plan, task)
         record["rows"].append(row)
         say(describe(row))
         (out / RECORDS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -191,6 +197,17 @@ def write_report(record: Row, out: Path) -> None:
 
 def _python(plan: Plan, task: Row) -> str:
     return plan.peer_python if task["runtime"] == "llama" else sys.executable
+
+
+def _run_quietly(plan: Plan, task: Row) -> Row:
+    """The first measurement that nothing disturbed, or the least disturbed one."""
+    rows: list[Row] = []
+    for _ in range(ATTEMPTS):
+        rows.append(_run(task, _python(plan, task), plan.timeout_s))
+        if rows[-1].get("cores_of_others", 0) <= plan.quiet:
+            break
+    best = min(rows, key=lambda row: row.get("cores_of_others", math.inf))
+    return best | {"attempts": len(rows)}
 
 
 def _run(task: Row, python: str, timeout_s: float) -> Row:

@@ -165,6 +165,8 @@ def open_llama(task: Row) -> Engine:
     options.n_threads = options.n_threads_batch = task["threads"]
     options.n_batch = options.n_ubatch = task["piece"]
     options.no_perf = True
+    # Off, as llama-cpp-python's own class has it; on a CPU with AVX2 it was also the faster.
+    options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if task["work"] == "context":  # a second sequence in the same cache, for `fill`
         options.n_seq_max, options.kv_unified = 2, True
     context = llama.llama_init_from_model(model, options)
