@@ -188,7 +188,7 @@ def open_llama(task: Row) -> Engine:
 
     def fill(tokens: Sequence[int]) -> None:
         # Keys and values of the first tokens again and again, moved to their places: reading all
-        # takes hours on a small machine, and neither speed nor memory depends on the content.
+        # takes long, and neither speed nor memory depends on the content.
         read(tokens[:COPIED])
         size = llama.llama_state_seq_get_size(context, 0)
         data = (ctypes.c_uint8 * size)()

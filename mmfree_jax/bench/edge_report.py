@@ -183,11 +183,8 @@ def draw(record: Row, path: Path) -> None:
                 label=LABELS[form],
                 color=colors[form],
             )
-            top.bar_label(bars, fmt="{:,.4g}", fontsize=6)
+            top.bar_label(bars, fmt="{:,.0f}", fontsize=6)
         top.set_xticks(range(len(sizes)), sizes)
-        top.set_yscale("log")
-        top.yaxis.set_major_formatter("{x:g}")
-        top.yaxis.set_minor_formatter("")
         top.set_xlabel(f"Model, {first} tokens of context")
         top.set_ylabel(label)
         for size_number, size in enumerate(sizes):
@@ -207,7 +204,7 @@ def draw(record: Row, path: Path) -> None:
         bottom.set_ylim(bottom=0)
         bottom.set_xlabel("Context (tokens)")
         bottom.set_ylabel(label)
-        if bottom.lines:
+        if bottom.lines and column:
             bottom.legend(fontsize=7)
     if rows:
         axes[0][0].legend(fontsize=7)
