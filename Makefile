@@ -36,7 +36,7 @@ typecheck: $(VENV)/.dev ## Check the types of the public packages
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(VENV)/.dev ## Run the tests, slow ones included
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and an H100 without having either (installs 3 GB)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot
