@@ -194,6 +194,18 @@ def _planes(columns: int, size: int) -> list[int]:
     return [plane * plane_columns(columns) * size for plane in range(4)]
 
 
+def shares_of_warps(
+    refs: Refs, plan: Plan, values: list[jax.Array], count: int
+) -> list[list[jax.Array]]:
+    """What the first `count` warps hold of values that are the same in all threads of a warp."""
+    if plan.config.warps == 1:
+        return [[x] for x in values]
+    if plan.emulate:
+        shape = places(plan).shape
+        return [[jnp.broadcast_to(x[warp, 0], shape) for warp in range(count)] for x in values]
+    return inline.exchange(refs["board"], values, None, count)
+
+
 def ask_for_norm(refs: Refs, plan: Plan, name: str, layer: Any, columns: int) -> Any:
     """Starts to load a norm's weights, which are [L, columns]."""
     ref = refs[name]

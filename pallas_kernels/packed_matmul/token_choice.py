@@ -11,6 +11,7 @@ from pallas_kernels.packed_matmul.token_board import (
     load,
     publish,
     read_pairs,
+    shares_of_warps,
     take_off,
 )
 from pallas_kernels.packed_matmul.token_plan import Plan, places
@@ -81,15 +82,8 @@ def choose(refs: Refs, plan: Plan, patience: jax.Array) -> tuple[jax.Array, jax.
     for key, index in found:
         best = larger(best, Best(key, index))
     best = _of_warp(plan, best)
-    if plan.emulate:
-        shares = [
-            Best(*(jnp.broadcast_to(x[w, 0], place.shape) for x in best)) for w in range(warps)
-        ]
-    elif warps > 1:
-        keys, indices = inline.exchange(refs["board"], list(best), None, warps)
-        shares = [Best(*pair) for pair in zip(keys, indices, strict=True)]
-    else:
-        shares = [best]
+    keys, indices = shares_of_warps(refs, plan, list(best), warps)
+    shares = [Best(*pair) for pair in zip(keys, indices, strict=True)]
     best = shares[0]
     for share in shares[1:]:
         best = larger(best, share)

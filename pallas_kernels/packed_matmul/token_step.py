@@ -19,6 +19,7 @@ from pallas_kernels.packed_matmul.token_board import (
     publish,
     read,
     read_some,
+    shares_of_warps,
     store,
     take_off,
 )
@@ -227,19 +228,9 @@ def _totals(
 
     of_warp = [spread(jnp.max(bits(x), axis=1)) for x in maxima]
     of_warp += [spread(bits(jnp.sum(x, axis=1))) for x in sums]
-    shares = _shares(refs, plan, of_warp, plan.config.warps // groups(plan, step.columns))
+    shares = shares_of_warps(refs, plan, of_warp, plan.config.warps // groups(plan, step.columns))
     largest = [floats(_tree(jnp.maximum, xs)) for xs in shares[: len(maxima)]]
     return largest, [_tree(jnp.add, [floats(x) for x in xs]) for xs in shares[len(maxima) :]]
-
-
-def _shares(refs: Refs, plan: Plan, values: list[jax.Array], count: int) -> list[list[jax.Array]]:
-    """What the first `count` warps hold of values that are the same in all threads of a warp."""
-    if plan.config.warps == 1:
-        return [[x] for x in values]
-    if plan.emulate:
-        shape = places(plan).shape
-        return [[jnp.broadcast_to(x[warp, 0], shape) for warp in range(count)] for x in values]
-    return inline.exchange(refs["board"], values, None, count)
 
 
 def _flat(row: Row) -> list[jax.Array]:
