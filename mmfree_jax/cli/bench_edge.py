@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmfree_jax.cli.bench_infer import _names, _numbers
-from mmfree_jax.cli.parse import parse
+from mmfree_jax.cli.parse import names, numbers, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +62,10 @@ def bench_edge(argv: Sequence[str]) -> int:
     from mmfree_jax.bench import edge
 
     plan = edge.Plan(
-        sizes=_names(config.sizes),
-        forms=_names(config.forms),
-        contexts=_numbers("contexts", config.contexts),
-        context_forms=_names(config.context_forms),
+        sizes=names(config.sizes),
+        forms=names(config.forms),
+        contexts=numbers("contexts", config.contexts),
+        context_forms=names(config.context_forms),
         threads=config.threads,
         steps=config.steps,
         repeats=config.repeats,

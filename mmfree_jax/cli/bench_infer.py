@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mmfree_jax.cli.parse import parse
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.cli.parse import names, numbers, parse
 
 Form = Literal["packed", "matmulfree-bf16", "transformer-bf16"]
 
@@ -66,21 +65,21 @@ def bench_infer(argv: Sequence[str]) -> int:
     from mmfree_jax.bench import infer
 
     if config.join:
-        rows = infer.join([Path(name) for name in _names(config.join)], config.out)
+        rows = infer.join([Path(name) for name in names(config.join)], config.out)
         print(f"{config.out / infer.RECORDS}, {infer.TABLE}, {infer.FIGURE}: {len(rows)} rows")
         return 0
     plan = infer.Plan(
-        sizes=_names(config.sizes),
-        forms=_names(config.forms),
-        batch_sizes=_numbers("batch-sizes", config.batch_sizes),
-        batch_forms=_names(config.batch_forms),
+        sizes=names(config.sizes),
+        forms=names(config.forms),
+        batch_sizes=numbers("batch-sizes", config.batch_sizes),
+        batch_forms=names(config.batch_forms),
         steps=config.steps,
         repeats=config.repeats,
         prefill=config.prefill,
-        prefill_sizes=_names(config.prefill_sizes),
+        prefill_sizes=names(config.prefill_sizes),
         energy_s=config.energy_seconds if config.energy else 0.0,
         energy_size=config.energy_size,
-        energy_batch_sizes=_numbers("energy-batch-sizes", config.energy_batch_sizes),
+        energy_batch_sizes=numbers("energy-batch-sizes", config.energy_batch_sizes),
         agreement=config.agreement,
         timeout_s=config.timeout,
     )
@@ -89,14 +88,3 @@ def bench_infer(argv: Sequence[str]) -> int:
     rows = infer.measure(plan, config.out, command, lambda line: print(line, flush=True))
     print(f"{config.out / infer.RECORDS}, {infer.TABLE}, {infer.FIGURE}")
     return 1 if all("failed" in row for row in rows) else 0
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in _names(text))
-    except ValueError as e:
-        raise ConfigError(f"--{flag} is {text!r}: give whole numbers separated by commas") from e

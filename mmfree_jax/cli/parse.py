@@ -95,3 +95,20 @@ def _one_line(text: str, prog: str) -> str:
     if suggested:
         message += f"; perhaps you meant {suggested.group(1)}"
     return f"{message}; see {prog} --help"
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names of a list separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """The whole numbers of a list separated by commas, given as `--flag`.
+
+    Raises:
+      ConfigError: something else is in it.
+    """
+    try:
+        return tuple(int(number) for number in names(text))
+    except ValueError as e:
+        raise ConfigError(f"--{flag} is {text!r}: give whole numbers separated by commas") from e
