@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from launch.xla_flags import OVERLAP
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.xla_flags import OVERLAP
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,6 +1,6 @@
 """XLA's switches for several GPUs: the one place they are chosen and explained.
 
-export XLA_FLAGS="$(python -m launch.xla_flags)"
+export XLA_FLAGS="$(python -m mmfree_jax.launch.xla_flags)"
 """
 
 import os

@@ -8,21 +8,21 @@ if TYPE_CHECKING:
     from mmfree_jax.data.tokenizer import load_tokenizer
     from mmfree_jax.errors import MMFreeError
     from mmfree_jax.infer import generate, generate_text
-    from mmfree_jax.interop.convert import export_hf, import_hf
-    from mmfree_jax.interop.load import load_pretrained
     from mmfree_jax.model import LanguageModel
     from mmfree_jax.presets import preset
+    from mmfree_jax.saved.convert import export_hf, import_hf
+    from mmfree_jax.saved.pretrained import load_pretrained
 
 _NAMES = {
     "LanguageModel": "mmfree_jax.model",
     "MMFreeError": "mmfree_jax.errors",
     "ModelConfig": "mmfree_jax.config",
     "TrainConfig": "mmfree_jax.config",
-    "export_hf": "mmfree_jax.interop.convert",
+    "export_hf": "mmfree_jax.saved.convert",
     "generate": "mmfree_jax.infer",
     "generate_text": "mmfree_jax.infer",
-    "import_hf": "mmfree_jax.interop.convert",
-    "load_pretrained": "mmfree_jax.interop.load",
+    "import_hf": "mmfree_jax.saved.convert",
+    "load_pretrained": "mmfree_jax.saved.pretrained",
     "load_tokenizer": "mmfree_jax.data.tokenizer",
     "preset": "mmfree_jax.presets",
 }

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.cli.options import Flops, Reading, Size, outputs, save
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
 
 _DESCRIPTION = """Compares two families of runs: where their loss curves cross under every law, with
 a joint bootstrap, the probability that they do not cross, and what can be concluded."""
@@ -59,12 +59,12 @@ def crossing(argv: Sequence[str]) -> int:
     """Find where the loss curves of two families cross, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree crossing", description=_DESCRIPTION)
 
-    from experiments.cli.fit import check_interval_options
-    from experiments.scaling.crossing import cross
-    from experiments.scaling.errors import ScalingError
-    from experiments.scaling.objectives import Objective
-    from experiments.scaling.read import read_runs
-    from experiments.scaling.report import crossing_document, crossing_text
+    from mmfree_jax.experiments.cli.fit import check_interval_options
+    from mmfree_jax.experiments.scaling.crossing import cross
+    from mmfree_jax.experiments.scaling.errors import ScalingError
+    from mmfree_jax.experiments.scaling.objectives import Objective
+    from mmfree_jax.experiments.scaling.read import read_runs
+    from mmfree_jax.experiments.scaling.report import crossing_document, crossing_text
 
     outputs(a.out)
     check_interval_options(a.bootstrap, a.level)
@@ -102,6 +102,6 @@ def crossing(argv: Sequence[str]) -> int:
 
 
 def _plot(result):
-    from experiments.scaling.plots import plot_crossing
+    from mmfree_jax.experiments.scaling.plots import plot_crossing
 
     return plot_crossing(result)

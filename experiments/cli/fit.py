@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.cli.options import Flops, Reading, Size, outputs, save
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
 
 _DESCRIPTION = """Fits a scaling law to runs from many starts and reports every parameter with its
 bootstrap and profile-likelihood interval, the held-out error by size, and what the data cannot
@@ -51,11 +51,11 @@ def fit(argv: Sequence[str]) -> int:
     """Fit a scaling law to runs, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree fit", description=_DESCRIPTION)
 
-    from experiments.scaling.errors import ScalingError
-    from experiments.scaling.fit import fit_law
-    from experiments.scaling.objectives import Objective
-    from experiments.scaling.read import read_runs
-    from experiments.scaling.report import fit_document, fit_text
+    from mmfree_jax.experiments.scaling.errors import ScalingError
+    from mmfree_jax.experiments.scaling.fit import fit_law
+    from mmfree_jax.experiments.scaling.objectives import Objective
+    from mmfree_jax.experiments.scaling.read import read_runs
+    from mmfree_jax.experiments.scaling.report import fit_document, fit_text
 
     outputs(a.out)
     check_interval_options(a.bootstrap, a.level)
@@ -82,7 +82,7 @@ def check_interval_options(bootstrap: int, level: float) -> None:
     Raises:
         ScalingError: a negative count, or a level outside (0, 1).
     """
-    from experiments.scaling.errors import ScalingError
+    from mmfree_jax.experiments.scaling.errors import ScalingError
 
     if bootstrap < 0:
         raise ScalingError(f"bootstrap: {bootstrap} resamples are impossible; use 0 for none")
@@ -91,6 +91,6 @@ def check_interval_options(bootstrap: int, level: float) -> None:
 
 
 def _plot(result):
-    from experiments.scaling.plots import plot_fit
+    from mmfree_jax.experiments.scaling.plots import plot_fit
 
     return plot_fit(result)

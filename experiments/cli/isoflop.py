@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.cli.options import Flops, Reading, Size, outputs, save
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
 
 _DESCRIPTION = """Compute-optimal model size and data by the three approaches of Hoffmann et al.:
 isoflop (the minimum of a parabola at each FLOP budget), envelope (the lowest of all training
@@ -47,12 +47,12 @@ def isoflop(argv: Sequence[str]) -> int:
     """Find compute-optimal sizes and their exponents, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree isoflop", description=_DESCRIPTION)
 
-    from experiments.cli.fit import check_interval_options
-    from experiments.scaling.fit import fit_law
-    from experiments.scaling.isoflop import envelope, parametric
-    from experiments.scaling.isoflop import isoflop as parabolas
-    from experiments.scaling.read import read_runs
-    from experiments.scaling.report import allocation_document, allocation_text
+    from mmfree_jax.experiments.cli.fit import check_interval_options
+    from mmfree_jax.experiments.scaling.fit import fit_law
+    from mmfree_jax.experiments.scaling.isoflop import envelope, parametric
+    from mmfree_jax.experiments.scaling.isoflop import isoflop as parabolas
+    from mmfree_jax.experiments.scaling.read import read_runs
+    from mmfree_jax.experiments.scaling.report import allocation_document, allocation_text
 
     outputs(a.out)
     check_interval_options(a.bootstrap, a.level)
@@ -77,6 +77,6 @@ def isoflop(argv: Sequence[str]) -> int:
 
 
 def _plot(result):
-    from experiments.scaling.plots import plot_allocation
+    from mmfree_jax.experiments.scaling.plots import plot_allocation
 
     return plot_allocation(result)

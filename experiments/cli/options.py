@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.scaling.artifacts import write_bytes, write_csv, write_json
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.read import Columns
+from mmfree_jax.experiments.scaling.artifacts import write_bytes, write_csv, write_json
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.read import Columns
 
 Size = Literal["total", "non-embedding", "ternary"]
 Flops = Literal["6nd", "6nd-non-embedding", "exact", "bit-operations", "energy"]
@@ -44,7 +44,7 @@ def save(out: Path, document: dict[str, Any], plot: Any) -> list[Path]:
     write_json(out, document)
     if plot is None:
         return [out]
-    from experiments.scaling.plots import png
+    from mmfree_jax.experiments.scaling.plots import png
 
     figure, rows = plot()
     write_bytes(figure_path, png(figure))

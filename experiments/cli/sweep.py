@@ -13,7 +13,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 
 if TYPE_CHECKING:
-    from experiments.sweep.config import SweepConfig
+    from mmfree_jax.experiments.sweep.config import SweepConfig
 
 _SHARD = "SLURM_ARRAY_TASK_ID"
 
@@ -54,15 +54,15 @@ class _Run(_Cost):
 
 
 def _load(a: _Sweep) -> "SweepConfig":
-    from experiments.sweep.config import load_sweep
+    from mmfree_jax.experiments.sweep.config import load_sweep
 
     return load_sweep(a.config, out=a.out, data=a.data)
 
 
 def _shard(text: str | None) -> tuple[int, int]:
     """`--shard`, or a SLURM array's task and size."""
-    from experiments.sweep.plan import parse_shard
     from mmfree_jax.errors import ConfigError
+    from mmfree_jax.experiments.sweep.plan import parse_shard
 
     if text != "slurm":
         return parse_shard(text)
@@ -77,12 +77,12 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     """Prints the plan and its cost; returns how many runs are left to this shard."""
-    from experiments.sweep.estimate import device_from_name, estimate, probe_device
-    from experiments.sweep.plan import shard, without_repeats
-    from experiments.sweep.report import cost_text, plan_text
-    from experiments.sweep.runner import Options
-    from experiments.sweep.state import check_data, snapshot
     from mmfree_jax.errors import DataError
+    from mmfree_jax.experiments.sweep.estimate import device_from_name, estimate, probe_device
+    from mmfree_jax.experiments.sweep.plan import shard, without_repeats
+    from mmfree_jax.experiments.sweep.report import cost_text, plan_text
+    from mmfree_jax.experiments.sweep.runner import Options
+    from mmfree_jax.experiments.sweep.state import check_data, snapshot
 
     options = Options(parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage)
     found = snapshot(sweep)
@@ -122,8 +122,8 @@ def plan(argv: Sequence[str]) -> int:
 def run(argv: Sequence[str]) -> int:
     """Run what is left of a sweep; a failed run is recorded and the rest goes on."""
     a = parse(_Run, argv, prog="mmfree sweep run", description=run.__doc__)
-    from experiments.sweep.errors import SweepError
-    from experiments.sweep.runner import Options, run_sweep
+    from mmfree_jax.experiments.sweep.errors import SweepError
+    from mmfree_jax.experiments.sweep.runner import Options, run_sweep
 
     sweep = _load(a)
     options = Options(
@@ -148,8 +148,8 @@ def run(argv: Sequence[str]) -> int:
 def status(argv: Sequence[str]) -> int:
     """Show how far a sweep has come, and why runs failed."""
     a = parse(_Sweep, argv, prog="mmfree sweep status", description=status.__doc__)
-    from experiments.sweep.report import status_text
-    from experiments.sweep.state import snapshot
+    from mmfree_jax.experiments.sweep.report import status_text
+    from mmfree_jax.experiments.sweep.state import snapshot
 
     print(status_text(snapshot(_load(a))))
     return 0
@@ -158,9 +158,9 @@ def status(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     """Choose the learning rates, compare the losses, and write the runs for `mmfree fit`."""
     a = parse(_Sweep, argv, prog="mmfree sweep report", description=report.__doc__)
-    from experiments.sweep.report import write_report
-    from experiments.sweep.state import snapshot
     from mmfree_jax.errors import ConfigError
+    from mmfree_jax.experiments.sweep.report import write_report
+    from mmfree_jax.experiments.sweep.state import snapshot
 
     sweep = _load(a)
     if not Path(sweep.out).is_dir():

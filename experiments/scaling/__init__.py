@@ -4,14 +4,14 @@ A pure library on numpy and scipy. Start with `read_runs` and `fit_law`; docs/sc
 the guide.
 """
 
-from experiments.scaling.crossing import cross
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.fit import Fit, fit_law
-from experiments.scaling.frame import RunFrame, compute, make_frame
-from experiments.scaling.isoflop import envelope, isoflop, parametric
-from experiments.scaling.laws import LAWS, Law
-from experiments.scaling.objectives import Objective
-from experiments.scaling.read import Columns, read_runs
+from mmfree_jax.experiments.scaling.crossing import cross
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.fit import Fit, fit_law
+from mmfree_jax.experiments.scaling.frame import RunFrame, compute, make_frame
+from mmfree_jax.experiments.scaling.isoflop import envelope, isoflop, parametric
+from mmfree_jax.experiments.scaling.laws import LAWS, Law
+from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.read import Columns, read_runs
 
 __all__ = [
     "LAWS",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.errors import ScalingError
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.fit import Fit, fit_law
-from experiments.scaling.frame import RunFrame, compute
-from experiments.scaling.identifiability import distinct
-from experiments.scaling.laws import Law, get_law
-from experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.fit import Fit, fit_law
+from mmfree_jax.experiments.scaling.frame import RunFrame, compute
+from mmfree_jax.experiments.scaling.identifiability import distinct
+from mmfree_jax.experiments.scaling.laws import Law, get_law
+from mmfree_jax.experiments.scaling.objectives import Objective
 
 CROSSING_LAWS = ("line", "power", "power-floor", "chinchilla", "gadre", "broken")
 ENOUGH_LEVELS = 5

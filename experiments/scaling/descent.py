@@ -5,9 +5,9 @@ Points are rows of standardised coordinates [S, P]; all of them descend together
 
 import numpy as np
 
-from experiments.scaling.laws import Model
-from experiments.scaling.objectives import Objective, losses, multiplier, target_width
-from experiments.scaling.trust_region import Minima, Oracle, chunk_size, minimise
+from mmfree_jax.experiments.scaling.laws import Model
+from mmfree_jax.experiments.scaling.objectives import Objective, losses, multiplier, target_width
+from mmfree_jax.experiments.scaling.trust_region import Minima, Oracle, chunk_size, minimise
 
 
 def residuals(model: Model, space: str, target: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.scaling.descent import typical_residual
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import RunFrame, inputs
-from experiments.scaling.identifiability import after_fit, before_fit
-from experiments.scaling.laws import Inputs, Law, Model, get_law
-from experiments.scaling.objectives import Objective
-from experiments.scaling.search import RESTARTS, Search, search
-from experiments.scaling.uncertainty import (
+from mmfree_jax.experiments.scaling.descent import typical_residual
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import RunFrame, inputs
+from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
+from mmfree_jax.experiments.scaling.laws import Inputs, Law, Model, get_law
+from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.search import RESTARTS, Search, search
+from mmfree_jax.experiments.scaling.uncertainty import (
     Bootstrap,
     Holdout,
     Profile,

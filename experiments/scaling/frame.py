@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.errors import ScalingError
 
 NUMBERS = (
     "params", "params_non_embedding", "params_ternary", "tokens", "flops", "loss", "loss_sd",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import RunFrame, sizes
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
 
 
 @dataclass(frozen=True)

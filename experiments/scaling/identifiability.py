@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from experiments.scaling.descent import residuals
-from experiments.scaling.laws import Inputs, Law, Model
-from experiments.scaling.objectives import Objective
-from experiments.scaling.search import Search
+from mmfree_jax.experiments.scaling.descent import residuals
+from mmfree_jax.experiments.scaling.laws import Inputs, Law, Model
+from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.search import Search
 
 
 def distinct(values: np.ndarray, within: float = 0.01) -> int:

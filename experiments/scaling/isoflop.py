@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.fit import Fit
-from experiments.scaling.frame import RunFrame, compute, sizes
-from experiments.scaling.identifiability import distinct
-from experiments.scaling.uncertainty import clusters_of, resampling_weights
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.fit import Fit
+from mmfree_jax.experiments.scaling.frame import RunFrame, compute, sizes
+from mmfree_jax.experiments.scaling.identifiability import distinct
+from mmfree_jax.experiments.scaling.uncertainty import clusters_of, resampling_weights
 
 
 @dataclass(frozen=True)

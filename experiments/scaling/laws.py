@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.errors import ScalingError
 
 Inputs = dict[str, np.ndarray]
 

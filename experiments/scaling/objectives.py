@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.errors import ScalingError
 
 OBJECTIVES = ("huber", "lad", "log-lsq", "lsq")
 

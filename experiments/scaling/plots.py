@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.scaling.crossing import Crossing, curve
-from experiments.scaling.fit import Fit
-from experiments.scaling.frame import RunFrame, sizes
-from experiments.scaling.gap import GapTrend, Pairs
-from experiments.scaling.isoflop import Allocation
+from mmfree_jax.experiments.scaling.crossing import Crossing, curve
+from mmfree_jax.experiments.scaling.fit import Fit
+from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
+from mmfree_jax.experiments.scaling.gap import GapTrend, Pairs
+from mmfree_jax.experiments.scaling.isoflop import Allocation
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 Rows = list[dict]

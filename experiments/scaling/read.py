@@ -11,9 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import NUMBERS, WORDS, RunFrame, complete, join, make_frame
-from experiments.scaling.run_directory import is_run_directory, read_run_directory
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import (
+    NUMBERS,
+    WORDS,
+    RunFrame,
+    complete,
+    join,
+    make_frame,
+)
+from mmfree_jax.experiments.scaling.run_directory import is_run_directory, read_run_directory
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.artifacts import versions
-from experiments.scaling.crossing import Crossing
-from experiments.scaling.fit import Fit
-from experiments.scaling.isoflop import Allocation, optimal_allocation
+from mmfree_jax.experiments.scaling.artifacts import versions
+from mmfree_jax.experiments.scaling.crossing import Crossing
+from mmfree_jax.experiments.scaling.fit import Fit
+from mmfree_jax.experiments.scaling.isoflop import Allocation, optimal_allocation
 
 
 def fit_document(fit: Fit) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import RunFrame, make_frame
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
 
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.yaml", "summary.json"
 

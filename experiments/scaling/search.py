@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.descent import (
+from mmfree_jax.experiments.scaling.descent import (
     exact,
     follow,
     huber_oracle,
@@ -29,9 +29,9 @@ from experiments.scaling.descent import (
     vertex,
     widths_to,
 )
-from experiments.scaling.laws import Inputs, Law, Model
-from experiments.scaling.objectives import Objective
-from experiments.scaling.trust_region import minimise
+from mmfree_jax.experiments.scaling.laws import Inputs, Law, Model
+from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.trust_region import minimise
 
 RESTARTS = 128
 """Random reweightings in each round that challenges an optimum."""

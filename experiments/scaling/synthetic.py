@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments.scaling.frame import RunFrame, make_frame
-from experiments.scaling.laws import get_law
+from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
+from mmfree_jax.experiments.scaling.laws import get_law
 
 
 def isoflop_design(

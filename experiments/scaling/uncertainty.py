@@ -5,12 +5,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.scaling.descent import exact, follow, huber_oracle, lower, refit, widths_to
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import RunFrame
-from experiments.scaling.laws import Law, Model
-from experiments.scaling.objectives import Objective, log_likelihood
-from experiments.scaling.search import Search
+from mmfree_jax.experiments.scaling.descent import (
+    exact,
+    follow,
+    huber_oracle,
+    lower,
+    refit,
+    widths_to,
+)
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import RunFrame
+from mmfree_jax.experiments.scaling.laws import Law, Model
+from mmfree_jax.experiments.scaling.objectives import Objective, log_likelihood
+from mmfree_jax.experiments.scaling.search import Search
 
 Interval = tuple[float | None, float | None]
 

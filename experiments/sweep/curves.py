@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
-from experiments.sweep.errors import SweepError
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict
+from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.train.metrics import read_history
 from mmfree_jax.train.plot import smooth
 

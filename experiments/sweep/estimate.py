@@ -17,11 +17,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from experiments.sweep.config import SweepConfig
-from experiments.sweep.errors import SweepError
-from experiments.sweep.plan import PlannedRun, parameters
-from experiments.sweep.process import child_environment
-from experiments.sweep.table import Row
+from mmfree_jax.experiments.sweep.config import SweepConfig
+from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.plan import PlannedRun, parameters
+from mmfree_jax.experiments.sweep.process import child_environment
+from mmfree_jax.experiments.sweep.table import Row
 from mmfree_jax.train.flops import find_device
 
 _REFERENCE_WIDTH = 1024
@@ -62,7 +62,7 @@ def probe_device(timeout: float = 120.0) -> DeviceRate:
     """
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "experiments.sweep.estimate"],
+            [sys.executable, "-m", "mmfree_jax.experiments.sweep.estimate"],
             capture_output=True, text=True, timeout=timeout, check=False,
             env=child_environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )  # fmt: skip

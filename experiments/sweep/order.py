@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from experiments.sweep.estimate import relative_seconds
-from experiments.sweep.plan import PlannedRun
+from mmfree_jax.experiments.sweep.estimate import relative_seconds
+from mmfree_jax.experiments.sweep.plan import PlannedRun
 
 ORDERS = ("cheapest", "longest")
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.sweep.config import FamilyConfig, SweepConfig, base_train_config
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.config import FamilyConfig, SweepConfig, base_train_config
 from mmfree_jax.train.flops import count_flops, count_parameters
 
 Stage = Literal["tuning", "main"]

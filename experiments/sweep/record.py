@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.config import SweepConfig
-from experiments.sweep.errors import SweepError
-from experiments.sweep.plan import PlannedRun, config_hash
-from experiments.sweep.process import Outcome, host_name
-from experiments.sweep.state import data_fingerprint
-from experiments.sweep.table import Row
+from mmfree_jax.experiments.sweep.config import SweepConfig
+from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash
+from mmfree_jax.experiments.sweep.process import Outcome, host_name
+from mmfree_jax.experiments.sweep.state import data_fingerprint
+from mmfree_jax.experiments.sweep.table import Row
 
 
 def make_row(

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.scaling.artifacts import write_csv
-from experiments.sweep.estimate import Estimate, format_seconds
-from experiments.sweep.plan import PlannedRun, format_tokens, parameters
-from experiments.sweep.rates import Choice, best_rate
-from experiments.sweep.state import Snapshot
-from experiments.sweep.table import RESULTS, Row
+from mmfree_jax.experiments.scaling.artifacts import write_csv
+from mmfree_jax.experiments.sweep.estimate import Estimate, format_seconds
+from mmfree_jax.experiments.sweep.plan import PlannedRun, format_tokens, parameters
+from mmfree_jax.experiments.sweep.rates import Choice, best_rate
+from mmfree_jax.experiments.sweep.state import Snapshot
+from mmfree_jax.experiments.sweep.table import RESULTS, Row
 
 BEST, RATES = "best.csv", "rates.csv"
 

@@ -22,12 +22,15 @@ from typing import Any
 
 import yaml
 
-from experiments.sweep.config import SweepConfig
-from experiments.sweep.errors import SweepError
-from experiments.sweep.estimate import share
-from experiments.sweep.order import ORDERS, in_order
-from experiments.sweep.plan import PlannedRun, config_hash, shard
-from experiments.sweep.process import (
+from mmfree_jax.config import TrainConfig
+from mmfree_jax.config_io import dump_yaml, from_dict
+from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.experiments.sweep.config import SweepConfig
+from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.estimate import share
+from mmfree_jax.experiments.sweep.order import ORDERS, in_order
+from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, shard
+from mmfree_jax.experiments.sweep.process import (
     Outcome,
     child_environment,
     code_version,
@@ -36,12 +39,9 @@ from experiments.sweep.process import (
     start,
     trainer_command,
 )
-from experiments.sweep.record import make_row, write_failure, write_text
-from experiments.sweep.state import Snapshot, snapshot
-from experiments.sweep.table import append_result
-from mmfree_jax.config import TrainConfig
-from mmfree_jax.config_io import dump_yaml, from_dict
-from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.experiments.sweep.record import make_row, write_failure, write_text
+from mmfree_jax.experiments.sweep.state import Snapshot, snapshot
+from mmfree_jax.experiments.sweep.table import append_result
 
 _POLL_SECONDS = 0.1
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.sweep.config import SweepConfig
-from experiments.sweep.errors import SweepError
-from experiments.sweep.plan import (
+from mmfree_jax.data.dataset import open_dataset
+from mmfree_jax.errors import DataError
+from mmfree_jax.experiments.sweep.config import SweepConfig
+from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.plan import (
     PlannedRun,
     config_hash,
     main_runs,
@@ -23,10 +25,8 @@ from experiments.sweep.plan import (
     tuning_runs,
     without_repeats,
 )
-from experiments.sweep.rates import Choice, choose_rates
-from experiments.sweep.table import RESULTS, Row, read_results
-from mmfree_jax.data.dataset import open_dataset
-from mmfree_jax.errors import DataError
+from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
+from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
 
 Status = Literal["done", "failed", "running", "cut off", "pending", "waiting"]
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.errors import SweepError
 
 RESULTS = "results.csv"
 COLUMNS: tuple[str, ...] = (

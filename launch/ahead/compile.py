@@ -4,10 +4,10 @@ import dataclasses
 import time
 from typing import Any
 
-from launch.ahead.estimate import estimate_times, fits
-from launch.ahead.hlo import parse_collectives, share_alongside
-from launch.ahead.topology import Topology, as_if_on, make_devices
 from mmfree_jax.config import TrainConfig, tokens_per_step
+from mmfree_jax.launch.ahead.estimate import estimate_times, fits
+from mmfree_jax.launch.ahead.hlo import parse_collectives, share_alongside
+from mmfree_jax.launch.ahead.topology import Topology, as_if_on, make_devices
 
 Report = dict[str, Any]
 
@@ -32,7 +32,7 @@ def compile_step(
     import jax
     import jax.numpy as jnp
 
-    from mmfree_jax.sharding import check_divisible, make_mesh
+    from mmfree_jax.parallel.sharding import check_divisible, make_mesh
     from mmfree_jax.train.optimizer import make_optimizer, schedule_values
     from mmfree_jax.train.step import jit_train_step, state_shapes
 

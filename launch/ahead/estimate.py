@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from launch.ahead.hlo import Collective
-from launch.ahead.topology import Topology
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.ahead.hlo import Collective
+from mmfree_jax.launch.ahead.topology import Topology
 from mmfree_jax.train.flops import count_flops, count_parameters, mixer_weights
 from mmfree_jax.train.memory import estimate_memory
 
@@ -178,7 +178,7 @@ def why_not(config: TrainConfig, mesh: MeshConfig) -> str | None:
     """Why batch or model do not divide over a mesh; None if they do."""
     from types import SimpleNamespace
 
-    from mmfree_jax.sharding import check_divisible
+    from mmfree_jax.parallel.sharding import check_divisible
 
     sizes = dataclasses.asdict(mesh)
     try:

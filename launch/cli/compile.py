@@ -8,15 +8,15 @@ from typing import Annotated
 
 import tyro
 
-from launch.ahead.compile import compile_step, describe
-from launch.ahead.estimate import fits, rank_meshes, why_not
-from launch.ahead.topology import missing_compiler, parse_topology, prepare
-from launch.xla_flags import with_overlap
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.sharding import mesh_shape
+from mmfree_jax.launch.ahead.compile import compile_step, describe
+from mmfree_jax.launch.ahead.estimate import fits, rank_meshes, why_not
+from mmfree_jax.launch.ahead.topology import missing_compiler, parse_topology, prepare
+from mmfree_jax.launch.xla_flags import with_overlap
+from mmfree_jax.parallel.sharding import mesh_shape
 
 _DESCRIPTION = """Compile the training step for devices that are not here, and say what it costs.
 

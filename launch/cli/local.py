@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from launch.local import Plan, mmfree_command, run
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.local import Plan, mmfree_command, run
 
 
 def local(argv: Sequence[str]) -> int:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from launch.render import PLATFORMS, check_run_dir, render
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import last_value, resolve_config
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
 
 
 def render_job(argv: Sequence[str]) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from launch.scaling.plan import parse_case, plan_cases
-from launch.scaling.report import figure, read_results, table, training_times
-from launch.scaling.run import Options, run_study
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
+from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
+from mmfree_jax.launch.device_scaling.run import Options, run_study
 
 
 def scaling(argv: Sequence[str]) -> int:

@@ -67,14 +67,14 @@ def evaluate(
 
     fixed = None
     if numerics != "float":
-        from mmfree_jax.hardware.numerics import parse_numerics
+        from mmfree_jax.experiments.accelerator.numerics import parse_numerics
 
         fixed = parse_numerics(numerics)
 
     import jax
     from rich.console import Console
 
-    from mmfree_jax.sharding import make_mesh
+    from mmfree_jax.parallel.sharding import make_mesh
 
     devices = None
     if fixed is not None and mesh != MeshConfig():
@@ -102,7 +102,7 @@ def evaluate(
             say(held_out_table(result))
             values |= result.to_dict()
         else:
-            from mmfree_jax.hardware.evaluate import cost_table, variants
+            from mmfree_jax.experiments.accelerator.evaluate import cost_table, variants
 
             rows = []
             for v in variants(language_model, params, fixed, steps=numerics_steps is not False):
@@ -122,7 +122,7 @@ def evaluate(
     from mmfree_jax.evaluate import harness, report
     from mmfree_jax.evaluate.tasks import PAPER_TASKS, default_tasks_dir
     from mmfree_jax.infer.text import check_tokenizer
-    from mmfree_jax.interop.convert import trained_length
+    from mmfree_jax.saved.convert import trained_length
 
     if not progress:
         os.environ["TQDM_DISABLE"] = "1"  # lm-eval draws bars of its own
@@ -137,7 +137,7 @@ def evaluate(
     check_tokenizer(language_model, tokenizer)
     runs: list[tuple[str, Any, Any]] = [(compute_dtype or "trained", params, None)]
     if fixed is not None:
-        from mmfree_jax.hardware.evaluate import variants
+        from mmfree_jax.experiments.accelerator.evaluate import variants
 
         steps = variants(language_model, params, fixed, steps=bool(numerics_steps))
         runs = [(v.numerics, v.params, v.forward) for v in steps]
@@ -187,8 +187,8 @@ def evaluate(
 
 
 def _load(path: Path, compute_dtype: str | None, mesh: Any) -> tuple[Any, Any]:
-    from mmfree_jax.infer.pack import is_packed, load_packed
-    from mmfree_jax.interop.load import load_pretrained
+    from mmfree_jax.saved.packed import is_packed, load_packed
+    from mmfree_jax.saved.pretrained import load_pretrained
 
     if is_packed(path) and mesh is None:  # its trits are what scoring reads
         return load_packed(path, compute_dtype=compute_dtype, keep_packed=False)
@@ -243,7 +243,7 @@ def _held_out(
 
 
 def _write_json(folder: Path, name: str, values: Any) -> Path:
-    from mmfree_jax.train.checkpoint import write_text_atomically
+    from mmfree_jax.saved.checkpoint import write_text_atomically
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def compare(
 
     from mmfree_jax.data.dataset import HELDOUT, open_dataset
     from mmfree_jax.export import agreement, onnx_session
-    from mmfree_jax.infer.load import load_model
+    from mmfree_jax.saved.load import load_model
 
     held_out = open_dataset(data, HELDOUT)
     if not 2 <= length <= held_out.num_tokens or windows < 1 or continuations < 0 or new_tokens < 1:

@@ -20,7 +20,7 @@ def export_hf(
       dtype: Dtype of the stored weights; float32 keeps every bit.
       overwrite: Replace it if it exists.
     """
-    from mmfree_jax.interop import convert
+    from mmfree_jax.saved import convert
 
     done = convert.export_hf(source, target, dtype=dtype, overwrite=overwrite)
     tokenizer = done.tokenizer or "left out (the byte tokenizer has no Hugging Face form)"

@@ -96,7 +96,7 @@ def generate(argv: Sequence[str]) -> int:
         raise ConfigError("--stop is an empty string: give at least one character")
 
     # Heavy imports wait until the arguments are known to be good.
-    from mmfree_jax.infer.load import load_model
+    from mmfree_jax.saved.load import load_model
 
     model, params = load_model(config.model)
     tokenizer = _load_tokenizer(config, model, needed=_needs_tokenizer(config, prompts))
@@ -112,7 +112,7 @@ def _run(
     prompts: list[_Prompt],
 ) -> None:
     from mmfree_jax.infer.api import as_variables
-    from mmfree_jax.infer.session_file import load_session, save_session
+    from mmfree_jax.saved.session import load_session, save_session
 
     variables = as_variables(params, model.config)
     session = None
@@ -283,8 +283,8 @@ def _needs_tokenizer(config: GenerateConfig, prompts: list[_Prompt]) -> bool:
 
 def _load_tokenizer(config: GenerateConfig, model: Any, *, needed: bool) -> Any:
     """The tokenizer, or None where there is none and none is needed."""
-    from mmfree_jax.infer.load import find_tokenizer
     from mmfree_jax.infer.text import check_tokenizer
+    from mmfree_jax.saved.load import find_tokenizer
 
     path = Path(config.tokenizer) if config.tokenizer else find_tokenizer(config.model)
     if path is None:

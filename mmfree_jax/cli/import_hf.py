@@ -18,7 +18,7 @@ def import_hf(
       target: New folder.
       overwrite: Replace it if it exists.
     """
-    from mmfree_jax.interop import convert
+    from mmfree_jax.saved import convert
 
     done = convert.import_hf(source, target, overwrite=overwrite)
     print(

@@ -40,8 +40,8 @@ def pack(argv: Sequence[str]) -> int:
       MMFreeError: bad input; the command line prints it and exits with 2.
     """
     config = parse(PackConfig, argv, prog="mmfree pack")
-    from mmfree_jax.infer import load
-    from mmfree_jax.infer import pack as packing
+    from mmfree_jax.saved import load
+    from mmfree_jax.saved import packed as packing
 
     if packing.is_packed(config.model):
         raise ConfigError(

@@ -27,8 +27,8 @@ def plot(
       smoothing: Weight of the past in the training curve's moving average, in [0, 1).
       labels: Name of each run in the legend; default: its folder's.
     """
+    from mmfree_jax.saved.run_directory import LOSS_CURVE
     from mmfree_jax.train.plot import plot_losses
-    from mmfree_jax.train.run_dir import LOSS_CURVE
 
     if output is None:
         output = runs[0] / LOSS_CURVE if len(runs) == 1 else Path("loss_curves.png")

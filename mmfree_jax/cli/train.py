@@ -11,8 +11,8 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import load_yaml
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.parallel.process_options import ProcessOptions
 from mmfree_jax.presets import PRESETS, preset
-from mmfree_jax.process_options import ProcessOptions
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -73,7 +73,7 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
     source = last_value(argv, "--init-from")
     if source is None:
         return base
-    from mmfree_jax.interop.load import training_config  # imports JAX
+    from mmfree_jax.saved.pretrained import training_config  # imports JAX
 
     return dataclasses.replace(base, model=training_config(source, base.model))
 
@@ -94,7 +94,7 @@ def last_value(argv: list[str], flag: str) -> str | None:
 def train(argv: Sequence[str]) -> int:
     """Train a language model, or go on with a run."""
     arguments = _parse(argv, "mmfree train")
-    from mmfree_jax import processes
+    from mmfree_jax.parallel import processes
     from mmfree_jax.train.loop import train as run_training  # JAX starts here, not for --help
     from mmfree_jax.train.stop import EXIT_CODES
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.sharding import row_sharding
+from mmfree_jax.parallel.sharding import row_sharding
 
 # Positions of each row whose logits are held at once.
 HEAD_POSITIONS = 8

@@ -298,7 +298,7 @@ def write_results(results: dict[str, Any], folder: Path) -> Path:
     """
     from lm_eval.utils import handle_non_serializable
 
-    from mmfree_jax.train.checkpoint import write_text_atomically
+    from mmfree_jax.saved.checkpoint import write_text_atomically
 
     def dump(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, indent=indent, default=handle_non_serializable, ensure_ascii=False)

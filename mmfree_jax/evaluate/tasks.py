@@ -290,7 +290,7 @@ def _add_to_manifest(folder: Path, name: str, documents: int, source: str) -> No
 
 
 def _write(file: Path, text: str) -> None:
-    from mmfree_jax.train.checkpoint import write_text_atomically
+    from mmfree_jax.saved.checkpoint import write_text_atomically
 
     write_text_atomically(file, text)
 

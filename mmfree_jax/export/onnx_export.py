@@ -22,7 +22,7 @@ from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
 from mmfree_jax.export.source import Source
 from mmfree_jax.export.web_page import write_page
 from mmfree_jax.infer.text import start_tokens
-from mmfree_jax.interop.writing import new_folder
+from mmfree_jax.saved.writing import new_folder
 
 Grade = Literal["exact", "fast"]
 GRAPH, WEB_GRAPH, DATA = "model.onnx", "model-web.onnx", "model.onnx.data"

@@ -38,10 +38,11 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.source import check_supported
-from mmfree_jax.infer import load as loading
-from mmfree_jax.infer import pack, packed_model
-from mmfree_jax.interop.writing import new_folder
+from mmfree_jax.infer import packed_model
 from mmfree_jax.model import State
+from mmfree_jax.saved import load as loading
+from mmfree_jax.saved import packed as pack
+from mmfree_jax.saved.writing import new_folder
 
 FORMAT = "mmfree-stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")

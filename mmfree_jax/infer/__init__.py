@@ -8,10 +8,10 @@ from mmfree_jax.infer.decode import (
     replace_rows,
     select_rows,
 )
-from mmfree_jax.infer.load import load_model
 from mmfree_jax.infer.sample import Sampling
-from mmfree_jax.infer.session_file import load_session, save_session
 from mmfree_jax.infer.text import TextOutput, TextStream, generate_text, sample_text
+from mmfree_jax.saved.load import load_model
+from mmfree_jax.saved.session import load_session, save_session
 
 __all__ = [
     "Output",

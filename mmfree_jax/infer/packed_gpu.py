@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer.packed_model import embed, lower_bounds
 from mmfree_jax.model import State
-from pallas_kernels.packed_matmul import fused_gpu, token_gpu
-from pallas_kernels.packed_matmul.fused_gpu import Layer
+from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
+from mmfree_jax.pallas_kernels.decode.fused_gpu import Layer
 
 Tree = dict[str, Any]
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import State, functional
-from pallas_kernels.bitlinear.api import bitlinear_many
-from pallas_kernels.packed_matmul import pallas_gpu, rows_gpu
-from pallas_kernels.packed_matmul.api import unpack
-from pallas_kernels.packed_matmul.words import from_words, to_words
-from pallas_kernels.recurrence.api import mlgru_recurrence
-from pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
+from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu, rows_gpu
+from mmfree_jax.pallas_kernels.packed_matmul.api import unpack
+from mmfree_jax.pallas_kernels.packed_matmul.words import from_words, to_words
+from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
+from mmfree_jax.pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
 
 Tree = dict[str, Any]
 

@@ -9,7 +9,7 @@ import jax
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional
 from mmfree_jax.model.linear import Linear, project
-from mmfree_jax.sharding import channel_partition
+from mmfree_jax.parallel.sharding import channel_partition
 
 
 class Attention(nn.Module):

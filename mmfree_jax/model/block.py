@@ -11,7 +11,7 @@ from mmfree_jax.model.attention import Attention
 from mmfree_jax.model.glu import GLU
 from mmfree_jax.model.linear import NormScale
 from mmfree_jax.model.mlgru import MLGRU
-from mmfree_jax.sharding import constrain_batch
+from mmfree_jax.parallel.sharding import constrain_batch
 
 
 class Rows(NamedTuple):

@@ -9,7 +9,7 @@ from mmfree_jax.model import functional, remat
 from mmfree_jax.model.block import Block, Rows
 from mmfree_jax.model.linear import Linear, NormScale, project
 from mmfree_jax.model.state import State
-from mmfree_jax.sharding import constrain_batch, whole_rows
+from mmfree_jax.parallel.sharding import constrain_batch, whole_rows
 
 
 class Embedding(nn.Module):

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax import quantize
 from mmfree_jax.config import LinearConfig, ModelConfig
+from mmfree_jax.model import quantize
 from mmfree_jax.model.functional import gated_output, swiglu
-from mmfree_jax.sharding import token_axes
-from pallas_kernels.bitlinear.api import bitlinear_many
-from pallas_kernels.norm_quant.reference import rms_norm
-from pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.parallel.sharding import token_axes
 
 
 class LinearWeights(NamedTuple):

@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional
 from mmfree_jax.model.linear import Linear, NormScale, project
-from mmfree_jax.sharding import channel_partition
-from pallas_kernels.norm_quant.reference import rms_norm
-from pallas_kernels.recurrence.api import mlgru_recurrence
+from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
+from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
+from mmfree_jax.parallel.sharding import channel_partition
 
 # Xavier uniform with gain 2^-2.5, as the authors initialise these projections: the variance
 # is gain^2 * 2 / (fan_in + fan_out).

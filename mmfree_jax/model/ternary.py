@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from mmfree_jax.config import LinearConfig, ModelConfig
-from pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
 
 _GROUPS = ("mixer", "glu", "head")
 

@@ -17,19 +17,20 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax import processes
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.errors import CheckpointError, MMFreeError, TrainingError
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.processes import ProcessLostError, ProcessOptions
-from mmfree_jax.sharding import place_batch, process_rows
-from mmfree_jax.train.checkpoint import Checkpointer
+from mmfree_jax.parallel import processes
+from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
+from mmfree_jax.parallel.sharding import place_batch, process_rows
+from mmfree_jax.parallel.watchdog import Watchdog
+from mmfree_jax.saved.checkpoint import Checkpointer
+from mmfree_jax.saved.run_directory import CHECKPOINTS, check_run_dir, open_run_dir, write_config
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
-from mmfree_jax.train.run_dir import CHECKPOINTS, check_run_dir, open_run_dir, write_config
 from mmfree_jax.train.setup import (
     Run,
     check_same_data,
@@ -41,7 +42,6 @@ from mmfree_jax.train.setup import (
 from mmfree_jax.train.sinks import make_progress, make_sinks
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
 from mmfree_jax.train.stop import Agreement, StopRequest, catch_signals
-from mmfree_jax.train.watchdog import Watchdog
 
 Sampler = Callable[..., str]
 

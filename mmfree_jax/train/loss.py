@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.quantize import fake_quantize_int8, fake_ternarize
-from mmfree_jax.sharding import flat_token_axes, flatten_tokens
-from pallas_kernels.cross_entropy.api import (
+from mmfree_jax.model.quantize import fake_quantize_int8, fake_ternarize
+from mmfree_jax.pallas_kernels.cross_entropy.api import (
     CrossEntropy,
     linear_cross_entropy_sum,
     ternary_linear_cross_entropy_sum,
 )
-from pallas_kernels.norm_quant.reference import rms_norm
-from pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.parallel.sharding import flat_token_axes, flatten_tokens
 
 Batch = dict[str, jax.Array]
 

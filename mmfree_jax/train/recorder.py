@@ -10,7 +10,8 @@ import jax
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.errors import TrainingError
-from mmfree_jax.train.checkpoint import checkpoint_steps
+from mmfree_jax.saved.checkpoint import checkpoint_steps
+from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS
 from mmfree_jax.train.flops import find_device, utilisation
 from mmfree_jax.train.metrics import (
     SECTIONS,
@@ -22,7 +23,6 @@ from mmfree_jax.train.metrics import (
     perplexity,
 )
 from mmfree_jax.train.optimizer import make_schedule
-from mmfree_jax.train.run_dir import CHECKPOINTS, METRICS
 from mmfree_jax.train.sinks import Progressing, Sink
 
 

@@ -7,11 +7,8 @@ from typing import Any
 import jax
 
 from mmfree_jax.config import tokens_per_step
-from mmfree_jax.train.checkpoint import checkpoint_steps, write_text_atomically
-from mmfree_jax.train.flops import count_flops, count_parameters
-from mmfree_jax.train.plot import plot_losses
-from mmfree_jax.train.recorder import Recorder
-from mmfree_jax.train.run_dir import (
+from mmfree_jax.saved.checkpoint import checkpoint_steps, write_text_atomically
+from mmfree_jax.saved.run_directory import (
     CHECKPOINTS,
     CONFIG,
     LOSS_CURVE,
@@ -20,6 +17,9 @@ from mmfree_jax.train.run_dir import (
     SUMMARY,
     TENSORBOARD,
 )
+from mmfree_jax.train.flops import count_flops, count_parameters
+from mmfree_jax.train.plot import plot_losses
+from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.setup import Run, versions
 from mmfree_jax.train.sinks import format_count
 

@@ -13,17 +13,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mmfree_jax import processes
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.dataset import TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError, MMFreeError
-from mmfree_jax.sharding import check_divisible, make_mesh, process_rows, state_shardings
-from mmfree_jax.train.checkpoint import Restored, newest_manifest, restore_newest
+from mmfree_jax.parallel import processes
+from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows, state_shardings
+from mmfree_jax.saved.checkpoint import Restored, newest_manifest, restore_newest
+from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
-from mmfree_jax.train.run_dir import CHECKPOINTS, TOKENIZER
 from mmfree_jax.train.step import TrainState, init_sharded, state_shapes
 
 
@@ -175,7 +175,7 @@ def start_state(run: Run) -> tuple[TrainState, Restored | None, list[str]]:
         return restored.state, restored, messages
     state = init_sharded(run.config, run.optimizer, run.mesh)
     if run.config.init_from is not None:
-        from mmfree_jax.interop.load import initial_params
+        from mmfree_jax.saved.pretrained import initial_params
 
         params = initial_params(run.config.init_from, run.config, run.mesh)
         state = dataclasses.replace(state, params=params)

@@ -12,8 +12,8 @@ from rich.text import Text
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.saved.run_directory import TENSORBOARD
 from mmfree_jax.train.metrics import Record
-from mmfree_jax.train.run_dir import TENSORBOARD
 
 
 class Sink(Protocol):

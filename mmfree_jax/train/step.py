@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.model import LanguageModel, ternary_weights
-from mmfree_jax.sharding import batch_sharding, param_shardings, state_shardings
+from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
 from mmfree_jax.train.loss import Batch, LossSums, loss_sums
 from mmfree_jax.train.optimizer import Optimizer, ScheduleValues
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.bitlinear import pallas_tpu
-from pallas_kernels.norm_quant import api as norm_quant
-from pallas_kernels.norm_quant import xla as norm_xla
-from pallas_kernels.over_tokens import TOKENS, WHOLE, over_tokens
-from pallas_kernels.ternary_matmul import api as ternary_matmul
+from ..norm_quant import api as norm_quant
+from ..norm_quant import xla as norm_xla
+from ..over_tokens import TOKENS, WHOLE, over_tokens
+from ..ternary_matmul import api as ternary_matmul
+from . import pallas_tpu
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Times whole BitLinear layers, forward and with backward, against plain XLA programs.
 
-python -m pallas_kernels.bitlinear.benchmark
+python -m mmfree_jax.pallas_kernels.bitlinear.benchmark
 """
 
 import functools
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bitlinear.api import bitlinear_many
-from pallas_kernels.bitlinear.reference import straight_through
-from pallas_kernels.norm_quant.reference import quantize_int8, rms_norm
-from pallas_kernels.ternary_matmul.api import ternarize
-from pallas_kernels.timing import compile_for, largest_difference, median_ms
+from ..norm_quant.reference import quantize_int8, rms_norm
+from ..ternary_matmul.api import ternarize
+from ..timing import compile_for, largest_difference, median_ms
+from .api import bitlinear_many
+from .reference import straight_through
 
 # (K, widths N_j, outer norm): i f g; o; gate and up; down, at 370M and 1.3B.
 MODEL_LAYERS = (

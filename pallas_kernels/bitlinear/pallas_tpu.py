@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.norm_quant.reference import inverse_rms, round_to_int8, token_absmax
-from pallas_kernels.norm_quant.xla import Statistics
+from ..norm_quant.reference import inverse_rms, round_to_int8, token_absmax
+from ..norm_quant.xla import Statistics
 
 _VMEM_BYTES = 64 << 20
 _BLOCK_ELEMENTS = 1 << 20

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_quant.reference import quantize_int8, rms_norm
-from pallas_kernels.ternary_matmul.reference import ternarize
+from ..norm_quant.reference import quantize_int8, rms_norm
+from ..ternary_matmul.reference import ternarize
 
 
 def straight_through(value: jax.Array, quantized: jax.Array) -> jax.Array:

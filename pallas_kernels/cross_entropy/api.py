@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.cross_entropy import pallas_gpu, xla
-from pallas_kernels.over_tokens import covers_mesh
+from ..over_tokens import covers_mesh
+from . import pallas_gpu, xla
 
 _IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu}
 # Devices where the kernels were measured to win: see `benchmark.py`.

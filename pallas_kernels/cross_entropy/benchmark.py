@@ -1,6 +1,6 @@
 """Times the head: linear layer, softmax cross-entropy and their gradients.
 
-python -m pallas_kernels.cross_entropy.benchmark
+python -m mmfree_jax.pallas_kernels.cross_entropy.benchmark
 """
 
 import functools
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cross_entropy import api
-from pallas_kernels.timing import compile_for, median_ms
+from ..timing import compile_for, median_ms
+from . import api
 
 # (tokens, words, width): 16 sequences of 1024 for the 370M, 1.3B and 2.7B models.
 SHAPES = ((16384, 32000, 1024), (16384, 32000, 2048), (16384, 32000, 2560))

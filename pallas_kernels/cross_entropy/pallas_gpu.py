@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.cross_entropy import xla
-from pallas_kernels.ternary_matmul.api import ternary_matmul
+from ..ternary_matmul.api import ternary_matmul
+from . import xla
 
 _BLOCK = 4096  # Columns at a time; a row in one piece would leave no registers for a second row.
 _LEAST = -1e30  # Below any logit, and finite: differences of it are no NaN.

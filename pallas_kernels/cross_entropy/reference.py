@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_quant.reference import quantize_int8
+from ..norm_quant.reference import quantize_int8
 
 
 def cross_entropy(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.norm_quant.reference import quantize_int8
+from ..norm_quant.reference import quantize_int8
 
 # Logits of one chunk take at most this many bytes in float32 unless the caller says otherwise.
 _LOGIT_BYTES = 2**28

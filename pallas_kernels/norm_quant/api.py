@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.choices import measured_best
-from pallas_kernels.norm_quant import pallas_tpu, pallas_triton, xla
-from pallas_kernels.norm_quant.xla import Statistics
-from pallas_kernels.over_tokens import TOKENS, WHOLE, covers_mesh, devices_in_mesh, over_tokens
+from ..dispatch import measured_best
+from ..over_tokens import TOKENS, WHOLE, covers_mesh, devices_in_mesh, over_tokens
+from . import pallas_tpu, pallas_triton, xla
+from .xla import Statistics
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "pallas_tpu")
 _KERNELS = {"pallas_triton": pallas_triton, "pallas_tpu": pallas_tpu}

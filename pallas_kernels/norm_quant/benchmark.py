@@ -1,6 +1,6 @@
 """Times the double RMSNorm and quantisation, forward and backward.
 
-python -m pallas_kernels.norm_quant.benchmark
+python -m mmfree_jax.pallas_kernels.norm_quant.benchmark
 """
 
 import functools
@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_quant import api
-from pallas_kernels.timing import compile_for, largest_difference, median_ms
+from ..timing import compile_for, largest_difference, median_ms
+from . import api
 
 # (K, consumers, form): what stands before i f g, before gate-up, before o, before down.
 MODEL_SHAPES = (

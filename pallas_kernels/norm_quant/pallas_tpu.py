@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.norm_quant.reference import round_to_int8, token_absmax
-from pallas_kernels.norm_quant.xla import Statistics, silu_slope
+from .reference import round_to_int8, token_absmax
+from .xla import Statistics, silu_slope
 
 # Elements of a block of rows: each float32 temporary of a kernel takes four times as many bytes.
 _BLOCK_ELEMENTS = 1 << 18

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.norm_quant.reference import MIN_ABSMAX
-from pallas_kernels.norm_quant.xla import Statistics
+from .reference import MIN_ABSMAX
+from .xla import Statistics
 
 # Adding 1.5 * 2^23 rounds a small float32 to an integer, halves to even, which then stands
 # in two's complement in the sum's low bits.

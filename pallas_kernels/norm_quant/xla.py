@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_quant.reference import inverse_rms, round_to_int8, token_absmax
+from .reference import inverse_rms, round_to_int8, token_absmax
 
 
 class Statistics(NamedTuple):

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packed_matmul import pallas_gpu, pallas_tpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 

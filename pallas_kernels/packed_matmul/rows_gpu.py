@@ -11,7 +11,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.norm_quant.reference import MIN_ABSMAX
+from ..norm_quant.reference import MIN_ABSMAX
 
 
 def quantize(

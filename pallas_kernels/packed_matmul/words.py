@@ -9,7 +9,7 @@ is the packed format itself, read as int32.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packed_matmul import reference
+from . import reference
 
 
 def plane_columns(columns: int) -> int:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packed_matmul.reference import unpack
+from .reference import unpack
 
 # A float32 sum of K products of magnitude 128 at most is exact below 2^24.
 _MAX_FLOAT_COLUMNS = 2**24 // 128

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from pallas_kernels.choices import measured_best
-from pallas_kernels.recurrence import pallas_gpu, pallas_tpu, sharded, xla
-from pallas_kernels.recurrence.gates import gate_values
+from ..dispatch import measured_best
+from . import pallas_gpu, pallas_tpu, sharded, xla
+from .gates import gate_values
 
 _IMPLEMENTATIONS: dict[str, Any] = {
     "xla": xla,

@@ -1,6 +1,6 @@
 """Times the recurrence, plain and with the MLGRU's gates, forward and backward.
 
-python -m pallas_kernels.recurrence.benchmark
+python -m mmfree_jax.pallas_kernels.recurrence.benchmark
 """
 
 import functools
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.recurrence import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.timing import compile_for, largest_difference, median_ms
+from ..timing import compile_for, largest_difference, median_ms
+from . import pallas_gpu, pallas_tpu, xla
 
 SHAPES = ((8, 2048, 2048), (8, 2048, 1024), (1, 2048, 2048), (1, 16384, 2048))
 MODULES = {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.recurrence.steps import Row, Steps
+from .steps import Row, Steps
 
 _CARRY_READY = 30  # bit of a group's flag word: the state at the group's start is published
 _MAX_POLLS = 1 << 24  # seconds of polling, far beyond any real wait

@@ -1,15 +1,15 @@
 """The linear recurrence, its reverse, and both with the MLGRU's gates fused, on NVIDIA GPUs.
 
 The default cuts are the fastest of about fifteen each, measured on one H100 at [8, 2048, 2048]
-and [1, 16384, 2048] bfloat16 (`python -m pallas_kernels.recurrence.benchmark`).
+and [1, 16384, 2048] bfloat16 (`python -m mmfree_jax.pallas_kernels.recurrence.benchmark`).
 """
 
 import functools
 
 import jax
 
-from pallas_kernels.recurrence import steps
-from pallas_kernels.recurrence.chunked_gpu import Config, scan
+from . import steps
+from .chunked_gpu import Config, scan
 
 FORWARD = Config(unroll=32, block_d=64, num_warps=2)
 BACKWARD = Config(unroll=16, block_d=128, num_warps=2)

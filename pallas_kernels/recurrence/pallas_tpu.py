@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.recurrence import steps as _steps
-from pallas_kernels.recurrence.steps import Row, Steps
+from . import steps as _steps
+from .steps import Row, Steps
 
 _TILE = 16
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.recurrence.gates import gate_gradients, gate_values
+from .gates import gate_gradients, gate_values
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.recurrence.gates import gate_gradients, gate_values
+from .gates import gate_gradients, gate_values
 
 
 def forward(f_BTD, x_BTD, reset_BT, h0_BD):

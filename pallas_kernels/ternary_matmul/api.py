@@ -11,9 +11,9 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels.choices import measured_best
-from pallas_kernels.over_tokens import TOKENS, WHOLE, covers_mesh, over_tokens
-from pallas_kernels.ternary_matmul import (
+from ..dispatch import measured_best
+from ..over_tokens import TOKENS, WHOLE, covers_mesh, over_tokens
+from . import (
     pallas_mosaic_gpu,
     pallas_tpu,
     pallas_triton,
@@ -192,7 +192,7 @@ def _measured_at(m: int) -> dict[str, dict]:
 
 @functools.cache
 def _measured_configs() -> dict[int, dict[str, dict]]:
-    """M -> (N x K) -> tiles; from `python -m pallas_kernels.ternary_matmul.benchmark tune M`."""
+    """M -> (N x K) -> tiles; made by `benchmark.py tune M` beside this."""
     table = json.loads(Path(__file__).with_name("mosaic_configs.json").read_text())
     return {int(m): tiles for m, tiles in table.items()}
 

@@ -1,6 +1,6 @@
 """Times the ternary product's implementations against XLA's bf16 product in the same run.
 
-python -m pallas_kernels.ternary_matmul.benchmark [tune] [tokens]
+python -m mmfree_jax.pallas_kernels.ternary_matmul.benchmark [tune] [tokens]
 """
 
 import functools
@@ -12,8 +12,8 @@ from concurrent import futures
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ternary_matmul import api, pallas_mosaic_gpu
-from pallas_kernels.timing import compile_for, median_ms
+from ..timing import compile_for, median_ms
+from . import api, pallas_mosaic_gpu
 
 # (N, K) of the 370M, 1.3B and 2.7B models' matrices, the heads last.
 MODEL_SHAPES = (

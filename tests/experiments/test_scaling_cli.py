@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from experiments.cli.crossing import crossing
-from experiments.cli.fit import fit
-from experiments.cli.isoflop import isoflop
-from experiments.scaling.artifacts import write_csv
-from experiments.scaling.laws import LAWS
-from experiments.scaling.read import frame_to_rows
-from experiments.scaling.synthetic import draw_runs, isoflop_design
 from mmfree_jax.errors import MMFreeError
+from mmfree_jax.experiments.cli.crossing import crossing
+from mmfree_jax.experiments.cli.fit import fit
+from mmfree_jax.experiments.cli.isoflop import isoflop
+from mmfree_jax.experiments.scaling.artifacts import write_csv
+from mmfree_jax.experiments.scaling.laws import LAWS
+from mmfree_jax.experiments.scaling.read import frame_to_rows
+from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 
 ONE = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}
 TWO = {"E": 1.8, "A": 300.0, "B": 1100.0, "alpha": 0.34, "beta": 0.35}

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from experiments.scaling import paper
-from experiments.scaling.crossing import cross, curve, first_crossings, frontier
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import make_frame
-from experiments.scaling.laws import LAWS
-from experiments.scaling.read import read_runs
-from experiments.scaling.synthetic import draw_runs, isoflop_design
+from mmfree_jax.experiments.scaling import paper
+from mmfree_jax.experiments.scaling.crossing import cross, curve, first_crossings, frontier
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import make_frame
+from mmfree_jax.experiments.scaling.laws import LAWS
+from mmfree_jax.experiments.scaling.read import read_runs
+from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 
 ONE = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}
 TWO = {"E": 1.8, "A": 300.0, "B": 1100.0, "alpha": 0.34, "beta": 0.35}

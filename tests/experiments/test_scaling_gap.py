@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from experiments.scaling import ScalingError, make_frame
-from experiments.scaling.gap import Pairs, gap_text, pair, token_multiples, trend
-from experiments.scaling.plots import plot_families, plot_gap, plot_rates, png
-from experiments.sweep.rates import tried_rates
+from mmfree_jax.experiments.scaling import ScalingError, make_frame
+from mmfree_jax.experiments.scaling.gap import Pairs, gap_text, pair, token_multiples, trend
+from mmfree_jax.experiments.scaling.plots import plot_families, plot_gap, plot_rates, png
+from mmfree_jax.experiments.sweep.rates import tried_rates
 
 N = np.repeat([1e6, 3e6, 1e7, 6e7], 3)
 D = np.tile([4e6, 1.2e7, 3.6e7], 4)

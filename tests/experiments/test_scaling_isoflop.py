@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.fit import fit_law
-from experiments.scaling.frame import join, make_frame
-from experiments.scaling.isoflop import (
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.fit import fit_law
+from mmfree_jax.experiments.scaling.frame import join, make_frame
+from mmfree_jax.experiments.scaling.isoflop import (
     envelope,
     fit_parabola,
     isoflop,
     optimal_allocation,
     parametric,
 )
-from experiments.scaling.synthetic import draw_runs
+from mmfree_jax.experiments.scaling.synthetic import draw_runs
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.28}
 A = 0.28 / 0.62

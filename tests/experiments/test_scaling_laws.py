@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from experiments.scaling.descent import exact, huber_oracle
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.laws import LAWS, get_law
-from experiments.scaling.objectives import OBJECTIVES, Objective, log_likelihood
-from experiments.scaling.search import search
-from experiments.scaling.synthetic import isoflop_design
+from mmfree_jax.experiments.scaling.descent import exact, huber_oracle
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.laws import LAWS, get_law
+from mmfree_jax.experiments.scaling.objectives import OBJECTIVES, Objective, log_likelihood
+from mmfree_jax.experiments.scaling.search import search
+from mmfree_jax.experiments.scaling.synthetic import isoflop_design
 
 TRUTH = {
     "chinchilla": (1.7, 400.0, 1500.0, 0.34, 0.36),
@@ -111,7 +111,7 @@ def test_hoffmann_grid():
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_likelihood_density_integrates_to_one(kind):
-    from experiments.scaling.objectives import log_partition, losses
+    from mmfree_jax.experiments.scaling.objectives import log_partition, losses
 
     objective = Objective(kind, 0.3)
     r = np.linspace(-400, 400, 4_000_001)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments.scaling.errors import ScalingError
-from experiments.scaling.frame import compute, inputs, make_frame, sizes
-from experiments.scaling.read import Columns, read_runs
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import compute, inputs, make_frame, sizes
+from mmfree_jax.experiments.scaling.read import Columns, read_runs
 
 
 def write(path, text):

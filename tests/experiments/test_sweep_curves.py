@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import experiments
-from experiments.sweep.curves import (
+from mmfree_jax import experiments
+from mmfree_jax.config import OptimizerConfig, TrainConfig
+from mmfree_jax.config_io import dump_yaml
+from mmfree_jax.experiments.sweep.curves import (
     load_curve,
     phases,
     phases_text,
@@ -16,9 +18,7 @@ from experiments.sweep.curves import (
     plot_phases,
     summarise_phases,
 )
-from experiments.sweep.errors import SweepError
-from mmfree_jax.config import OptimizerConfig, TrainConfig
-from mmfree_jax.config_io import dump_yaml
+from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.train.optimizer import make_schedule
 
 SHIPPED = Path(experiments.__file__).parent / "results" / "loss_curves"

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.cli import sweep as cli
-from experiments.scaling.read import read_runs
-from experiments.sweep.curves import load_curve
-from experiments.sweep.table import read_results
 from mmfree_jax.data import writer
+from mmfree_jax.experiments.cli import sweep as cli
+from mmfree_jax.experiments.scaling.read import read_runs
+from mmfree_jax.experiments.sweep.curves import load_curve
+from mmfree_jax.experiments.sweep.table import read_results
 
 
 @pytest.mark.slow

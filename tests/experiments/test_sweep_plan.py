@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from experiments.sweep.config import load_sweep, sweep_from_dict
-from experiments.sweep.estimate import DeviceRate, device_from_name, estimate
-from experiments.sweep.plan import (
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.config import load_sweep, sweep_from_dict
+from mmfree_jax.experiments.sweep.estimate import DeviceRate, device_from_name, estimate
+from mmfree_jax.experiments.sweep.plan import (
     config_hash,
     flops_per_token,
     main_runs,
@@ -18,8 +19,7 @@ from experiments.sweep.plan import (
     tuning_runs,
     without_repeats,
 )
-from experiments.sweep.rates import best_rate, choose_rates, transfer
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.rates import best_rate, choose_rates, transfer
 
 TRAIN = {"batch_size": 4, "data": {"paths": ["nowhere"], "seq_len": 64}}
 BOTH = [

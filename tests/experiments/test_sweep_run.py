@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.cli import sweep as cli
-from experiments.sweep.config import sweep_from_dict
-from experiments.sweep.errors import SweepError
-from experiments.sweep.order import in_order
-from experiments.sweep.plan import main_runs
-from experiments.sweep.process import child_environment, outcome, start
-from experiments.sweep.report import best_rows, status_text
-from experiments.sweep.runner import Options, run_sweep
-from experiments.sweep.state import is_locked, snapshot
-from experiments.sweep.table import RESULTS, read_results
 from mmfree_jax.data import writer
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.experiments.cli import sweep as cli
+from mmfree_jax.experiments.sweep.config import sweep_from_dict
+from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.order import in_order
+from mmfree_jax.experiments.sweep.plan import main_runs
+from mmfree_jax.experiments.sweep.process import child_environment, outcome, start
+from mmfree_jax.experiments.sweep.report import best_rows, status_text
+from mmfree_jax.experiments.sweep.runner import Options, run_sweep
+from mmfree_jax.experiments.sweep.state import is_locked, snapshot
+from mmfree_jax.experiments.sweep.table import RESULTS, read_results
 
 # Loss is lowest at the rate 4e-3 x (width / 128)^-1; each rate of BAD ends in another way.
 _TRAINER = """
@@ -270,7 +270,7 @@ def test_two_sweeps_at_once_do_not_run_a_run_twice(make, trainer, monkeypatch):
         while not starts(sweep):
             time.sleep(0.05)
         # Not from the main thread: signals are the other's.
-        monkeypatch.setattr("experiments.sweep.runner._Stop.listening", _no_signals)
+        monkeypatch.setattr("mmfree_jax.experiments.sweep.runner._Stop.listening", _no_signals)
         tallies.append(run_sweep(sweep, Options(), say=quiet, command=trainer))
 
     thread = threading.Thread(target=second)
@@ -383,7 +383,7 @@ def config_file(tmp_path, data, rates="[0.004]"):
 
 
 def test_the_commands(tmp_path, data, trainer, monkeypatch, capsys):
-    monkeypatch.setattr("experiments.sweep.runner.run_sweep.__kwdefaults__",
+    monkeypatch.setattr("mmfree_jax.experiments.sweep.runner.run_sweep.__kwdefaults__",
                         {**run_sweep.__kwdefaults__, "command": trainer})  # fmt: skip
     path = config_file(tmp_path, data, "[0.002, 0.004, 0.7]")
     assert cli.plan([str(path), "--device", "H100"]) == 0
@@ -434,8 +434,8 @@ def test_slurm_arrays_are_shards(tmp_path, data, monkeypatch, capsys):
 
 
 def test_the_shipped_configs_are_sound():
-    from experiments.sweep.config import load_sweep
-    from experiments.sweep.plan import main_runs, tuning_runs, without_repeats
+    from mmfree_jax.experiments.sweep.config import load_sweep
+    from mmfree_jax.experiments.sweep.plan import main_runs, tuning_runs, without_repeats
 
     folder = Path(cli.__file__).parents[1] / "configs"
     for name, runs in (("tiny-sweep", 4), ("loss-curves", 2), ("ablation", 8), ("study", 88)):

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.scaling.read import read_runs
-from experiments.sweep.errors import SweepError
-from experiments.sweep.table import COLUMNS, RESULTS, append_result, read_results
+from mmfree_jax.experiments.scaling.read import read_runs
+from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.table import COLUMNS, RESULTS, append_result, read_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ import sys
 sys.path.insert(0, sys.argv[1] + "/tests/experiments")
 from pathlib import Path
 from test_sweep_table import row
-from experiments.sweep.table import append_result
+from mmfree_jax.experiments.sweep.table import append_result
 for i in range(25):
     append_result(Path(sys.argv[2]), row(f"{sys.argv[3]}-{i}"))
 """

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.local import Plan, mmfree_command, run
 from mmfree_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -23,6 +22,7 @@ from mmfree_jax.config import (
 )
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.data import writer
+from mmfree_jax.launch.local import Plan, mmfree_command, run
 
 ROOT = Path(__file__).parents[2]
 

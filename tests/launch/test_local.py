@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from launch.local import Plan, environment, run
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.local import Plan, environment, run
 
 CPU = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
 
@@ -58,7 +58,7 @@ def test_signals_go_to_all_and_their_exit_code_comes_back():
         "signal.signal(signal.SIGTERM, leave); print('ready', flush=True); time.sleep(600)"
     )
     parent = (
-        "import sys; from launch.local import Plan, run\n"
+        "import sys; from mmfree_jax.launch.local import Plan, run\n"
         f"sys.exit(run(Plan((sys.executable, '-c', {child!r}), 2)))"
     )
     process = subprocess.Popen(

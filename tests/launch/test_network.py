@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import mmfree_command
 from mmfree_jax.config_io import dump_yaml
-from mmfree_jax.processes import EXIT_LOST
-from mmfree_jax.train.checkpoint import checkpoint_steps
+from mmfree_jax.launch.local import mmfree_command
+from mmfree_jax.parallel.processes import EXIT_LOST
+from mmfree_jax.saved.checkpoint import checkpoint_steps
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import subprocess
 import pytest
 import yaml
 
-from launch.cli.render import render_job
-from launch.render import Gke, Slurm, TpuVm, check_jobset, check_script, render
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.cli.render import render_job
+from mmfree_jax.launch.render import Gke, Slurm, TpuVm, check_jobset, check_script, render
 
 # Everything that a shell could stumble over.
 TRAIN = ["--preset", "1.3B", "--run-dir", '/shared/o\'hara $(reboot) `x`/"run"', "--steps", "9"]

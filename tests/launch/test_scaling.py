@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.scaling import scaling
-from launch.scaling import report, run
-from launch.scaling.plan import Case, mesh_of, parse_case, plan_cases, train_config
-from launch.scaling.worker import read_case, timing_of, write_case
-from launch.xla_flags import OVERLAP, with_overlap
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.launch.cli.scaling import scaling
+from mmfree_jax.launch.device_scaling import report, run
+from mmfree_jax.launch.device_scaling.plan import (
+    Case,
+    mesh_of,
+    parse_case,
+    plan_cases,
+    train_config,
+)
+from mmfree_jax.launch.device_scaling.worker import read_case, timing_of, write_case
+from mmfree_jax.launch.xla_flags import OVERLAP, with_overlap
 
 
 def test_combinations_in_order_and_one_device_once():

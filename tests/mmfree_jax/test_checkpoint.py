@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmfree_jax.errors import CheckpointError
-from mmfree_jax.train.checkpoint import (
+from mmfree_jax.saved.checkpoint import (
     MANIFEST,
     Checkpointer,
     checkpoint_steps,
@@ -184,7 +184,7 @@ _FULL_DISK = """
     import jax, jax.numpy as jnp
     from pathlib import Path
     from mmfree_jax.errors import CheckpointError
-    from mmfree_jax.train.checkpoint import Checkpointer, checkpoint_steps
+    from mmfree_jax.saved.checkpoint import Checkpointer, checkpoint_steps
     folder = Path(sys.argv[1])
     checkpointer = Checkpointer(folder)
     state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}  # 256 KiB

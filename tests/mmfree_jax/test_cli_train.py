@@ -9,7 +9,7 @@ from mmfree_jax.cli.train import resolve_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.presets import preset
-from mmfree_jax.train.run_dir import load_config
+from mmfree_jax.saved.run_directory import load_config
 
 
 def _yaml(tmp_path, text):

@@ -16,10 +16,10 @@ from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import DataError
 from mmfree_jax.evaluate import tasks
-from mmfree_jax.interop.load import MODEL_CONFIG, model_folder_config
-from mmfree_jax.interop.tensors import flatten
-from mmfree_jax.interop.writing import write_tensors
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.saved.pretrained import MODEL_CONFIG, model_folder_config
+from mmfree_jax.saved.tensors import flatten
+from mmfree_jax.saved.writing import write_tensors
 
 pytest.importorskip("lm_eval")
 

@@ -13,7 +13,7 @@ from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.perplexity import POSITIONS, evaluate_held_out
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.sharding import make_mesh, param_shardings
+from mmfree_jax.parallel.sharding import make_mesh, param_shardings
 
 VOCAB = 256
 

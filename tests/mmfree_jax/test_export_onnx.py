@@ -23,10 +23,10 @@ from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.export import agreement, manifest, onnx_export, onnx_graph, onnx_session, source
 from mmfree_jax.export.onnx_weights import two_bit_codes
-from mmfree_jax.infer import pack
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8
 from mmfree_jax.presets import preset
-from pallas_kernels.norm_quant.reference import quantize_int8
+from mmfree_jax.saved import packed as pack
 
 TINY = preset("tiny").model
 # Widths that no block divides, and a state that is wider than the residual stream.

@@ -11,9 +11,10 @@ import pytest
 from mmfree_jax.cli.main import main
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest, stablehlo
-from mmfree_jax.infer import load_model, pack, prefill
+from mmfree_jax.infer import load_model, prefill
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.presets import preset
+from mmfree_jax.saved import packed as pack
 
 TINY = preset("tiny").model
 PROMPTS = [[65, 66, 67, 68, 69, 70, 71], [80, 81]]

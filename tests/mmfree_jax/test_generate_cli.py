@@ -9,11 +9,11 @@ import pytest
 from mmfree_jax.cli.main import main
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.infer import api
-from mmfree_jax.infer.load import load_run
 from mmfree_jax.presets import preset
-from mmfree_jax.train.checkpoint import Checkpointer
+from mmfree_jax.saved.checkpoint import Checkpointer
+from mmfree_jax.saved.load import load_run
+from mmfree_jax.saved.run_directory import write_config
 from mmfree_jax.train.optimizer import make_optimizer
-from mmfree_jax.train.run_dir import write_config
 from mmfree_jax.train.step import init_state
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.config_io import dump_yaml
-from mmfree_jax.train.checkpoint import MANIFEST, checkpoint_steps
+from mmfree_jax.saved.checkpoint import MANIFEST, checkpoint_steps
 from mmfree_jax.train.metrics import read_history
 
 pytestmark = pytest.mark.slow

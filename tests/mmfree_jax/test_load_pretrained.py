@@ -15,9 +15,9 @@ import mmfree_jax
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.interop import huggingface
-from mmfree_jax.interop.load import initial_params, training_config
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.saved import huggingface
+from mmfree_jax.saved.pretrained import initial_params, training_config
 
 
 @pytest.fixture

@@ -14,13 +14,15 @@ from safetensors.numpy import save_file
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.infer import api, decode, load, pack, packed_gpu, packed_model
-from mmfree_jax.infer.session_file import load_session, save_session
-from mmfree_jax.interop.convert import export_hf
-from mmfree_jax.interop.load import model_folder_config
-from mmfree_jax.interop.tensors import flatten
+from mmfree_jax.infer import api, decode, packed_gpu, packed_model
 from mmfree_jax.model import LanguageModel, init_state, ternary_weights
-from pallas_kernels.packed_matmul import token_gpu
+from mmfree_jax.pallas_kernels.decode import token_gpu
+from mmfree_jax.saved import load
+from mmfree_jax.saved import packed as pack
+from mmfree_jax.saved.convert import export_hf
+from mmfree_jax.saved.pretrained import model_folder_config
+from mmfree_jax.saved.session import load_session, save_session
+from mmfree_jax.saved.tensors import flatten
 
 # Widths that neither 4 nor 5 divides.
 BASE = ModelConfig(

@@ -3,8 +3,8 @@
 import pytest
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.process_options import ProcessOptions, find_processes
-from mmfree_jax.train.watchdog import Watchdog
+from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
+from mmfree_jax.parallel.watchdog import Watchdog
 
 SLURM = {"SLURM_STEP_NODELIST": "n[0-1]", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "16"}
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.quantize import product
+from mmfree_jax.model.quantize import product
 
 
 def operands(shape, dtype, features=5, weight_dtype=jnp.float32):

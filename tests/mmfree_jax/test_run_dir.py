@@ -12,14 +12,14 @@ from mmfree_jax.config import OptimizerConfig, TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.presets import preset
-from mmfree_jax.train.run_dir import check_same_run, load_config, lock_run_dir, write_config
+from mmfree_jax.saved.run_directory import check_same_run, load_config, lock_run_dir, write_config
 
 ROOT = Path(__file__).parents[2]
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from mmfree_jax.train.run_dir import lock_run_dir
+from mmfree_jax.saved.run_directory import lock_run_dir
 with lock_run_dir(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

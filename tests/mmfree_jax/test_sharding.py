@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from mmfree_jax import sharding
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.parallel import sharding
 from mmfree_jax.presets import preset
 
 

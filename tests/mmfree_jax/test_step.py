@@ -13,8 +13,8 @@ import pytest
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_spec
 from mmfree_jax.presets import preset
-from mmfree_jax.sharding import check_divisible, make_mesh, param_spec
 from mmfree_jax.train.loss import loss_sums
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer, schedule_values
 from mmfree_jax.train.step import (

@@ -14,8 +14,12 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from mmfree_jax.bench import browser as browser_lib
-from mmfree_jax.bench.browser import (
+from mmfree_jax.cli.main import main
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.data import tokenizer as tokenizer_lib
+from mmfree_jax.errors import DataError
+from mmfree_jax.experiments.bench import browser as browser_lib
+from mmfree_jax.experiments.bench.browser import (
     Site,
     answer,
     build_page,
@@ -26,14 +30,10 @@ from mmfree_jax.bench.browser import (
     type_prompt,
     wait,
 )
-from mmfree_jax.cli.main import main
-from mmfree_jax.config import ModelConfig
-from mmfree_jax.data import tokenizer as tokenizer_lib
-from mmfree_jax.errors import DataError
 from mmfree_jax.export import onnx_export, onnx_session, web_page, web_tokenizer
 from mmfree_jax.export.source import from_leaves
-from mmfree_jax.infer.pack import leaves_of
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.saved.packed import leaves_of
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -16,14 +16,18 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.bitlinear.api import bitlinear_many
-from pallas_kernels.packed_matmul import fused_gpu, token_gpu
-from pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
-from pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
-from pallas_kernels.packed_matmul.words import plane_columns
-from pallas_kernels.recurrence import pallas_gpu, pallas_tpu
-from pallas_kernels.ternary_matmul import pallas_mosaic_gpu
-from pallas_kernels.ternary_matmul.api import mosaic_config, mosaic_gated_config, ternarize
+from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
+from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
+from mmfree_jax.pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
+from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
+from mmfree_jax.pallas_kernels.recurrence import pallas_gpu, pallas_tpu
+from mmfree_jax.pallas_kernels.ternary_matmul import pallas_mosaic_gpu
+from mmfree_jax.pallas_kernels.ternary_matmul.api import (
+    mosaic_config,
+    mosaic_gated_config,
+    ternarize,
+)
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:The Pallas Triton")]
 

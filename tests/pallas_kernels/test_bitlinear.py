@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bitlinear import pallas_tpu, reference
-from pallas_kernels.bitlinear.api import bitlinear, bitlinear_many
-from pallas_kernels.norm_quant.api import norm_quant
-from pallas_kernels.norm_quant.reference import quantize_int8, rms_norm
-from pallas_kernels.ternary_matmul.api import ternarize, ternary_matmul
+from mmfree_jax.pallas_kernels.bitlinear import pallas_tpu, reference
+from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear, bitlinear_many
+from mmfree_jax.pallas_kernels.norm_quant.api import norm_quant
+from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8, rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize, ternary_matmul
 
 TOLERANCE = 0.005  # relative RMS, bf16 included
 

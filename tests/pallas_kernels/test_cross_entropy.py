@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels.cross_entropy import pallas_gpu, reference, xla
-from pallas_kernels.cross_entropy.api import (
+from mmfree_jax.pallas_kernels.cross_entropy import pallas_gpu, reference, xla
+from mmfree_jax.pallas_kernels.cross_entropy.api import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
     ternary_linear_cross_entropy,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.norm_quant import api, pallas_triton
-from pallas_kernels.norm_quant.reference import norm_quantize, quantize_int8, rms_norm
+from mmfree_jax.pallas_kernels.norm_quant import api, pallas_triton
+from mmfree_jax.pallas_kernels.norm_quant.reference import norm_quantize, quantize_int8, rms_norm
 
 EPS = {"eps": 1e-6, "outer_eps": 1e-5}
 # (tokens, K, own norms, outer norm): odd sizes, one token, one consumer and several.

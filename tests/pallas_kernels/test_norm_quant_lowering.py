@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.bitlinear.api import bitlinear_many
-from pallas_kernels.norm_quant import api as norm_quant
-from pallas_kernels.ternary_matmul.api import ternarize, ternary_matmul
+from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.norm_quant import api as norm_quant
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize, ternary_matmul
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 MARKS = {

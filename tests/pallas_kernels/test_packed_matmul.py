@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.bitlinear.api import bitlinear_many
-from pallas_kernels.norm_quant.api import norm_quant
-from pallas_kernels.norm_quant.reference import rms_norm
-from pallas_kernels.packed_matmul import fused_gpu, pallas_gpu, reference, rows_gpu, token_gpu
-from pallas_kernels.packed_matmul.api import packed_matmul
-from pallas_kernels.packed_matmul.dot4 import quantize4
-from pallas_kernels.packed_matmul.words import from_words, plane_columns, to_words
+from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
+from mmfree_jax.pallas_kernels.norm_quant.api import norm_quant
+from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
+from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu, reference, rows_gpu
+from mmfree_jax.pallas_kernels.packed_matmul.api import packed_matmul
+from mmfree_jax.pallas_kernels.packed_matmul.dot4 import quantize4
+from mmfree_jax.pallas_kernels.packed_matmul.words import from_words, plane_columns, to_words
 
 EPS, OUTER_EPS = 1e-6, 1e-5
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.packed_matmul import pallas_gpu, reference, rows_gpu
-from pallas_kernels.packed_matmul.words import from_words, to_words
-from pallas_kernels.ternary_matmul import pallas_mosaic_gpu
-from pallas_kernels.ternary_matmul.api import (
+from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu, reference, rows_gpu
+from mmfree_jax.pallas_kernels.packed_matmul.words import from_words, to_words
+from mmfree_jax.pallas_kernels.ternary_matmul import pallas_mosaic_gpu
+from mmfree_jax.pallas_kernels.ternary_matmul.api import (
     gated_ternary_matmul,
     mosaic_gated_config,
     ternary_matmul,

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.recurrence import api, chunked_gpu, pallas_gpu, pallas_tpu, reference, xla
-from pallas_kernels.recurrence.api import linear_recurrence, mlgru_recurrence
+from mmfree_jax.pallas_kernels.recurrence import (
+    api,
+    chunked_gpu,
+    pallas_gpu,
+    pallas_tpu,
+    reference,
+    xla,
+)
+from mmfree_jax.pallas_kernels.recurrence.api import linear_recurrence, mlgru_recurrence
 
 STEPS = ("forward", "backward", "mlgru_forward", "mlgru_backward")
 

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.recurrence import chunked_gpu, pallas_gpu, pallas_tpu
-from pallas_kernels.recurrence.api import linear_recurrence, mlgru_recurrence
+from mmfree_jax.pallas_kernels.recurrence import chunked_gpu, pallas_gpu, pallas_tpu
+from mmfree_jax.pallas_kernels.recurrence.api import linear_recurrence, mlgru_recurrence
 
 B, T, D = 4, 24, 6
 

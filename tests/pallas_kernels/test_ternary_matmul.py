@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ternary_matmul import pallas_tpu, pallas_triton, reference, xla
-from pallas_kernels.ternary_matmul.api import (
+from mmfree_jax.pallas_kernels.ternary_matmul import pallas_tpu, pallas_triton, reference, xla
+from mmfree_jax.pallas_kernels.ternary_matmul.api import (
     IMPLEMENTATIONS,
     available_implementations,
     default_implementation,
@@ -17,7 +17,7 @@ from pallas_kernels.ternary_matmul.api import (
     ternarize,
     ternary_matmul,
 )
-from pallas_kernels.ternary_matmul.benchmark import MODEL_SHAPES
+from mmfree_jax.pallas_kernels.ternary_matmul.benchmark import MODEL_SHAPES
 
 
 def operands(leading, n, k, seed=0):

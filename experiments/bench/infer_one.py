@@ -1,0 +1,313 @@
+"""One measurement of inference in its own process: `python -m ...bench.infer_one JSON`.
+
+Weights are random, of the right distribution, made on the device layer by layer in the form in
+which they are used: a 13B model never exists in a larger form, and the process's peak memory is
+the measured program's. Without an argument the task is read from stdin, so that the imports of
+one measurement can go on during another. The result is one line of JSON on stdout.
+
+A time is the host's clock around one compiled program, the device synchronised before and
+after, behind one call that compiles and warms up. Decoding: the greedy loop of `generate` over
+`steps` tokens, with embedding, layers, head and the choice of each token. Prefill: the prompt
+in, the state and the last token's logits out.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.config import LinearConfig, ModelConfig
+from mmfree_jax.infer import decode, packed_gpu, packed_model
+from mmfree_jax.infer.sample import Sampling
+from mmfree_jax.model import init_state
+from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
+from mmfree_jax.presets import preset
+from mmfree_jax.saved import packed as pack
+
+FORMS = ("packed", "matmulfree-bf16", "transformer-bf16")
+
+
+def model_config(size: str, form: str) -> ModelConfig:
+    """The preset's model in one of `FORMS`; the bfloat16 forms have dense products.
+
+    "trits", the packed model's weights unpacked to int8, is for comparisons.
+    """
+    if form == "transformer-bf16":
+        config = preset(f"{size}-transformer").model
+    else:
+        config = preset(size).model
+    if form == "matmulfree-bf16":
+        dense = LinearConfig(ternary_weights=False, int8_activations=False, input_norm=True)
+        config = dataclasses.replace(
+            config, mixer_linear=dense, glu_linear=dense, head_linear=dense
+        )
+    return dataclasses.replace(config, remat="none", param_dtype="bfloat16")
+
+
+def random_variables(config: ModelConfig, form: str, seed: int = 0) -> decode.Variables:
+    """Random weights as `generate` takes them.
+
+    Args:
+      config: of the model.
+      form: "packed" (2 bits, the layout of the kernels), "trits" (int8), or another: the
+        parameters in bfloat16.
+      seed: of the weights.
+    """
+    keys = iter(jax.random.split(jax.random.key(seed), 256))
+    trees: dict[str, Any] = {"params": {}, "ternary": {}}
+
+    def put(collection: str, path: tuple[str, ...], value: jax.Array) -> None:
+        tree = trees[collection]
+        for name in path[:-1]:
+            tree = tree.setdefault(name, {})
+        tree[path[-1]] = value
+
+    for path, shape in pack.param_shapes(config).items():
+        if pack.is_ternary(config, path):
+            words = _random_words(next(keys), (*shape[:-1], plane_columns(shape[-1]) // 4))
+            if form == "packed":
+                put("params", (*path[:-1], "words"), words)
+            else:
+                rows = packed_model.packed_rows({"words": words})
+                put("ternary", (*path[:-1], "trits"), pack._unpack(rows, shape[-1], bits="2"))
+            collection = "params" if form == "packed" else "ternary"
+            put(collection, (*path[:-1], "scale"), jnp.full((*shape[:-2], 1, 1), 0.02))
+        elif path[-1] == "weight":
+            put("params", path, _random_normal(next(keys), shape))
+        elif path[-1] == "lower_bounds":
+            put("params", path, jnp.zeros(shape, jnp.float32))
+        else:
+            put("params", path, jnp.ones(shape, jnp.bfloat16))
+    return {"packed": trees["params"]} if form == "packed" else trees
+
+
+def _by_layer(make: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`make(key, shape)` for one matrix at a time, so that its scratch is one matrix's."""
+
+    def stacked(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if len(shape) == 2:
+            return make(key, shape)
+        return jax.lax.map(lambda k: make(k, shape[1:]), jax.random.split(key, shape[0]))
+
+    return jax.jit(stacked, static_argnums=1)
+
+
+@_by_layer
+def _random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # The sum of two random bits is 0, 1 or 2 with weights 1, 2, 1: a trit plus one.
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    codes = (bits & 0x55555555) + ((bits >> 1) & 0x55555555)
+    return jax.lax.bitcast_convert_type(codes, jnp.int32)
+
+
+@_by_layer
+def _random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def stored_form(form: str) -> str:
+    """The form in which this backend holds a packed model: int8 trits on the CPU."""
+    return "trits" if form == "packed" and jax.default_backend() == "cpu" else form
+
+
+def decode_loop(
+    config: ModelConfig, variables: decode.Variables, *, batch: int, steps: int, calls: int
+) -> Callable[[], jax.Array]:
+    """A function that decodes `steps` more tokens a row and returns them."""
+    sampling = Sampling(temperature=0)
+    held = {"session": decode.init_session(config, batch, steps * calls)}
+    # Made once: making them is the host's work, not the program's.
+    settings = (
+        jnp.zeros(batch, bool),
+        jnp.full(batch, steps, jnp.int32),
+        jnp.zeros(batch, jnp.uint32),
+        jnp.array([-1], jnp.int32),
+        sampling.numbers(),
+    )
+
+    def run() -> jax.Array:
+        held["session"], tokens, _ = decode.generate_chunk(
+            variables,
+            held["session"],
+            *settings,
+            config=config,
+            filters=sampling.filters(),
+            steps=steps,
+            early_exit=False,
+        )
+        return tokens
+
+    return run
+
+
+def measure_decode(task: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds a token of the greedy loop, and with `energy_s` the energy of each token."""
+    batch, steps, repeats = task["batch"], task["steps"], task["repeats"]
+    config = model_config(task["size"], task["form"])
+    variables = random_variables(config, stored_form(task["form"]))
+    run = decode_loop(config, variables, batch=batch, steps=steps, calls=repeats + 1)
+    first_s, times = _times(run, repeats)
+    row = {
+        "first_call_s": round(first_s, 2),
+        "ms_per_token": _summary([1e3 * t / steps for t in times]),
+        "tokens_per_s": round(batch * steps / statistics.median(times), 1),
+        **_memory(variables),
+    }
+    if task.get("energy_s"):
+        row |= _energy(run, task["energy_s"], batch * steps)
+    return row
+
+
+def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds to read a prompt of `tokens` tokens a row."""
+    batch, tokens = task["batch"], task["tokens"]
+    config = model_config(task["size"], task["form"])
+    variables = random_variables(config, stored_form(task["form"]))
+    prompt = jnp.ones((batch, tokens), jnp.int32)
+    length = jnp.full(batch, tokens, jnp.int32)
+
+    def run() -> jax.Array:
+        session = decode.init_session(config, batch, tokens)
+        return decode.prefill(variables, session, prompt, length, config=config).logits_BV
+
+    first_s, times = _times(run, task["repeats"])
+    return {
+        "first_call_s": round(first_s, 2),
+        "ms": _summary([1e3 * t for t in times]),
+        **_memory(variables),
+    }
+
+
+def decode_step(config: ModelConfig) -> Callable[..., Any]:
+    """A jitted (variables, token_B, state) -> (logits_BV, state)."""
+
+    @jax.jit
+    def step(variables: decode.Variables, token_B: jax.Array, state: Any) -> Any:
+        return decode.forward(variables, config, token_B[:, None], state, None)
+
+    return step
+
+
+def measure_agreement(task: dict[str, Any]) -> dict[str, Any]:
+    """How far three programs are from the float32 model on the same trits and tokens.
+
+    They are the packed kernels in float32, and in bfloat16 the packed kernels and the unpacked
+    model. KL is that of each from the float32 model's distribution, in nats, its mean over
+    rows and tokens.
+    """
+    size, batch, tokens = task["size"], task["batch"], task["tokens"]
+    narrow = dataclasses.replace(
+        model_config(size, "packed"), compute_dtype="bfloat16", residual_dtype="bfloat16"
+    )
+    wide = dataclasses.replace(narrow, compute_dtype="float32", residual_dtype="float32")
+    packed = random_variables(narrow, "packed")
+    trits = random_variables(narrow, "trits")
+    programs = {
+        "unpacked float32": (trits, wide),
+        "packed float32": (packed, wide),
+        "packed bfloat16": (packed, narrow),
+        "unpacked bfloat16": (trits, narrow),
+    }
+    logits: dict[str, list[jax.Array]] = {}
+    for name, (variables, config) in programs.items():
+        step = decode_step(config)
+        state, logits[name] = init_state(config, batch), []
+        for index in range(tokens):
+            token_B = (jnp.arange(batch, dtype=jnp.int32) * 31 + 977 * index) % config.vocab_size
+            found, state = step(variables, token_B, state)
+            logits[name].append(found)
+    expected = jnp.stack(logits.pop("unpacked float32"))
+    row = {}
+    for name, values in logits.items():
+        found = jnp.stack(values)
+        p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(found)
+        row[name] = {
+            "kl_nats": float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))),
+            "same_top_1": float(jnp.mean(jnp.argmax(expected, -1) == jnp.argmax(found, -1))),
+            "largest_difference": float(jnp.max(jnp.abs(expected - found))),
+        }
+    row["largest_logit"] = float(jnp.max(jnp.abs(expected)))
+    return {"from": "unpacked float32", **row}
+
+
+def _times(run: Callable[[], jax.Array], repeats: int) -> tuple[float, list[float]]:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return times[0], times[1:]
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def _memory(variables: Any) -> dict[str, float]:
+    """Weights, and the most that the process has held on the device (10^9 bytes)."""
+    row = {"weights_gb": sum(x.nbytes for x in jax.tree.leaves(variables)) / 1e9}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        row["peak_gb"] = stats["peak_bytes_in_use"] / 1e9
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+def _energy(run: Callable[[], jax.Array], seconds: float, tokens: int) -> dict[str, Any]:
+    """Energy a token from NVML's counter of the whole board, over at least `seconds`."""
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception as e:  # no driver, no counter, no package
+        return {"energy": f"not measured: {type(e).__name__}: {e}"}
+    calls = 0
+    start, before = time.perf_counter(), pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    while time.perf_counter() - start < seconds:
+        jax.block_until_ready(run())
+        calls += 1
+    joules = 1e-3 * (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before)
+    spent = time.perf_counter() - start
+    return {
+        "energy": {
+            "mj_per_token": round(1e3 * joules / (calls * tokens), 3),
+            "watts": round(joules / spent, 1),
+            "seconds": round(spent, 1),
+            "tokens": calls * tokens,
+            "counter": "nvmlDeviceGetTotalEnergyConsumption",
+        }
+    }
+
+
+def run_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Runs one task; its row says what it was, where it ran and what came out."""
+    works = {
+        "decode": measure_decode,
+        "prefill": measure_prefill,
+        "agreement": measure_agreement,
+    }
+    device = jax.devices()[0]
+    row = {
+        **task,
+        "device": device.device_kind,
+        "backend": jax.default_backend(),
+        "multiprocessors": packed_gpu.multiprocessors(),
+        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+    }
+    return row | works[task["work"]](task)
+
+
+if __name__ == "__main__":
+    text = sys.argv[1] if len(sys.argv) > 1 else sys.stdin.readline()
+    print(json.dumps(run_task(json.loads(text))), flush=True)

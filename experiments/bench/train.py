@@ -1,0 +1,167 @@
+"""Speed and memory of the training step on this machine."""
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmfree_jax.config import TrainConfig, tokens_per_step
+from mmfree_jax.parallel.sharding import batch_sharding, check_divisible, make_mesh
+from mmfree_jax.train.flops import count_flops, count_parameters
+from mmfree_jax.train.optimizer import (
+    Optimizer,
+    ScheduleValues,
+    make_optimizer,
+    schedule_values,
+)
+from mmfree_jax.train.step import init_sharded, jit_train_step, state_shapes
+
+TRACED_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMeasurement:
+    """What one configuration of the training step costs."""
+
+    family: str
+    parameters: int
+    batch_size: int
+    seq_len: int
+    devices: int
+    device_kind: str
+    compile_s: float
+    step_ms: float
+    """Median over the timed steps."""
+    spread_ms: float
+    """Slowest less fastest of the timed groups of steps."""
+    tokens_per_s: float
+    model_tflops: float
+    """Analytic model FLOPs a second over all devices, in 1e12."""
+    peak_gib: float | None
+    """Largest memory in use on the first device (GiB); None where the device does not tell."""
+    loss: float
+    """Of the last step; random tokens, so about ln(vocab_size)."""
+
+
+class CompiledStep(NamedTuple):
+    """The training step of one configuration, and what it is called with.
+
+    Attributes:
+      step: compiled (state, batch, schedule) -> (state, metrics).
+      mesh: it runs on.
+      optimizer: whose state is in the training state.
+      schedule: of the learning rate, on the host.
+    """
+
+    step: jax.stages.Compiled
+    mesh: Mesh
+    optimizer: Optimizer
+    schedule: ScheduleValues
+
+
+def compile_train_step(config: TrainConfig) -> CompiledStep:
+    """Compiles the step from shapes alone, on the devices that are here.
+
+    Called first in a process it lowers to the same text as in any other such process, so that
+    JAX's compilation cache finds what another has compiled.
+
+    Raises:
+      ConfigError: batch or model do not divide over the mesh.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divisible(config, mesh)
+    optimizer = make_optimizer(config.optimizer)
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
+    schedule = schedule_values(config.optimizer, config.steps)
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, optimizer, mesh)
+        lowered = step.lower(state_shapes(config, optimizer), batch, schedule)
+        return CompiledStep(lowered.compile(), mesh, optimizer, schedule)
+
+
+def measure_train_step(
+    config: TrainConfig,
+    *,
+    groups: int = 5,
+    steps_per_group: int = 4,
+    warmup: int = 2,
+    trace_dir: Path | None = None,
+) -> TrainMeasurement:
+    """Times the compiled training step on random tokens that are already on the device.
+
+    Steps are queued in groups and each group is waited for, as the training loop would
+    keep the device busy. Run one configuration a process: the peak is the process's.
+
+    Args:
+      config: of the run; its data are not read.
+      groups: groups of steps to time.
+      steps_per_group: steps queued at once.
+      warmup: steps before the timing.
+      trace_dir: folder for a profiler trace of `TRACED_STEPS` more steps behind the timing;
+        None: no trace.
+
+    Raises:
+      ConfigError: batch or model do not divide over the mesh.
+    """
+    begin = time.perf_counter()
+    compiled = compile_train_step(config)
+    compile_s = time.perf_counter() - begin
+    step, mesh = compiled.step, compiled.mesh
+    schedule = jax.device_put(compiled.schedule, NamedSharding(mesh, P()))
+    state = init_sharded(config, compiled.optimizer, mesh)
+    batch = _random_batch(config, batch_sharding(mesh))
+
+    for _ in range(warmup):
+        state, metrics = step(state, batch, schedule)
+    jax.block_until_ready(metrics)
+    times = []
+    for _ in range(groups):
+        begin = time.perf_counter()
+        for _ in range(steps_per_group):
+            state, metrics = step(state, batch, schedule)
+        jax.block_until_ready(metrics)
+        times.append((time.perf_counter() - begin) / steps_per_group)
+    seconds = statistics.median(times)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    if trace_dir is not None:
+        with jax.profiler.trace(str(trace_dir)):
+            for _ in range(TRACED_STEPS):
+                state, metrics = step(state, batch, schedule)
+            jax.block_until_ready(metrics)
+    rate = tokens_per_step(config) / seconds
+    return TrainMeasurement(
+        family=config.model.family,
+        parameters=count_parameters(config.model).total,
+        batch_size=config.batch_size,
+        seq_len=config.data.seq_len,
+        devices=mesh.size,
+        device_kind=jax.devices()[0].device_kind,
+        compile_s=compile_s,
+        step_ms=1e3 * seconds,
+        spread_ms=1e3 * (max(times) - min(times)),
+        tokens_per_s=rate,
+        model_tflops=1e-12 * rate * count_flops(config.model, config.data.seq_len).training,
+        peak_gib=None if peak is None else peak / 2**30,
+        loss=float(metrics["loss"]),
+    )
+
+
+def _random_batch(config: TrainConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, config.data.seq_len + 1)
+    tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    host = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((shape[0], shape[1] - 1), np.int32),
+    }
+    return {name: jax.device_put(value, sharding) for name, value in host.items()}

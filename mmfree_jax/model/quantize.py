@@ -1,0 +1,104 @@
+"""The textbook BitLinear: straight-through quantisers around a dense product.
+
+The quantisers themselves are defined once, in `pallas_kernels`; here they get their
+gradient. `pallas_kernels.bitlinear` computes the same layer in less memory and time,
+and is tested against this one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8, rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
+    """`quantized`, with the gradient of the identity in `x` (Bengio et al., arXiv 1308.3432)."""
+    del x
+    return quantized
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    _, quantized = primals
+    x_dot, _ = tangents
+    return quantized, x_dot.astype(quantized.dtype)
+
+
+def fake_quantize_int8(x: jax.Array) -> jax.Array:
+    """[..., K] rounded to each token's int8 grid, in x's dtype; gradient straight through."""
+    q, scale = quantize_int8(jax.lax.stop_gradient(x))
+    return straight_through(x, (q.astype(jnp.float32) * scale).astype(x.dtype))
+
+
+def fake_ternarize(w: jax.Array) -> jax.Array:
+    """[..., N, K] rounded to {-s, 0, s}, s one number a matrix; gradient straight through."""
+    trits, scale = ternarize(jax.lax.stop_gradient(w))
+    return straight_through(w, (trits.astype(jnp.float32) * scale).astype(w.dtype))
+
+
+def linear(
+    x: jax.Array,
+    weight: jax.Array,
+    norm_scale: jax.Array | None,
+    *,
+    eps: float,
+    ternary_weights: bool,
+    int8_activations: bool,
+) -> jax.Array:
+    """Q8(RMSNorm(x)) @ T(W)^T (arXiv 2406.02528, section 3.2), each part optional.
+
+    Args:
+      x: [..., K] in the compute dtype.
+      weight: [N, K] master weights.
+      norm_scale: [K], the layer's own RMSNorm; None leaves the norm out.
+      eps: of that norm.
+      ternary_weights: round the weights.
+      int8_activations: round the input.
+
+    Returns:
+      [..., N] in x's dtype.
+    """
+    dtype = x.dtype
+    if norm_scale is not None:
+        x = rms_norm(x, norm_scale, eps=eps)
+    if int8_activations:
+        x = fake_quantize_int8(x)
+    if ternary_weights:
+        weight = fake_ternarize(weight)
+    return product(x.astype(dtype), weight)
+
+
+@jax.custom_vjp
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x @ W^T for x [..., K] and W [N, K], all three products in x's dtype, sums in float32.
+
+    The derivative that JAX would take of it multiplies float32 cotangents, at half the speed or
+    less. Here they are rounded to x's dtype, and the weight's gradient is not rounded at all.
+    """
+    return _contract(x, weight.astype(x.dtype), (x.ndim - 1, 1)).astype(x.dtype)
+
+
+def _product_forward(x: jax.Array, weight: jax.Array):
+    rounded = weight.astype(x.dtype)
+    like = jnp.zeros((), weight.dtype)
+    return _contract(x, rounded, (x.ndim - 1, 1)).astype(x.dtype), (x, rounded, like)
+
+
+def _product_backward(residuals, dy: jax.Array):
+    x, rounded, like = residuals
+    dx = _contract(dy, rounded, (dy.ndim - 1, 0)).astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dw = _contract(dy, x, (rows, rows)).astype(like.dtype)
+    return dx, dw
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _contract(a: jax.Array, b: jax.Array, axes) -> jax.Array:
+    """The product over the axes given, of a and of b, with sums in float32 or wider."""
+    of_a, of_b = ((x,) if isinstance(x, int) else x for x in axes)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=wide)

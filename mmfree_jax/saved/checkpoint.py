@@ -1,0 +1,401 @@
+"""Checkpoints: asynchronous, whole or absent, checked when read.
+
+A checkpoint is the folder `checkpoints/<step>/`: the state's arrays as Orbax writes them
+(`state/`), and `manifest.json`, which holds everything else (step, data position, resolved
+config, tokenizer and data identity, the shape and dtype of every leaf) and the size and
+SHA-256 of every file. The manifest is written last, by rename: a folder without one is a
+save that did not finish, and is never read. Orbax alone detects neither a flipped bit in
+the array data nor every truncation; the digests do.
+
+With several processes, all of them call `save` and `restore`; process 0 writes the manifest
+and deletes old checkpoints.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mmfree_jax.errors import CheckpointError
+from mmfree_jax.parallel import processes
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: the state on its devices, and the manifest beside it."""
+
+    step: int
+    state: Any
+    manifest: dict[str, Any]
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint's files are not as they were written."""
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes beside, syncs and renames, so that `path` holds the old text or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints under `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = [p.name for p in folder.iterdir() if p.name.isdecimal() and (p / MANIFEST).is_file()]
+    return sorted(int(name) for name in names)
+
+
+def leaf_types(tree: Any) -> dict[str, tuple[list[int], str]]:
+    """Path, shape and dtype of every leaf of a pytree of arrays or their shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p): (list(x.shape), str(x.dtype)) for p, x in leaves}
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file, which is also flushed to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, digest
+
+
+def _digests(folder: Path) -> dict[str, tuple[int, str]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(_digest, files))
+    return {str(p.relative_to(folder)): r for p, r in zip(files, results, strict=True)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of one checkpoint.
+
+    Raises:
+      DamagedCheckpointError: it is missing or unreadable.
+      CheckpointError: it is of a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or "not valid JSON"
+        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST}: {reason}") from e
+    if not isinstance(manifest, dict) or not {"format", "step", "files"} <= manifest.keys():
+        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged")
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {manifest['format']}: this version reads "
+            f"up to {FORMAT}; install a newer mmfree-jax"
+        )
+    return manifest
+
+
+def newest_manifest(folder: Path) -> dict[str, Any] | None:
+    """The newest readable manifest under `folder`; None if there is no checkpoint."""
+    for step in reversed(checkpoint_steps(folder)):
+        try:
+            return read_manifest(folder / str(step))
+        except DamagedCheckpointError:
+            continue
+    return None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Checks every file of a checkpoint against its manifest, which is returned.
+
+    Raises:
+      DamagedCheckpointError: a file is missing, of another size or of another content.
+    """
+    manifest = read_manifest(folder)
+    files = manifest["files"]
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder}: {name} has {path.stat().st_size} bytes, not {size}"
+            )
+    try:
+        found = _digests(folder)
+    except OSError as e:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {e.filename}: {e.strerror}") from e
+    for name, (_, digest) in files.items():
+        if found[name][1] != digest:
+            raise DamagedCheckpointError(f"checkpoint {folder}: {name} does not match its checksum")
+    return manifest
+
+
+def _check_leaves(folder: Path, manifest: dict[str, Any], abstract_state: Any) -> None:
+    saved = {k: (list(s), d) for k, (s, d) in manifest["leaves"].items()}
+    wanted = leaf_types(abstract_state)
+    for name, (shape, dtype) in wanted.items():
+        if name not in saved:
+            raise CheckpointError(
+                f"checkpoint {folder} has no {name}: it is of another model or optimizer; "
+                "use the config it was saved with, or another run_dir"
+            )
+        if saved[name] != (shape, dtype):
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} is {saved[name][1]}{saved[name][0]}, but the config "
+                f"needs {dtype}{shape}; use the config it was saved with, or another run_dir"
+            )
+    for name in saved:
+        if name not in wanted:
+            raise CheckpointError(
+                f"checkpoint {folder} holds {name}, which the config does not have; "
+                "use the config it was saved with, or another run_dir"
+            )
+
+
+def restore(folder: Path, abstract_state: Any, *, check_files: bool = True) -> Restored:
+    """Reads the checkpoint in `folder` onto the shardings of `abstract_state`.
+
+    Args:
+      folder: `checkpoints/<step>`.
+      abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings; any mesh will do.
+      check_files: verify every file's checksum first.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or a leaf has another shape or dtype.
+    """
+    manifest = verify(folder) if check_files else read_manifest(folder)
+    _check_leaves(folder, manifest, abstract_state)
+    try:
+        loaded = ocp.load_checkpointables(str(folder.absolute()), {"state": abstract_state})
+    except Exception as e:  # Orbax raises many kinds, none documented
+        reason = " ".join(str(e).split())[:200]
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from e
+    return Restored(int(manifest["step"]), loaded["state"], manifest)
+
+
+def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
+    """Reads the newest checkpoint under `folder` that is whole; None if there is none at all.
+
+    A damaged one is passed over with a warning that names it, and set aside as
+    `<step>.damaged` so that the step can be saved again. With several processes, process 0
+    alone reads every file to check it and decides; the others read their part of the same.
+
+    Raises:
+      CheckpointError: a checkpoint is whole but of other shapes, or all are damaged.
+    """
+    step = processes.first(lambda: find_newest(folder))
+    if step is None:
+        return None
+    return processes.together(
+        lambda: restore(folder / str(step), abstract_state, check_files=False)
+    )
+
+
+def find_newest(folder: Path) -> int | None:
+    """The step of the newest checkpoint that is whole, damaged ones set aside; None if none.
+
+    Raises:
+      CheckpointError: all are damaged.
+    """
+    steps = checkpoint_steps(folder)
+    for step in reversed(steps):
+        path = folder / str(step)
+        try:
+            verify(path)
+        except DamagedCheckpointError as e:
+            _set_aside(path)
+            warnings.warn(f"{e}; falling back to the checkpoint before", stacklevel=2)
+            continue
+        return step
+    if steps:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}): "
+            "start again in another run_dir"
+        )
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    target, n = path.with_name(f"{path.name}.damaged"), 1
+    while target.exists():
+        target, n = path.with_name(f"{path.name}.damaged-{n}"), n + 1
+    path.rename(target)
+
+
+def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:
+    """Which of the complete checkpoints `steps` (sorted) the retention rules let go."""
+    kept = set(steps[-keep_last:])
+    if keep_every:
+        kept |= {s for s in steps if s % keep_every == 0}
+    return [s for s in steps if s not in kept]
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run in the background and keeps their number down.
+
+    Not thread-safe. At most one save runs at a time; `save` waits for the one before.
+    A failed save is reported by the next call of `save` or `wait`; it leaves the
+    checkpoints before it as they were.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        self.folder = folder.absolute()
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._clock = clock
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+        self._is_writer = jax.process_index() == 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise CheckpointError(
+                f"checkpoint folder {folder}: {e.strerror}; choose a writable run_dir"
+            ) from e
+        if self._is_writer:
+            self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Deletes what interrupted saves and deletions left."""
+        complete = {str(s) for s in checkpoint_steps(self.folder)}
+        for path in self.folder.iterdir():
+            unfinished = path.name.split(".")[0].isdecimal() and ".damaged" not in path.name
+            if unfinished and path.name not in complete:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        steps = checkpoint_steps(self.folder)
+        return steps[-1] if steps else None
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Copies `state` off the devices, then writes it in the background.
+
+        Args:
+          step: the checkpoint's name. One that exists already is left as it is.
+          state: pytree of jax.Arrays; may be donated as soon as this returns.
+          metadata: plain values that go into the manifest.
+        """
+        self.wait()
+        path = self.folder / str(step)
+        if (path / MANIFEST).is_file():
+            return
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "unix_time": self._clock(),
+            **metadata,
+            "leaves": leaf_types(state),
+        }
+        try:
+            # Orbax copies to the host before it returns, so donation is safe.
+            response = ocp.save_checkpointables_async(str(path), {"state": state})
+        except Exception as e:
+            self._failure = (step, e)
+            self._discard(path)
+            self._raise_failure()
+            return
+        self._thread = threading.Thread(
+            target=self._finish,
+            args=(step, path, response, manifest),
+            name=f"checkpoint-{step}",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _finish(self, step: int, path: Path, response: Any, manifest: dict[str, Any]) -> None:
+        try:
+            response.result()
+            if self._is_writer:
+                manifest["files"] = _digests(path)
+                write_text_atomically(path / MANIFEST, json.dumps(manifest, indent=1))
+                _sync_folder(self.folder)
+                self._delete_old()
+        except BaseException as e:
+            self._failure = (step, e)
+            self._discard(path)
+
+    def _discard(self, path: Path) -> None:
+        """Frees the space of a save that failed."""
+        if self._is_writer and not (path / MANIFEST).is_file():
+            for leftover in self.folder.glob(f"{path.name}*"):
+                if leftover.name == path.name or "tmp" in leftover.name:
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+    def _delete_old(self) -> None:
+        steps = checkpoint_steps(self.folder)
+        for step in steps_to_delete(steps, self._keep_last, self._keep_every):
+            path = self.folder / str(step)
+            # Without its manifest it no longer counts, however far the deletion gets.
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          CheckpointError: it failed; names the step, the reason and the last good checkpoint.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise_failure()
+
+    def abandon(self) -> None:
+        """Leaves the save under way to itself: it waits for a process that is gone."""
+        self._thread = self._failure = None
+
+    def _raise_failure(self) -> None:
+        if self._failure is None:
+            return
+        (step, error), self._failure = self._failure, None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        full = os.strerror(errno.ENOSPC)
+        reason = full if full in reason else reason[:300]
+        kept = f"the last good checkpoint is step {self.newest}" if self.newest else "none is saved"
+        free = shutil.disk_usage(self.folder).free / 2**30
+        raise CheckpointError(
+            f"checkpoint of step {step} could not be saved in {self.folder} "
+            f"({free:.2f} GiB free): {reason}; {kept}; free some space and run the command again"
+        ) from error

@@ -1,0 +1,378 @@
+"""Hugging Face model folders: their config fields and tensor names, to ours and back.
+
+Read and written: `hgrn_bit` (the MatMul-free models as their authors release them) and `llama`
+(the Transformer++). A config value whose meaning is not implemented is refused by name.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.saved.tensors import Slot, TensorMap
+
+CONFIG = "config.json"
+HGRN_BIT, LLAMA = "hgrn_bit", "llama"
+
+# What the authors' configuration class fills in for a field that config.json leaves out.
+_HGRN_DEFAULTS: dict[str, Any] = {
+    "attn_mode": "fused_recurrent",
+    "num_heads": 1,
+    "expand_ratio": 1,
+    "use_short_conv": False,
+    "conv_size": 4,
+    "share_conv_kernel": True,
+    "use_lower_bound": True,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "hidden_act": "swish",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    # Not one of theirs: their code fixes it (see docs/interop.md).
+    "linear_norm_eps": 1e-6,
+}
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "rope_theta": None,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """What a folder's config.json says.
+
+    Attributes:
+      model_type: "hgrn_bit" or "llama".
+      config: of our model.
+      tied: whether the head's matrix is the embedding's (loaded as a copy).
+      raw: all fields.
+    """
+
+    model_type: str
+    config: ModelConfig
+    tied: bool
+    raw: dict[str, Any]
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder has a config.json."""
+    return (folder / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> HuggingFaceModel:
+    """Reads config.json.
+
+    Raises:
+      ConfigError: it is missing, malformed, or asks for something that is not implemented; the
+        message names the field and its value.
+    """
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{file}: {e.strerror}; give the folder of a model") from e
+    except ValueError as e:
+        raise ConfigError(f"{file} is not valid JSON ({e}): fetch it again") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} is not a mapping of fields: fetch it again")
+    readers: dict[str, Callable[[_Fields], ModelConfig]] = {
+        HGRN_BIT: _from_hgrn_bit,
+        LLAMA: _from_llama,
+    }
+    kind = raw.get("model_type")
+    if kind not in readers:
+        raise ConfigError(
+            f"{file}: model_type is {kind!r}: only {' and '.join(readers)} models are read"
+        )
+    fields = _Fields(file, raw, _HGRN_DEFAULTS if kind == HGRN_BIT else _LLAMA_DEFAULTS)
+    fields.require(("quantization_config",), (None,))
+    config = readers[kind](fields)
+    return HuggingFaceModel(kind, config, bool(fields["tie_word_embeddings"]), raw)
+
+
+class _Fields:
+    """The fields of a config.json, with defaults; errors name the file and the field."""
+
+    def __init__(self, file: Path, raw: dict[str, Any], defaults: dict[str, Any]) -> None:
+        self.file, self.raw, self.defaults = file, raw, defaults
+
+    def __getitem__(self, name: str) -> Any:
+        return self.raw.get(name, self.defaults.get(name))
+
+    def refuse(self, name: str, why: str) -> ConfigError:
+        return ConfigError(f"{self.file}: {name} is {self[name]!r}: {why}")
+
+    def require(self, names: tuple[str, ...], allowed: tuple[Any, ...]) -> None:
+        for name in names:
+            if self[name] not in allowed:
+                shown = " or ".join(map(repr, allowed))
+                raise self.refuse(name, f"not supported, only {shown}")
+
+    def number(self, name: str, kind: type = int, *, optional: bool = False) -> Any:
+        value = self[name]
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise self.refuse(name, "a number above 0 is needed")
+        if kind is int and value != int(value):
+            raise self.refuse(name, "a whole number is needed")
+        return kind(value)
+
+
+def _from_hgrn_bit(fields: _Fields) -> ModelConfig:
+    # The recurrence and the gate norm act on each channel alone, so that neither the number of
+    # heads nor the name of the kernel changes what is computed.
+    fields.require(("attn_mode",), ("fused_recurrent", "fused_chunk", "chunk"))
+    fields.require(("hidden_act",), ("swish", "silu"))
+    width = fields.number("hidden_size")
+    heads = fields.number("num_heads", optional=True) or 1
+    if width % heads:
+        raise fields.refuse("num_heads", f"choose a divisor of hidden_size ({width})")
+    ratio = fields.number("hidden_ratio", float, optional=True) or 4
+    inner = fields.number("intermediate_size", optional=True)
+    if inner is None and ratio != 4:
+        inner = 256 * -(-int(width * ratio * 2 / 3) // 256)
+    expand = fields.number("expand_ratio", float, optional=True) or 1
+    if expand != 1 and fields["use_lower_bound"]:
+        raise fields.refuse(
+            "expand_ratio",
+            "not defined together with use_lower_bound, whose bounds have one channel for each "
+            "of hidden_size",
+        )
+    return ModelConfig(
+        mixer="mlgru",
+        vocab_size=fields.number("vocab_size"),
+        hidden_size=width,
+        num_layers=fields.number("num_hidden_layers"),
+        intermediate_size=inner,
+        mixer_linear=BITLINEAR,
+        glu_linear=BITLINEAR,
+        head_linear=BITLINEAR,
+        use_lower_bound=bool(fields["use_lower_bound"]),
+        expand_ratio=expand,
+        short_conv=fields.number("conv_size") if fields["use_short_conv"] else 0,
+        share_short_conv=bool(fields["share_conv_kernel"]),
+        norm_eps=fields.number("rms_norm_eps", float),
+        linear_norm_eps=fields.number("linear_norm_eps", float),
+        initializer_range=fields.number("initializer_range", float),
+        compute_dtype="float32",
+        residual_dtype="float32",
+    )
+
+
+def _from_llama(fields: _Fields) -> ModelConfig:
+    fields.require(("hidden_act",), ("silu", "swish"))
+    fields.require(("attention_bias", "mlp_bias"), (False, None))
+    width, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
+    kv_heads = fields.number("num_key_value_heads", optional=True)
+    head_dim = fields.number("head_dim", optional=True)
+    if head_dim is not None and head_dim * heads != width:
+        raise fields.refuse(
+            "head_dim", f"not supported, only hidden_size / num_attention_heads ({width // heads})"
+        )
+    rope = {"rope_type": "default", **(fields["rope_parameters"] or {})}
+    for scaling, name in ((rope, "rope_parameters"), (fields["rope_scaling"], "rope_scaling")):
+        kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type"))
+        if kind != "default":
+            raise fields.refuse(name, "not supported, only plain rotary positions")
+    theta = rope.get("rope_theta") or fields.number("rope_theta", float, optional=True)
+    return ModelConfig(
+        mixer="attention",
+        vocab_size=fields.number("vocab_size"),
+        hidden_size=width,
+        num_layers=fields.number("num_hidden_layers"),
+        intermediate_size=fields.number("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=None if kv_heads == heads else kv_heads,
+        rope_theta=float(theta or 10_000.0),
+        mixer_linear=DENSE,
+        glu_linear=DENSE,
+        head_linear=DENSE,
+        norm_eps=fields.number("rms_norm_eps", float),
+        initializer_range=fields.number("initializer_range", float),
+        compute_dtype="float32",
+        residual_dtype="float32",
+    )
+
+
+def write_config(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    max_length: int = 2048,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> dict[str, Any]:
+    """The fields of config.json for one of our models.
+
+    Args:
+      config: of the model.
+      dtype: of the stored weights.
+      max_length: of the rows that it was trained on (tokens).
+      bos_id: start-of-text token id.
+      eos_id: end-of-text token id.
+
+    Raises:
+      ConfigError: no Hugging Face architecture computes this model; the message says why.
+    """
+    groups = {config.mixer_linear, config.glu_linear, config.head_linear}
+    common = {
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "max_position_embeddings": max_length,
+        "num_hidden_layers": config.num_layers,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+    ratio = config.expand_ratio
+    if config.mixer == "mlgru" and groups == {BITLINEAR}:
+        fields = common | {
+            "architectures": ["HGRNBitForCausalLM"],
+            "attn_mode": "fused_recurrent",
+            "conv_size": config.short_conv or 4,
+            "expand_ratio": int(ratio) if ratio == int(ratio) else ratio,
+            "fuse_cross_entropy": False,
+            "hidden_act": "swish",
+            "hidden_ratio": 4,
+            "intermediate_size": config.intermediate_size,
+            "model_type": HGRN_BIT,
+            "num_heads": 1,
+            "share_conv_kernel": config.share_short_conv,
+            "use_lower_bound": config.use_lower_bound,
+            "use_short_conv": config.short_conv > 0,
+        }
+        if config.linear_norm_eps != 1e-6:
+            fields["linear_norm_eps"] = config.linear_norm_eps
+    elif config.mixer == "attention" and groups == {DENSE}:
+        fields = common | {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "intermediate_size": config.glu_size,
+            "mlp_bias": False,
+            "model_type": LLAMA,
+            "num_attention_heads": config.attention_heads,
+            "num_key_value_heads": config.kv_heads,
+            "rope_scaling": None,
+            "rope_theta": config.rope_theta,
+        }
+    else:
+        raise ConfigError(
+            f"the model is a hybrid (mixer {config.mixer!r}; mixer_linear, glu_linear and "
+            "head_linear not all BitLinear or all dense): Hugging Face folders hold only "
+            f"{HGRN_BIT} (MLGRU, all BitLinear) and {LLAMA} (attention, all dense) models"
+        )
+    return dict(sorted(fields.items()))
+
+
+def model_type_of(config: ModelConfig) -> str:
+    """The Hugging Face architecture of a model that has one."""
+    return HGRN_BIT if config.mixer == "mlgru" else LLAMA
+
+
+def tensor_map(config: ModelConfig, *, tied: bool = False) -> TensorMap:
+    """Stored names, and the part of our parameters that each one is.
+
+    Args:
+      config: of the model.
+      tied: the head is stored as the embedding alone.
+    """
+    slots: dict[str, tuple[Slot, ...]] = {}
+    width, vocab = config.hidden_size, config.vocab_size
+    hgrn = config.mixer == "mlgru"
+    embedding = "model.embeddings.weight" if hgrn else "model.embed_tokens.weight"
+    slots[embedding] = (Slot("embedding/weight", (vocab, width)),)
+    head = Slot("head/weight", (vocab, width))
+    if tied:
+        slots[embedding] += (head,)
+    else:
+        slots["lm_head.weight"] = (head,)
+    if config.head_linear.input_norm:
+        slots["lm_head.norm.weight"] = (Slot("head/norm_scale", (width,)),)
+    slots["model.norm.weight"] = (Slot("final_norm/scale", (width,)),)
+    if hgrn and config.use_lower_bound:
+        shape = (config.num_layers, width)
+        slots["model.lower_bounds"] = (Slot("lower_bounds", shape),)
+    block = list(_hgrn_block(config) if hgrn else _llama_block(config))
+    for layer in range(config.num_layers):
+        for name, path, shape, row in block:
+            slot = Slot(f"blocks/{path}", shape, layer, row)
+            slots[f"model.layers.{layer}.{name}"] = (slot,)
+    return slots
+
+
+_BlockRow = tuple[str, str, tuple[int, ...], int]
+
+
+def _hgrn_block(config: ModelConfig) -> Iterator[_BlockRow]:
+    width, m, inner = config.hidden_size, config.glu_size, config.state_size
+    yield "attn_norm.weight", "mixer_norm/scale", (width,), 0
+    yield "mlp_norm.weight", "glu_norm/scale", (width,), 0
+    yield "attn.g_norm.weight", "mixer/gate_norm/scale", (inner,), 0
+    if config.short_conv and config.share_short_conv:
+        yield "attn.h_conv1d.weight", "mixer/conv/kernel", (width, 1, config.short_conv), 0
+    elif config.short_conv:
+        for p in "if":
+            shape = (inner, 1, config.short_conv)
+            yield f"attn.{p}_conv1d.weight", f"mixer/{p}_conv/kernel", shape, 0
+    linears = [(f"attn.{p}_proj", f"mixer/{p}_proj", inner, width) for p in "ifg"]
+    linears.append(("attn.o_proj", "mixer/o_proj", width, inner))
+    linears.append(("mlp.gate_proj", "glu/gate_up_proj", 2 * m, width))
+    linears.append(("mlp.down_proj", "glu/down_proj", width, m))
+    for name, path, out_features, in_features in linears:
+        yield f"{name}.weight", f"{path}/weight", (out_features, in_features), 0
+        yield f"{name}.norm.weight", f"{path}/norm_scale", (in_features,), 0
+
+
+def _llama_block(config: ModelConfig) -> Iterator[_BlockRow]:
+    width, m = config.hidden_size, config.glu_size
+    keys = config.kv_heads * (width // config.attention_heads)
+    yield "input_layernorm.weight", "mixer_norm/scale", (width,), 0
+    yield "post_attention_layernorm.weight", "glu_norm/scale", (width,), 0
+    for p, out_features in (("q", width), ("k", keys), ("v", keys), ("o", width)):
+        yield f"self_attn.{p}_proj.weight", f"mixer/{p}_proj/weight", (out_features, width), 0
+    yield "mlp.gate_proj.weight", "glu/gate_up_proj/weight", (m, width), 0
+    yield "mlp.up_proj.weight", "glu/gate_up_proj/weight", (m, width), m
+    yield "mlp.down_proj.weight", "glu/down_proj/weight", (width, m), 0
+
+
+def known_extra(name: str, *, tied: bool) -> bool:
+    """Whether a stored tensor that we have no place for is known not to be a weight."""
+    # The authors' module creates q_conv1d where the convolutions are not shared, and never calls
+    # it.
+    return name.endswith(("rotary_emb.inv_freq", "attn.q_conv1d.weight")) or (
+        tied and name == "lm_head.weight"
+    )
+
+
+def stored_tensor(leaf: Any, slot: Slot) -> np.ndarray:
+    """The part of a parameter that a stored tensor holds."""
+    if slot.layer is not None:
+        leaf = leaf[slot.layer]
+    rows = slot.shape[0]
+    if leaf.shape[0] != rows:
+        leaf = leaf[slot.row : slot.row + rows]
+    return np.asarray(leaf).reshape(slot.shape)
