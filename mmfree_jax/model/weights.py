@@ -1,0 +1,313 @@
+"""The three forms of a model's weights, and how one is made from another.
+
+  Master   the float parameters that training updates and checkpoints hold
+  Ternary  trits and one scale for each ternary matrix, beside the other parameters
+  Packed   a MatMul-free model for decoding, its trits at 2 bits
+
+Each is a pytree; `LanguageModel.apply` and everything in `infer/` takes any of them. They are made
+downwards only, `Master` to `Ternary` to `Packed`: ternarising again would change the trits.
+
+Shapes: L layers, N outputs and K inputs of a matrix, Q bytes of a packed row, D hidden channels,
+E state channels, M GLU width, V vocabulary.
+"""
+
+import functools
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.config import LinearConfig, ModelConfig
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.model.functional import forget_gate_lower_bounds
+from mmfree_jax.pallas_kernels.packed_matmul import reference as packed_matmul
+from mmfree_jax.pallas_kernels.packed_matmul.words import from_words, to_words
+from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+
+# A nested dict of arrays, whose keys are those of ARCHITECTURE.md.
+Params = dict[str, Any]
+
+LinearT = TypeVar("LinearT")  # one linear layer, or a stack of them
+VectorT = TypeVar("VectorT")  # a norm's scale or the like, or a stack of them
+
+
+@flax.struct.dataclass
+class Master:
+    """Float parameters as trained.
+
+    Attributes:
+      params: the tree of ARCHITECTURE.md.
+    """
+
+    params: Params
+
+
+@flax.struct.dataclass
+class Ternary:
+    """Trits in place of the ternary layers' master weights.
+
+    Attributes:
+      params: the other parameters, in the tree of ARCHITECTURE.md. In training the master weights
+        too, which get the gradient.
+      ternary: a tree that mirrors it, with {"trits": [.., N, K] int8, "scale": [.., 1, 1] float32}
+        for each ternary matrix and nothing else.
+    """
+
+    params: Params
+    ternary: Params
+
+
+@flax.struct.dataclass
+class PackedLinear:
+    """BitLinears of one place in the model: a stack over layers, or one alone.
+
+    Attributes:
+      matrix: trits at 2 bits; layout "bytes": [.., N, Q] uint8 (`packed_matmul/reference.py`),
+        "words": [.., N, Q / 4] int32, which GPU kernels read (`packed_matmul/words.py`).
+      scale: [.., 1, 1] float32, of the matrix.
+      norm_scale: [.., K], of the layer's own RMSNorm.
+      layout: static.
+    """
+
+    matrix: jax.Array
+    scale: jax.Array
+    norm_scale: jax.Array
+    layout: Literal["bytes", "words"] = flax.struct.field(pytree_node=False, default="bytes")
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.norm_scale.shape[-1]
+
+    def rows(self) -> jax.Array:
+        """The packed rows as bytes, [.., N, Q] uint8, from either layout."""
+        return from_words(self.matrix) if self.layout == "words" else self.matrix
+
+    def trits(self) -> jax.Array:
+        """[.., N, K] int8."""
+        return packed_matmul.unpack(self.rows(), self.columns)
+
+    def in_words(self) -> "PackedLinear":
+        """The same in the layout that GPU kernels read."""
+        if self.layout == "words":
+            return self
+        return PackedLinear(
+            to_words(self.matrix, self.columns), self.scale, self.norm_scale, layout="words"
+        )
+
+
+class MLGRUWeights(NamedTuple, Generic[LinearT, VectorT]):
+    """What the token mixer of a MatMul-free layer reads, or of a stack of layers.
+
+    Attributes:
+      norm: scale of the RMSNorm in front, [D].
+      i_proj, f_proj, g_proj, o_proj: linear layers.
+      gate_norm: scale of the RMSNorm on g, [E].
+      lower_bound: of the forget gate, [E].
+    """
+
+    norm: VectorT
+    i_proj: LinearT
+    f_proj: LinearT
+    g_proj: LinearT
+    gate_norm: VectorT
+    o_proj: LinearT
+    lower_bound: VectorT
+
+
+class GLUWeights(NamedTuple, Generic[LinearT, VectorT]):
+    """What the channel mixer of a layer reads, or of a stack of layers.
+
+    Attributes:
+      norm: scale of the RMSNorm in front, [D].
+      gate_up_proj, down_proj: linear layers.
+    """
+
+    norm: VectorT
+    gate_up_proj: LinearT
+    down_proj: LinearT
+
+
+@flax.struct.dataclass
+class EmbeddingTable:
+    """The embedding as a packed model stores it.
+
+    Attributes:
+      table_VD: float, or int8.
+      row_scale_V1: float32, multiplies the rows of an int8 table; None for a float one.
+    """
+
+    table_VD: jax.Array
+    row_scale_V1: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Packed:
+    """A model that is MatMul-free throughout, its trits at 2 bits.
+
+    Attributes:
+      embedding: the table.
+      mixer, glu: stacked over the layers.
+      final_norm_D: scale of the last RMSNorm.
+      head: one BitLinear, not a stack.
+    """
+
+    embedding: EmbeddingTable
+    mixer: MLGRUWeights[PackedLinear, jax.Array]
+    glu: GLUWeights[PackedLinear, jax.Array]
+    final_norm_D: jax.Array
+    head: PackedLinear
+
+
+Weights = Master | Ternary | Packed
+
+
+def linear_options(config: ModelConfig, path: tuple[str, ...]) -> LinearConfig | None:
+    """The options of the linear layer whose parameter lies at `path`; None for other leaves."""
+    groups = {
+        "mixer": config.mixer_linear,
+        "glu": config.glu_linear,
+        "head": config.head_linear,
+    }
+    if path[-1] != "weight" or path[0] == "embedding":
+        return None
+    return groups[next(name for name in path if name in groups)]
+
+
+def is_ternary(config: ModelConfig, path: tuple[str, ...]) -> bool:
+    """Whether the parameter at `path` is the weight of a ternary layer."""
+    options = linear_options(config, path)
+    return options is not None and options.ternary_weights
+
+
+def can_pack(config: ModelConfig) -> bool:
+    """Whether the model can run packed: MLGRU, no convolution, all layers BitLinear."""
+    return config.family == "matmulfree" and not config.short_conv
+
+
+def ternary_weights(params: Params, config: ModelConfig) -> Params:
+    """Trits and scale of every ternary weight: the tree `Ternary.ternary`.
+
+    Made outside the layer loop, so that neither recomputation nor a second micro-batch
+    ternarises again. The gradient goes to `params`; none goes through here.
+    """
+
+    def visit(tree: Params, path: tuple[str, ...]) -> Params:
+        out: Params = {}
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                if inner := visit(value, (*path, name)):
+                    out[name] = inner
+            elif is_ternary(config, (*path, name)):
+                trits, scale = ternarize(jax.lax.stop_gradient(value))
+                out |= {"trits": trits, "scale": scale}
+        return out
+
+    return visit(params, ())
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def ternarise(params: Params, config: ModelConfig) -> Master | Ternary:
+    """The weights that decoding reads: ternarised once, without the masters.
+
+    Stays `Master` where the program ternarises its weights itself (`bitlinear: plain`).
+    """
+
+    def visit(tree: Params, path: tuple[str, ...]) -> Params:
+        return {
+            name: visit(value, (*path, name)) if isinstance(value, dict) else value
+            for name, value in tree.items()
+            if not is_ternary(config, (*path, name))
+        }
+
+    if config.bitlinear == "plain":
+        return Master(params)
+    return Ternary(visit(params, ()), ternary_weights(params, config))
+
+
+def as_weights(weights: Params | Weights, config: ModelConfig) -> Weights:
+    """Weights ready for decoding: a parameter tree or `Master` is ternarised, once."""
+    if isinstance(weights, Ternary | Packed):
+        return weights
+    return ternarise(weights.params if isinstance(weights, Master) else weights, config)
+
+
+def pack(weights: Ternary, config: ModelConfig) -> Packed:
+    """The trits at 2 bits, in the layout that this backend's kernels read.
+
+    Raises:
+      ConfigError: the model is not MatMul-free throughout.
+    """
+    if not can_pack(config):
+        raise ConfigError(f"the model is a {config.family}: only MatMul-free models run packed")
+    return for_this_device(_pack(weights, config))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _pack(weights: Ternary, config: ModelConfig) -> Packed:
+    def visit(ternary: Params, params: Params) -> Params:
+        out = dict(params)
+        for name, value in ternary.items():
+            if isinstance(value, dict):
+                out[name] = visit(value, params[name])
+            elif name == "trits":
+                out["packed"] = packed_matmul.pack(value)
+            else:
+                out[name] = value
+        return out
+
+    return packed_from_tree(visit(weights.ternary, weights.params), config)
+
+
+def packed_from_tree(tree: Params, config: ModelConfig) -> Packed:
+    """From the tensors of a packed file, nested by their names (see `saved/packed.py`).
+
+    Works out the lower bounds of the forget gates, which a file does not hold.
+    """
+
+    def linear(node: Params) -> PackedLinear:
+        return PackedLinear(node["packed"], node["scale"], node["norm_scale"])
+
+    blocks, mixer, glu = tree["blocks"], tree["blocks"]["mixer"], tree["blocks"]["glu"]
+    return Packed(
+        EmbeddingTable(tree["embedding"]["weight"], tree["embedding"].get("scale")),
+        MLGRUWeights(
+            norm=blocks["mixer_norm"]["scale"],
+            i_proj=linear(mixer["i_proj"]),
+            f_proj=linear(mixer["f_proj"]),
+            g_proj=linear(mixer["g_proj"]),
+            gate_norm=mixer["gate_norm"]["scale"],
+            o_proj=linear(mixer["o_proj"]),
+            lower_bound=lower_bounds(tree.get("lower_bounds"), config),
+        ),
+        GLUWeights(
+            norm=blocks["glu_norm"]["scale"],
+            gate_up_proj=linear(glu["gate_up_proj"]),
+            down_proj=linear(glu["down_proj"]),
+        ),
+        tree["final_norm"]["scale"],
+        linear(tree["head"]),
+    )
+
+
+def lower_bounds(raw_LD: jax.Array | None, config: ModelConfig) -> jax.Array:
+    """The forget gates' lower bounds [L, E] of the learned logits; zero without them."""
+    if raw_LD is None:
+        return jnp.zeros((config.num_layers, config.state_size), jnp.float32)
+    return forget_gate_lower_bounds(raw_LD)
+
+
+def for_this_device(packed: Packed) -> Packed:
+    """Packed weights in the layout that this backend's kernels read."""
+    return in_words(packed) if jax.default_backend() == "gpu" else packed
+
+
+@jax.jit
+def in_words(packed: Packed) -> Packed:
+    """Packed weights in the layout that GPU kernels read."""
+    return jax.tree.map(
+        lambda linear: linear.in_words() if isinstance(linear, PackedLinear) else linear,
+        packed,
+        is_leaf=lambda x: isinstance(x, PackedLinear),
+    )
