@@ -24,3 +24,7 @@ class CheckpointError(MMFreeError):
 
 class TrainingError(MMFreeError):
     """Training cannot go on: for example a loss that is no longer finite."""
+
+
+class OutputError(MMFreeError):
+    """A file or folder cannot be written, is in use, or must not be replaced."""

@@ -1,6 +1,7 @@
 """Shared fixtures: simulated devices, and the reference files where they are present."""
 
 import os
+import subprocess
 from pathlib import Path
 
 # Before numpy is imported: two test processes with two threads each get into each other's way.
@@ -28,3 +29,15 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"reference files are not at {path} (set MMFREE_SHARED)")
     return path
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a disk of its own, with 64 KiB."""
+    folder = tmp_path / "full disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

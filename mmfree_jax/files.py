@@ -1,0 +1,308 @@
+"""Writing files and folders that appear whole or not at all; locks; digests.
+
+Files are written beside their place under a name that `is_leftover` knows, synced and renamed;
+their modes follow the umask. A disk that is full or read-only gives one line (`OutputError`).
+
+What may be replaced: a file that the user names as an output, and a folder that the same command
+made. `new_folder` leaves the list of its files in `MARKER`, and a folder is an earlier output if
+it has that list, of the same command, and holds nothing else. Folders of older versions have no
+list: their user removes them. Nothing here imports JAX.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from mmfree_jax.errors import OutputError
+
+MARKER = ".mmfree-output.json"
+StrPath = str | os.PathLike[str]
+
+
+class InUseError(OutputError):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def disk_errors(
+    path: StrPath, way_out: str = "make room there, or choose another place"
+) -> Iterator[None]:
+    """Turns an OSError while writing `path` into an OutputError of one line."""
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"{path} cannot be written ({e.strerror or e}): {way_out}") from e
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of that name is what a killed writer left."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", name) is not None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_atomically(path: StrPath) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when the block ends without an error.
+
+    Missing parents are made, a symbolic link keeps pointing where it does, and what is no file
+    (/dev/stdout, a pipe) is written to as it is.
+
+    Raises:
+      OutputError: it cannot be written; what was there is as it was.
+    """
+    with disk_errors(path):
+        if os.path.isdir(path):
+            raise OutputError(f"{path} is a folder: give the name of a file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as file:
+                yield file
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = _beside(target)
+        try:
+            with beside.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+
+
+def write_bytes(path: StrPath, data: bytes) -> None:
+    """Writes a file; see `open_atomically`."""
+    with open_atomically(path) as file:
+        file.write(data)
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """Writes a file in UTF-8; see `open_atomically`."""
+    write_bytes(path, text.encode())
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, by whatever name or mount; both are resolved."""
+    return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
+
+
+def _entries(folder: Path) -> set[str]:
+    """Relative names of the files and empty folders below `folder`, without leftovers."""
+    names = set()
+    for where, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
+        names |= {os.path.relpath(os.path.join(where, n), folder) for n in files + links}
+        if not folders and not files:
+            names.add(os.path.relpath(where, folder))
+    return {name for name in names - {"."} if not is_leftover(os.path.basename(name))}
+
+
+def _check_is_ours(folder: Path, command: str) -> None:
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        writer, listed = marker["command"], {*marker["files"], MARKER}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise OutputError(
+            f"{folder} is not replaced: it was not written by `mmfree {command}`; choose another "
+            "folder, or remove it yourself"
+        ) from None
+    if writer != command:
+        raise OutputError(
+            f"{folder} is not replaced: `mmfree {writer}` wrote it, not `mmfree {command}`; "
+            "choose another folder, or remove it yourself"
+        )
+    if others := _entries(folder) - listed:
+        raise OutputError(
+            f"{folder} is not replaced: it also holds {min(others)}, which `mmfree {command}` did "
+            "not write; choose another folder, or move that away"
+        )
+
+
+def check_target(
+    path: StrPath, *, command: str, sources: Sequence[StrPath] = (), overwrite: bool = False
+) -> Path:
+    """The resolved path of a folder that `command` may make or replace.
+
+    Args:
+      path: the folder, there or not.
+      command: the words after `mmfree`.
+      sources: what the command reads; those that do not exist are passed over.
+      overwrite: an earlier output of the command may be replaced.
+
+    Raises:
+      OutputError: the folder is, holds or lies in a source, is no folder, cannot be renamed (a
+        mount point, the current folder), or holds what may not be replaced; see the module.
+    """
+    target = Path(os.path.realpath(path))
+    with disk_errors(path):
+        for source in sources:
+            real = Path(os.path.realpath(source))
+            if _lies_in(target, real) or _lies_in(real, target):
+                raise OutputError(
+                    f"{path} is, holds or lies in {source}, which is read: choose another folder"
+                )
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{path} is a file: choose another folder")
+        if target.is_mount():
+            raise OutputError(f"{path} is a mount point: name a new folder inside it")
+        if _lies_in(Path.cwd(), target):
+            raise OutputError(f"{path} is or holds the current folder: name a new folder inside it")
+        if target.is_dir() and _entries(target):
+            _check_is_ours(target, command)
+            if not overwrite:
+                raise OutputError(
+                    f"{path} exists already: choose another folder, or pass --overwrite"
+                )
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(
+    path: StrPath, *, command: str, sources: Sequence[StrPath] = (), overwrite: bool = False
+) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends without an error.
+
+    Args:
+      path, command, sources, overwrite: see `check_target`.
+
+    Raises:
+      OutputError: as `check_target`, or the disk cannot be written; what was there is as it was.
+    """
+    target = check_target(path, command=command, sources=sources, overwrite=overwrite)
+    beside, old = _beside(target), _beside(target)
+    with disk_errors(path):
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            marker = {"command": command, "files": sorted(_entries(beside))}
+            write_text(beside / MARKER, json.dumps(marker, indent=1) + "\n")
+            for where, _, files in os.walk(beside):
+                for name in files:
+                    with open(os.path.join(where, name), "rb") as file:
+                        os.fsync(file.fileno())
+                sync_folder(Path(where))
+            # Again: what came since then is not ours either.
+            check_target(path, command=command, sources=sources, overwrite=overwrite)
+            if target.is_dir():
+                target.rename(old)
+            try:
+                beside.rename(target)
+            except OSError:
+                if old.is_dir():
+                    old.rename(target)
+                raise
+            sync_folder(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def take_lock(path: StrPath, what: str, *, wait: bool = False) -> int:
+    """Locks the file `path` and writes into it who holds it.
+
+    Over a network the file system must support `flock` (NFSv4, Lustre with `-o flock`, GPFS do).
+
+    Args:
+      path: of the lock; it and its parents are made.
+      what: is in use while the lock is held, for the message.
+      wait: until it is free.
+
+    Returns:
+      The descriptor. The lock ends when it is closed here and in every process that inherited
+      it, also by their death.
+
+    Raises:
+      InUseError: another process holds it; says which.
+      OutputError: the file cannot be written.
+    """
+    with disk_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _flock(descriptor, what, wait=wait)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner().encode(), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _flock(descriptor: int, what: str, *, wait: bool) -> None:
+    if wait:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    for patience in (0.05, 0.05, 0.05, 0.0):  # `is_locked` holds it for an instant
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(patience)
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
+    raise InUseError(
+        f"{what} is in use by another job ({holder}): wait for it to end, or choose another"
+    )
+
+
+@contextlib.contextmanager
+def lock(path: StrPath, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock for the block; see `take_lock`."""
+    descriptor = take_lock(path, what, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def owner() -> str:
+    """What `take_lock` writes into its file."""
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def is_locked(path: StrPath) -> bool:
+    """Whether some process, here or on another host, holds the lock `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def sha256(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 (hex)."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: StrPath) -> str:
+    """SHA-256 of a file (hex)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
