@@ -13,7 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-_ROOT = Path(__file__).resolve().parents[2]
+import mmfree_jax
+
+# Where mmfree_jax lies: the checkout, or site-packages.
+_ROOT = Path(mmfree_jax.__file__).resolve().parents[1]
 _MEMORY_SHARE = 0.9  # of a device, between the runs on it; the rest is the driver's
 
 _HEADER = b"=== started "

@@ -1,0 +1,149 @@
+"""The built wheel: what is in it, and that it lives beside a user's folders of the same names."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("mmfree_jax", "pallas_kernels", "experiments", "launch")
+DATA = (
+    "experiments/configs/laptop.yaml",
+    "experiments/configs/study.yaml",
+    "export/chat.py",
+    "export/web/index.html",
+    "export/web/package-lock.json",
+    "launch/templates/gke.yaml",
+    "launch/templates/slurm.sbatch",
+    "launch/templates/tpu-vm.sh",
+    "pallas_kernels/choices.json",
+    "pallas_kernels/ternary_matmul/mosaic_configs.json",
+)
+"""Files that commands read, under mmfree_jax in the wheel."""
+
+RUNS = "params,tokens,loss\n" + "".join(
+    f"{n:.0f},{20 * n:.0f},{1.7 + 40 * n**-0.2:.4f}\n" for n in (1e6, 3e6, 1e7, 3e7, 1e8)
+)
+
+# The user's packages fail when anything but the user's own script imports them.
+USERS_PACKAGE = """
+import sys
+if not sys.argv[0].endswith("mine.py"):
+    raise ImportError("the user's package was imported in place of ours")
+OWNER = "user"
+"""
+USERS_SCRIPT = """
+import experiments, launch, pallas_kernels
+import mmfree_jax.experiments, mmfree_jax.launch, mmfree_jax.pallas_kernels
+from mmfree_jax.experiments.sweep.process import child_environment
+print([package.OWNER for package in (experiments, launch, pallas_kernels)])
+print(mmfree_jax.experiments.__file__)
+print(child_environment()["PYTHONPATH"])
+"""
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    """The wheel and the sdist, built without a network."""
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the wheel, is not installed: pip install hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+@pytest.fixture(scope="module")
+def installed(distributions, tmp_path_factory) -> Path:
+    """The wheel as pip installs it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-compile", "--target", str(folder), str(distributions[0])]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def users_folder(tmp_path_factory) -> Path:
+    """A project that has packages named like ours."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("experiments", "launch", "pallas_kernels"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(USERS_PACKAGE)
+    (folder / "mine.py").write_text(USERS_SCRIPT)
+    (folder / "runs.csv").write_text(RUNS)
+    return folder
+
+
+def run(installed: Path, folder: Path, *argv: str) -> str:
+    """What `python *argv` prints in `folder` with the installed wheel, without the checkout."""
+    # Without site (-S) no .pth file brings the checkout back; dependencies are named instead.
+    dependencies = [path for path in sys.path if "site-packages" in path]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(installed), *dependencies]))
+    command = [sys.executable, "-S", *argv]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def _sources(folder: str) -> set[str]:
+    """Python files of a package in the checkout, by their place in the wheel."""
+    inside = "" if folder == "mmfree_jax" else "mmfree_jax/"
+    return {
+        inside + str(path.relative_to(ROOT))
+        for path in (ROOT / folder).rglob("*.py")
+        if "node_modules" not in path.parts
+    }
+
+
+def test_wheel_holds_one_package_with_all_that_commands_read(distributions):
+    files = set(zipfile.ZipFile(distributions[0]).namelist())
+    tops = {name.partition("/")[0] for name in files}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mmfree_jax"}
+    expected = set().union(*map(_sources, FOLDERS))
+    assert {name for name in files if name.endswith(".py")} == expected
+    assert {f"mmfree_jax/{name}" for name in DATA} <= files
+    unwanted = ("/results/", ".ipynb", "node_modules", "/vendor/", "__pycache__")
+    assert [name for name in files if any(part in name for part in unwanted)] == []
+
+
+def test_wheel_built_from_the_sdist_is_the_same(distributions, tmp_path):
+    wheel, sdist = distributions
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert (source / "experiments" / "results").is_dir()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    again = zipfile.ZipFile(tmp_path / wheel.name)
+    assert set(again.namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "fit --help",
+        "fit runs.csv --law power --bootstrap 0 --out fit.json",
+        "hardware report",
+        "launch render slurm --name mm --nodes 2 -- --preset tiny --data.paths data",
+        "bench kernels --help",
+        "info --preset tiny",
+    ],
+)
+def test_commands_do_not_import_a_users_packages(installed, users_folder, argv):
+    assert run(installed, users_folder, "-m", "mmfree_jax", *argv.split())
+
+
+@pytest.mark.slow
+def test_a_users_script_imports_its_own_packages_and_ours(installed, users_folder):
+    owners, ours, path = run(installed, users_folder, "mine.py").splitlines()
+    assert owners == "['user', 'user', 'user']"
+    assert ours == str(installed / "mmfree_jax" / "experiments" / "__init__.py")
+    assert path.split(os.pathsep)[0] == str(installed)
