@@ -2,24 +2,25 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.accelerator.compile import Compiled
 from mmfree_jax.experiments.accelerator.isa import assemble, disassemble
 from mmfree_jax.experiments.accelerator.machine import Machine
+from mmfree_jax.files import new_folder, write_bytes, write_text
 
+COMMAND = "hardware compile"
 _VERSION = 1
 
 
-def save(compiled: Compiled, folder: Path) -> None:
-    """Writes a program; each file is whole or not there.
+def save(compiled: Compiled, path: Path, *, model: Path) -> None:
+    """Writes a program, made from `model`, in place of an earlier one.
 
     Raises:
-      ConfigError: the folder cannot be written to.
+      OutputError: see `check_target`.
     """
     assert compiled.memory is not None
     meta = {
@@ -29,22 +30,10 @@ def save(compiled: Compiled, folder: Path) -> None:
         "frac": compiled.frac,
         "places": compiled.places,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "program.asm", disassemble(compiled.program).encode())
-        _write(folder / "memory.bin", compiled.memory.tobytes())
-        _write(folder / "program.json", (json.dumps(meta, indent=1) + "\n").encode())
-    except OSError as e:
-        raise ConfigError(f"--out {folder} cannot be written to: {e.strerror}") from e
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    beside.replace(path)
+    with new_folder(path, command=COMMAND, sources=[model], overwrite=True) as folder:
+        write_text(folder / "program.asm", disassemble(compiled.program))
+        write_bytes(folder / "memory.bin", compiled.memory.tobytes())
+        write_text(folder / "program.json", json.dumps(meta, indent=1) + "\n")
 
 
 def load(folder: Path) -> Compiled:

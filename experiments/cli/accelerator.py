@@ -17,6 +17,7 @@ from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
+from mmfree_jax.files import check_target, disk_errors, write_bytes
 
 
 def compile_(
@@ -52,9 +53,10 @@ def compile_(
         write_vector,
     )
     from mmfree_jax.experiments.accelerator.numerics import parse_numerics
-    from mmfree_jax.experiments.accelerator.program_dir import save
+    from mmfree_jax.experiments.accelerator.program_dir import COMMAND, save
     from mmfree_jax.experiments.accelerator.quantized import check_supported, quantize, self_written
 
+    check_target(out, command=COMMAND, sources=[model], overwrite=True)
     fixed = parse_numerics(numerics)
     language_model, variables = _load(model)
     config = language_model.config
@@ -78,7 +80,7 @@ def compile_(
         compiled = compile_block(quantized, layer, machine)
         assert compiled.memory is not None
         write_vector(compiled, "x", _block_input(quantized, layer, tokens_BT), compiled.memory)
-    save(compiled, out)
+    save(compiled, out, model=model)
     assert compiled.memory is not None
     print(f"{len(compiled.program)} instructions, {len(compiled.memory):,} bytes of memory: {out}")
     return 0
@@ -191,7 +193,7 @@ def run(
         scale = 2.0 ** -compiled.frac["logits"]
         print("likeliest next:", [(int(t), round(float(logits[t]) * scale, 3)) for t in best])
     if out is not None:
-        memory.tofile(out)
+        write_bytes(out, memory.tobytes())
     return 0
 
 
@@ -248,8 +250,9 @@ def cells(width: int = 512, lanes: int = 4, out: Path | None = None) -> int:
         raise _missing(e) from e
     with tempfile.TemporaryDirectory(prefix="mmfree-rtl-") as temporary:
         folder = Path(temporary) if out is None else out
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = cell_counts(machine, folder)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            counts = cell_counts(machine, folder)
     title = f"d = {width}, registers of {machine.vector_length}, {lanes} lanes"
     table = Table("module", title=title, title_justify="left")
     for name in ("6-input LUTs", "flip-flops", "multipliers", "memory bits"):

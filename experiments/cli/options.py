@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.experiments.scaling.artifacts import write_bytes, write_csv, write_json
+from mmfree_jax.experiments.scaling.artifacts import write_csv, write_json
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.read import Columns
+from mmfree_jax.files import write_bytes
 
 Size = Literal["total", "non-embedding", "ternary"]
 Flops = Literal["6nd", "6nd-non-embedding", "exact", "bit-operations", "energy"]

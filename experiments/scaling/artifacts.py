@@ -4,32 +4,12 @@ import csv
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmfree_jax.experiments.scaling.errors import ScalingError
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside the target, force to disk, rename.
-
-    Raises:
-        ScalingError: the folder is missing or cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ScalingError(f"{path}: cannot be written ({error.strerror}); choose another place "
-                           "with --out") from None  # fmt: skip
+from mmfree_jax.files import write_bytes, write_text
 
 
 def plain(value: Any) -> Any:
@@ -50,7 +30,7 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document, atomically."""
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_text(path, text + "\n")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

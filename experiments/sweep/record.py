@@ -1,17 +1,16 @@
 """What is kept of a run that ended: its row of the table, or why it failed."""
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash
 from mmfree_jax.experiments.sweep.process import Outcome, host_name
 from mmfree_jax.experiments.sweep.state import data_fingerprint
 from mmfree_jax.experiments.sweep.table import Row
+from mmfree_jax.files import write_text
 
 
 def make_row(
@@ -77,22 +76,3 @@ def write_failure(out: Path, run: PlannedRun, result: Outcome, code: int) -> Non
         "log": f"logs/{run.name}.log",
     }
     write_text(out / "failures" / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside, syncs and renames.
-
-    Raises:
-      SweepError: the file cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise SweepError(f"{path} cannot be written: {e.strerror}; make room and run the command "
-                         "again") from e  # fmt: skip

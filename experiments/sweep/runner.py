@@ -9,7 +9,6 @@ table is not started.
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import signal
@@ -26,7 +25,6 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.estimate import share
 from mmfree_jax.experiments.sweep.order import ORDERS, in_order
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, shard
@@ -39,9 +37,10 @@ from mmfree_jax.experiments.sweep.process import (
     start,
     trainer_command,
 )
-from mmfree_jax.experiments.sweep.record import make_row, write_failure, write_text
+from mmfree_jax.experiments.sweep.record import make_row, write_failure
 from mmfree_jax.experiments.sweep.state import Snapshot, snapshot
 from mmfree_jax.experiments.sweep.table import append_result
+from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
 
 _POLL_SECONDS = 0.1
 
@@ -154,14 +153,13 @@ def run_sweep(
       clock: seconds from any origin.
 
     Raises:
-      SweepError: the folder holds another sweep, or cannot be written.
+      SweepError: the folder holds another sweep.
+      OutputError: it cannot be written.
     """
     out = Path(sweep.out)
-    try:
+    with disk_errors(out):
         for name in ("configs", "runs", "logs", "failures", "locks", "cache"):
             (out / name).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise SweepError(f"out {out} cannot be written to: {e.strerror}; choose another") from e
     deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
     tally, stop = Tally(), _Stop(deadline, clock)
     with stop.listening():
@@ -258,8 +256,9 @@ class _Scheduler:
         return slots if len(slots) == per_gpu else []
 
     def _start(self, run: PlannedRun, slots: list[int]) -> None:
-        lock = _take_lock(self._out / "locks" / f"{run.name}.lock")
-        if lock is None:
+        try:
+            lock = take_lock(self._out / "locks" / f"{run.name}.lock", run.name)
+        except InUseError:
             self._tally.elsewhere.append(run.name)
             return
         try:
@@ -363,19 +362,6 @@ def _is_training(run_dir: Path) -> bool:
         return b'"kind": "train"' in (run_dir / "metrics.jsonl").read_bytes()
     except OSError:
         return False
-
-
-def _take_lock(path: Path) -> int | None:
-    """The held lock's descriptor; None if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    for _ in range(5):  # `status` holds it for an instant
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            time.sleep(0.05)
-    os.close(descriptor)
-    return None
 
 
 def _finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:

@@ -5,9 +5,7 @@ runs/NAME/ (its run directory), logs/NAME.log (what it printed), failures/NAME.j
 failed, gone once it succeeds) and locks/NAME.lock (held while it runs).
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from mmfree_jax.experiments.sweep.plan import (
 )
 from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
 from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
+from mmfree_jax.files import is_locked
 
 Status = Literal["done", "failed", "running", "cut off", "pending", "waiting"]
 
@@ -57,7 +56,7 @@ class Snapshot:
             return "waiting"
         if run.name in self.rows:
             return "done"
-        if is_locked(out, run.name):
+        if is_locked(out / "locks" / f"{run.name}.lock"):
             return "running"
         if run.name in self.failures:
             return "failed"
@@ -74,21 +73,6 @@ def data_fingerprint(sweep: SweepConfig, run: PlannedRun) -> str | None:
     if not paths or not all((Path(p) / "index.json").is_file() for p in paths):
         return None
     return "+".join(open_dataset(p).fingerprint[:16] for p in paths)
-
-
-def is_locked(out: Path, name: str) -> bool:
-    """Whether some process, here or on another host, is at this run."""
-    try:
-        descriptor = os.open(out / "locks" / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def read_failures(out: Path) -> dict[str, dict[str, Any]]:

@@ -2,19 +2,15 @@
 
 Several processes and hosts may append at once: each takes the lock beside the file, reads it,
 writes the longer one beside it and renames it into place, so that a reader never sees half a
-row and a crash never costs one. Over a network the file system must support `flock` (NFSv4,
-Lustre with `-o flock`, GPFS do).
+row and a crash never costs one.
 """
 
-import contextlib
 import csv
-import fcntl
 import io
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.files import lock, write_text
 
 RESULTS = "results.csv"
 COLUMNS: tuple[str, ...] = (
@@ -29,25 +25,6 @@ time of the process that finished the run (seconds); parallel: runs that could s
 code: git commit ("+" if files differ from it) or package version."""
 
 Row = dict[str, str]
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file `path`, waiting for it; the system lets go at death.
-
-    Raises:
-      SweepError: the file cannot be created.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        raise SweepError(f"{path} cannot be written: {e.strerror}; choose another out") from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def read_results(out: Path) -> list[Row]:
@@ -77,12 +54,13 @@ def append_result(out: Path, row: Row) -> None:
     """Adds one row; one of the same run and config that is there already stays as it is.
 
     Raises:
-      SweepError: the table cannot be written, or holds the run with another config.
+      SweepError: the table holds the run with another config.
+      OutputError: it cannot be written.
     """
     if tuple(row) != COLUMNS:
         raise SweepError(f"row has columns {list(row)}, the table {list(COLUMNS)}")
     path = out / RESULTS
-    with locked(out / f".{RESULTS}.lock"):
+    with lock(out / f".{RESULTS}.lock", str(path), wait=True):
         rows = read_results(out)
         for there in rows:
             if there["run"] == row["run"]:
@@ -94,14 +72,4 @@ def append_result(out: Path, row: Row) -> None:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*rows, row])
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                file.write(stream.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError as e:
-            beside.unlink(missing_ok=True)
-            raise SweepError(f"{path} cannot be written: {e.strerror}; make room and run the "
-                             "command again")  from e  # fmt: skip
+        write_text(path, stream.getvalue())

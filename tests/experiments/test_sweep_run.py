@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import os
 import signal
 import sys
@@ -24,8 +23,9 @@ from mmfree_jax.experiments.sweep.plan import main_runs
 from mmfree_jax.experiments.sweep.process import child_environment, outcome, start
 from mmfree_jax.experiments.sweep.report import best_rows, status_text
 from mmfree_jax.experiments.sweep.runner import Options, run_sweep
-from mmfree_jax.experiments.sweep.state import is_locked, snapshot
+from mmfree_jax.experiments.sweep.state import snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, read_results
+from mmfree_jax.files import is_locked, take_lock
 
 # Loss is lowest at the rate 4e-3 x (width / 128)^-1; each rate of BAD ends in another way.
 _TRAINER = """
@@ -282,18 +282,16 @@ def test_two_sweeps_at_once_do_not_run_a_run_twice(make, trainer, monkeypatch):
 
 
 def test_a_run_keeps_its_lock_when_the_sweep_is_killed(tmp_path):
-    (tmp_path / "locks").mkdir()
-    lock = os.open(tmp_path / "locks" / "x.lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = take_lock(tmp_path / "locks" / "x.lock", "x")
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     child = start(command, tmp_path / "log", dict(os.environ), lock)
     try:
         os.close(lock)  # as the sweep's death does
-        assert is_locked(tmp_path, "x")
+        assert is_locked(tmp_path / "locks" / "x.lock")
     finally:
         child.kill()
         child.wait()
-    assert not is_locked(tmp_path, "x")
+    assert not is_locked(tmp_path / "locks" / "x.lock")
 
 
 def _no_signals(self):
