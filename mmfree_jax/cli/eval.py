@@ -147,7 +147,9 @@ def evaluate(
             arrays,
             tokenizer,
             mesh=devices,
-            max_length=max_length or _default_length(language_model, trained_length(model)),
+            max_length=_default_length(language_model, trained_length(model))
+            if max_length is None
+            else max_length,
             add_bos=add_bos,
             batch_tokens=batch_tokens,
             show_progress=progress,

@@ -7,9 +7,11 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.evaluate.encoding import encode_pair
 from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.evaluate.tasks import write_task_files
@@ -33,7 +36,8 @@ class HarnessModel(TemplateLM):
     """A model and its tokenizer behind lm-eval's interface.
 
     Encoding follows lm-eval's own Hugging Face model: a context's trailing spaces go to the
-    continuation, both are encoded as one text, and what is too long is cut from the left.
+    continuation, both are encoded as one text, and what is too long is cut from the left. Where
+    that model would lose text or fail, see `encode_pair` and `loglikelihood`.
 
     Attributes:
       scorer: does the work; its counters say what was computed.
@@ -66,8 +70,15 @@ class HarnessModel(TemplateLM):
           share_contexts: read a context that several choices share once (MLGRU).
           show_progress: draw a progress bar.
           forward: how the model computes; None: as it was trained.
+
+        Raises:
+          ConfigError: add_bos with a tokenizer that has no such token.
         """
         super().__init__()
+        if add_bos and tokenizer.bos_id is None:
+            raise ConfigError(
+                "add_bos is set, but the tokenizer has no start-of-text token: leave it out"
+            )
         self._tokenizer, self._add_bos, self._show = tokenizer, add_bos, show_progress
         self.scorer = Scorer(
             model,
@@ -109,7 +120,25 @@ class HarnessModel(TemplateLM):
         del kwargs
         add_bos = self._add_bos if add_special_tokens is None else add_special_tokens
         ids = list(self._tokenizer.encode(string)) if string else []
-        return [self._tokenizer.bos_id, *ids] if add_bos and self._tokenizer.bos_id else ids
+        bos = self._tokenizer.bos_id
+        return [bos, *ids] if add_bos and bos is not None else ids
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-probability (nats) of each continuation behind its context, and whether it leads.
+
+        A continuation longer than max_length is scored in windows. One without tokens cannot
+        be scored: it gets -inf, so that it is never chosen, and a warning.
+        """
+        encoded = []
+        pairs: list[Any] = [request.args for request in requests]
+        for context, continuation in pairs:
+            start, rest = encode_pair(self._tokenizer, context, continuation)
+            if self._add_bos:
+                start = [self.prefix_token_id, *start]
+            encoded.append(((context, continuation), start or [self.prefix_token_id], rest))
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
@@ -118,21 +147,35 @@ class HarnessModel(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         del kwargs
-        queries = []
-        for texts, context, continuation in requests:
-            if not continuation or len(continuation) > self.max_length:
-                raise DataError(
-                    f"continuation {texts[1][:40]!r} has {len(continuation)} tokens: from 1 to "
-                    f"max_length ({self.max_length}) can be scored; raise --max-length"
-                )
-            tokens = (context + continuation)[-(self.max_length + 1) :]
-            queries.append(Query(tokens, len(continuation)))
+        queries, owners = [], []
+        for i, (_, context, continuation) in enumerate(requests):
+            for query in self._queries(context, continuation):
+                queries.append(query)
+                owners.append(i)
         with self._bar(len(queries), "scoring", disable_tqdm) as bar:
             scores = self.scorer.score(queries, progress=bar.update)
-        results = [(s.log_likelihood, s.greedy) for s in scores]
+        results = [(0.0, True) if rest else (-math.inf, False) for _, _, rest in requests]
+        for owner, score in zip(owners, scores, strict=True):
+            total, greedy = results[owner]
+            results[owner] = (total + score.log_likelihood, greedy and score.greedy)
+        empty = [texts for texts, _, rest in requests if not rest]
+        if empty:
+            warnings.warn(
+                f"{len(empty)} of {len(requests)} answers have no tokens and count as never "
+                f"chosen (the first: {empty[0][1]!r} behind {empty[0][0][-40:]!r}): give them text",
+                stacklevel=2,
+            )
         for (texts, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
+
+    def _queries(self, context: list[int], continuation: list[int]) -> Iterable[Query]:
+        """What scores each token of a continuation once, at most max_length tokens before it."""
+        most = self.max_length
+        for start in range(0, len(continuation), most):
+            piece = continuation[start : start + most]
+            # The last token is predicted, not read.
+            yield Query([*context, *continuation[:start], *piece][-(most + 1) :], len(piece))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

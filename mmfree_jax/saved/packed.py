@@ -29,7 +29,6 @@ import numpy as np
 from mmfree_jax.config import BITLINEAR, ModelConfig
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.infer.packed_model import kernel_layout
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.ternary import linear_options
 from mmfree_jax.pallas_kernels.packed_matmul import reference as packed_matmul
@@ -303,6 +302,8 @@ def for_this_device(variables: dict[str, Any]) -> dict[str, Any]:
     """Packed variables in the layout that this backend's kernels read."""
     if jax.default_backend() != "gpu":
         return variables
+    from mmfree_jax.infer.packed_model import kernel_layout  # which itself imports this module
+
     return {"packed": jax.jit(kernel_layout)(variables["packed"])}
 
 

@@ -14,7 +14,7 @@ import pytest
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.data.tokenizer import ByteTokenizer
-from mmfree_jax.errors import DataError
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate import tasks
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, model_folder_config
@@ -119,14 +119,87 @@ def test_long_contexts_are_cut_on_the_left():
     adapter = _adapter(max_length=16)
     (got,) = adapter.loglikelihood(_requests("loglikelihood", [("q" * 100 + "a", "bcd")]))
     assert got[0] == pytest.approx(_log_p(list(b"abcd")), abs=1e-4)
-    with pytest.raises(DataError, match="17 tokens"):
-        adapter.loglikelihood(_requests("loglikelihood", [("a", "b" * 17)]))
+    # Longer than fits: every byte is scored once, a bigram model seeing all that it needs.
+    (long,) = adapter.loglikelihood(_requests("loglikelihood", [("a", "bcdefghijklmnopqrs")]))
+    assert long == (pytest.approx(_log_p(list(b"abcdefghijklmnopqrs")), abs=1e-3), True)
+
+
+def _recorded(adapter):
+    """The token sequences and counts that the adapter has scored from now on."""
+    asked, score = [], adapter.scorer.score
+
+    def record(queries, **options):
+        asked.extend((list(q.tokens), q.scored) for q in queries)
+        return score(queries, **options)
+
+    adapter.scorer.score = record
+    return asked
+
+
+def test_the_model_reads_exactly_max_length_tokens():
+    adapter = _adapter(max_length=4)
+    asked = _recorded(adapter)
+    pairs = [("abcdef", "gh"), ("abc", "de"), ("ab", "de"), ("ab", "cdefgh"), ("", "abcde")]
+    adapter.loglikelihood(_requests("loglikelihood", pairs))
+    adapter.loglikelihood_rolling(_requests("loglikelihood_rolling", [("abcdefg",)]))
+    assert asked == [
+        (list(b"defgh"), 2),  # four are read, d to g; h is predicted only
+        (list(b"abcde"), 2),
+        (list(b"abde"), 2),
+        (list(b"bcdef"), 4),  # too long for one window: c to f, ...
+        (list(b"defgh"), 2),  # ... then g and h
+        ([256, *b"abcd"], 4),
+        (list(b"abcde"), 1),
+        ([256, *b"abcd"], 4),
+        (list(b"cdefg"), 3),
+    ]
+    options = {"max_gen_toks": 1}
+    assert adapter._prompt("abcdef", options) == list(b"def")
+    assert adapter._prompt("abc", options) == list(b"abc")
+
+
+def test_a_request_that_cannot_be_scored_loses_no_other(adapter):
+    pairs = [("abc", "def"), ("abc", ""), ("", ""), ("  ", "abc"), ("\n", "x"), ("abc", "def")]
+    with pytest.warns(UserWarning, match="2 of 6 answers have no tokens .* behind 'abc'"):
+        got = adapter.loglikelihood(_requests("loglikelihood", pairs))
+    known = (pytest.approx(_log_p(list(b"cdef")), abs=1e-4), True)
+    assert got[0] == known
+    assert got[5] == known
+    assert got[1] == got[2] == (-np.inf, False)
+    # A context of white space alone goes to the answer, as a context's trailing spaces do.
+    assert got[3][0] == pytest.approx(_log_p([256, *b"  abc"]), abs=1e-4)
+    assert got[4][0] == pytest.approx(_log_p([256, *b"\nx"]), abs=1e-4)
+
+
+class _BosIsZero(ByteTokenizer):
+    bos_id, eos_id = 0, 1
+
+
+class _NoBos(ByteTokenizer):
+    bos_id = None
 
 
 def test_add_bos():
     adapter = _adapter(add_bos=True)
     assert adapter.tok_encode("ab") == [256, 97, 98]
     assert adapter.tok_encode("ab", add_special_tokens=False) == [97, 98]
+
+
+def test_add_bos_whose_id_is_zero():
+    model, params = _oracle_params(_bigram_logits())
+    adapter = harness.HarnessModel(
+        model, params, _BosIsZero(), max_length=16, add_bos=True, show_progress=False
+    )
+    assert adapter.tok_encode("ab") == [0, 97, 98]
+    asked = _recorded(adapter)
+    adapter.loglikelihood(_requests("loglikelihood", [("ab", "c"), ("", "c"), (" ", "c")]))
+    assert asked == [([0, *b"abc"], 1), ([0, *b"c"], 1), ([0, *b" c"], 2)]
+
+
+def test_add_bos_without_such_a_token_is_refused():
+    model, params = _oracle_params(_bigram_logits())
+    with pytest.raises(ConfigError, match="no start-of-text token"):
+        harness.HarnessModel(model, params, _NoBos(), add_bos=True)
 
 
 def _choices(right, wrong, gold):
@@ -273,6 +346,7 @@ def test_the_command_measures_held_out_loss(oracle_folder, byte_data, tmp_path, 
         (["--tasks", "piqa,,x"], "separated by commas"),
         (["--tasks", "piqa", "--tasks-dir", "/no/such/folder"], "fetch-tasks"),
         (["--tasks", "piqa", "--limit", "0"], "--limit is 0"),
+        (["--tasks", "piqa", "--max-length", "0"], "max_length is 0"),
     ],
 )
 def test_bad_commands_say_so_in_one_line(oracle_folder, capsys, flags, words):
