@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import LinearConfig, ModelConfig
-from mmfree_jax.infer import decode, packed_gpu, packed_model
+from mmfree_jax.infer import decode, packed_model
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.model import init_state
+from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
 from mmfree_jax.presets import preset
 from mmfree_jax.saved import packed as pack
@@ -302,7 +303,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
         **task,
         "device": device.device_kind,
         "backend": jax.default_backend(),
-        "multiprocessors": packed_gpu.multiprocessors(),
+        "multiprocessors": multiprocessors(),
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     }
     return row | works[task["work"]](task)

@@ -11,10 +11,11 @@ import numpy as np
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
-from mmfree_jax.infer import decode, packed_gpu
+from mmfree_jax.infer import decode
 from mmfree_jax.infer.decode import Session, Variables
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.pallas_kernels.decode.api import KERNELS_VARIABLE
 
 # Prompts are read in pieces of at most this many tokens, so that memory is bounded; shorter
 # ones are padded to a power of two, so that few programs are compiled.
@@ -125,7 +126,7 @@ def generate(
             raise CheckpointError(
                 "the model's logits are not finite: its weights are damaged, or another program "
                 "held part of the GPU during a kernel that needs all of it (try again with "
-                f"{packed_gpu.KERNELS_VARIABLE}=layers in the environment)"
+                f"{KERNELS_VARIABLE}=layers in the environment)"
             )
         cut: dict[int, list[int]] = {}
         for row in np.flatnonzero(~finished).tolist():

@@ -15,7 +15,6 @@ nothing is sliced in memory and all layers share one program. The integers are e
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,26 +23,23 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
 from ..norm_quant.reference import MIN_ABSMAX
-from ..packed_matmul.dot4 import dot4, round_half_even
+from ..packed_matmul.linears import Linears
 from ..packed_matmul.words import plane_columns
+from .dot4 import dot4, round_half_even
+from .model import Arithmetic, Model
+from .reference import embed
 
 # Rows of a batch beyond which tensor cores do better. Each row has programs of its own; the
 # rows after the first find a layer's weights in the L2 cache.
 MAX_ROWS = 8
 
+# Hidden size -> most rows for which these kernels, whose products are dot products row by row,
+# are faster on an H100 than tensor cores; wider models: `_FEWEST_ROWS`.
+_MOST_ROWS = {1024: 4, 2048: 3}
+_FEWEST_ROWS = 2
 
-class Layer(NamedTuple):
-    """One or more packed BitLinears of the same shape, stacked over the model's layers.
-
-    Attributes:
-      words: [L, N, W] int32 for each.
-      scales: [L, 1, 1] float32 for each.
-      norms: [L, K] weights of their own RMSNorms.
-    """
-
-    words: Sequence[jax.Array]
-    scales: Sequence[jax.Array]
-    norms: Sequence[jax.Array]
+# Layers whose kernels are laid out one after another in the compiled loop over layers.
+UNROLL = 8
 
 
 class _Plan(NamedTuple):
@@ -62,11 +58,48 @@ class _Plan(NamedTuple):
     emulate: bool
 
 
+def most_rows(width: int) -> int:
+    """Rows of a batch up to which these kernels measured fastest, at this hidden size."""
+    return max((n for widest, n in _MOST_ROWS.items() if width <= widest), default=_FEWEST_ROWS)
+
+
+def decode_token(
+    model: Model,
+    token_B: jax.Array,
+    h_LBE: jax.Array,
+    *,
+    arithmetic: Arithmetic,
+    unroll: int = UNROLL,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`reference.decode_token` by four kernels a layer, for at most `MAX_ROWS` rows."""
+    eps = {"eps": arithmetic.eps}
+    norms = eps | {"outer_eps": arithmetic.outer_eps}
+    how = {"dtype": arithmetic.dtype, "interpret": interpret}
+
+    def step(x_BD: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        layer = index[None]
+        g_BE, h_BE = mixer_in(
+            x_BD, layer, model.mixer_norm, model.mixer_in, model.lower_bound, h_LBE, **norms, **how
+        )
+        x_BD = mixer_out(g_BE, h_BE, layer, model.gate_norm, model.mixer_out, x_BD, **norms, **how)
+        z_BM = glu_in(x_BD, layer, model.glu_norm, model.glu_in, **norms, **how)
+        return glu_out(z_BM, layer, model.glu_out, x_BD, **eps, **how), h_BE
+
+    x_BD, new_LBE = jax.lax.scan(
+        step,
+        embed(model, token_B, arithmetic),
+        jnp.arange(model.layers, dtype=jnp.int32),
+        unroll=min(unroll, model.layers),
+    )
+    return head(x_BD, model.final_norm, model.head, **norms, **how), new_LBE
+
+
 def mixer_in(
     x: jax.Array,
     layer: jax.Array,
     outer_norm: jax.Array,
-    weights: Layer,
+    weights: Linears,
     lower_bound: jax.Array,
     h: jax.Array,
     *,
@@ -104,7 +137,7 @@ def mixer_out(
     h: jax.Array,
     layer: jax.Array,
     gate_norm: jax.Array,
-    weights: Layer,
+    weights: Linears,
     residual: jax.Array,
     *,
     eps: float,
@@ -125,7 +158,7 @@ def glu_in(
     x: jax.Array,
     layer: jax.Array,
     outer_norm: jax.Array,
-    weights: Layer,
+    weights: Linears,
     *,
     eps: float,
     outer_eps: float,
@@ -144,7 +177,7 @@ def glu_in(
 def glu_out(
     z: jax.Array,
     layer: jax.Array,
-    weights: Layer,
+    weights: Linears,
     residual: jax.Array,
     *,
     eps: float,
@@ -162,7 +195,7 @@ def glu_out(
 def head(
     x: jax.Array,
     outer_norm: jax.Array,
-    weights: Layer,
+    weights: Linears,
     *,
     eps: float,
     outer_eps: float,

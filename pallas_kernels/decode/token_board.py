@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
-from ..packed_matmul import inline
-from ..packed_matmul.inline import EMPTY, EMPTY_HALF
 from ..packed_matmul.words import plane_columns
+from . import inline
+from .inline import EMPTY, EMPTY_HALF
 from .token_plan import Plan, groups, places, word_numbers
 
 Refs = dict[str, Any]
@@ -28,7 +28,7 @@ _NAN, _NAN_HALF = 0x7FC00000, 0x7FC0
 
 def board_size(plan: Plan) -> int:
     """Words of all boards and their copies."""
-    return plan.boards * plan.config.copies * (plan.layers + 1) * plan.board
+    return plan.boards * plan.cut.copies * (plan.layers + 1) * plan.board
 
 
 def load(
@@ -78,14 +78,14 @@ def _start(
         value, layer = "out", layer - 1
     if plan.boards > 1:
         number = refs["step"] % 2
-        copy = copy + plan.config.copies * (1 - number if other else number)
+        copy = copy + plan.cut.copies * (1 - number if other else number)
     layer = copy * (plan.layers + 1) + layer + 1
     return layer * plan.board + plan.slots[value], plan.bytes[value]
 
 
 def _own_copy(refs: Refs, plan: Plan) -> Any:
     """The copy that this program reads."""
-    return refs["program"] % plan.config.copies if plan.config.copies > 1 else 0
+    return refs["program"] % plan.cut.copies if plan.cut.copies > 1 else 0
 
 
 def publish(
@@ -119,7 +119,7 @@ def _write(
     refs: Refs, plan: Plan, value: str, layer: Any, n: jax.Array, inside: jax.Array,
     bits: jax.Array, other: bool,
 ) -> None:  # fmt: skip
-    for copy in range(plan.config.copies):
+    for copy in range(plan.cut.copies):
         start, size = _start(refs, plan, value, layer, copy, other)
         if size == 2:
             inline.store_half(refs["board"], 2 * start + n, bits, inside)
@@ -198,7 +198,7 @@ def shares_of_warps(
     refs: Refs, plan: Plan, values: list[jax.Array], count: int
 ) -> list[list[jax.Array]]:
     """What the first `count` warps hold of values that are the same in all threads of a warp."""
-    if plan.config.warps == 1:
+    if plan.cut.warps == 1:
         return [[x] for x in values]
     if plan.emulate:
         shape = places(plan).shape

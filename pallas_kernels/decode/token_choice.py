@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..packed_matmul import inline
+from . import inline
 from .token_board import (
     Refs,
     load,
@@ -74,7 +74,7 @@ def publish_best(refs: Refs, plan: Plan, best: Best, patience: jax.Array) -> jax
 
 def choose(refs: Refs, plan: Plan, patience: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The likeliest token, int32, once all programs have passed on theirs; and the patience."""
-    programs, warps = plan.config.programs, plan.config.warps
+    programs, warps = plan.cut.programs, plan.cut.warps
     place = places(plan)
     pairs = [jnp.minimum(first + place, programs - 1) for first in range(0, programs, place.size)]
     found, patience = read_pairs(refs, plan, "best", plan.layers - 1, pairs, patience)
@@ -97,7 +97,7 @@ def choose(refs: Refs, plan: Plan, patience: jax.Array) -> tuple[jax.Array, jax.
 
 def embed(refs: Refs, plan: Plan, token: jax.Array) -> None:
     """Passes on this program's share of the token's row of the embedding, as layer 0's input."""
-    p, programs = refs["program"], plan.config.programs
+    p, programs = refs["program"], plan.cut.programs
     width = plan.steps["mixer_in"].columns
     first, end = p * width // programs, (p + 1) * width // programs
     place = places(plan)

@@ -26,52 +26,24 @@ All programs must run at the same time: a few small ones a multiprocessor do. A 
 ends gives NaN logits rather than hang.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
-from ..packed_matmul.inline import EMPTY
+from ..packed_matmul.linears import Linears
 from ..packed_matmul.words import plane_columns
 from . import token_board, token_choice, token_step
-from .fused_gpu import Layer
-from .token_plan import Config, Plan, make_plan, places
+from .inline import EMPTY
+from .model import Arithmetic, Model
+from .token_plan import Cut, Plan, make_plan, places
 
 _MAX_LOOKS = 1 << 20  # of all waits of one thread for one token: about a second
-
-
-class Model(NamedTuple):
-    """Weights, stacked over the layers (one "layer" for the head).
-
-    Attributes:
-      mixer_in: i, f and g.
-      mixer_out: o.
-      glu_in: gate and up, one matrix of 2M rows.
-      glu_out: down.
-      head: the head.
-      mixer_norm, gate_norm, glu_norm: [L, columns].
-      final_norm: [1, D].
-      lower_bound: [L, E] float32, of the forget gates.
-      embedding: [V, D] float32, bfloat16 or int8.
-      embedding_scale: [V, 1] float32, of the rows of an int8 embedding; else None.
-    """
-
-    mixer_in: Layer
-    mixer_out: Layer
-    glu_in: Layer
-    glu_out: Layer
-    head: Layer
-    mixer_norm: jax.Array
-    gate_norm: jax.Array
-    glu_norm: jax.Array
-    final_norm: jax.Array
-    lower_bound: jax.Array
-    embedding: jax.Array
-    embedding_scale: jax.Array | None = None
 
 
 def decode_tokens(
@@ -83,11 +55,8 @@ def decode_tokens(
     stop_ids: jax.Array,
     *,
     steps: int,
-    eps: float,
-    outer_eps: float,
-    dtype: jax.typing.DTypeLike,
-    residual_dtype: jax.typing.DTypeLike,
-    config: Config,
+    arithmetic: Arithmetic,
+    cut: Cut,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Reads a token, then the likeliest one that follows, and so on.
@@ -102,11 +71,8 @@ def decode_tokens(
       limit: [1] int32, most tokens to read; 0 leaves all as it is.
       stop_ids: [S] int32; -1 is none.
       steps: most tokens that `limit` may hold; with 1 nothing is chosen.
-      eps: of the BitLinears' norms.
-      outer_eps: of the other norms.
-      dtype: of the products' outputs.
-      residual_dtype: of the stream.
-      config: programs and tiles.
+      arithmetic: norms' eps and dtypes.
+      cut: programs and tiles.
       interpret: run as a JAX program, step after step, to check the arithmetic without a GPU.
 
     Returns:
@@ -117,15 +83,10 @@ def decode_tokens(
       ValueError: operands that do not fit; more than one row; columns that 16 does not divide
         (except under `interpret`).
     """
-    layers, batch, inner = h.shape
+    layers, batch, _ = h.shape
     if batch != 1 or token.shape != (1,):
         raise ValueError(f"one row at a time, but token is {token.shape} and h {h.shape}")
-    plan = make_plan(
-        layers=layers, width=model.embedding.shape[1], inner=inner,
-        glu=model.glu_in.words[0].shape[1] // 2, vocabulary=model.head.words[0].shape[1],
-        residual_dtype=residual_dtype, dtype=dtype, eps=eps, outer_eps=outer_eps,
-        boards=2 if steps > 1 else 1, config=config, emulate=interpret,
-    )  # fmt: skip
+    plan = make_plan(model, arithmetic, boards=2 if steps > 1 else 1, cut=cut, emulate=interpret)
     for step in plan.steps.values():
         if step.columns % 16 and not interpret:
             raise ValueError(f"{step.name} has {step.columns} columns, not a multiple of 16")
@@ -136,9 +97,9 @@ def decode_tokens(
                     f"{plane_columns(step.columns) // 4}"
                 )
     operands = {"first": token, "limit": limit, "stop_ids": stop_ids}
-    for name, value in model._asdict().items():
-        if isinstance(value, Layer):
-            for field, arrays in value._asdict().items():
+    for name, value in _fields(model).items():
+        if isinstance(value, Linears):
+            for field, arrays in _fields(value).items():
                 operands |= {f"{name}/{field}/{i}": array for i, array in enumerate(arrays)}
         elif value is not None:
             operands[name] = value
@@ -153,19 +114,23 @@ def decode_tokens(
         names = [*operands, *(f"{name} before" for name in begun), *begun]
         _kernel(dict(zip(names, refs, strict=True)), plan, steps)
 
-    grid = (config.programs,)
+    grid = (cut.programs,)
     if interpret:  # Programs run one after another: a step must be over before the next begins.
-        grid = (steps * (4 * layers + 2), config.programs)
+        grid = (steps * (4 * layers + 2), cut.programs)
     tokens, logits, new_h, _ = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in begun.values()],
         grid=grid,
         input_output_aliases={len(operands) + i: i for i in range(len(begun))},
-        compiler_params=pltriton.CompilerParams(num_warps=config.warps, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=cut.warps, num_stages=1),
         interpret=interpret,
         name="decode_tokens",
     )(*operands.values(), *begun.values())
     return tokens, logits, new_h
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 _FOLLOWING = {
@@ -223,7 +188,7 @@ def _token(
         patience = token_step.fetch(refs, plan, "head", 0, 0, patience, now=last)
         for name, following in _FOLLOWING.items():
             at = layer if following != "mixer_in" else jnp.minimum(layer + 1, plan.layers - 1)
-            for tile in range(plan.config.ahead):
+            for tile in range(plan.cut.ahead):
                 patience = token_step.fetch(refs, plan, following, at, tile, patience)
             then = functools.partial(prefetch, following, at)
             patience, bundle, _ = run(name, layer, bundle, then, patience)

@@ -1,19 +1,20 @@
 """What is static in the kernel that runs a whole token (`token_gpu.py`)."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from ..packed_matmul.words import plane_columns
+from .model import Arithmetic, Model
 
 LANES = 32  # of a warp
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Cut:
     """How the kernel is cut.
 
     Attributes:
@@ -68,7 +69,7 @@ class Plan(NamedTuple):
       residual_dtype: of the stream.
       boards: 2 where one token follows another in the same kernel: while one board fills, each
         value on the other is taken off.
-      config: the cut.
+      cut: how the work is divided.
       emulate: run as a JAX program, without the GPU's instructions.
     """
 
@@ -82,15 +83,18 @@ class Plan(NamedTuple):
     dtype: jnp.dtype
     residual_dtype: jnp.dtype
     boards: int
-    config: Config
+    cut: Cut
     emulate: bool
 
 
 def make_plan(
-    *, layers: int, width: int, inner: int, glu: int, vocabulary: int, residual_dtype: Any,
-    dtype: Any, eps: float, outer_eps: float, boards: int, config: Config, emulate: bool,
-) -> Plan:  # fmt: skip
-    """The plan of a model of these sizes."""
+    model: Model, arithmetic: Arithmetic, *, boards: int, cut: Cut, emulate: bool
+) -> Plan:
+    """The plan of a model."""
+    layers, inner = model.lower_bound.shape
+    vocabulary, width = model.head.words[0].shape[1], model.embedding.shape[1]
+    glu = model.glu_in.words[0].shape[1] // 2
+    dtype, residual_dtype = arithmetic.dtype, arithmetic.residual_dtype
     steps = (
         Step("mixer_in", ("x",), "mixer_norm", width, inner, ((0, 0), (1, 0), (2, 0))),
         Step("mixer_out", ("g", "u"), None, inner, width, ((0, 0),)),
@@ -102,7 +106,7 @@ def make_plan(
     dtypes = {"g": dtype, "u": jnp.float32, "middle": residual_dtype, "z": dtype}
     dtypes["out"] = residual_dtype
     # One thread writes, but all have a place.
-    columns["best"], dtypes["best"] = 2 * config.programs + LANES * config.warps, jnp.float32
+    columns["best"], dtypes["best"] = 2 * cut.programs + LANES * cut.warps, jnp.float32
     sizes, slots, end = {}, {}, 0
     for value, count in columns.items():
         half = jnp.dtype(dtypes[value]) == jnp.bfloat16 and not emulate
@@ -111,14 +115,15 @@ def make_plan(
         # Whole groups of four words: they are read together.
         end += 4 * pl.cdiv(4 * plane_columns(count) * sizes[value], 16)
     return Plan(
-        {step.name: step for step in steps}, layers, sizes, slots, end, float(eps),
-        float(outer_eps), jnp.dtype(dtype), jnp.dtype(residual_dtype), boards, config, emulate,
+        {step.name: step for step in steps}, layers, sizes, slots, end, float(arithmetic.eps),
+        float(arithmetic.outer_eps), jnp.dtype(dtype), jnp.dtype(residual_dtype), boards, cut,
+        emulate,
     )  # fmt: skip
 
 
 def places(plan: Plan) -> jax.Array:
     """The number of each thread, [warps, 32] int32."""
-    warps = plan.config.warps
+    warps = plan.cut.warps
     return LANES * jnp.arange(warps)[:, None] + jnp.arange(LANES)[None, :]
 
 
@@ -128,7 +133,7 @@ def groups(plan: Plan, columns: int) -> int:
     A power of two: where a row has fewer words than a program has threads.
     """
     words, count = plane_columns(columns) // 4, 1
-    while words * 2 * count <= LANES * plan.config.warps and 2 * count <= plan.config.warps:
+    while words * 2 * count <= LANES * plan.cut.warps and 2 * count <= plan.cut.warps:
         count *= 2
     return count
 
@@ -139,7 +144,7 @@ def word_numbers(plan: Plan, columns: int) -> list[tuple[jax.Array, jax.Array | 
     Where one does not exist its number is that of the last.
     """
     words = plane_columns(columns) // 4
-    threads = LANES * plan.config.warps // groups(plan, columns)
+    threads = LANES * plan.cut.warps // groups(plan, columns)
     out = []
     for first in range(0, words, threads):
         word = first + places(plan) % threads
@@ -166,10 +171,10 @@ class Tiling(NamedTuple):
 
 def tiling(plan: Plan, step: Step) -> Tiling:
     """The tiles of a step."""
-    share = pl.cdiv(step.rows, plan.config.programs)
+    share = pl.cdiv(step.rows, plan.cut.programs)
     count = groups(plan, step.columns)
     pieces = len(word_numbers(plan, step.columns))
-    rows = count * max(1, plan.config.tile // (pieces * len(step.streams)))
+    rows = count * max(1, plan.cut.tile // (pieces * len(step.streams)))
     tiles = pl.cdiv(share, min(rows, LANES, share))
     each = pl.cdiv(pl.cdiv(share, tiles), count)
     return Tiling(pl.cdiv(share, count * each), count * each, each)

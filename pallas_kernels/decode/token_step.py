@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ..norm_quant.reference import MIN_ABSMAX
-from ..packed_matmul import inline
-from ..packed_matmul.dot4 import dot4, quantize4
 from ..packed_matmul.words import plane_columns
+from . import inline
+from .dot4 import dot4, quantize4
 from .token_board import (
     Refs,
     Row,
@@ -64,7 +64,7 @@ def prefetch(refs: Refs, plan: Plan, name: str, layer: Any) -> Bundle:
     matrices = 1 + max(matrix for matrix, _ in step.streams)
     norm = functools.partial(ask_for_norm, refs, plan, layer=layer, columns=step.columns)
     return Bundle(
-        [_load_tile(refs, plan, step, layer, i) for i in range(min(plan.config.depth, tiles))],
+        [_load_tile(refs, plan, step, layer, i) for i in range(min(plan.cut.depth, tiles))],
         norm(step.norm) if step.norm else None,
         [norm(f"{name}/norms/{i}") for i in range(matrices)],
         [refs[f"{name}/scales/{i}"][layer, 0, 0] for i in range(matrices)],
@@ -73,7 +73,7 @@ def prefetch(refs: Refs, plan: Plan, name: str, layer: Any) -> Bundle:
 
 def _share(refs: Refs, plan: Plan, step: Step, tile: Any) -> tuple[Any, Any]:
     """First output of this program's tile, and the end of its share."""
-    p, programs = refs["program"], plan.config.programs
+    p, programs = refs["program"], plan.cut.programs
     first = p * step.rows // programs + tile * tiling(plan, step).rows
     return first, (p + 1) * step.rows // programs
 
@@ -88,7 +88,7 @@ def _outputs(refs: Refs, plan: Plan, step: Step, tile: Any) -> tuple[jax.Array, 
 def _load_tile(refs: Refs, plan: Plan, step: Step, layer: Any, tile: Any) -> _Tile:
     first, end = _share(refs, plan, step, tile)
     _, rows, each = tiling(plan, step)
-    certain = step.rows // plan.config.programs  # rows that every share has
+    certain = step.rows // plan.cut.programs  # rows that every share has
     threads = places(plan).size // groups(plan, step.columns)
 
     def row(matrix, first_row, number):
@@ -128,7 +128,7 @@ def fetch(
     """
     step = plan.steps[name]
     words = plane_columns(step.columns) // 4
-    if plan.emulate or not plan.config.ahead or words % 4:
+    if plan.emulate or not plan.cut.ahead or words % 4:
         return patience
     first, end = _share(refs, plan, step, tile)
     place = places(plan)
@@ -195,7 +195,7 @@ def run(
     def advance(index: Any, carry: Any) -> Any:
         queue, patience, best = carry
         if name != "head":  # It comes as a whole, in time.
-            patience = fetch(refs, plan, name, layer, index + plan.config.ahead, patience)
+            patience = fetch(refs, plan, name, layer, index + plan.cut.ahead, patience)
         following = _load_tile(refs, plan, step, layer, index + len(queue))
         best = finish(queue[0], index, best)
         return [*queue[1:], following], patience, best
@@ -228,7 +228,7 @@ def _totals(
 
     of_warp = [spread(jnp.max(bits(x), axis=1)) for x in maxima]
     of_warp += [spread(bits(jnp.sum(x, axis=1))) for x in sums]
-    shares = shares_of_warps(refs, plan, of_warp, plan.config.warps // groups(plan, step.columns))
+    shares = shares_of_warps(refs, plan, of_warp, plan.cut.warps // groups(plan, step.columns))
     largest = [floats(_tree(jnp.maximum, xs)) for xs in shares[: len(maxima)]]
     return largest, [_tree(jnp.add, [floats(x) for x in xs]) for xs in shares[len(maxima) :]]
 
@@ -293,7 +293,7 @@ def _products(
 
     `inputs` are each stream's planes, and minus their sum.
     """
-    warps = plan.config.warps
+    warps = plan.cut.warps
     shape = places(plan).shape
     lane = jnp.arange(LANES)[None, :]
     each = len(tile[0])

@@ -16,7 +16,7 @@ from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.infer import api, decode, packed_gpu, packed_model
 from mmfree_jax.model import LanguageModel, init_state, ternary_weights
-from mmfree_jax.pallas_kernels.decode import token_gpu
+from mmfree_jax.pallas_kernels.decode.api import Cut
 from mmfree_jax.saved import load
 from mmfree_jax.saved import packed as pack
 from mmfree_jax.saved.convert import export_hf
@@ -362,7 +362,9 @@ def test_prompts_go_through_the_words_unchanged(words):
 def test_the_decode_kernels_compute_the_packed_models_step(words):
     tree, _, (logits, after) = words
     fused = jax.jit(
-        lambda t, s, held: packed_gpu.decode_token(tree, BASE, t, s, held, unroll=2, interpret=True)
+        lambda t, s, held: packed_gpu.decode_token(
+            tree, BASE, t, s, held, implementation="pallas_fused_gpu", interpret=True
+        )
     )
     free = jnp.zeros(2, bool)
     found, state = quick_steps(lambda t, s: fused(t, s, free), TOKENS, init_state(BASE, 2))
@@ -378,10 +380,10 @@ def test_the_decode_kernels_compute_the_packed_models_step(words):
 def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
     tree, _, (logits, after) = words
     # Three programs share 38, 47 and 61 outputs unevenly, in tiles that overhang.
-    cut = token_gpu.Config(programs=3, warps=2, tile=2, depth=2, copies=2)
+    cut = Cut(programs=3, warps=2, tile=2, depth=2, copies=2)
     fused = jax.jit(
         lambda t, s, held: packed_gpu.decode_token(
-            tree, BASE, t, s, held, token=cut, interpret=True
+            tree, BASE, t, s, held, implementation="pallas_token_gpu", cut=cut, interpret=True
         )
     )
     free, held = jnp.array([False]), jnp.array([True])
@@ -401,11 +403,20 @@ def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     tree, _, _ = words
     weight, scale = pack._quantize_rows(np.asarray(tree["embedding"]["weight"], np.float32))
     tree = tree | {"embedding": {"weight": weight, "scale": scale}}
-    cut = token_gpu.Config(programs=3, warps=4, tile=8, depth=1, copies=2)
+    cut = Cut(programs=3, warps=4, tile=8, depth=1, copies=2)
     steps = 4
     greedy = jax.jit(
         lambda state, logits, limit, stop: packed_gpu.decode_greedy(
-            tree, BASE, state, logits, limit, stop, steps, token=cut, interpret=True
+            tree,
+            BASE,
+            state,
+            logits,
+            limit,
+            stop,
+            steps,
+            implementation="pallas_token_gpu",
+            cut=cut,
+            interpret=True,
         )
     )
     step = jax.jit(lambda t, s: packed_model.decode(tree, BASE, t[:, None], s, None))
@@ -437,34 +448,6 @@ def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     assert tokens[0].tolist() == [-1] * steps
     np.testing.assert_array_equal(found, start)
     assert not after.layers["h"].any()
-
-
-def test_few_rows_are_fewer_where_the_model_is_wide(words, monkeypatch):
-    tree, _, _ = words
-    assert not packed_gpu.applies(tree, 1, 1), "there is no GPU"
-    monkeypatch.setattr(packed_gpu.jax, "default_backend", lambda: "gpu")
-    found = []
-    for width in (38, 1024, 1025, 2048, 2560, 5120):
-        wide = tree | {"final_norm": {"scale": np.ones(width)}}
-        assert not packed_gpu.applies(wide, 1, 2), "a prompt"
-        found.append(max(rows for rows in range(1, 9) if packed_gpu.applies(wide, rows, 1)))
-    assert found == sorted(found, reverse=True)
-    assert found[0] > found[-1] >= 1
-
-
-def test_every_size_has_a_cut_of_the_kernel(monkeypatch):
-    monkeypatch.setattr(packed_gpu, "multiprocessors", lambda: 132)
-    assert packed_gpu.token_config(BASE).ahead == 0, "no instruction for it on this device"
-    monkeypatch.setattr(packed_gpu, "prefetches", lambda: True)
-    assert packed_gpu.token_config(BASE).ahead > 0
-    for width in (64, 1024, 1300, 4096, 9000):
-        found = packed_gpu.token_config(dataclasses.replace(BASE, hidden_size=width))
-        assert found.programs % 132 == 0
-        assert found.warps in (1, 2, 4, 8, 16)
-        # All programs must be able to run at once: their registers are at most 255 a thread.
-        assert found.programs // 132 * found.warps * 32 * 256 <= 65536
-    near = [packed_gpu.token_config(dataclasses.replace(BASE, hidden_size=w)) for w in (5120, 7000)]
-    assert near[0] == near[1]
 
 
 @pytest.mark.parametrize("unpack_tokens", [512, 1])

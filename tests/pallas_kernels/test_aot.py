@@ -17,7 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
-from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
+from mmfree_jax.pallas_kernels.decode import token_gpu
+from mmfree_jax.pallas_kernels.decode.api import Arithmetic, Cut, Linears, Model
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
 from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
@@ -155,14 +156,14 @@ def test_a_whole_token(width, glu, warps, copies):
         return jax.ShapeDtypeStruct(dims, dtype)
 
     def layer(rows, columns, count=1, depth=layers):
-        return fused_gpu.Layer(
-            [shape(depth, rows, plane_columns(columns) // 4, dtype=jnp.int32)] * count,
-            [shape(depth, 1, 1, dtype=jnp.float32)] * count,
-            [shape(depth, columns)] * count,
+        return Linears(
+            (shape(depth, rows, plane_columns(columns) // 4, dtype=jnp.int32),) * count,
+            (shape(depth, 1, 1, dtype=jnp.float32),) * count,
+            (shape(depth, columns),) * count,
         )
 
     norm, state = shape(layers, width), shape(layers, 1, width, dtype=jnp.float32)
-    model = token_gpu.Model(
+    model = Model(
         layer(width, width, 3), layer(width, width), layer(2 * glu, width), layer(width, glu),
         layer(vocabulary, width, depth=1), norm, norm, norm, shape(1, width),
         shape(layers, width, dtype=jnp.float32), shape(vocabulary, width),
@@ -170,12 +171,12 @@ def test_a_whole_token(width, glu, warps, copies):
     one = shape(1, dtype=jnp.int32)
     logits = shape(1, vocabulary, dtype=jnp.float32)
     leaves, tree = jax.tree.flatten((one, model, state, logits, one, one))
-    config = token_gpu.Config(programs=132, warps=warps, ahead=1, copies=copies)
+    cut = Cut(programs=132, warps=warps, ahead=1, copies=copies)
 
     def call(*leaves):
         return token_gpu.decode_tokens(
-            *jax.tree.unflatten(tree, leaves), steps=8, eps=1e-6, outer_eps=1e-6,
-            dtype=jnp.bfloat16, residual_dtype=jnp.bfloat16, config=config,
+            *jax.tree.unflatten(tree, leaves), steps=8, cut=cut,
+            arithmetic=Arithmetic(1e-6, 1e-6, jnp.dtype("bfloat16"), jnp.dtype("bfloat16")),
         )  # fmt: skip
 
     compiled = compile_for("cuda", call, *[(leaf.shape, leaf.dtype) for leaf in leaves])
