@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
+from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.xla_flags import OVERLAP
 
@@ -259,7 +258,7 @@ def check_jobset(text: str) -> None:
       ConfigError: it does not parse, or a field is missing.
     """
     try:
-        job = yaml.safe_load(text)
+        job = parse_yaml(text, "the rendered JobSet")
         replicated = job["spec"]["replicatedJobs"][0]
         spec = replicated["template"]["spec"]
         pod = spec["template"]["spec"]
@@ -278,7 +277,7 @@ def check_jobset(text: str) -> None:
             "limits": bool(container["resources"]["limits"]),
             "volumes": container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"],
         }
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as e:
+    except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise ConfigError(f"the rendered JobSet is not valid: {' '.join(str(e).split())}") from e
     wrong = [name for name, good in found.items() if not good]
     if wrong:

@@ -1,11 +1,14 @@
-"""Configurations to and from plain dicts and YAML, strictly: unknown keys are errors."""
+"""Configurations to and from plain dicts and YAML, strictly.
+
+Unknown keys are errors, and so are keys that occur twice: every YAML in the project is read by
+`parse_yaml` or `read_yaml`.
+"""
 
 import dataclasses
 import difflib
 import os
 import types
 import typing
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -13,6 +16,7 @@ import yaml
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import preset
+from mmfree_jax.text_files import read_text
 
 T = TypeVar("T")
 
@@ -45,6 +49,8 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         where = f"{path}.{name}" if path else name
+        if name in changes:
+            raise ConfigError(f"config key {where!r} occurs twice, as {key!r} too: keep one")
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(names)}"
@@ -85,19 +91,54 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} is {value!r}: give a value of type {hint.__name__}")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML of plain values, where a key may occur once in a mapping (`<<` merges as ever)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Checks keys as they are written: merging adds others to the node later."""
+        node = super().compose_mapping_node(anchor)
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = self.construct_object(key), key.start_mark.line + 1
+            if name in seen:
+                raise yaml.YAMLError(
+                    f"key {name!r} occurs twice, in lines {seen[name]} and {line}: keep one"
+                )
+            seen[name] = line
+        return node
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds, unchecked; None if it is empty.
+
+    Args:
+      text: the YAML.
+      source: names it in errors.
+
+    Raises:
+      ConfigError: it is not YAML, or a key occurs twice in a mapping.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # 2024-13-01 is a ValueError
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(e).split())}") from e
+
+
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """What a YAML file holds, unchecked; None if it is empty.
 
     Raises:
-      ConfigError: the file cannot be read or is not YAML.
+      ConfigError: the file cannot be read or is not YAML, or a key occurs twice.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_text(path)
     except OSError as e:
         raise ConfigError(f"config file {path}: {e.strerror}; give a readable YAML file") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"config file {path} is not valid YAML: {reason}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"config file {path} is not valid YAML: {e}") from e
+    return parse_yaml(text, f"config file {path}")
 
 
 def load_yaml(path: str | os.PathLike[str], base: TrainConfig | None = None) -> TrainConfig:

@@ -11,6 +11,7 @@ from mmfree_jax.experiments.accelerator.compile import Compiled
 from mmfree_jax.experiments.accelerator.isa import assemble, disassemble
 from mmfree_jax.experiments.accelerator.machine import Machine
 from mmfree_jax.files import new_folder, write_bytes, write_text
+from mmfree_jax.text_files import parse_json, read_text
 
 COMMAND = "hardware compile"
 _VERSION = 1
@@ -43,10 +44,10 @@ def load(folder: Path) -> Compiled:
       DataError: a file is missing, malformed or too new.
     """
     try:
-        meta = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+        meta = parse_json(read_text(folder / "program.json"))
         if meta["version"] > _VERSION:
             raise DataError(f"{folder}/program.json is of version {meta['version']}: update mmfree")
-        text = (folder / "program.asm").read_text(encoding="utf-8")
+        text = read_text(folder / "program.asm")
         memory = np.fromfile(folder / "memory.bin", np.uint8)
         places = {name: (int(a), int(n)) for name, (a, n) in meta["places"].items()}
         machine = Machine(**meta["machine"])

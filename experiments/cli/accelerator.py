@@ -18,6 +18,7 @@ from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
 from mmfree_jax.files import check_target, disk_errors, write_bytes
+from mmfree_jax.text_files import read_text
 
 
 def compile_(
@@ -139,7 +140,7 @@ def run(
 
     if program.is_file():
         try:
-            instructions = assemble(program.read_text(encoding="utf-8"))
+            instructions = assemble(read_text(program))
         except (DataError, UnicodeDecodeError) as e:
             raise DataError(f"{program}, {e}") from e
         compiled = Compiled(instructions, np.zeros(1 << 16, np.uint8), {}, Machine(), 0, {})

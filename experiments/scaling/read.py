@@ -21,6 +21,7 @@ from mmfree_jax.experiments.scaling.frame import (
     make_frame,
 )
 from mmfree_jax.experiments.scaling.run_directory import is_run_directory, read_run_directory
+from mmfree_jax.text_files import decode_text, read_text
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,9 @@ _MISSING = {"", "na", "nan", "none", "null", "n/a", "-"}
 
 
 def _read_csv(path: Path) -> Table:
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            text = stream.read()
+        data = path.read_bytes()
+        text = decode_text(gzip.decompress(data) if path.suffix == ".gz" else data)
     except UnicodeDecodeError:
         raise ScalingError(f"{path}: is not UTF-8 text; save it as UTF-8 CSV") from None
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
@@ -127,9 +127,7 @@ def _read_csv(path: Path) -> Table:
     delimiter = max(",\t;", key=lines[0].count)
     rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
     header = [name.strip() for name in rows[0]]
-    doubled = {name for name in header if name and header.count(name) > 1}
-    if doubled:
-        raise ScalingError(f"{path}: column {sorted(doubled)[0]!r} occurs twice; rename one")
+    _refuse_doubled(header, path)
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
             raise ScalingError(f"{path}: row {number} has {len(row)} fields where the header has "
@@ -137,11 +135,18 @@ def _read_csv(path: Path) -> Table:
     return {name: [row[j].strip() for row in rows[1:]] for j, name in enumerate(header)}
 
 
+def _refuse_doubled(header: list[str], path: Path) -> None:
+    doubled = {name for name in header if name and header.count(name) > 1}
+    if doubled:
+        raise ScalingError(f"{path}: column {sorted(doubled)[0]!r} occurs twice; rename one")
+
+
 def _read_parquet(path: Path) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        _refuse_doubled(pq.read_schema(path).names, path)
         table = pq.read_table(path)
     except pa.ArrowException as error:
         raise ScalingError(f"{path}: is not a readable parquet file ({error})") from None
@@ -279,7 +284,7 @@ def frame_to_rows(frame: RunFrame) -> list[dict]:
 def read_json(path: Path) -> dict:
     """A JSON object, or an error that names the file."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ScalingError(f"{path}: is not readable JSON ({error})") from None
     if not isinstance(value, dict):

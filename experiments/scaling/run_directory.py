@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mmfree_jax.config_io import read_yaml
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
+from mmfree_jax.text_files import read_text
 
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.yaml", "summary.json"
 
@@ -24,7 +27,8 @@ def is_run_directory(path: Path) -> bool:
 def _metrics(path: Path) -> list[dict]:
     """Complete records in order; only the last line may be torn."""
     records = []
-    lines = path.read_text(errors="replace").splitlines()
+    # Not splitlines: a sample may hold other line ends, such as U+2028.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -91,7 +95,7 @@ def read_run_directory(path: Path, *, points: str = "last", tail: int = 20) -> R
     summary: dict = {}
     if (path / SUMMARY).is_file():
         try:
-            summary = json.loads((path / SUMMARY).read_text())
+            summary = json.loads(read_text(path / SUMMARY))
         except ValueError as error:
             raise ScalingError(f"{path / SUMMARY}: is not JSON ({error})") from None
     params = _number(_look(summary, "parameters.total", "params.total", "params_total"))
@@ -125,15 +129,10 @@ def read_run_directory(path: Path, *, points: str = "last", tail: int = 20) -> R
 
 def _config(path: Path) -> dict:
     """config.yaml as a dict; {} where it is absent (nothing that a fit needs is in it)."""
-    import yaml
-
     if not path.is_file():
         return {}
     try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        raise ScalingError(
-            f"{path}: is not YAML (line {where.line + 1 if where else '?'})"
-        ) from None
+        value = read_yaml(path)
+    except ConfigError as error:
+        raise ScalingError(str(error)) from None
     return value if isinstance(value, dict) else {}

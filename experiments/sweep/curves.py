@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import yaml
 
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.config_io import from_dict
+from mmfree_jax.config_io import from_dict, read_yaml
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.train.metrics import read_history
 from mmfree_jax.train.plot import smooth
@@ -63,8 +63,8 @@ def load_curve(run_dir: Path | str, name: str | None = None) -> Curve:
     if not train:
         raise SweepError(f"{run_dir}: no training record in metrics.jsonl; give a run directory")
     try:
-        values = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as e:
+        values = read_yaml(run_dir / "config.yaml")
+    except ConfigError as e:
         raise SweepError(f"{run_dir / 'config.yaml'} cannot be read ({e})") from e
     evals = [r for r in records if r.get("kind") == "eval"]
     flips = [r for r in train if r.get("changed_share") is not None]

@@ -19,10 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.config_io import dump_yaml, from_dict
+from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.estimate import share
@@ -372,8 +370,8 @@ def _finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
     if summary.get("step") != config.steps:
         return None
     try:
-        there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        there = read_yaml(run_dir / "config.yaml")
         same = config_hash(from_dict(TrainConfig, there)) == config_hash(config)
-    except (OSError, yaml.YAMLError, MMFreeError):  # the trainer says what is wrong with it
+    except MMFreeError:  # the trainer says what is wrong with it
         return None
     return summary if same else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.files import lock, write_text
+from mmfree_jax.text_files import read_text
 
 RESULTS = "results.csv"
 COLUMNS: tuple[str, ...] = (
@@ -35,7 +36,7 @@ def read_results(out: Path) -> list[Row]:
     """
     path = out / RESULTS
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as e:

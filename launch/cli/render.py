@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-import yaml
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import last_value, resolve_config
-from mmfree_jax.config_io import from_dict
+from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
 
@@ -31,7 +30,7 @@ def render_job(argv: Sequence[str]) -> int:
         raise ConfigError(f"platform is {platform!r}: choose {', '.join(PLATFORMS)}")
     kind = PLATFORMS[platform]
     path = last_value(argv, "--values")
-    given = kind() if path is None else from_dict(kind, _read(path))
+    given = kind() if path is None else from_dict(kind, read_yaml(path) or {})
     arguments: Any = parse(
         _arguments(kind),
         argv[1:],
@@ -69,13 +68,3 @@ def _arguments(kind: type) -> type:
             ("job", Annotated[kind, tyro.conf.arg(name="")]),
         ],
     )
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"values is {path!r}: {e.strerror}") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
-    return values or {}

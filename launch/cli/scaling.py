@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import ModelConfig
+from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
 from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
@@ -96,7 +95,7 @@ def _parse_change(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or name not in {f.name for f in dataclasses.fields(ModelConfig)}:
         raise ConfigError(f"model holds {text!r}: give FIELD=VALUE, a field of the model's config")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, f"model field {name}")
 
 
 def _say(text: str) -> None:

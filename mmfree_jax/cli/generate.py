@@ -12,6 +12,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.text_files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -337,12 +338,12 @@ def _parse_ids(text: str) -> list[int]:
 
 def _read_prompts_file(path: Path) -> list[_Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except OSError as e:
         raise DataError(f"prompts file {path}: {e.strerror}; give a readable file") from e
     except UnicodeDecodeError as e:
         raise DataError(f"prompts file {path} is not UTF-8 at byte {e.start}: convert it") from e
-    lines = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not lines:
         raise DataError(f"prompts file {path} is empty: give at least one prompt")
     if path.suffix != ".jsonl":
@@ -352,7 +353,7 @@ def _read_prompts_file(path: Path) -> list[_Prompt]:
 
 def _parse_json_prompt(path: Path, number: int, line: str) -> _Prompt:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as e:
         raise DataError(f"{path}, line {number} is not JSON: {e}") from e
     if isinstance(value, dict):

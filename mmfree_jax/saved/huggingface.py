@@ -4,7 +4,6 @@ Read and written: `hgrn_bit` (the MatMul-free models as their authors release th
 (the Transformer++). A config value whose meaning is not implemented is refused by name.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.saved.tensors import Slot, TensorMap
+from mmfree_jax.text_files import parse_json, read_text
 
 CONFIG = "config.json"
 HGRN_BIT, LLAMA = "hgrn_bit", "llama"
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> HuggingFaceModel:
     """
     file = folder / CONFIG
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(read_text(file))
     except OSError as e:
         raise ConfigError(f"{file}: {e.strerror}; give the folder of a model") from e
     except ValueError as e:

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 from jax.sharding import Mesh
 
 from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig, TrainConfig
-from mmfree_jax.config_io import dump_yaml, from_dict
+from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import param_shardings
@@ -207,11 +206,7 @@ def _unternarize(trits: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _read_model_config(folder: Path) -> ModelConfig:
     file = folder / MODEL_CONFIG
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as e:
-        raise ConfigError(f"{file} cannot be read ({' '.join(str(e).split())})") from e
-    return from_dict(ModelConfig, values)
+    return from_dict(ModelConfig, read_yaml(file))
 
 
 def _load_model_folder(folder: Path, mesh: Mesh | None) -> tuple[LanguageModel, dict[str, Any]]:

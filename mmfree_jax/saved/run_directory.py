@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.config_io import dump_yaml, from_dict, to_dict
+from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.parallel import processes
 from mmfree_jax.saved.checkpoint import newest_manifest, write_text_atomically
@@ -225,9 +224,6 @@ def load_config(run_dir: Path) -> TrainConfig:
       ConfigError: it is missing or malformed.
     """
     path = run_dir / CONFIG
-    try:
-        return from_dict(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror}; give the folder of a training run") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: give the folder of a training run")
+    return from_dict(TrainConfig, read_yaml(path))

@@ -1,0 +1,73 @@
+"""YAML that somebody wrote by hand: nothing in it may vanish."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmfree_jax.config import TrainConfig
+from mmfree_jax.config_io import from_dict, load_yaml, parse_yaml, read_yaml
+from mmfree_jax.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("optimizer: {learning_rate: 1.0e-3}\nsteps: 5\noptimizer: {}\n", "'optimizer'", (1, 3)),
+        ("model:\n  width: 1\n  depth: 2\n  width: 3\n", "'width'", (2, 4)),
+        ("- {a: 1, a: 1}\n", "'a'", (1, 1)),
+        ("a: 1\n'a': 2\n", "'a'", (1, 2)),
+        ("10: 1\n0xA: 2\n", "10", (1, 2)),
+        ("base: &b {k: 1}\nx:\n  <<: *b\n  m: 1\n  m: 2\n", "'m'", (4, 5)),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(text, key, lines):
+    with pytest.raises(ConfigError, match=f"key {key} occurs twice, in lines {lines[0]} and "
+                       f"{lines[1]}: keep one"):  # fmt: skip
+        parse_yaml(text, "a.yaml")
+
+
+def test_merging_is_no_repetition():
+    text = "a: &a {x: 1, y: 2}\nb: &b\n  <<: *a\n  x: 3\nc:\n  <<: *b\n  x: 4\n  z: 5\n"
+    assert parse_yaml(text, "") == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 3, "y": 2},
+        "c": {"x": 4, "y": 2, "z": 5},
+    }
+    assert parse_yaml("a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: [*a, *b], x: 7}", "")["c"] == {
+        "x": 7,
+        "y": 2,
+    }
+
+
+def test_the_same_field_in_two_spellings_is_refused():
+    with pytest.raises(ConfigError, match=r"'optimizer\.learning_rate' occurs twice"):
+        from_dict(TrainConfig, {"optimizer": {"learning-rate": 1.0, "learning_rate": 2.0}})
+
+
+@pytest.mark.parametrize("text", ["a: 2024-13-01\n", "a: [\n", "[" * 5000, "a: 1\n--- \nb: 2\n"])
+def test_what_is_no_yaml_is_one_line(text):
+    with pytest.raises(ConfigError, match=r"f\.yaml is not valid YAML") as error:
+        parse_yaml(text, "f.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_marks_before_a_yaml(encoding, tmp_path):
+    file = tmp_path / "c.yaml"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    file.write_bytes((mark + "steps: 5\r\nrun_dir: é\r\n").encode(encoding))
+    assert read_yaml(file) == {"steps": 5, "run_dir": "é"}
+    assert load_yaml(file).steps == 5
+
+
+def test_every_yaml_is_read_by_the_strict_loader():
+    """PyYAML's own loaders keep the last of two keys; only config_io may call them."""
+    roots = [REPOSITORY / name for name in ("mmfree_jax", "experiments", "launch")]
+    files = [f for root in roots for f in root.rglob("*.py")]
+    assert len(files) > 100
+    call = re.compile(r"yaml\.(safe_load|load|full_load|unsafe_load)(_all)?\(")
+    found = {f.relative_to(REPOSITORY).as_posix() for f in files if call.search(f.read_text())}
+    assert found == {"mmfree_jax/config_io.py"}

@@ -1,0 +1,99 @@
+"""Byte-order marks, line ends and repeated keys in files that people write."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmfree_jax.cli.generate import _read_prompts_file
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.accelerator.isa import assemble
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.read import read_runs
+from mmfree_jax.saved.huggingface import read_config
+from mmfree_jax.text_files import decode_text, parse_json, read_text
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16-be", "utf-32-be"])
+def test_the_mark_says_the_encoding(encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    assert decode_text((mark + "naïve 日本 🙂").encode(encoding)) == "naïve 日本 🙂"
+
+
+def test_only_the_first_mark_is_one():
+    assert decode_text("\ufeff\ufeffa\ufeff".encode()) == "\ufeffa\ufeff"
+
+
+def test_what_is_not_of_its_encoding_is_an_error():
+    for data in (b"caf\xe9", b"\xff\xfea", b"\xef\xbb\xbf\xe9"):
+        with pytest.raises(UnicodeDecodeError):
+            decode_text(data)
+
+
+def test_line_ends(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\nd\xe2\x80\xa8e")
+    assert read_text(tmp_path / "a") == "a\nb\nc\nd\u2028e"
+
+
+def test_a_key_twice_in_json():
+    assert parse_json('{"a": {"b": 1}, "b": [{"a": 2}]}') == {"a": {"b": 1}, "b": [{"a": 2}]}
+    for text in ('{"a": 1, "b": 2, "a": 1}', '[{"x": {"a": 1, "a": 2}}]'):
+        with pytest.raises(ValueError, match="key 'a' occurs twice in one object: keep one"):
+            parse_json(text)
+
+
+def test_config_json(tmp_path):
+    text = '{"model_type": "llama", "hidden_size": 64, "hidden_size": 128}'
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="key 'hidden_size' occurs twice"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('\ufeff{"model_type": "other"}')
+    with pytest.raises(ConfigError, match="model_type is 'other'"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_prompts(encoding, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("Once, ü\r\n\r\nTwice\r\n".encode(encoding))
+    assert [p.text for p in _read_prompts_file(file)] == ["Once, ü", "Twice"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('{"prompt": "ü"}\r\n'.encode(encoding))
+    assert [p.text for p in _read_prompts_file(file)] == ["ü"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_tables_of_runs(encoding, tmp_path):
+    data = "params,tokens,loss\r\n1e6,2e7,3.5\r\n2e6,4e7,3.25\r\n".encode(encoding)
+    (tmp_path / "a.csv").write_bytes(data)
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(data))
+    for name in ("a.csv", "a.csv.gz"):
+        assert list(read_runs([tmp_path / name]).loss) == [3.5, 3.25]
+
+
+def test_a_column_twice_in_a_table_of_runs(tmp_path):
+    table = pa.Table.from_arrays([pa.array([1.0])] * 3, ["params", "loss", "loss"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ScalingError, match="column 'loss' occurs twice"):
+        read_runs([tmp_path / "a.parquet"])
+
+
+def test_a_history_with_unusual_line_ends_is_whole(tmp_path):
+    records = [
+        {"kind": "sample", "step": 1, "tokens": 8, "text": "a\u2028b\x85c\x0cd"},
+        {"kind": "train", "step": 2, "tokens": 16, "loss": 2.5},
+    ]
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "summary.json").write_text('{"parameters": {"total": 100}}')
+    frame = read_runs([tmp_path])
+    assert (list(frame.loss), list(frame.tokens)) == ([2.5], [16.0])
+
+
+def test_assembly_with_a_mark(tmp_path):
+    (tmp_path / "a.asm").write_bytes(b"\xef\xbb\xbf; nothing\r\n")
+    assert assemble(read_text(tmp_path / "a.asm")) == []
