@@ -27,7 +27,7 @@ from mmfree_jax.infer import decode, packed_model
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.model import init_state
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
-from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
+from mmfree_jax.pallas_kernels.packed_matmul.api import plane_columns
 from mmfree_jax.presets import preset
 from mmfree_jax.saved import packed as pack
 

@@ -30,7 +30,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.pallas_kernels.norm_quant.reference import MIN_ABSMAX
+from mmfree_jax.pallas_kernels.norm_quant.api import MIN_ABSMAX
 
 Product = Literal["exact", "integer", "fast"]
 PRODUCTS: tuple[Product, ...] = ("exact", "integer", "fast")

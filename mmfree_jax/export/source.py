@@ -17,8 +17,8 @@ import numpy as np
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import functional
-from mmfree_jax.pallas_kernels.packed_matmul import reference as packed_matmul
-from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.saved import load
 from mmfree_jax.saved import packed as pack
 

@@ -17,9 +17,14 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import State, functional
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
-from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu, rows_gpu
-from mmfree_jax.pallas_kernels.packed_matmul.api import unpack
-from mmfree_jax.pallas_kernels.packed_matmul.words import from_words, to_words
+from mmfree_jax.pallas_kernels.packed_matmul.api import (
+    from_words,
+    quantize_rows,
+    scaled_matmul,
+    to_words,
+    unpack,
+    unpack_many,
+)
 from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
 
@@ -246,7 +251,7 @@ def kernel_linears(
         return None if a is None else a.reshape(B * T, a.shape[-1])
 
     unpacked = B * T > UNPACK_TOKENS
-    stream, qs, scales = rows_gpu.quantize(
+    stream, qs, scales = quantize_rows(
         x.reshape(B * T, -1),
         index,
         [layer["norm_scale"] for layer in layers],
@@ -260,7 +265,7 @@ def kernel_linears(
         interpret=interpret,
     )
     if unpacked:
-        trits = pallas_gpu.unpack_many(
+        trits = unpack_many(
             [packed_rows(layer) for layer in layers], index, columns, interpret=interpret
         )
         one = jnp.ones((1,), jnp.float32)  # The rows' scales hold the matrices'.
@@ -271,7 +276,7 @@ def kernel_linears(
         ]
     else:
         outputs = [
-            pallas_gpu.scaled_matmul(
+            scaled_matmul(
                 q, scale, packed_rows(layer), layer["scale"], index, out_dtype=out_dtype,
                 interpret=interpret,
             )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
+from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 
 
 def forget_gate_lower_bounds(raw_LD: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.model import quantize
 from mmfree_jax.model.functional import gated_output, swiglu
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
-from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
-from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import token_axes
 
 

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional
 from mmfree_jax.model.linear import Linear, NormScale, project
-from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
+from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.parallel.sharding import channel_partition
 

@@ -8,8 +8,8 @@ and is tested against this one.
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8, rms_norm
-from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.norm_quant.api import quantize_int8, rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 
 
 @jax.custom_jvp

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.functional import forget_gate_lower_bounds
-from mmfree_jax.pallas_kernels.packed_matmul import reference as packed_matmul
-from mmfree_jax.pallas_kernels.packed_matmul.words import from_words, to_words
-from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
+from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, to_words
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 
 # A nested dict of arrays, whose keys are those of ARCHITECTURE.md.
 Params = dict[str, Any]

@@ -31,8 +31,8 @@ from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.ternary import linear_options
-from mmfree_jax.pallas_kernels.packed_matmul import reference as packed_matmul
-from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.saved.tensor_file import Reader, Writer
 
 FILE = "packed.safetensors"

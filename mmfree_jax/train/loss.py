@@ -13,8 +13,8 @@ from mmfree_jax.pallas_kernels.cross_entropy.api import (
     linear_cross_entropy_sum,
     ternary_linear_cross_entropy_sum,
 )
-from mmfree_jax.pallas_kernels.norm_quant.reference import rms_norm
-from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
+from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import flat_token_axes, flatten_tokens
 
 Batch = dict[str, jax.Array]

@@ -13,7 +13,20 @@ import jax.numpy as jnp
 from ..dispatch import measured_best
 from ..over_tokens import TOKENS, WHOLE, covers_mesh, devices_in_mesh, over_tokens
 from . import pallas_tpu, pallas_triton, xla
+from .reference import MIN_ABSMAX, norm_quantize, quantize_int8, rms_norm
 from .xla import Statistics
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MIN_ABSMAX",
+    "Statistics",
+    "default_implementation",
+    "norm_backward",
+    "norm_quant",
+    "norm_quantize",
+    "quantize_int8",
+    "rms_norm",
+]
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "pallas_tpu")
 _KERNELS = {"pallas_triton": pallas_triton, "pallas_tpu": pallas_tpu}

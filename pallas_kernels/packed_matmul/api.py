@@ -1,6 +1,9 @@
 """Packed ternary matrices: packing, unpacking and their product. The public door.
 
-The fused decode kernels, which include norms and activations, are in `fused_gpu.py`.
+`packed_matmul` is the op. GPU programs that keep matrices stacked over layers call its kernels
+with the layer's number instead: `quantize_rows`, then `scaled_matmul` for some hundred rows, or
+`unpack_many` and the product of `ternary_matmul` for more. A token through all layers is
+`pallas_kernels/decode`.
 """
 
 import functools
@@ -9,6 +12,27 @@ import jax
 import jax.numpy as jnp
 
 from . import pallas_gpu, pallas_tpu, reference, xla
+from .linears import Linears
+from .pallas_gpu import scaled_matmul, unpack_many
+from .reference import FORMATS, pack, packed_columns, unpack
+from .rows_gpu import quantize_rows
+from .words import from_words, plane_columns, to_words
+
+__all__ = [
+    "FORMATS",
+    "IMPLEMENTATIONS",
+    "Linears",
+    "from_words",
+    "pack",
+    "packed_columns",
+    "packed_matmul",
+    "plane_columns",
+    "quantize_rows",
+    "scaled_matmul",
+    "to_words",
+    "unpack",
+    "unpack_many",
+]
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 
@@ -59,7 +83,3 @@ def packed_matmul(
     kernel = functools.partial(kernels[implementation], interpret=interpret)
     out = kernel(x_q.reshape(-1, x_q.shape[-1]), packed)
     return out.reshape(*x_q.shape[:-1], packed.shape[0])
-
-
-pack = reference.pack
-unpack = reference.unpack

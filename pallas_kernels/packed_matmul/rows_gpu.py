@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 from ..norm_quant.reference import MIN_ABSMAX
 
 
-def quantize(
+def quantize_rows(
     x: jax.Array,
     layer: jax.Array,
     norms: Sequence[jax.Array],

@@ -116,7 +116,7 @@ def test_quantised_rows_are_those_of_the_model(form, dtype):
         options = {form: f32(rng, rows, columns).astype(dtype)}
     layer = 1
     stream, qs, scales = jax.jit(
-        lambda: rows_gpu.quantize(
+        lambda: rows_gpu.quantize_rows(
             x, jnp.int32(layer), norms[:2], outer, eps=EPS, outer_eps=OUTER_EPS, interpret=True,
             **options,
         )

@@ -57,7 +57,7 @@ def test_rows_in_pieces_and_the_matrices_scales(columns):
     norms = rng.uniform(0.5, 1.5, (2, 2, columns)).astype(np.float32)
     matrix_scales = rng.uniform(0.01, 0.1, (2, 2, 1, 1)).astype(np.float32)
     outer = rng.uniform(-1.5, 1.5, (2, columns)).astype(np.float32)
-    _, qs, scales = rows_gpu.quantize(
+    _, qs, scales = rows_gpu.quantize_rows(
         jnp.asarray(x), jnp.int32(1), list(jnp.asarray(norms)), jnp.asarray(outer), eps=1e-6,
         outer_eps=1e-5, matrix_scales=list(jnp.asarray(matrix_scales)), interpret=True,
     )  # fmt: skip
@@ -126,12 +126,12 @@ def test_the_kernels_lower_for_cuda(columns):
     eps: dict[str, Any] = {"eps": 1e-6, "outer_eps": 1e-5}
 
     def mixer_in(x, residual, index, outer, scale, *norms):
-        return rows_gpu.quantize(
+        return rows_gpu.quantize_rows(
             x, index, norms, outer, residual=residual, matrix_scales=[scale] * 3, **eps
         )
 
     def mixer_out(x, h, index, outer, scale, norm):
-        return rows_gpu.quantize(
+        return rows_gpu.quantize_rows(
             x, index, [norm], outer, times_silu=h, matrix_scales=[scale], **eps
         )
 
