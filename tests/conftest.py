@@ -17,7 +17,11 @@ for _flag, _value in (
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
-import pytest  # noqa: E402  (numpy and jax read the above when they are first imported)
+# numpy and jax read the above when they are first imported.
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from mmfree_jax.data import writer  # noqa: E402
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,3 +45,22 @@ def full_disk(tmp_path):
         pytest.skip("cannot mount a small disk here")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+_WORDS = ["we", "hold", "these", "truths", "to", "be", "self", "evident", "that", "all", "are"]
+
+
+def _documents(seed: int, count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    texts = (" ".join(rng.choice(_WORDS, rng.integers(5, 40))) for _ in range(count))
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def byte_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of byte tokens, with a held-out split."""
+    folder = tmp_path_factory.mktemp("data") / "words"
+    identity = {"kind": "byte", "vocab_size": 256, "sha256": "0", "bos_id": None, "eos_id": None}
+    splits = {"train": _documents(0, 120), "heldout": _documents(1, 20)}
+    writer.write_dataset(folder, splits, identity)
+    return folder

@@ -1,17 +1,23 @@
-"""Fixed-point numerics behind the interface of `mmfree eval`, and what each switch costs."""
+"""Fixed-point numerics behind the interface of `mmfree eval`."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.evaluate.forward import FloatForward, Forward
+from mmfree_jax.evaluate.forward import FloatForward
+from mmfree_jax.evaluate.numerics import Variant, Variants
 from mmfree_jax.experiments.accelerator import integer_model
-from mmfree_jax.experiments.accelerator.numerics import Numerics, format_numerics, ladder
+from mmfree_jax.experiments.accelerator.numerics import (
+    Numerics,
+    format_numerics,
+    ladder,
+    parse_numerics,
+)
 from mmfree_jax.experiments.accelerator.quantized import check_supported, quantize, self_written
 from mmfree_jax.infer.api import as_variables
 from mmfree_jax.model import LanguageModel, State
@@ -53,18 +59,17 @@ class FixedForward:
         return words.astype(jnp.float32) * jnp.exp2(-frac)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute a model: a name, the numerics as text, and what scoring needs."""
+def open_numerics(text: str) -> Variants:
+    """The entry point `fixed` of `mmfree.numerics`.
 
-    name: str
-    numerics: str
-    forward: Forward
-    params: Any
+    Raises:
+      ConfigError: the text is malformed.
+    """
+    return functools.partial(variants, numerics=parse_numerics(text))
 
 
 def variants(
-    model: LanguageModel, params: Any, numerics: Numerics, *, steps: bool
+    model: LanguageModel, params: Any, *, numerics: Numerics, steps: bool
 ) -> Iterator[Variant]:
     """The float model; with `steps` each switch of the numerics by itself; and all together.
 
@@ -80,21 +85,3 @@ def variants(
     for name, own in rows:
         arrays = quantize(variables, config, own, tokens_BT).arrays
         yield Variant(name, format_numerics(own), FixedForward(config, own), arrays)
-
-
-def cost_table(rows: list[tuple[Variant, float]]) -> Table:
-    """Loss of each variant, and its distance from the float model's and from fixed point alone."""
-    table = Table(title="held-out loss by numerics", title_justify="left")
-    table.add_column("numerics")
-    for name in ("nats/token", "against float", "of this step"):
-        table.add_column(name, justify="right")
-    base = rows[0][1]
-    for k, (variant, loss) in enumerate(rows):
-        step = loss - rows[1][1] if variant.name.startswith("+") else None
-        table.add_row(
-            f"{variant.name} ({variant.numerics})",
-            f"{loss:.4f}",
-            "" if k == 0 else f"{loss - base:+.4f}",
-            "" if step is None else f"{step:+.4f}",
-        )
-    return table

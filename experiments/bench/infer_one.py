@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.infer import decode, packed_model
 from mmfree_jax.infer.sample import Sampling
+from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.pallas_kernels.packed_matmul.api import plane_columns
@@ -304,7 +305,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
         "device": device.device_kind,
         "backend": jax.default_backend(),
         "multiprocessors": multiprocessors(),
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "versions": versions("jax", "jaxlib"),
     }
     return row | works[task["work"]](task)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.roofline import Row, with_limits
+from mmfree_jax.installed import versions
 from mmfree_jax.pallas_kernels import dispatch as choices
 from mmfree_jax.presets import preset
 from mmfree_jax.train.flops import find_device
@@ -72,16 +72,7 @@ def write_choices(rows: Sequence[Row], path: Path, *, command: str) -> None:
 
 def provenance() -> dict[str, Any]:
     """The device and the versions that a measurement belongs to."""
-    import flax
-    import jaxlib
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "flax": flax.__version__,
-        "python": platform.python_version(),
-    }
+    return {"device": jax.devices()[0].device_kind, **versions("jax", "jaxlib", "flax")}
 
 
 def _recurrence(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
+from mmfree_jax.installed import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def train(argv: Sequence[str]) -> int:
     record = {
         "measurement": dataclasses.asdict(result),
         "command": "mmfree bench train " + " ".join(argv),
-        "versions": _versions(),
+        "versions": versions("jax", "jaxlib", "flax"),
     }
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +96,3 @@ def _print_kernels(trace_dir: Path, *, devices: int, most: int = 40) -> None:
             f"collectives: {moved.total_ms / TRACED_STEPS:.2f} ms a step, "
             f"{moved.hidden_ms / moved.total_ms:.0%} of it beside other kernels"
         )
-
-
-def _versions() -> dict[str, Any]:
-    import flax
-    import jax
-    import jaxlib
-
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}

@@ -41,18 +41,3 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, stream.getvalue().encode())
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
-    import platform
-    from importlib import metadata
-
-    def of(name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return "checkout"
-
-    return {"mmfree-jax": of("mmfree-jax"), "numpy": of("numpy"), "scipy": of("scipy"),
-            "python": platform.python_version()}  # fmt: skip

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 import operator
 import re
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from mmfree_jax.experiments.scaling.frame import (
     make_frame,
 )
 from mmfree_jax.experiments.scaling.run_directory import is_run_directory, read_run_directory
-from mmfree_jax.text_files import decode_text, read_text
+from mmfree_jax.text_files import decode_text
 
 
 @dataclass(frozen=True)
@@ -279,14 +278,3 @@ def frame_to_rows(frame: RunFrame) -> list[dict]:
     used = [n for n in NUMBERS if np.isfinite(getattr(frame, n)).any()]
     used += [n for n in WORDS if np.any(getattr(frame, n) != "")]
     return [{n: getattr(frame, n)[i].item() for n in used} for i in range(len(frame))]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or an error that names the file."""
-    try:
-        value = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
-        raise ScalingError(f"{path}: is not readable JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ScalingError(f"{path}: holds no JSON object")
-    return value

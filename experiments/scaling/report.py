@@ -4,10 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.experiments.scaling.artifacts import versions
 from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.isoflop import Allocation, optimal_allocation
+from mmfree_jax.installed import versions
+
+_PACKAGES = ("mmfree-jax", "numpy", "scipy")  # what computed a result
 
 
 def fit_document(fit: Fit) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def fit_document(fit: Fit) -> dict[str, Any]:
             "gradient": s.slope,
         },
         "seed": fit.seed,
-        "versions": versions(),
+        "versions": versions(*_PACKAGES),
     }  # fmt: skip
     if fit.bootstrap is not None:
         b = fit.bootstrap
@@ -172,7 +174,7 @@ def crossing_document(result: Crossing) -> dict[str, Any]:
         "later than any, so null is beyond the horizon or never",
         "conventions": {"flops": result.flops},
         "warnings": result.warnings,
-        "versions": versions(),
+        "versions": versions(*_PACKAGES),
     }  # fmt: skip
 
 
@@ -233,7 +235,7 @@ def allocation_document(results: list[Allocation]) -> dict[str, Any]:
             "interval_level": r.level,
             "warnings": r.warnings,
         }
-    return {"approaches": out, "versions": versions()}
+    return {"approaches": out, "versions": versions(*_PACKAGES)}
 
 
 def allocation_text(results: list[Allocation]) -> str:

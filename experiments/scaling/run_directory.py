@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mmfree_jax.config_io import read_yaml
-from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.text_files import read_text
 
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.yaml", "summary.json"
@@ -24,44 +24,21 @@ def is_run_directory(path: Path) -> bool:
     return (path / METRICS).is_file()
 
 
-def _metrics(path: Path) -> list[dict]:
-    """Complete records in order; only the last line may be torn."""
-    records = []
-    # Not splitlines: a sample may hold other line ends, such as U+2028.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ScalingError(f"{path}: line {number} is not JSON; the file is damaged") from None
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def _look(tree: Any, *paths: str) -> Any:
-    """The first of several dotted paths that leads somewhere, else None."""
-    for path in paths:
-        node = tree
-        for key in path.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        if node is not None:
-            return node
-    return None
+def _look(tree: Any, path: str) -> Any:
+    """What a dotted path leads to, else None."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and value is not None else np.nan
+    return float(value) if isinstance(value, (int, float)) else np.nan
 
 
 def curve(path: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and losses of a run's `train` or `eval` records, each step once, in order."""
     latest: dict[float, float] = {}
-    for record in _metrics(path / METRICS):
+    for record in read_history(path / METRICS):
         tokens, loss = record.get("tokens"), record.get("loss")
         if record.get("kind") == kind and isinstance(tokens, (int, float)) and loss is not None:
             # After a restart the same steps come again: the later record counts.
@@ -98,41 +75,28 @@ def read_run_directory(path: Path, *, points: str = "last", tail: int = 20) -> R
             summary = json.loads(read_text(path / SUMMARY))
         except ValueError as error:
             raise ScalingError(f"{path / SUMMARY}: is not JSON ({error})") from None
-    params = _number(_look(summary, "parameters.total", "params.total", "params_total"))
+    params = _number(_look(summary, "parameters.total"))
     if not np.isfinite(params):
         what = "lacks 'parameters.total'" if summary else "is missing"
         raise ScalingError(f"{path / SUMMARY}: {what}; a run writes it when it ends, so let it "
                            "finish or leave this directory out")  # fmt: skip
     if summary.get("status") not in (None, "complete"):
         notes.append(f"{path.name}: the run is {summary['status']} at step {summary.get('step')}")
-    config = _config(path / CONFIG)
+    # Nothing that a fit needs is in the config.
+    config = read_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
     if points == "last":
         tokens, loss = tokens[-1:], loss[-1:]
-    per_token = _number(_look(summary, "flops_per_token.training", "flops_per_token"))
-    family = summary.get("family") or _look(config, "model.family", "model.mixer") or ""
+    per_token = _number(_look(summary, "flops_per_token.training"))
     return make_frame(
         loss=loss,
         tokens=tokens,
         params=params,
-        params_non_embedding=_number(
-            _look(summary, "parameters.non_embedding", "params.non_embedding")
-        ),
-        params_ternary=_number(_look(summary, "parameters.ternary", "params.ternary")),
+        params_non_embedding=_number(_look(summary, "parameters.non_embedding")),
+        params_ternary=_number(_look(summary, "parameters.ternary")),
         flops=per_token * tokens,
-        family=str(family),
-        seed=str(_look(config, "seed", "train.seed") or 0),
+        family=str(summary.get("family", "")),
+        seed=str(_look(config, "seed") or 0),
         run=path.name,
         provenance=str(path),
         notes=notes,
     )
-
-
-def _config(path: Path) -> dict:
-    """config.yaml as a dict; {} where it is absent (nothing that a fit needs is in it)."""
-    if not path.is_file():
-        return {}
-    try:
-        value = read_yaml(path)
-    except ConfigError as error:
-        raise ScalingError(str(error)) from None
-    return value if isinstance(value, dict) else {}

@@ -16,7 +16,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.errors import SweepError
-from mmfree_jax.train.metrics import read_history
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.train.plot import smooth
 
 if TYPE_CHECKING:

@@ -197,12 +197,5 @@ def _measured(rows: Iterable[Row]) -> Mapping[tuple[str, str, int], float]:
     return {key: statistics.median(rates) for key, rates in found.items()}
 
 
-def format_seconds(seconds: float) -> str:
-    """A length of time for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 if __name__ == "__main__":
     print(json.dumps(_measure()))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mmfree_jax
+from mmfree_jax.installed import own_version
 
 # Where mmfree_jax lies: the checkout, or site-packages.
 _ROOT = Path(mmfree_jax.__file__).resolve().parents[1]
@@ -146,9 +147,7 @@ def code_version() -> str:
     if top and Path(top).resolve() == _ROOT and (commit := git("rev-parse", "HEAD")):
         changed = git("status", "--porcelain", "--", "mmfree_jax", "pallas_kernels", "experiments")
         return commit[:12] + ("+" if changed else "")
-    from mmfree_jax.cli.main import version
-
-    return version()
+    return own_version()
 
 
 def host_name() -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.experiments.scaling.artifacts import write_csv
-from mmfree_jax.experiments.sweep.estimate import Estimate, format_seconds
+from mmfree_jax.experiments.sweep.estimate import Estimate
 from mmfree_jax.experiments.sweep.plan import PlannedRun, format_tokens, parameters
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate
 from mmfree_jax.experiments.sweep.state import Snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, Row
+from mmfree_jax.readable import format_seconds
 
 BEST, RATES = "best.csv", "rates.csv"
 

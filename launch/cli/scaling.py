@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.installed import versions
 from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
 from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
 from mmfree_jax.launch.device_scaling.run import Options, run_study
@@ -82,7 +82,10 @@ def scaling(argv: Sequence[str]) -> int:
             parallel_compiles=parallel_compiles,
         )
         out.mkdir(parents=True, exist_ok=True)
-        about = {"command": ["mmfree", "bench", "scaling", *argv], "versions": _versions()}
+        about = {
+            "command": ["mmfree", "bench", "scaling", *argv],
+            "versions": versions("jax", "jaxlib", "flax"),
+        }
         (out / "study.json").write_text(json.dumps(about), encoding="utf-8")
         records = run_study(unique, options, say=_say)
         _report(out)
@@ -100,14 +103,6 @@ def _parse_change(text: str) -> tuple[str, Any]:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("jax", "jaxlib", "flax")} | {
-        "python": sys.version.split()[0]
-    }
 
 
 def _report(folder: Path) -> int:

@@ -65,11 +65,11 @@ def evaluate(
 
         check_installed()
 
-    fixed = None
+    variants = None
     if numerics != "float":
-        from mmfree_jax.experiments.accelerator.numerics import parse_numerics
+        from mmfree_jax.evaluate.numerics import parse_numerics
 
-        fixed = parse_numerics(numerics)
+        variants = parse_numerics(numerics)
 
     import jax
     from rich.console import Console
@@ -77,9 +77,9 @@ def evaluate(
     from mmfree_jax.parallel.sharding import make_mesh
 
     devices = None
-    if fixed is not None and mesh != MeshConfig():
+    if variants is not None and mesh != MeshConfig():
         raise ConfigError(f"--numerics is {numerics}: integers are evaluated on one device only")
-    if fixed is None and (jax.device_count() > 1 or mesh != MeshConfig()):
+    if variants is None and (jax.device_count() > 1 or mesh != MeshConfig()):
         devices = make_mesh(mesh)
     language_model, params = _load(model, compute_dtype, devices)
     folder = output / (model.resolve().name or "model")
@@ -97,22 +97,22 @@ def evaluate(
             )  # fmt: skip
 
         values: dict[str, Any] = {"model": str(model), "data": str(data)}
-        if fixed is None:
+        if variants is None:
             result = held_out(params)
             say(held_out_table(result))
             values |= result.to_dict()
         else:
-            from mmfree_jax.experiments.accelerator.evaluate import cost_table, variants
+            from mmfree_jax.evaluate.numerics import cost_table
 
             rows = []
-            for v in variants(language_model, params, fixed, steps=numerics_steps is not False):
+            for v in variants(language_model, params, steps=numerics_steps is not False):
                 result = held_out(v.params, v.forward)
                 rows.append((v, result.loss.mean))
                 row = {"name": v.name, "numerics": v.numerics, **result.to_dict()}
                 values.setdefault("numerics", []).append(row)
             say(held_out_table(result))
             say(cost_table(rows))
-        name = "held_out.json" if fixed is None else "held_out_numerics.json"
+        name = "held_out.json" if variants is None else "held_out_numerics.json"
         if jax.process_index() == 0:
             say(f"results: {_write_json(folder, name, values)}", highlight=False)
         return 0
@@ -136,10 +136,8 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     check_tokenizer(language_model, tokenizer)
     runs: list[tuple[str, Any, Any]] = [(compute_dtype or "trained", params, None)]
-    if fixed is not None:
-        from mmfree_jax.experiments.accelerator.evaluate import variants
-
-        steps = variants(language_model, params, fixed, steps=bool(numerics_steps))
+    if variants is not None:
+        steps = variants(language_model, params, steps=bool(numerics_steps))
         runs = [(v.numerics, v.params, v.forward) for v in steps]
     for label, arrays, forward in runs:
         adapter = harness.HarnessModel(

@@ -17,16 +17,14 @@ import importlib.util
 import inspect
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
-from importlib import import_module, metadata
 from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.installed import entry_points, load, own_version
 
 GROUP = "mmfree.commands"
-_DISTRIBUTION = "mmfree-jax"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,27 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def commands() -> dict[str, str]:
     """Name of each subcommand and where it is: `module:function`."""
-    found = {e.name: e.value for e in metadata.entry_points(group=GROUP)}
-    return dict(sorted((found or _commands_of_checkout()).items()))
-
-
-def _commands_of_checkout() -> dict[str, str]:
-    """The same from pyproject.toml, for a checkout that is not installed."""
-    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    try:
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-    except (OSError, KeyError):
-        return {}
-    return project["entry-points"][GROUP]
-
-
-def version() -> str:
-    """The installed version, or the checkout's."""
-    try:
-        return metadata.version(_DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        path = Path(__file__).resolve().parents[2] / "pyproject.toml"
-        return tomllib.loads(path.read_text(encoding="utf-8"))["project"]["version"]
+    return entry_points(GROUP)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -82,7 +60,7 @@ def _dispatch(argv: list[str]) -> int:
         print(_usage(known))
         return 0
     if argv[0] in ("-V", "--version"):
-        print(f"mmfree {version()}")
+        print(f"mmfree {own_version()}")
         return 0
     for words in (2, 1):
         name = " ".join(argv[:words])
@@ -101,8 +79,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _run(name: str, target: str, argv: list[str]) -> int:
-    module_name, _, function_name = target.partition(":")
-    function = getattr(import_module(module_name), function_name)
+    function = load(target)
     if list(inspect.signature(function).parameters) == ["argv"]:
         code = function(argv)
     else:

@@ -18,7 +18,7 @@ from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.parallel import processes
 from mmfree_jax.saved.checkpoint import newest_manifest, write_text_atomically
-from mmfree_jax.train.metrics import read_history
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.train.optimizer import make_schedule
 
 CONFIG = "config.yaml"

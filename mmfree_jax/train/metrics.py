@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import TrainingError
 from mmfree_jax.model.ternary import ternary_weights
-
-Record = dict[str, Any]
+from mmfree_jax.saved.history import Record, read_history
 
 # Where a loop's time goes: waiting for data; the step; held-out loss, samples and the shares of
 # ternary weights; and what a checkpoint keeps the loop waiting for.
@@ -177,31 +176,6 @@ def _json_value(value: Any) -> Any:
 def to_json_line(record: Record) -> str:
     """One line of metrics.jsonl."""
     return json.dumps(_json_value(record), ensure_ascii=False) + "\n"
-
-
-def read_history(path: Path) -> list[Record]:
-    """The records in a metrics.jsonl; a torn last line is left out.
-
-    Raises:
-      TrainingError: another line is not JSON.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as e:
-            if number == len(lines):  # no newline after it: the writer was killed
-                break
-            raise TrainingError(
-                f"{path}, line {number} is not JSON: restore the file or move it away"
-            ) from e
-    return records
 
 
 class History:

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 
 from mmfree_jax.errors import ConfigError, TrainingError
+from mmfree_jax.saved.history import Record, read_history
 from mmfree_jax.saved.run_directory import METRICS, load_config
 from mmfree_jax.train.flops import count_flops
-from mmfree_jax.train.metrics import Record, read_history
 
 XAxis = Literal["steps", "tokens", "flops"]
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 
 from mmfree_jax.config import tokens_per_step
+from mmfree_jax.installed import versions
+from mmfree_jax.readable import format_count
 from mmfree_jax.saved.checkpoint import checkpoint_steps, write_text_atomically
 from mmfree_jax.saved.run_directory import (
     CHECKPOINTS,
@@ -20,8 +22,7 @@ from mmfree_jax.saved.run_directory import (
 from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.plot import plot_losses
 from mmfree_jax.train.recorder import Recorder
-from mmfree_jax.train.setup import Run, versions
-from mmfree_jax.train.sinks import format_count
+from mmfree_jax.train.setup import PACKAGES, Run
 
 Summary = dict[str, Any]
 
@@ -95,7 +96,7 @@ def write_report(
         "data": run.data_identity,
         "mesh": dict(run.mesh.shape),
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "run_dir": str(run_dir),
     }
     if jax.process_index() != 0:

@@ -3,10 +3,8 @@
 import dataclasses
 import hashlib
 import os
-import platform
 import shutil
 import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,16 @@ from mmfree_jax.data.dataset import TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError, MMFreeError
+from mmfree_jax.installed import versions
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows, state_shardings
 from mmfree_jax.saved.checkpoint import Restored, newest_manifest, restore_newest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 from mmfree_jax.train.step import TrainState, init_sharded, state_shapes
+
+# What decides what a run computes.
+PACKAGES = ("mmfree-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def open_run(config: TrainConfig) -> Run:
     devices = jax.local_devices()
     processes.check_alike(
         {
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
             "config": to_dict(config),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
@@ -116,20 +118,6 @@ def _open_run(config: TrainConfig) -> Run:
         eval_batches=eval_batches,
         tokenizer=tokenizer,
     )
-
-
-_PACKAGES = ("mmfree-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            found[name] = None
-    return found
 
 
 def check_same_data(run: Run) -> None:

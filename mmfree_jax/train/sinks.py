@@ -12,8 +12,9 @@ from rich.text import Text
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.readable import format_count, format_seconds
+from mmfree_jax.saved.history import Record
 from mmfree_jax.saved.run_directory import TENSORBOARD
-from mmfree_jax.train.metrics import Record
 
 
 class Sink(Protocol):
@@ -92,26 +93,6 @@ class WandB:
     def close(self) -> None:
         """Finishes the run."""
         self._run.finish()
-
-
-def format_count(value: float) -> str:
-    """A number with a unit: 12_345 -> 12.3k."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return f"{value:.0f}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration: 3_725 -> 1h02m."""
-    total = round(max(0.0, seconds))
-    minutes, s = divmod(total, 60)
-    hours, m = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02d}h"
-    if hours:
-        return f"{hours}h{m:02d}m"
-    return f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 def format_record(record: Record, steps: int) -> str:

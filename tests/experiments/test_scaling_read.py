@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mmfree_jax.errors import TrainingError
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import compute, inputs, make_frame, sizes
 from mmfree_jax.experiments.scaling.read import Columns, read_runs
@@ -138,7 +139,7 @@ def test_run_directories_that_lack_something(tmp_path):
     assert frame.loss.tolist() == [3.5]
     assert "mean training loss of the last 2 records stands in" in " ".join(frame.notes)
     four = run_directory(tmp_path / "four", extra='{"torn\n{"kind": "event"}\n')
-    with pytest.raises(ScalingError, match="line 5 is not JSON"):
+    with pytest.raises(TrainingError, match="line 5 is not JSON"):
         read_runs([four])
     five = run_directory(tmp_path / "five", summary={**SUMMARY, "status": "stopped", "step": 2})
     assert "is stopped at step 2" in " ".join(read_runs([five]).notes)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mmfree_jax.config import (
@@ -21,28 +20,16 @@ from mmfree_jax.config import (
     TrainConfig,
 )
 from mmfree_jax.config_io import dump_yaml
-from mmfree_jax.data import writer
 from mmfree_jax.launch.local import Plan, mmfree_command, run
 
 ROOT = Path(__file__).parents[2]
 
 
-def _documents(seed: int, count: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    words = ["we", "hold", "these", "truths", "to", "be", "self", "evident"]
-    texts = (" ".join(rng.choice(words, rng.integers(5, 40))) for _ in range(count))
-    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-
 @pytest.fixture(scope="session")
-def pod_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def pod_config(byte_data: Path) -> TrainConfig:
     """A run whose batch divides over 1, 2, 3, 4 and 8 devices."""
-    folder = tmp_path_factory.mktemp("pod") / "words"
-    identity = {"kind": "byte", "vocab_size": 256, "sha256": "0", "bos_id": None, "eos_id": None}
     # Not quantised: a sum in another order may otherwise turn a trit, which shows in the loss.
     linear = LinearConfig(ternary_weights=False, int8_activations=False)
-    splits = {"train": _documents(0, 120), "heldout": _documents(1, 20)}
-    writer.write_dataset(folder, splits, identity)
     return TrainConfig(
         steps=72,
         batch_size=24,
@@ -58,7 +45,7 @@ def pod_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
             glu_linear=linear,
             head_linear=linear,
         ),
-        data=DataConfig(paths=(str(folder),), seq_len=16),
+        data=DataConfig(paths=(str(byte_data),), seq_len=16),
         # A large eps: Adam must not blow a gradient of rounding noise up to a full step.
         optimizer=OptimizerConfig(learning_rate=2e-3, eps=1e-3, schedule="constant"),
         checkpoint=CheckpointConfig(every_steps=5),

@@ -14,9 +14,9 @@ from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.launch.local import Plan, environment, mmfree_command
 from mmfree_jax.parallel.processes import EXIT_LOST
 from mmfree_jax.saved.checkpoint import checkpoint_steps, verify
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.run_directory import lock_run_dir
 from mmfree_jax.train.loop import train
-from mmfree_jax.train.metrics import read_history
 
 # Float32 sums in another order, over 72 steps. A batch with its rows in another order, or one
 # update lost or made twice, moves a loss by over 1e-3.

@@ -1,9 +1,8 @@
-"""A small data set and a small run, shared by the tests of training and the command line."""
+"""A small run, shared by the tests of training and the command line."""
 
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from mmfree_jax.config import (
@@ -16,25 +15,6 @@ from mmfree_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from mmfree_jax.data import writer
-
-_WORDS = ["we", "hold", "these", "truths", "to", "be", "self", "evident", "that", "all", "are"]
-
-
-def _documents(seed: int, count: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    texts = (" ".join(rng.choice(_WORDS, rng.integers(5, 40))) for _ in range(count))
-    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-
-@pytest.fixture(scope="session")
-def byte_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of byte tokens, with a held-out split."""
-    folder = tmp_path_factory.mktemp("data") / "words"
-    identity = {"kind": "byte", "vocab_size": 256, "sha256": "0", "bos_id": None, "eos_id": None}
-    splits = {"train": _documents(0, 120), "heldout": _documents(1, 20)}
-    writer.write_dataset(folder, splits, identity)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.saved.checkpoint import MANIFEST, checkpoint_steps
-from mmfree_jax.train.metrics import read_history
+from mmfree_jax.saved.history import read_history
 
 pytestmark = pytest.mark.slow
 

@@ -11,14 +11,13 @@ from rich.console import Console
 
 from mmfree_jax.config import LogConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.readable import format_count, format_seconds
 from mmfree_jax.train.sinks import (
     PlainProgress,
     RichProgress,
     Silent,
     TensorBoard,
-    format_count,
     format_record,
-    format_seconds,
     make_progress,
     make_sinks,
 )
