@@ -118,8 +118,10 @@ def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
     """Seconds that a save keeps the training waiting, until it is whole, and for a restore."""
     import jax
 
+    from mmfree_jax.config_io import to_dict
     from mmfree_jax.parallel.sharding import make_mesh, state_shardings
-    from mmfree_jax.saved.checkpoint import Checkpointer, restore, verify
+    from mmfree_jax.saved.checkpoint import Checkpointer, restore
+    from mmfree_jax.saved.manifest import verify
     from mmfree_jax.train.optimizer import make_optimizer
     from mmfree_jax.train.step import init_sharded, state_shapes
 
@@ -129,7 +131,8 @@ def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
     checkpoints = folder / "checkpoints"
     checkpointer = Checkpointer(checkpoints)
     begin = time.perf_counter()
-    checkpointer.save(1, state, {})
+    nothing = {"fingerprints": [], "tokens": [], "paths": [], "tokenizer": {}}
+    checkpointer.save(1, state, {"config": to_dict(config), "data": nothing})
     blocked = time.perf_counter() - begin
     checkpointer.wait()
     saved = time.perf_counter() - begin

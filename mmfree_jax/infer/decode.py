@@ -8,32 +8,16 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer import packed_gpu, packed_model
 from mmfree_jax.infer.sample import Filters, sample
-from mmfree_jax.model import LanguageModel, State, init_state, ternary_weights
+from mmfree_jax.model import LanguageModel, Session, State, init_state, ternary_weights
 from mmfree_jax.model.ternary import linear_options
 
 Variables = dict[str, Any]
-
-
-@flax.struct.dataclass
-class Session:
-    """All that is needed to go on generating; of constant size for MLGRU.
-
-    Attributes:
-      state: of the model, after every token of the prompt and of the answer so far.
-      logits_BV: float32, of the token that comes next.
-      seen_BV: bool, tokens that have occurred, for the repetition penalty.
-    """
-
-    state: State
-    logits_BV: jax.Array
-    seen_BV: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch_size", "max_length"))

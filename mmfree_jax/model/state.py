@@ -25,6 +25,21 @@ class State:
     layers: dict[str, Any]
 
 
+@flax.struct.dataclass
+class Session:
+    """All that is needed to go on generating; of constant size for MLGRU.
+
+    Attributes:
+      state: of the model, after every token of the prompt and of the answer so far.
+      logits_BV: float32, of the token that comes next.
+      seen_BV: bool, tokens that have occurred, for the repetition penalty.
+    """
+
+    state: State
+    logits_BV: jax.Array
+    seen_BV: jax.Array
+
+
 def init_state(config: ModelConfig, batch_size: int, max_length: int | None = None) -> State:
     """The state before the first token.
 

@@ -1,27 +1,24 @@
 """Checkpoints: asynchronous, whole or absent, checked when read.
 
 A checkpoint is the folder `checkpoints/<step>/`: the state's arrays as Orbax writes them
-(`state/`), and `manifest.json`, which holds everything else (step, data position, resolved
-config, tokenizer and data identity, the shape and dtype of every leaf) and the size and
-SHA-256 of every file. The manifest is written last, by rename: a folder without one is a
-save that did not finish, and is never read. Orbax alone detects neither a flipped bit in
-the array data nor every truncation; the digests do.
+(`state/`), and the manifest (`manifest.py`), which holds everything else and is written last.
+Orbax alone detects neither a flipped bit in the array data nor every truncation; the manifest's
+digests do.
 
 With several processes, all of them call `save` and `restore`; process 0 writes the manifest
 and deletes old checkpoints.
 """
 
+import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
+import functools
 import os
 import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +27,32 @@ from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.parallel import processes
-
-MANIFEST = "manifest.json"
-FORMAT = 1
+from mmfree_jax.saved.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    LeafType,
+    Manifest,
+    checkpoint_steps,
+    digests,
+    leaf_types,
+    manifest_text,
+    newest_first,
+    read_manifest,
+    verify,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint that was read: the state on its devices, and the manifest beside it."""
 
-    step: int
     state: Any
-    manifest: dict[str, Any]
+    manifest: Manifest
 
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint's files are not as they were written."""
+    @property
+    def step(self) -> int:
+        """That it was made after."""
+        return self.manifest.step
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -71,96 +78,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints under `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    names = [p.name for p in folder.iterdir() if p.name.isdecimal() and (p / MANIFEST).is_file()]
-    return sorted(int(name) for name in names)
-
-
-def leaf_types(tree: Any) -> dict[str, tuple[list[int], str]]:
-    """Path, shape and dtype of every leaf of a pytree of arrays or their shapes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p): (list(x.shape), str(x.dtype)) for p, x in leaves}
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file, which is also flushed to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return path.stat().st_size, digest
-
-
-def _digests(folder: Path) -> dict[str, tuple[int, str]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(_digest, files))
-    return {str(p.relative_to(folder)): r for p, r in zip(files, results, strict=True)}
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint.
-
-    Raises:
-      DamagedCheckpointError: it is missing or unreadable.
-      CheckpointError: it is of a newer format.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or "not valid JSON"
-        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST}: {reason}") from e
-    if not isinstance(manifest, dict) or not {"format", "step", "files"} <= manifest.keys():
-        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged")
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder} has format {manifest['format']}: this version reads "
-            f"up to {FORMAT}; install a newer mmfree-jax"
-        )
-    return manifest
-
-
-def newest_manifest(folder: Path) -> dict[str, Any] | None:
-    """The newest readable manifest under `folder`; None if there is no checkpoint."""
-    for step in reversed(checkpoint_steps(folder)):
-        try:
-            return read_manifest(folder / str(step))
-        except DamagedCheckpointError:
-            continue
-    return None
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Checks every file of a checkpoint against its manifest, which is returned.
-
-    Raises:
-      DamagedCheckpointError: a file is missing, of another size or of another content.
-    """
-    manifest = read_manifest(folder)
-    files = manifest["files"]
-    for name, (size, _) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
-        if path.stat().st_size != size:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder}: {name} has {path.stat().st_size} bytes, not {size}"
-            )
-    try:
-        found = _digests(folder)
-    except OSError as e:
-        raise DamagedCheckpointError(f"checkpoint {folder}: {e.filename}: {e.strerror}") from e
-    for name, (_, digest) in files.items():
-        if found[name][1] != digest:
-            raise DamagedCheckpointError(f"checkpoint {folder}: {name} does not match its checksum")
-    return manifest
-
-
-def _check_leaves(folder: Path, manifest: dict[str, Any], abstract_state: Any) -> None:
-    saved = {k: (list(s), d) for k, (s, d) in manifest["leaves"].items()}
+def _check_leaves(folder: Path, saved: dict[str, LeafType], abstract_state: Any) -> None:
     wanted = leaf_types(abstract_state)
     for name, (shape, dtype) in wanted.items():
         if name not in saved:
@@ -170,8 +88,9 @@ def _check_leaves(folder: Path, manifest: dict[str, Any], abstract_state: Any) -
             )
         if saved[name] != (shape, dtype):
             raise CheckpointError(
-                f"checkpoint {folder}: {name} is {saved[name][1]}{saved[name][0]}, but the config "
-                f"needs {dtype}{shape}; use the config it was saved with, or another run_dir"
+                f"checkpoint {folder}: {name} is {saved[name][1]}{list(saved[name][0])}, but the "
+                f"config needs {dtype}{list(shape)}; use the config it was saved with, or "
+                "another run_dir"
             )
     for name in saved:
         if name not in wanted:
@@ -193,13 +112,20 @@ def restore(folder: Path, abstract_state: Any, *, check_files: bool = True) -> R
       CheckpointError: the checkpoint is damaged, or a leaf has another shape or dtype.
     """
     manifest = verify(folder) if check_files else read_manifest(folder)
-    _check_leaves(folder, manifest, abstract_state)
-    try:
+    _check_leaves(folder, manifest.leaves, abstract_state)
+    with orbax_errors(folder):
         loaded = ocp.load_checkpointables(str(folder.absolute()), {"state": abstract_state})
-    except Exception as e:  # Orbax raises many kinds, none documented
+    return Restored(loaded["state"], manifest)
+
+
+@contextlib.contextmanager
+def orbax_errors(folder: Path) -> Iterator[None]:
+    """Turns what Orbax raises while reading into a CheckpointError of one line."""
+    try:
+        yield
+    except Exception as e:  # many kinds, none documented
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from e
-    return Restored(int(manifest["step"]), loaded["state"], manifest)
 
 
 def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
@@ -220,26 +146,31 @@ def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
     )
 
 
-def find_newest(folder: Path) -> int | None:
-    """The step of the newest checkpoint that is whole, damaged ones set aside; None if none.
+def find_newest(folder: Path, *, set_aside: bool = True) -> int | None:
+    """The step of the newest checkpoint that is whole; None if there is none at all.
+
+    Args:
+      folder: of the checkpoints.
+      set_aside: rename damaged ones, which are passed over with a warning.
 
     Raises:
       CheckpointError: all are damaged.
     """
-    steps = checkpoint_steps(folder)
-    for step in reversed(steps):
+    steps = newest_first(folder)
+    for step in steps:
         path = folder / str(step)
         try:
             verify(path)
         except DamagedCheckpointError as e:
-            _set_aside(path)
+            if set_aside:
+                _set_aside(path)
             warnings.warn(f"{e}; falling back to the checkpoint before", stacklevel=2)
             continue
         return step
     if steps:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}): "
-            "start again in another run_dir"
+            "use another run_dir"
         )
     return None
 
@@ -310,19 +241,15 @@ class Checkpointer:
         Args:
           step: the checkpoint's name. One that exists already is left as it is.
           state: pytree of jax.Arrays; may be donated as soon as this returns.
-          metadata: plain values that go into the manifest.
+          metadata: plain values that go into the manifest; at least "config" and "data".
         """
         self.wait()
         path = self.folder / str(step)
         if (path / MANIFEST).is_file():
             return
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "unix_time": self._clock(),
-            **metadata,
-            "leaves": leaf_types(state),
-        }
+        text = functools.partial(
+            manifest_text, step, metadata, self._clock(), leaves=leaf_types(state)
+        )
         try:
             # Orbax copies to the host before it returns, so donation is safe.
             response = ocp.save_checkpointables_async(str(path), {"state": state})
@@ -333,18 +260,17 @@ class Checkpointer:
             return
         self._thread = threading.Thread(
             target=self._finish,
-            args=(step, path, response, manifest),
+            args=(step, path, response, text),
             name=f"checkpoint-{step}",
             daemon=True,
         )
         self._thread.start()
 
-    def _finish(self, step: int, path: Path, response: Any, manifest: dict[str, Any]) -> None:
+    def _finish(self, step: int, path: Path, response: Any, text: Callable[..., str]) -> None:
         try:
             response.result()
             if self._is_writer:
-                manifest["files"] = _digests(path)
-                write_text_atomically(path / MANIFEST, json.dumps(manifest, indent=1))
+                write_text_atomically(path / MANIFEST, text(files=digests(path)))
                 _sync_folder(self.folder)
                 self._delete_old()
         except BaseException as e:

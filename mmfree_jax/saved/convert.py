@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
+from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, PARAMS, load_pretrained, model_folder_config
-from mmfree_jax.saved.tensors import flatten
 from mmfree_jax.saved.writing import SHARD_BYTES, new_folder, write_tensors
 
 TOKENIZER = "tokenizer"

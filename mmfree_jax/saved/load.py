@@ -1,22 +1,19 @@
 """Loading the model of a training run: its config, and the parameters of a checkpoint."""
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.parallel.sharding import param_shardings
-from mmfree_jax.saved import checkpoint
+from mmfree_jax.model.parameters import flatten, param_shapes
 from mmfree_jax.saved import run_directory as run_dir
+from mmfree_jax.saved import run_model
 from mmfree_jax.saved.packed import is_packed, load_packed
 
 
@@ -40,10 +37,9 @@ def load_run(
       CheckpointError: it has no such checkpoint, none is whole, or its shapes are not the
         config's.
     """
-    config, folder, manifest = _find_checkpoint(Path(path), step)
-    model = LanguageModel(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return model, _read_params(folder, manifest, shapes, mesh)
+    config = run_dir.load_config(Path(path)).model
+    folder = run_model.find_checkpoint(Path(path), step)
+    return LanguageModel(config), run_model.read_params(folder, param_shapes(config), mesh)
 
 
 def run_leaves(
@@ -53,79 +49,15 @@ def run_leaves(
 
     Args and errors as `load_run`.
     """
-    config, folder, manifest = _find_checkpoint(Path(path), step)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
+    config = run_dir.load_config(Path(path)).model
+    folder = run_model.find_checkpoint(Path(path), step)
+    shapes = param_shapes(config)
 
     def load(names: tuple[str, ...]) -> jax.Array:
-        shape: Any = shapes
-        for name in names:
-            shape = shape[name]
-        nested: Any = shape
-        for name in reversed(names):
-            nested = {name: nested}
-        leaf: Any = _read_params(folder, manifest, nested, None)
-        for name in names:
-            leaf = leaf[name]
-        return leaf
+        name = "/".join(names)
+        return flatten(run_model.read_params(folder, {name: shapes[name]}, None))[name]
 
     return config, load
-
-
-def _find_checkpoint(folder: Path, step: int | None) -> tuple[ModelConfig, Path, dict[str, Any]]:
-    """The model's config, the folder of the checkpoint, and its manifest."""
-    config = run_dir.load_config(folder).model
-    where = folder / run_dir.CHECKPOINTS
-    steps = checkpoint.checkpoint_steps(where)
-    if step is not None and step not in steps:
-        found = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{where} has no checkpoint of step {step}: it has {found}")
-    if not steps:
-        raise CheckpointError(f"{where} holds no checkpoint: train longer, or give another folder")
-    for candidate in reversed(steps if step is None else [step]):
-        try:
-            manifest = checkpoint.verify(where / str(candidate))
-        except checkpoint.DamagedCheckpointError as e:
-            if step is not None:
-                raise
-            warnings.warn(f"{e}; falling back to the checkpoint before", stacklevel=2)
-            continue
-        return config, where / str(candidate), manifest
-    raise CheckpointError(f"every checkpoint in {where} is damaged: give another run directory")
-
-
-def _read_params(
-    folder: Path, manifest: dict[str, Any], shapes: dict[str, Any], mesh: Mesh | None
-) -> dict[str, Any]:
-    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
-    for name, (shape, dtype) in checkpoint.leaf_types({"params": shapes}).items():
-        name = name.replace("['params']", ".params", 1)
-        if saved.get(name) != (tuple(shape), dtype):
-            raise CheckpointError(
-                f"checkpoint {folder}: {name} is {saved.get(name)}, but the run's config needs "
-                f"{(tuple(shape), dtype)}: the config is of another run"
-            )
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-    else:
-        shardings = param_shardings(mesh, shapes)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context:
-            loaded = ocp.load_checkpointables(
-                str(folder.absolute()), {"state": {"params": abstract}}
-            )
-    except Exception as e:  # Orbax raises many kinds, none documented
-        reason = " ".join(str(e).split())[:200]
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from e
-    return loaded["state"]["params"]
 
 
 def load_model(
@@ -169,7 +101,7 @@ def folder_leaves(
         raise CheckpointError(f"model {folder} is not a folder: give a run directory or a model")
     refuse_pickled(folder)
     config = folders.model_config(folder)
-    shapes = folders.param_shapes(config)
+    shapes = param_shapes(config)
     if (folder / folders.MODEL_CONFIG).is_file():
         stem, tied = folders.PARAMS, False
         mapping = {name: (Slot(name, shape.shape),) for name, shape in shapes.items()}

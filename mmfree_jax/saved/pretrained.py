@@ -13,16 +13,10 @@ from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig, TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import flatten, param_shapes, unflatten
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.saved import huggingface
-from mmfree_jax.saved.tensors import (
-    Slot,
-    TensorFolder,
-    flatten,
-    read_params,
-    refuse_pickled,
-    unflatten,
-)
+from mmfree_jax.saved.tensors import Slot, TensorFolder, read_params, refuse_pickled
 
 MODEL_CONFIG = "model.yaml"
 PARAMS = "params"
@@ -157,13 +151,6 @@ def _with_dtype(config: ModelConfig, compute_dtype: Any) -> ModelConfig:
             f"compute_dtype is {name!r}: choose one of float32, bfloat16, float16, or None"
         )
     return dataclasses.replace(config, compute_dtype=name, residual_dtype=name)  # type: ignore[arg-type]
-
-
-def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter, by path."""
-    model = LanguageModel(config)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return flatten(tree["params"])
 
 
 def _load_huggingface(folder: Path, mesh: Mesh | None) -> tuple[LanguageModel, dict[str, Any]]:

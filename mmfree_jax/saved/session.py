@@ -18,8 +18,7 @@ import numpy as np
 from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError
-from mmfree_jax.infer.decode import Session, Variables
-from mmfree_jax.model import State
+from mmfree_jax.model import Session, State
 from mmfree_jax.saved.tensor_file import Reader, Writer
 
 FORMAT = "mmfree-session"
@@ -34,7 +33,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     return values | {"intermediate_size": config.glu_size}
 
 
-def fingerprint(variables: Variables) -> np.ndarray:
+def fingerprint(variables: dict[str, Any]) -> np.ndarray:
     """float32 numbers that tell models apart: the scale of every ternary matrix.
 
     A model without ternary layers: the mean magnitude of every matrix.
@@ -56,7 +55,7 @@ def fingerprint(variables: Variables) -> np.ndarray:
 
 
 def save_session(
-    path: str | os.PathLike[str], session: Session, variables: Variables, config: ModelConfig
+    path: str | os.PathLike[str], session: Session, variables: dict[str, Any], config: ModelConfig
 ) -> None:
     """Writes a session, whole or not at all.
 
@@ -94,7 +93,7 @@ def save_session(
 
 
 def load_session(
-    path: str | os.PathLike[str], variables: Variables, config: ModelConfig
+    path: str | os.PathLike[str], variables: dict[str, Any], config: ModelConfig
 ) -> Session:
     """Reads a session for the model whose `variables` and `config` are given.
 

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
 from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_spec
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -316,26 +317,3 @@ def _read_slot(
 def _divides(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
     sizes = [1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec]
     return all(length % size == 0 for length, size in zip(shape, sizes, strict=False))
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict from paths joined by slashes."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Paths joined by slashes, and leaves, of a nested dict."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= flatten(value, f"{prefix}{name}/")
-        else:
-            leaves[prefix + name] = value
-    return leaves

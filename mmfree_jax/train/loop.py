@@ -26,11 +26,12 @@ from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
-from mmfree_jax.saved.run_directory import CHECKPOINTS, check_run_dir, open_run_dir, write_config
+from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
+from mmfree_jax.train.same_run import check_run_dir
 from mmfree_jax.train.setup import (
     Run,
     check_same_data,
@@ -106,7 +107,7 @@ def train(
             config,
             run.run_dir,
             restored_step=start,
-            meter=restored.manifest.get("meter") if restored else None,
+            meter=restored.manifest.meter if restored else None,
             sinks=sinks,
             progress=make_progress(config.log.progress, config.steps, start),
             settle=functools.partial(_wait_quietly, checkpointer),

@@ -10,7 +10,7 @@ import jax
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.errors import TrainingError
-from mmfree_jax.saved.checkpoint import checkpoint_steps
+from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS
 from mmfree_jax.train.flops import find_device, utilisation
 from mmfree_jax.train.metrics import (

@@ -9,7 +9,8 @@ import jax
 from mmfree_jax.config import tokens_per_step
 from mmfree_jax.installed import versions
 from mmfree_jax.readable import format_count
-from mmfree_jax.saved.checkpoint import checkpoint_steps, write_text_atomically
+from mmfree_jax.saved.checkpoint import write_text_atomically
+from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.run_directory import (
     CHECKPOINTS,
     CONFIG,

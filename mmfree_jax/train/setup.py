@@ -20,7 +20,8 @@ from mmfree_jax.errors import DataError, MMFreeError
 from mmfree_jax.installed import versions
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows, state_shardings
-from mmfree_jax.saved.checkpoint import Restored, newest_manifest, restore_newest
+from mmfree_jax.saved.checkpoint import Restored, restore_newest
+from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 from mmfree_jax.train.step import TrainState, init_sharded, state_shapes
@@ -129,7 +130,7 @@ def check_same_data(run: Run) -> None:
     manifest = newest_manifest(run.run_dir / CHECKPOINTS)
     if manifest is None:
         return
-    saved, owner = manifest["data"], f"run_dir {run.run_dir}"
+    saved, owner = manifest.data, f"run_dir {run.run_dir}"
     for dataset in run.data:
         check_compatible(dataset, identity=saved["tokenizer"], owner=owner)
     if saved["fingerprints"] != run.data_identity["fingerprints"]:

@@ -13,7 +13,7 @@ import pytest
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.launch.local import mmfree_command
 from mmfree_jax.parallel.processes import EXIT_LOST
-from mmfree_jax.saved.checkpoint import checkpoint_steps
+from mmfree_jax.saved.manifest import checkpoint_steps
 
 pytestmark = pytest.mark.slow
 

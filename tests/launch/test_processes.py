@@ -13,8 +13,8 @@ from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.launch.local import Plan, environment, mmfree_command
 from mmfree_jax.parallel.processes import EXIT_LOST
-from mmfree_jax.saved.checkpoint import checkpoint_steps, verify
 from mmfree_jax.saved.history import read_history
+from mmfree_jax.saved.manifest import checkpoint_steps, verify
 from mmfree_jax.saved.run_directory import lock_run_dir
 from mmfree_jax.train.loop import train
 

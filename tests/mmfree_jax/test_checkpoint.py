@@ -1,5 +1,6 @@
 """Checkpoints: exact, whole or absent, and honest about damage."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,16 +15,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmfree_jax.errors import CheckpointError
-from mmfree_jax.saved.checkpoint import (
-    MANIFEST,
-    Checkpointer,
-    checkpoint_steps,
-    restore,
-    restore_newest,
-    steps_to_delete,
-)
+from mmfree_jax.saved.checkpoint import Checkpointer, restore, restore_newest, steps_to_delete
+from mmfree_jax.saved.manifest import MANIFEST, checkpoint_steps
 
-METADATA = {"config": {"steps": 3}, "data": {"rows": 8}}
+METADATA = {
+    "config": {"steps": 3},
+    "data": {"fingerprints": [], "tokens": [8], "paths": [], "tokenizer": {}},
+}
 
 
 def _mesh(shape, names):
@@ -76,7 +74,7 @@ def test_round_trip_onto_another_mesh(tmp_path):
     restored = restore(tmp_path / "3", abstract)
     _assert_same(restored.state, _state(3))
     assert restored.step == 3
-    assert restored.manifest["config"] == {"steps": 3}
+    assert restored.manifest.config == {"steps": 3}
     assert restored.state["params"]["w"].sharding == abstract["params"]["w"].sharding
 
 
@@ -145,7 +143,8 @@ def test_unfinished_saves_are_ignored_and_removed(tmp_path):
     _save(tmp_path, 1, 2)
     (tmp_path / "2" / MANIFEST).unlink()
     (tmp_path / "7.orbax-checkpoint-tmp-3").mkdir()
-    restored = restore_newest(tmp_path, _abstract(_state()))
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/2 has no manifest.json.*falling back"):
+        restored = restore_newest(tmp_path, _abstract(_state()))
     assert restored is not None
     assert restored.step == 1
     Checkpointer(tmp_path)
@@ -173,7 +172,10 @@ def test_other_shapes_name_the_leaf(tmp_path, change, message):
 def test_a_newer_format_is_refused(tmp_path):
     _save(tmp_path, 1)
     path = tmp_path / "1" / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    values = json.loads(path.read_text()) | {"format": 99}
+    del values["sha256"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(values | {"sha256": digest}))
     with pytest.raises(CheckpointError, match="format 99"):
         restore_newest(tmp_path, _abstract(_state()))
     assert checkpoint_steps(tmp_path) == [1]
@@ -184,7 +186,8 @@ _FULL_DISK = """
     import jax, jax.numpy as jnp
     from pathlib import Path
     from mmfree_jax.errors import CheckpointError
-    from mmfree_jax.saved.checkpoint import Checkpointer, checkpoint_steps
+    from mmfree_jax.saved.checkpoint import Checkpointer
+    from mmfree_jax.saved.manifest import checkpoint_steps
     folder = Path(sys.argv[1])
     checkpointer = Checkpointer(folder)
     state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}  # 256 KiB

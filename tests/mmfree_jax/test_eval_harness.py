@@ -17,8 +17,8 @@ from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate import tasks
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, model_folder_config
-from mmfree_jax.saved.tensors import flatten
 from mmfree_jax.saved.writing import write_tensors
 
 pytest.importorskip("lm_eval")

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from mmfree_jax.cli.main import main
+from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.infer import api
 from mmfree_jax.presets import preset
@@ -30,7 +31,8 @@ def run(tmp_path_factory):
     optimizer = make_optimizer(config.optimizer)
     for step in (1, 2):
         state = init_state(config, optimizer, jax.random.key(step))
-        checkpointer.save(step, state, {})
+        data = {"fingerprints": [], "tokens": [], "paths": [], "tokenizer": {}}
+        checkpointer.save(step, state, {"config": to_dict(config), "data": data})
     checkpointer.wait()
     return path, state.params
 

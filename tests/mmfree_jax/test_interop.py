@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import flatten
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.convert import export_hf, import_hf
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, load_pretrained, model_folder_config
-from mmfree_jax.saved.tensors import flatten
 from mmfree_jax.saved.writing import write_tensors
 
 HGRN = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.config_io import dump_yaml
-from mmfree_jax.saved.checkpoint import MANIFEST, checkpoint_steps
 from mmfree_jax.saved.history import read_history
+from mmfree_jax.saved.manifest import MANIFEST, checkpoint_steps
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ import pytest
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
-from mmfree_jax.saved.checkpoint import checkpoint_steps
 from mmfree_jax.saved.history import read_history
+from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.train import loop, report, setup
 from mmfree_jax.train import step as step_module
 from mmfree_jax.train.loop import train

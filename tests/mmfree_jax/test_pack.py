@@ -16,13 +16,13 @@ from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.infer import api, decode, packed_gpu, packed_model
 from mmfree_jax.model import LanguageModel, init_state, ternary_weights
+from mmfree_jax.model.parameters import flatten
 from mmfree_jax.pallas_kernels.decode.api import Cut
 from mmfree_jax.saved import load
 from mmfree_jax.saved import packed as pack
 from mmfree_jax.saved.convert import export_hf
 from mmfree_jax.saved.pretrained import model_folder_config
 from mmfree_jax.saved.session import load_session, save_session
-from mmfree_jax.saved.tensors import flatten
 
 # Widths that neither 4 nor 5 divides.
 BASE = ModelConfig(
