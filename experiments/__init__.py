@@ -1,5 +1,3 @@
-"""Experiments around the models: scaling laws (`scaling`), notebooks and shipped results.
-
-`scaling` analyses finished runs and imports no trainer; a sweep runner that makes runs belongs
-beside it, in `sweep`.
+"""Studies of the models: many runs (`sweep`) and what they say (`scaling`, which imports no
+trainer), the paper's hardware (`accelerator`), speed and memory (`bench`); notebooks and records.
 """

@@ -1,1 +1,1 @@
-"""Starting training on many processes: nothing yet, one process drives all local devices."""
+"""Training on many devices: starting processes, job files, compiling ahead, measuring scaling."""

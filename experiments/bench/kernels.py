@@ -26,8 +26,8 @@ def measure(
 ) -> Iterator[Row]:
     """One row for each op, shape, pass and implementation, as soon as it is there.
 
-    Rows with "candidate" name an implementation that `pallas_kernels.dispatch` may choose, under
-    their "key" and "dtype".
+    Rows with "candidate" name an implementation that `mmfree_jax.pallas_kernels.dispatch` may
+    choose, under their "key" and "dtype".
 
     Args:
       ops: of `OPS`.

@@ -1,1 +1,1 @@
-"""Subcommands of `mmfree` that analyse runs: fit, crossing, isoflop (sweeps)."""
+"""Subcommands of `mmfree`: sweep, fit, crossing, isoflop, bench, hardware."""

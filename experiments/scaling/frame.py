@@ -25,7 +25,7 @@ class RunFrame:
 
     Attributes:
         params: parameters in all, embedding included.
-        params_non_embedding: without the token embedding; params_ternary: ternary ones.
+        params_non_embedding: without token embedding and head; params_ternary: ternary ones.
         tokens: training tokens seen.
         flops: FLOPs spent, as counted by whoever made the file ("exact").
         loss: nats a token; loss_sd: standard error of the loss, where known.

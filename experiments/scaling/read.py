@@ -30,7 +30,7 @@ class Columns:
     params: str = ""
     """Parameters in all (a raw count)."""
     params_non_embedding: str = ""
-    """Parameters without the token embedding (a raw count)."""
+    """Parameters without token embedding and head (a raw count)."""
     params_ternary: str = ""
     """Ternary parameters (a raw count)."""
     tokens: str = ""

@@ -25,7 +25,7 @@ class Case:
     """Rows in the global batch."""
     seq_len: int
     overlap: bool = True
-    """With the XLA switches of `launch.xla_flags`."""
+    """With the XLA switches of `mmfree_jax.launch.xla_flags`."""
     checkpoint: bool = False
     """Also time saving and restoring a checkpoint."""
     trace: bool = False

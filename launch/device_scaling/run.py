@@ -173,7 +173,7 @@ def _compile_all(workers, gpus, options, environ, begin, clock, measure, record,
 def _start(
     worker: _Worker, stage: str, gpus: list[str], options: Options, environ: Mapping[str, str]
 ) -> None:
-    """Starts a stage of `launch.device_scaling.worker` in a process of its own."""
+    """Starts a stage of `mmfree_jax.launch.device_scaling.worker` in a process of its own."""
     worker.folder.mkdir(parents=True, exist_ok=True)
     if stage == "compile":
         for name in ("go", "compiled.json", "result.json", "log.txt"):

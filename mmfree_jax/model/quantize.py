@@ -1,7 +1,7 @@
 """The textbook BitLinear: straight-through quantisers around a dense product.
 
 The quantisers themselves are defined once, in `pallas_kernels`; here they get their
-gradient. `pallas_kernels.bitlinear` computes the same layer in less memory and time,
+gradient. `mmfree_jax.pallas_kernels.bitlinear` computes the same layer in less memory and time,
 and is tested against this one.
 """
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-# Names that the model and `pallas_kernels.bitlinear` give to values, by policy. A name that ends
-# in "_stats" stands for two to five float32 scalars a token.
+# Names that the model and `mmfree_jax.pallas_kernels.bitlinear` give to values, by policy. A
+# name that ends in "_stats" stands for two to five float32 scalars a token.
 _SCALARS = ("down_stats",)  # Without them the GLU's normalised product is made for nothing else.
 _STREAM = (*_SCALARS, "mixed", "o_stats")
 KEPT: dict[str, tuple[str, ...]] = {

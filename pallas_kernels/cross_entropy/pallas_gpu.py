@@ -1,8 +1,8 @@
 """The head on NVIDIA GPUs: `xla`'s chunks, with kernels for the logits and for their rows.
 
-The logits of the ternary head come from `pallas_kernels.ternary_matmul`. One program of the
-kernel here then takes one token's row of logits: it reads it once from memory for the loss, and
-once more, by then from the cache, to write the gradient.
+The logits of the ternary head come from the op `ternary_matmul`. One program of the kernel here
+then takes one token's row of logits: it reads it once from memory for the loss, and once more,
+by then from the cache, to write the gradient.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The double RMSNorm and int8 quantisation for several consumers: the public door.
 
 `norm_quant` and `norm_backward` are each other's forward and backward, for callers that
-write their own VJP (`pallas_kernels.bitlinear` does): neither is differentiable itself.
+write their own VJP (the op `bitlinear` does): neither is differentiable itself.
 """
 
 import functools

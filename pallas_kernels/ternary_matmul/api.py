@@ -73,7 +73,7 @@ def ternary_matmul(
 ) -> jax.Array:
     """(x_q @ trits^T) * x_scale * w_scale; the integer sums are exact.
 
-    Not differentiable: `pallas_kernels.bitlinear` is.
+    Not differentiable: the op `bitlinear` is.
 
     Args:
       x_q: [..., K] int8 activations.
