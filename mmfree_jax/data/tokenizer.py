@@ -9,22 +9,26 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from mmfree_jax.errors import DataError
+from mmfree_jax.text_files import decode_text, parse_json, read_text
 
 BYTE = "byte"
 BYTE_BOS, BYTE_EOS = 256, 257
 BOS_TOKEN, EOS_TOKEN = "<|bos|>", "<|eos|>"
 """Names of the special tokens of a BPE trained here (ids 0 and 1)."""
 
-# Start and end tokens by name, where a tokenizer.json has no tokenizer_config.json beside it.
+# Start and end tokens by name, where no tokenizer_config.json decides.
 _COMMON_BOS = (BOS_TOKEN, "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 _COMMON_EOS = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+BY_NAME = "by name"
+"""Instead of a start or end token: the first of the usual names that the vocabulary holds."""
+_CLASSES_WITHOUT_DEFAULTS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _SEGMENT, _JSON_SEGMENT = 2**12, 2**16
 """Characters after which a long text is cut, for SentencePiece and for tokenizer.json."""
 
@@ -130,6 +134,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
+        # Start and end are control pieces, which the encoder never makes from text.
         return self._processor.EncodeAsIds(text)
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -165,7 +170,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the vocabulary read as unknown."""
-        unknown = self.unk_id or 0
+        unknown = 0 if self.unk_id is None else self.unk_id
         return self._processor.DecodeIds(
             [i if 0 <= i < self.vocab_size else unknown for i in map(int, ids)]
         )
@@ -181,17 +186,25 @@ class JsonTokenizer:
     def __init__(
         self,
         text: bytes,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
+        bos_token: str | None = BY_NAME,
+        eos_token: str | None = BY_NAME,
         source: str = "the tokenizer.json",
     ) -> None:
-        """Loads the contents of a `tokenizer.json`; `source` names it in errors."""
+        """Loads a tokenizer.
+
+        Args:
+          text: the contents of a `tokenizer.json`.
+          bos_token: the start token; None: there is none; `BY_NAME`: the usual names are tried.
+          eos_token: the end token, likewise.
+          source: names it in errors.
+        """
         import tokenizers
 
-        self._text = text
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
-            description = json.loads(text)
+            plain = decode_text(text)
+            self._text = plain.encode()
+            self._tokenizer = tokenizers.Tokenizer.from_str(plain)
+            description = json.loads(plain)
             model = description["model"]
         except Exception as e:  # `tokenizers` raises bare Exception
             raise DataError(
@@ -212,8 +225,10 @@ class JsonTokenizer:
         )
         self.kind = str(model.get("type", "huggingface")).lower()
         self.vocab_size = max(ids.values(), default=-1) + 1
-        self._bos = bos_token or next((t for t in _COMMON_BOS if t in ids), None)
-        self._eos = eos_token or next((t for t in _COMMON_EOS if t in ids), None)
+        self._bos, self._eos = (
+            next((t for t in common if t in ids), None) if token is BY_NAME else token
+            for token, common in ((bos_token, _COMMON_BOS), (eos_token, _COMMON_EOS))
+        )
         for token in (self._bos, self._eos):
             if token is not None and token not in ids:
                 raise DataError(
@@ -221,15 +236,22 @@ class JsonTokenizer:
                 )
         self.bos_id = ids[self._bos] if self._bos is not None else None
         self.eos_id = ids[self._eos] if self._eos is not None else None
-        self.unk_id = ids.get(model.get("unk_token"))
-        digest = hashlib.sha256(text)
+        unknown = model.get("unk_token")
+        if unknown is None and model.get("unk_id") is not None:  # Unigram gives its place
+            unknown = model["vocab"][model["unk_id"]][0]
+        self.unk_id = None if unknown is None else ids.get(unknown)
+        added = {t["content"] for t in description.get("added_tokens", ()) if t.get("special")}
+        special = {ids[t] for t in added if t in ids} | {self.bos_id, self.eos_id}
+        self._spelled = _spell(special, ids, self.unk_id)
+        digest = hashlib.sha256(self._text)
         digest.update(f" bos {self.bos_id} eos {self.eos_id}".encode())
         self.sha256 = digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         # The fast variant leaves out offsets, which nobody reads here.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return _as_text(ids, self._spelled)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, int32."""
@@ -241,7 +263,9 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the vocabulary are left out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        # A start or end token need not be marked as special in the file.
+        kept = [i for i in map(int, ids) if i not in (self.bos_id, self.eos_id)]
+        return self._tokenizer.decode(kept, skip_special_tokens=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them."""
@@ -338,19 +362,60 @@ def _find_file(path: Path) -> Path:
 
 
 def _named_ends(folder: Path) -> tuple[str | None, str | None]:
-    """Start and end token that the `tokenizer_config.json` in `folder` names."""
+    """Start and end token by the `tokenizer_config.json` in `folder`, as transformers reads it.
+
+    null is no token. A key that is not there is none either for the general class; others
+    have defaults of their own, which go by the usual names.
+    """
     file = folder / "tokenizer_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(read_text(file))
     except FileNotFoundError:
-        return None, None
+        return BY_NAME, BY_NAME
     except (OSError, ValueError) as e:
         raise DataError(f"{file} cannot be read ({e}): repair or remove it") from e
-    names = []
+    if not isinstance(config, dict):
+        raise DataError(f"{file} is not a mapping of fields: repair or remove it")
+    absent = None if config.get("tokenizer_class") in _CLASSES_WITHOUT_DEFAULTS else BY_NAME
+    names: list[str | None] = []
     for key in ("bos_token", "eos_token"):
-        value = config.get(key) if isinstance(config, dict) else None
-        names.append(value.get("content") if isinstance(value, dict) else value)
+        value = config.get(key, absent)
+        name = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(name, str | None) or (isinstance(value, dict) and name is None):
+            raise DataError(f"{file}: {key} is {value!r}: give a token's text, or null for none")
+        names.append(name)
     return names[0], names[1]
+
+
+def _spell(
+    special: Iterable[int | None], ids: Mapping[str, int], unk_id: int | None
+) -> dict[int, list[int]]:
+    """For each special id the ids that spell its text: characters, bytes, or the unknown token.
+
+    Most models never make a special token from text; those that list it among their words do.
+    """
+    unknown = [] if unk_id is None else [unk_id]
+    spelled = {}
+    for name, i in ids.items():
+        if i not in special or i == unk_id:
+            continue
+        spelled[i] = parts = []
+        for character in name:
+            one = ids.get(character)
+            if one is not None and one not in special:
+                parts.append(one)
+                continue
+            pieces = [ids.get(f"<0x{byte:02X}>") for byte in character.encode()]
+            whole = all(p is not None and p not in special for p in pieces)
+            parts += [p for p in pieces if p is not None] if whole else unknown
+    return spelled
+
+
+def _as_text(ids: list[int], spelled: Mapping[int, list[int]]) -> list[int]:
+    """`ids`, where a special token that the text spelled is spelled out."""
+    if spelled.keys().isdisjoint(ids):
+        return ids
+    return [part for i in ids for part in spelled.get(i, (i,))]
 
 
 def _segments(text: str, size: int) -> list[str]:

@@ -21,20 +21,28 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 def smooth(values: Sequence[float], weight: float) -> np.ndarray:
     """Mean of two exponential averages, one from each end, so that the curve does not lag.
 
+    A value that is NaN or infinite is left out of its neighbours' averages.
+
     Args:
       values: in order of time.
       weight: of the neighbours, in [0, 1); 0 returns the values.
+
+    Returns:
+      The averages, float64 [len(values)]; NaN where the value is not finite.
     """
     forward = _exponential_average(values, weight)
     return 0.5 * (forward + _exponential_average(values[::-1], weight)[::-1])
 
 
 def _exponential_average(values: Sequence[float], weight: float) -> np.ndarray:
-    """Exponential moving average with bias correction."""
-    result, average = np.empty(len(values)), 0.0
+    """Exponential moving average of the finite values, with bias correction."""
+    result, average, count = np.full(len(values), np.nan), 0.0, 0
     for i, value in enumerate(values):
+        if not np.isfinite(value):
+            continue
+        count += 1
         average = weight * average + (1 - weight) * value
-        result[i] = average / (1 - weight ** (i + 1))
+        result[i] = average / (1 - weight**count)
     return result
 
 

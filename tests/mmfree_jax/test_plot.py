@@ -1,6 +1,7 @@
 """Loss curves."""
 
 import dataclasses
+import math
 
 import matplotlib.axes
 import numpy as np
@@ -56,6 +57,15 @@ def test_smoothing_is_unbiased_and_does_not_lag():
     assert smooth([1.0, 3.0], 0.5) == pytest.approx(np.mean([forward, backward], axis=0))
     ramp = np.arange(101.0)
     assert smooth(ramp, 0.8)[50] == pytest.approx(50)
+
+
+def test_what_is_not_finite_leaves_a_gap_and_no_more():
+    values = [1.0, math.nan, 3.0, math.inf, -math.inf, 5.0]
+    # Forward over 1, 3, 5: 1, 7/3, 27/7. Backward over 5, 3, 1: 5, 11/3, 15/7.
+    expected = [(1 + 15 / 7) / 2, math.nan, 3.0, math.nan, math.nan, (27 / 7 + 5) / 2]
+    np.testing.assert_allclose(smooth(values, 0.5), expected, rtol=1e-12)
+    np.testing.assert_array_equal(smooth([math.inf, 2.0], 0.0), [math.nan, 2.0])
+    assert np.isnan(smooth([math.nan] * 3, 0.9)).all()
 
 
 @pytest.mark.parametrize("x", ["steps", "tokens", "flops"])
