@@ -6,11 +6,21 @@
 """
 
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import (
+    AboveZero,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    check_numbers,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -18,12 +28,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def _require(condition: bool, name: str, value: object, way_out: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}: {way_out}")
-
-
-def _require_positive(config: object, names: Collection[str], section: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{section}{name}", value, "set a value above 0")
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,25 @@ class ModelConfig:
 
     mixer: Literal["mlgru", "attention"] = "mlgru"
     """Token mixer: the MatMul-free gated linear recurrence, or causal attention with RoPE."""
-    vocab_size: int = 32_000
+    vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens)."""
-    hidden_size: int = 1024
+    hidden_size: Count = 1024
     """Width of the residual stream (channels)."""
-    num_layers: int = 24
+    num_layers: Count = 24
     """Number of blocks; each is a mixer and a GLU."""
-    intermediate_size: int | None = None
+    intermediate_size: Count | None = None
     """Width of the GLU (channels); None: 256 * ceil(int(hidden_size * 8/3) / 256)."""
-    num_heads: int | None = None
+    num_heads: Count | None = None
     """Attention heads; None: hidden_size / 64, at least 1. MLGRU has no heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Count | None = None
     """Attention heads of keys and values, shared by groups of queries; None: num_heads."""
-    expand_ratio: float = 1.0
+    expand_ratio: AboveZero = 1.0
     """MLGRU: channels of the recurrent state for each of the residual stream."""
-    short_conv: int = 0
+    short_conv: CountOrZero = 0
     """MLGRU: length of a causal convolution over each channel (tokens); 0: none."""
     share_short_conv: bool = True
     """Where it acts: once on the mixer's input; off: on the i and f projections' outputs."""
-    rope_theta: float = 10_000.0
+    rope_theta: AboveZero = 10_000.0
     """Base of the rotary position angles (attention only)."""
     mixer_linear: LinearConfig = BITLINEAR
     """The mixer's projections."""
@@ -76,11 +80,11 @@ class ModelConfig:
     """The projection onto the vocabulary."""
     use_lower_bound: bool = True
     """MLGRU: bound each layer's forget gate from below, more tightly the deeper the layer."""
-    norm_eps: float = 1e-6
+    norm_eps: AboveZero = 1e-6
     """Added to the mean square in the block, gate and final RMSNorms."""
-    linear_norm_eps: float = 1e-6
+    linear_norm_eps: AboveZero = 1e-6
     """The same in a BitLinear's own RMSNorm (1e-8 in the authors' unfused code)."""
-    initializer_range: float = 0.02
+    initializer_range: AboveZero = 0.02
     """Standard deviation of the embedding, GLU and head at initialisation."""
     param_dtype: Dtype = "float32"
     """Dtype of the master weights."""
@@ -106,12 +110,7 @@ class ModelConfig:
     less time and memory to run, as nothing is copied into and out of stacks of all layers."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("vocab_size", "hidden_size", "num_layers"), "model.")
-        _require_positive(self, ("norm_eps", "linear_norm_eps", "initializer_range"), "model.")
-        if self.intermediate_size is not None:
-            _require_positive(self, ("intermediate_size",), "model.")
-        _require_positive(self, ("expand_ratio",), "model.")
-        _require(self.short_conv >= 0, "model.short_conv", self.short_conv, "set 0 or more")
+        check_numbers(self, "model.")
         _require(
             self.expand_ratio == 1 or self.mixer == "attention" or not self.use_lower_bound,
             "model.expand_ratio",
@@ -120,7 +119,6 @@ class ModelConfig:
         )
         if self.mixer == "attention":
             heads = self.attention_heads
-            _require(heads > 0, "model.num_heads", heads, "set a value above 0")
             _require(
                 self.hidden_size % (2 * heads) == 0,
                 "model.num_heads",
@@ -129,7 +127,7 @@ class ModelConfig:
             )
             kv_heads = self.kv_heads
             _require(
-                kv_heads > 0 and heads % kv_heads == 0,
+                heads % kv_heads == 0,
                 "model.num_kv_heads",
                 kv_heads,
                 f"choose a divisor of num_heads ({heads})",
@@ -189,18 +187,17 @@ class DataConfig:
 
     paths: tuple[str, ...] = ()
     """Folders written by `mmfree data prepare`; all must share one tokenizer."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[AboveZero, ...] = ()
     """Share of rows drawn from each folder; empty: in proportion to their tokens."""
-    seq_len: int = 2048
+    seq_len: Count = 2048
     """Length of a training row (tokens)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the global shuffle of rows."""
-    prefetch: int = 4
+    prefetch: CountOrZero = 4
     """Batches prepared ahead of the device."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("seq_len",), "data.")
-        _require(self.prefetch >= 0, "data.prefetch", self.prefetch, "set 0 or more")
+        check_numbers(self, "data.")
         if self.weights:
             _require(
                 len(self.weights) == len(self.paths),
@@ -208,35 +205,32 @@ class DataConfig:
                 self.weights,
                 f"give one weight for each of the {len(self.paths)} data.paths, or none",
             )
-            _require(
-                all(w > 0 for w in self.weights), "data.weights", self.weights, "use values above 0"
-            )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, its clipping and its learning-rate schedule."""
 
-    learning_rate: float = 4e-3
+    learning_rate: AboveZero = 4e-3
     """Peak learning rate."""
     schedule: Literal["paper", "cosine", "wsd", "linear", "constant"] = "paper"
     """Shape after the warm-up. paper: cosine to zero, halved from the midpoint on;
     wsd: constant, then linear over the last decay_fraction."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """Steps of linear warm-up from zero."""
-    decay_fraction: float = 0.2
+    decay_fraction: Share = 0.2
     """wsd: share of all steps spent decaying."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak (paper always ends at zero)."""
-    b1: float = 0.9
+    b1: ShareBelowOne = 0.9
     """Decay of the first moment."""
-    b2: float = 0.95
+    b2: ShareBelowOne = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: AboveZero = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on weight matrices only (no norms, biases, bounds, embedding)."""
-    clip_norm: float | None = 1.0
+    clip_norm: AboveZero | None = 1.0
     """Largest global gradient norm; None: no clipping."""
     moment_dtype: Dtype = "float32"
     """Dtype in which the first moment is kept."""
@@ -247,92 +241,74 @@ class OptimizerConfig:
     """Dtype in which the second moment is kept; bfloat16 needs b2 well below 0.99."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("learning_rate", "eps"), "optimizer.")
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "set a value in [0, 1)")
-        for name in ("decay_fraction", "min_lr_ratio"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"optimizer.{name}", value, "set a value in [0, 1]")
-        for name in ("warmup_steps", "weight_decay"):
-            value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name}", value, "set 0 or more")
-        if self.clip_norm is not None:
-            _require_positive(self, ("clip_norm",), "optimizer.")
+        check_numbers(self, "optimizer.")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How devices are arranged. The product of the axes is the number of devices."""
 
-    data: int = -1
+    data: Annotated[int, Range(-1)] = -1
     """Copies of the model, each on its own rows; -1: all devices that are left."""
-    fsdp: int = 1
+    fsdp: Count = 1
     """Devices that share each copy's parameters and optimiser state, each on its own rows."""
-    tensor: int = 1
+    tensor: Count = 1
     """Devices that share each matrix product."""
-    sequence: int = 1
+    sequence: Count = 1
     """Devices that share each row, every one a stretch of its tokens (MLGRU only)."""
 
     def __post_init__(self) -> None:
-        _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "set -1 or above 0")
-        _require_positive(self, ("fsdp", "tensor", "sequence"), "mesh.")
+        check_numbers(self, "mesh.")
+        _require(self.data != 0, "mesh.data", self.data, "set -1 or above 0")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every_steps: int = 1000
+    every_steps: Count = 1000
     """Steps between checkpoints; the last step is always saved."""
-    every_minutes: float | None = None
+    every_minutes: AboveZero | None = None
     """Also save when this much time (minutes) has gone by since the last one."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Newest checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Also keep every checkpoint whose step is a multiple of this, for good."""
     resume: bool = True
     """Go on from the newest good checkpoint of the run directory, if it has one."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("every_steps", "keep_last"), "checkpoint.")
-        for name in ("every_minutes", "keep_every"):
-            if getattr(self, name) is not None:
-                _require_positive(self, (name,), "checkpoint.")
+        check_numbers(self, "checkpoint.")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Held-out loss and sample text during training."""
 
-    every_steps: int = 500
+    every_steps: CountOrZero = 500
     """Steps between evaluations; 0: only at the end."""
-    batches: int = 16
+    batches: CountOrZero = 16
     """Batches of held-out rows in one evaluation; 0: no evaluation."""
-    sample_every_steps: int = 0
+    sample_every_steps: CountOrZero = 0
     """Steps between sample texts; 0: only at the end."""
-    sample_tokens: int = 128
+    sample_tokens: CountOrZero = 128
     """Length of a sample (tokens); 0: no samples."""
     sample_prompt: str = ""
     """Text that each sample continues."""
-    sample_temperature: float = 0.8
+    sample_temperature: NotNegative = 0.8
     """Sampling temperature; 0: greedy."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "batches", "sample_every_steps", "sample_tokens"):
-            value = getattr(self, name)
-            _require(value >= 0, f"eval.{name}", value, "set 0 or more")
-        value = self.sample_temperature
-        _require(value >= 0, "eval.sample_temperature", value, "set 0 or more")
+        check_numbers(self, "eval.")
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """Where metrics go. `metrics.jsonl` in the run directory is always written."""
 
-    every_steps: int = 10
+    every_steps: Count = 10
     """Steps between records of the training metrics."""
-    ternary_every_steps: int = 100
+    ternary_every_steps: CountOrZero = 100
     """Steps between records of the shares of zero and of changed ternary weights; 0: never."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
@@ -340,13 +316,15 @@ class LogConfig:
     """Also log to this Weights & Biases project (needs the extra `wandb`)."""
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """Live progress bar, plain lines, or nothing; auto: a bar on a terminal."""
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: tuple[Count, Count] | None = None
     """First and last step of a jax.profiler trace, written to the run directory."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("every_steps",), "log.")
-        value = self.ternary_every_steps
-        _require(value >= 0, "log.ternary_every_steps", value, "set 0 or more")
+        check_numbers(self, "log.")
+        first, last = self.profile_steps or (1, 1)
+        _require(
+            first <= last, "log.profile_steps", self.profile_steps, "give the first step first"
+        )
 
 
 @dataclass(frozen=True)
@@ -355,23 +333,23 @@ class TrainConfig:
 
     run_dir: str = "runs/default"
     """Folder that receives the config, metrics, checkpoints and plots."""
-    steps: int = 1000
+    steps: Count = 1000
     """Optimiser steps in the whole run; schedules span them."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows in one optimiser step, over all devices."""
-    grad_accum: int = 1
+    grad_accum: Count = 1
     """Micro-batches that one optimiser step is split into."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation."""
-    z_loss: float = 0.0
+    z_loss: NotNegative = 0.0
     """Weight of the mean squared log-partition in the objective."""
-    loss_chunk: int = 2048
+    loss_chunk: Count = 2048
     """Tokens whose logits are held at once."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When the loss or gradient is not finite: stop the run, or skip the update."""
-    max_skips: int = 10
+    max_skips: CountOrZero = 10
     """skip: updates in a row that may be skipped before the run stops."""
-    max_minutes: float | None = None
+    max_minutes: AboveZero | None = None
     """Stop early, with a checkpoint, after this much time (minutes)."""
     init_from: str | None = None
     """Folder of a model whose weights to start from: a run, a model folder, Hugging Face."""
@@ -384,7 +362,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("steps", "batch_size", "grad_accum", "loss_chunk"), "")
+        check_numbers(self)
         _require(bool(self.run_dir), "run_dir", self.run_dir, "name a folder")
         _require(
             self.batch_size % self.grad_accum == 0,
@@ -392,10 +370,6 @@ class TrainConfig:
             self.grad_accum,
             f"choose a divisor of batch_size ({self.batch_size})",
         )
-        _require(self.z_loss >= 0, "z_loss", self.z_loss, "set 0 or more")
-        _require(self.max_skips >= 0, "max_skips", self.max_skips, "set 0 or more")
-        if self.max_minutes is not None:
-            _require_positive(self, ("max_minutes",), "")
         _require(
             self.optimizer.warmup_steps < self.steps,
             "optimizer.warmup_steps",

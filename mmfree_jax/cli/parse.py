@@ -1,18 +1,21 @@
 """Flags from types by tyro, with its errors as one line."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import check_values
 
 
 def parse(
@@ -28,7 +31,8 @@ def parse(
     `--help` prints and leaves with SystemExit(0). `default` is an instance of a dataclass.
 
     Raises:
-      ConfigError: a flag is unknown or its value malformed; the message names both.
+      ConfigError: a flag is unknown or its value malformed, or a number is not finite or not in
+        the range of its annotation; the message names both.
     """
     if {"-h", "--help"} & set(argv):
         return tyro.cli(
@@ -47,6 +51,10 @@ def parse(
             raise
         raise ConfigError(_one_line(captured.getvalue(), prog)) from e
     sys.stderr.write(captured.getvalue())
+    call = None if inspect.isclass(target) else result
+    values = _fields(result) if call is None else call.keywords
+    hints = typing.get_type_hints(target, include_extras=True)
+    check_values(values, hints, lambda name: "--" + name.replace("_", "-"))
     return result if inspect.isclass(target) else result()
 
 
@@ -55,9 +63,15 @@ def _remember(target: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
 
     @functools.wraps(target)
     def remember(*args: Any, **kwargs: Any) -> Callable[[], Any]:
-        return functools.partial(target, *args, **kwargs)
+        return functools.partial(
+            target, **inspect.signature(target).bind(*args, **kwargs).arguments
+        )
 
     return remember
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +20,17 @@ class ProcessOptions:
 
     coordinator: str | None = None
     """Address of process 0, host:port; else $JAX_COORDINATOR_ADDRESS, SLURM, Open MPI, TPU, GKE."""
-    count: int | None = None
+    count: Count | None = None
     """Number of processes; else $JAX_NUM_PROCESSES, or as above."""
-    index: int | None = None
+    index: CountOrZero | None = None
     """Which one this is, from 0; else $JAX_PROCESS_ID, or as above."""
-    join_seconds: float = 300.0
+    join_seconds: AboveZero = 300.0
     """How long to wait for the others at the start."""
-    beat_seconds: float = 2.0
+    beat_seconds: AboveZero = 2.0
     """Seconds between signs of life."""
-    silent_seconds: float = 60.0
+    silent_seconds: AboveZero = 60.0
     """Give up when a process has shown no sign of life for this long."""
-    hang_seconds: float = 1200.0
+    hang_seconds: AboveZero = 1200.0
     """Give up when a process has finished nothing (step, evaluation, save) for this long."""
 
     def __post_init__(self) -> None:
@@ -37,15 +38,11 @@ class ProcessOptions:
             raise ConfigError(
                 f"processes.coordinator is {self.coordinator!r}: give host:port of process 0"
             )
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"processes.count is {self.count}: set 1 or more")
-        if self.index is not None and not 0 <= self.index < (self.count or self.index + 1):
+        check_numbers(self, "processes.")
+        if self.count is not None and self.index is not None and self.index >= self.count:
             raise ConfigError(
                 f"processes.index is {self.index}: set 0 to processes.count - 1 ({self.count})"
             )
-        for name in ("join_seconds", "beat_seconds", "silent_seconds", "hang_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"processes.{name} is {getattr(self, name)}: set above 0")
 
 
 def find_processes(options: ProcessOptions, environ: Mapping[str, str]) -> dict[str, Any] | None:

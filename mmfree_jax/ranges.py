@@ -1,0 +1,119 @@
+"""Which numbers a setting may be: declared at its annotation, checked in one place.
+
+`Annotated[float, Range(0)]`, or one of the names below, on a field of a config dataclass or on
+a parameter of a command. A number without a range must be finite all the same.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from mmfree_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from `low` to `high`; without an end where it is marked as open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is finite and within; False for NaN."""
+        if not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        """In words, behind "set"."""
+        if self.high < math.inf:
+            return f"a value in {'(['[not self.open_low]}{_short(self.low)}, " + (
+                f"{_short(self.high)}{')]'[not self.open_high]}"
+            )
+        if self.low == -math.inf:
+            return "a finite number"
+        return f"a value above {self.low:g}" if self.open_low else f"{self.low:g} or more"
+
+
+AboveZero = Annotated[float, Range(0, open_low=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, open_low=True)]
+ShareBelowOne = Annotated[float, Range(0, 1, open_high=True)]
+Finite = Annotated[float, Range()]
+Count = Annotated[int, Range(0, open_low=True)]
+CountOrZero = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+"""What every generator in use takes: 32 bits without a sign."""
+
+
+def check_numbers(config: Any, section: str = "") -> None:
+    """Refuses a number of a dataclass that is not finite or not in its field's range.
+
+    Nested dataclasses are left to themselves.
+
+    Args:
+      config: an instance; call this in `__post_init__`.
+      section: what stands before the field's name in the message, "optimizer." for example.
+
+    Raises:
+      ConfigError: names the field, its value and the way out.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    check_values(values, hints, lambda name: f"{section}{name}")
+
+
+def check_values(
+    values: dict[str, Any], hints: dict[str, Any], title: Callable[[str], str]
+) -> None:
+    """Refuses a number among `values` that is not finite or not in the range of its annotation.
+
+    Args:
+      values: by name; anything but numbers, and tuples, lists and dicts of them, is passed over.
+      hints: annotations by name, `Annotated` kept.
+      title: what a message calls a name.
+
+    Raises:
+      ConfigError: names the setting, its value and the way out.
+    """
+    for name, value in values.items():
+        allowed = next(ranges(hints.get(name)), Range())
+        for number in _numbers(value):
+            if not allowed.holds(number):
+                way_out = str(allowed)
+                if not math.isfinite(number) and allowed != Range():
+                    way_out = f"a finite number, {way_out}"
+                raise ConfigError(f"{title(name)} is {value!r}: set {way_out}")
+
+
+def ranges(hint: Any) -> Iterator[Range]:
+    """The ranges in an annotation, also within a union, a tuple, a list or a dict."""
+    if typing.get_origin(hint) is Annotated:
+        yield from (m for m in hint.__metadata__ if isinstance(m, Range))
+        hint = hint.__origin__
+    if isinstance(hint, types.GenericAlias | types.UnionType) or typing.get_args(hint):
+        for part in typing.get_args(hint):
+            yield from ranges(part)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _numbers(part)
+
+
+def _short(number: float) -> str:
+    return "2^32 - 1" if number == 2**32 - 1 else f"{number:g}"
