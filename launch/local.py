@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import AboveZero, Count, Port, check_numbers
 
 # A process that was told to stop, saved and left. The others are about to do the same.
 _STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
@@ -23,19 +24,16 @@ class Plan:
     """What to start."""
 
     command: tuple[str, ...]
-    count: int
-    devices_per_process: int | None = None
-    port: int | None = None
-    grace_seconds: float = 15.0
+    count: Count
+    devices_per_process: Count | None = None
+    port: Port | None = None
+    grace_seconds: AboveZero = 15.0
     """After one has died, the others get this long to say what they noticed."""
-    stop_seconds: float = 300.0
+    stop_seconds: AboveZero = 300.0
     """After one has saved and left, the others get this long to do the same."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "devices_per_process", "grace_seconds", "stop_seconds"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}: set 1 or more")
+        check_numbers(self)
         if not self.command:
             raise ConfigError("no command to start: give it after --, as in -- train --help")
 

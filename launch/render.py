@@ -13,6 +13,7 @@ from typing import Any
 from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.xla_flags import OVERLAP
+from mmfree_jax.ranges import Count, CountOrZero, check_numbers
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -23,11 +24,11 @@ class Slurm:
 
     name: str | None = None
     """Name of the job."""
-    nodes: int | None = None
+    nodes: Count | None = None
     """Number of nodes."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """GPUs of each node."""
-    cpus_per_gpu: int = 8
+    cpus_per_gpu: Count = 8
     """Cores for each process."""
     time: str = "24:00:00"
     """Time limit; when it is over the job saves, and is put back in the queue."""
@@ -37,7 +38,7 @@ class Slurm:
     """Account; None: your default."""
     setup: str = ""
     """Shell line that makes `mmfree` available, such as: source /shared/venv/bin/activate."""
-    restarts: int = 100
+    restarts: CountOrZero = 100
     """How often the job may go back into the queue by itself."""
 
 
@@ -79,13 +80,13 @@ class Gke:
     """The nodes' accelerator label, such as tpu-v5-lite-podslice or nvidia-h100-80gb."""
     topology: str | None = None
     """TPU: the nodes' topology label, such as 16x16."""
-    hosts: int | None = None
+    hosts: Count | None = None
     """Hosts of a slice, or GPU hosts."""
-    devices_per_host: int | None = None
+    devices_per_host: Count | None = None
     """TPU chips or GPUs of each host."""
-    slices: int = 1
+    slices: Count = 1
     """TPU: slices, joined by the data centre's network."""
-    restarts: int = 100
+    restarts: CountOrZero = 100
     """How often all start again after a failure."""
 
 
@@ -146,10 +147,9 @@ def _require(values: Any, platform: str) -> None:
         raise ConfigError(
             f"{platform} needs {', '.join(missing)}: give them in --values or as flags"
         )
+    check_numbers(values)
     for field in dataclasses.fields(values):
         value = getattr(values, field.name)
-        if isinstance(value, int) and value < (0 if field.name == "restarts" else 1):
-            raise ConfigError(f"{field.name} is {value}: set 1 or more")
         if isinstance(value, str) and ("\n" in value or "\0" in value):
             raise ConfigError(f"{field.name} is {value!r}: give one line")
 

@@ -258,8 +258,8 @@ class MeshConfig:
     """Devices that share each row, every one a stretch of its tokens (MLGRU only)."""
 
     def __post_init__(self) -> None:
+        _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "set -1 or above 0")
         check_numbers(self, "mesh.")
-        _require(self.data != 0, "mesh.data", self.data, "set -1 or above 0")
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,11 @@ NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, open_low=True)]
 ShareBelowOne = Annotated[float, Range(0, 1, open_high=True)]
-Finite = Annotated[float, Range()]
+InnerShare = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
 Count = Annotated[int, Range(0, open_low=True)]
 CountOrZero = Annotated[int, Range(0)]
+TwoOrMore = Annotated[int, Range(2)]
+Port = Annotated[int, Range(1, 65535)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 """What every generator in use takes: 32 bits without a sign."""
 

@@ -18,6 +18,7 @@ from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
 from mmfree_jax.files import check_target, disk_errors, write_bytes
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Seed
 from mmfree_jax.text_files import read_text
 
 
@@ -25,13 +26,13 @@ def compile_(
     model: Path,
     out: Path,
     numerics: str = "fixed:w8a16",
-    layer: int | None = None,
-    lanes: int = 4,
-    vector_length: int | None = None,
-    memory_latency: int = 8,
-    cycles_per_beat: float = 1.0,
-    clock_mhz: float = 60.0,
-    seed: int = 0,
+    layer: CountOrZero | None = None,
+    lanes: Count = 4,
+    vector_length: Count | None = None,
+    memory_latency: CountOrZero = 8,
+    cycles_per_beat: AboveZero = 1.0,
+    clock_mhz: AboveZero = 60.0,
+    seed: Seed = 0,
 ) -> int:
     """Compile a trained model to a program and its memory.
 
@@ -118,7 +119,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 def run(
     program: Path,
     tokens: str = "",
-    generate: int = 0,
+    generate: CountOrZero = 0,
     backend: Literal["simulator", "amaranth", "icarus"] = "simulator",
     out: Path | None = None,
 ) -> int:
@@ -235,7 +236,7 @@ def _missing(e: ModuleNotFoundError) -> ConfigError:
     return ConfigError(f"{e.name} is not installed: pip install 'mmfree-jax[hardware]'")
 
 
-def cells(width: int = 512, lanes: int = 4, out: Path | None = None) -> int:
+def cells(width: Count = 512, lanes: Count = 4, out: Path | None = None) -> int:
     """Synthesise a core with Yosys and count its cells.
 
     Args:
@@ -274,7 +275,7 @@ class _ReportArguments:
     """YAML file over it."""
     run: Path | None
     """Run directory, instead of either."""
-    cores: int
+    cores: Annotated[int, Range(1, 64)]
     """Cores, each with a token stream of its own, on four memory channels."""
     json: bool
     """Print JSON instead of tables."""
@@ -299,8 +300,6 @@ def report(argv: Sequence[str]) -> int:
         "the flags of `mmfree train` describe.",
         default=_ReportArguments(None, None, None, 1, False, base),
     )
-    if not 1 <= arguments.cores <= 64:
-        raise ConfigError(f"--cores is {arguments.cores}: set 1 to 64")
     sizes = {name: preset(name).model for name in ("370M", "1.3B", "2.7B")}
     own = arguments.settings.model
     if own != TrainConfig().model:

@@ -14,6 +14,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.installed import versions
+from mmfree_jax.ranges import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,9 @@ class _TrainArguments:
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     """File that receives the measurement as JSON."""
-    groups: int = 5
+    groups: Count = 5
     """Groups of steps that are timed; the median counts."""
-    steps_per_group: int = 4
+    steps_per_group: Count = 4
     """Steps queued at once in a group."""
     trace: Path | None = None
     """Folder for a profiler trace of two more steps; their time is printed kernel by kernel."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import Count, TwoOrMore
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class BenchBrowserConfig:
     """Folder that `mmfree export onnx` wrote."""
     tokenizer: str | None = None
     """Tokenizer file or folder; None: the one in the export."""
-    tokens: int = 200
+    tokens: TwoOrMore = 200
     """Tokens to generate, greedily; a browser translates the runtime to fast code meanwhile."""
-    threads: int = 2
+    threads: Count = 2
     """Threads of either runtime."""
 
 
@@ -36,10 +36,6 @@ def bench_browser(argv: Sequence[str]) -> int:
       MMFreeError: bad input, something that is not installed, or the page failed.
     """
     config = parse(BenchBrowserConfig, argv, prog="mmfree bench browser")
-    if config.tokens < 2:
-        raise ConfigError(f"--tokens is {config.tokens}: set at least 2")
-    if config.threads < 1:
-        raise ConfigError(f"--threads is {config.threads}: set at least 1")
     from mmfree_jax.data.tokenizer import load_tokenizer
     from mmfree_jax.experiments.bench.browser import measure
     from mmfree_jax.export import manifest

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmfree_jax.cli.parse import names, numbers, parse
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,13 @@ class BenchEdgeConfig:
     """Tokens read before decoding, separated by commas; all forms at the first of them."""
     context_forms: str = "onnx-fast,llama-q4_0"
     """Forms that are measured at the other contexts too, separated by commas."""
-    threads: int = 2
+    threads: Count = 2
     """Threads, and cores that a measurement may use."""
-    steps: int = 64
+    steps: Count = 64
     """Tokens of one timed loop."""
-    repeats: int = 3
+    repeats: Count = 3
     """Timed loops; the median counts."""
-    prefill: int = 512
+    prefill: CountOrZero = 512
     """Also time reading a prompt of this many tokens; 0: do not."""
     peer_python: str = ""
     """Python interpreter that has llama-cpp-python and gguf; empty: the peer is left out."""
@@ -38,10 +39,10 @@ class BenchEdgeConfig:
     a temporary one."""
     prepare_only: bool = False
     """Make those files and stop."""
-    quiet: float = 0.2
+    quiet: NotNegative = 0.2
     """Take a measurement again, three times at most, if other processes used more cores than this
     meanwhile; the least disturbed one counts."""
-    timeout: float = 600.0
+    timeout: AboveZero = 600.0
     """Longest time for one measurement (seconds)."""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmfree_jax.cli.parse import names, numbers, parse
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero
 
 Form = Literal["packed", "matmulfree-bf16", "transformer-bf16"]
 
@@ -24,17 +25,17 @@ class BenchInferConfig:
     """Rows decoded at once, separated by commas."""
     batch_forms: str = "packed"
     """Forms decoded with more than one row, separated by commas."""
-    steps: int = 64
+    steps: Count = 64
     """Tokens of one timed loop."""
-    repeats: int = 5
+    repeats: Count = 5
     """Timed loops; the median counts."""
-    prefill: int = 0
+    prefill: CountOrZero = 0
     """Also time reading a prompt of this many tokens; 0: do not."""
     prefill_sizes: str = ""
     """Presets for the prompt, separated by commas; empty: those of --sizes."""
     energy: bool = False
     """Also read NVML's energy counter while decoding with --energy-size."""
-    energy_seconds: float = 20.0
+    energy_seconds: AboveZero = 20.0
     """Shortest time over which the energy is read (seconds)."""
     energy_size: str = "370M"
     """Preset whose energy is read."""
@@ -42,7 +43,7 @@ class BenchInferConfig:
     """Rows decoded at once while the energy is read, separated by commas."""
     agreement: str = ""
     """Preset for which packed and unpacked logits are compared; empty: none."""
-    timeout: float = 600.0
+    timeout: AboveZero = 600.0
     """Longest time for one measurement (seconds)."""
     join: str = ""
     """Folders of earlier runs, separated by commas: put their rows together in --out and measure

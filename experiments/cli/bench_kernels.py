@@ -11,6 +11,7 @@ from rich.table import Table
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import Dtype
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import Count
 
 _DESCRIPTION = """Time every implementation of the kernels at the shapes of real models, beside what
 the device's data sheet allows. Writes kernels.json and, on a known device, roofline.png."""
@@ -24,9 +25,9 @@ class _Arguments:
     """Which ones, separated by commas."""
     sizes: str = "370M,1.3B"
     """Presets whose shapes are taken, separated by commas."""
-    tokens: int = 16_384
+    tokens: Count = 16_384
     """In a batch."""
-    seq_len: int = 2048
+    seq_len: Count = 2048
     """Of the recurrence's rows (tokens)."""
     dtype: Dtype = "bfloat16"
     """Of the float inputs, where an op has a choice."""

@@ -9,6 +9,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
+from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
 
 _DESCRIPTION = """Compares two families of runs: where their loss curves cross under every law, with
 a joint bootstrap, the probability that they do not cross, and what can be concluded."""
@@ -30,7 +31,7 @@ class Arguments:
     """Laws to compare; those that the runs cannot determine are skipped with the reason."""
     objective: Literal["auto", "huber", "lad", "log-lsq", "lsq"] = "auto"
     """For all laws; auto: lsq for the line, huber otherwise."""
-    delta: float = 1e-3
+    delta: AboveZero = 1e-3
     """Where Huber's loss turns from quadratic to linear (log loss)."""
     size: Size = "total"
     """Which parameters N counts."""
@@ -38,15 +39,15 @@ class Arguments:
     """How compute C is counted."""
     use: Literal["frontier", "all"] = "frontier"
     """Runs for laws of compute alone: those that no cheaper run beats, or all."""
-    bootstrap: int = 1000
+    bootstrap: CountOrZero = 1000
     """Joint resamples (a count; 0 for none)."""
     resample: Literal["runs", "noise"] = "runs"
     """Draw runs with replacement, or redraw each loss from its loss-sd column."""
-    level: float = 0.95
+    level: InnerShare = 0.95
     """Level of all intervals (a fraction)."""
-    horizon: float = 30.0
+    horizon: AboveZero = 30.0
     """Where the search for a crossing ends (log10 FLOPs)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the bootstrap and the restarts."""
     out: Path = Path("crossing.json")
     """JSON result; the figure and its data go beside it as .png and .plot.csv."""
@@ -59,7 +60,6 @@ def crossing(argv: Sequence[str]) -> int:
     """Find where the loss curves of two families cross, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree crossing", description=_DESCRIPTION)
 
-    from mmfree_jax.experiments.cli.fit import check_interval_options
     from mmfree_jax.experiments.scaling.crossing import cross
     from mmfree_jax.experiments.scaling.errors import ScalingError
     from mmfree_jax.experiments.scaling.objectives import Objective
@@ -67,7 +67,6 @@ def crossing(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.report import crossing_document, crossing_text
 
     outputs(a.out)
-    check_interval_options(a.bootstrap, a.level)
     frames, names = [], []
     for k, path in enumerate((a.a, a.b)):
         frame = read_runs([path], a.reading.columns, where=a.reading.where,

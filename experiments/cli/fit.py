@@ -9,6 +9,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
+from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
 
 _DESCRIPTION = """Fits a scaling law to runs from many starts and reports every parameter with its
 bootstrap and profile-likelihood interval, the held-out error by size, and what the data cannot
@@ -26,19 +27,19 @@ class Arguments:
     objective: Literal["auto", "huber", "lad", "log-lsq", "lsq"] = "auto"
     """Sum over runs that is minimised: Huber or absolute value of log-loss residuals, squares of
     log loss, squares of loss. auto: lsq for the line, huber otherwise."""
-    delta: float = 1e-3
+    delta: AboveZero = 1e-3
     """Where Huber's loss turns from quadratic to linear (log loss)."""
     size: Size = "total"
     """Which parameters N counts."""
     flops: Flops = "6nd"
     """How compute C is counted."""
-    bootstrap: int = 4000
+    bootstrap: CountOrZero = 4000
     """Resamples for the intervals (a count; 0 for none)."""
     resample: Literal["runs", "noise"] = "runs"
     """Draw runs with replacement, or redraw each loss from its loss-sd column."""
-    level: float = 0.95
+    level: InnerShare = 0.95
     """Level of all intervals (a fraction)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the bootstrap and the restarts."""
     out: Path = Path("fit.json")
     """JSON result; the figure and its data go beside it as .png and .plot.csv."""
@@ -58,7 +59,6 @@ def fit(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.report import fit_document, fit_text
 
     outputs(a.out)
-    check_interval_options(a.bootstrap, a.level)
     kind = ("lsq" if a.law == "line" else "huber") if a.objective == "auto" else a.objective
     objective = Objective(kind, a.delta)
     frame = read_runs(a.runs, a.reading.columns, where=a.reading.where, points=a.reading.points)
@@ -74,20 +74,6 @@ def fit(argv: Sequence[str]) -> int:
     paths = save(a.out, fit_document(result), (lambda: _plot(result)) if a.plot else None)
     print("wrote " + ", ".join(map(str, paths)))
     return 0
-
-
-def check_interval_options(bootstrap: int, level: float) -> None:
-    """Reject impossible `--bootstrap` and `--level` before any work.
-
-    Raises:
-        ScalingError: a negative count, or a level outside (0, 1).
-    """
-    from mmfree_jax.experiments.scaling.errors import ScalingError
-
-    if bootstrap < 0:
-        raise ScalingError(f"bootstrap: {bootstrap} resamples are impossible; use 0 for none")
-    if not 0 < level < 1:
-        raise ScalingError(f"level: {level} must lie between 0 and 1, such as 0.95")
 
 
 def _plot(result):

@@ -9,6 +9,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
+from mmfree_jax.ranges import CountOrZero, InnerShare, NotNegative, Seed
 
 _DESCRIPTION = """Compute-optimal model size and data by the three approaches of Hoffmann et al.:
 isoflop (the minimum of a parabola at each FLOP budget), envelope (the lowest of all training
@@ -23,17 +24,17 @@ class Arguments:
     """CSV or parquet files, run directories, or folders of them."""
     approach: tuple[Literal["isoflop", "envelope", "parametric"], ...] = ("isoflop",)
     """One or several approaches."""
-    tolerance: float = 0.1
+    tolerance: NotNegative = 0.1
     """Computes within this fraction of each other are one budget, without a budget column."""
     size: Size = "total"
     """Which parameters N counts."""
     flops: Flops = "6nd"
     """How compute C is counted."""
-    bootstrap: int = 1000
+    bootstrap: CountOrZero = 1000
     """Resamples for the intervals (a count; 0 for none)."""
-    level: float = 0.95
+    level: InnerShare = 0.95
     """Level of all intervals (a fraction)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the bootstrap."""
     out: Path = Path("isoflop.json")
     """JSON result; the figure and its data (of the first approach) go beside it as .png and
@@ -47,7 +48,6 @@ def isoflop(argv: Sequence[str]) -> int:
     """Find compute-optimal sizes and their exponents, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree isoflop", description=_DESCRIPTION)
 
-    from mmfree_jax.experiments.cli.fit import check_interval_options
     from mmfree_jax.experiments.scaling.fit import fit_law
     from mmfree_jax.experiments.scaling.isoflop import envelope, parametric
     from mmfree_jax.experiments.scaling.isoflop import isoflop as parabolas
@@ -55,7 +55,6 @@ def isoflop(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.report import allocation_document, allocation_text
 
     outputs(a.out)
-    check_interval_options(a.bootstrap, a.level)
     frame = read_runs(a.runs, a.reading.columns, where=a.reading.where, points=a.reading.points)
     common = {"size": a.size, "flops": a.flops, "resamples": a.bootstrap, "level": a.level,
               "seed": a.seed}  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.ranges import AboveZero, Count
 
 if TYPE_CHECKING:
     from mmfree_jax.experiments.sweep.config import SweepConfig
@@ -30,7 +31,7 @@ class _Sweep:
 
 @dataclass(frozen=True)
 class _Cost(_Sweep):
-    parallel: int = 1
+    parallel: Count = 1
     """Small runs at a time on each device; each gets its share of the memory."""
     shard: str | None = None
     """i/n: only every n-th run, from the i-th (from 0); "slurm": from the job array's variables."""
@@ -47,7 +48,7 @@ class _Run(_Cost):
     order: Literal["cheapest", "longest"] = "cheapest"
     """Cheapest first: an early end leaves the most finished runs. Longest first: the last to
     end are short; for several runs at a time."""
-    max_minutes: float | None = None
+    max_minutes: AboveZero | None = None
     """Stop after this much time (minutes); runs under way save a checkpoint and go on later."""
     retry_failed: bool = False
     """Try failed runs again."""

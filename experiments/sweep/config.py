@@ -15,6 +15,15 @@ from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import PRESETS, preset
+from mmfree_jax.ranges import (
+    AboveZero,
+    NotNegative,
+    PositiveShare,
+    Seed,
+    ShareBelowOne,
+    TwoOrMore,
+    check_numbers,
+)
 
 Base = Literal["matmulfree", "transformer"]
 _WORD = re.compile(r"[A-Za-z0-9_.+]+(-[A-Za-z0-9_.+]+)*")
@@ -46,7 +55,7 @@ class FamilyConfig:
     """Name in the table and in the names of runs; empty: the base's."""
     base: Base = "matmulfree"
     """Whose presets the sizes are taken from."""
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: tuple[AboveZero, ...] = ()
     """Peak learning rates to try; empty: the preset's own."""
     learning_rates_at: dict = field(default_factory=dict)
     """Rates to try at some sizes in place of those: {size: [rate, ...]}."""
@@ -61,7 +70,8 @@ class FamilyConfig:
     def __post_init__(self) -> None:
         _require(_WORD.fullmatch(self.label) is not None, "families.name", self.name,
                  "use letters, digits, '_', '.', '+' and single '-'")  # fmt: skip
-        _positive("families.learning_rates", self.learning_rates)
+        check_numbers(self, "families.")
+        _distinct("families.learning_rates", self.learning_rates)
         for size, rates in self.learning_rates_at.items():
             name = f"families.learning_rates_at.{size}"
             numbers = isinstance(rates, list) and all(type(r) in (int, float) for r in rates)
@@ -80,9 +90,9 @@ class TuningConfig:
     Off (no tokens given): every rate is tried in every cell of the plan.
     """
 
-    tokens: float | None = None
+    tokens: AboveZero | None = None
     """Length of a tuning run (tokens)."""
-    tokens_per_parameter: float | None = None
+    tokens_per_parameter: AboveZero | None = None
     """The same in tokens a parameter."""
     sizes: tuple[str, ...] = ()
     """Sizes to tune at; empty: all. The others' rate follows from these (docs/sweeps.md)."""
@@ -98,9 +108,7 @@ class TuningConfig:
     def __post_init__(self) -> None:
         both = self.tokens is not None and self.tokens_per_parameter is not None
         _require(not both, "tuning.tokens", self.tokens, "give it or tokens_per_parameter")
-        for name in ("tokens", "tokens_per_parameter"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"tuning.{name}", value, "set a value above 0")
+        check_numbers(self, "tuning.")
         _require(self.is_on or not self.sizes, "tuning.sizes", list(self.sizes),
                  "set tuning.tokens or tuning.tokens_per_parameter as well")  # fmt: skip
         _distinct("tuning.sizes", self.sizes)
@@ -112,10 +120,11 @@ class ReplicateConfig:
 
     sizes: tuple[str, ...] = ()
     """Sizes to repeat."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Seeds beyond the sweep's `seeds`."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "replicates.")
         _distinct("replicates.sizes", self.sizes)
         _distinct("replicates.seeds", self.seeds)
         _require(bool(self.sizes) == bool(self.seeds), "replicates.seeds", list(self.seeds),
@@ -133,44 +142,45 @@ class SweepConfig:
     sizes: tuple[str, ...] = ()
     """Presets ("rung-7M") or shapes "LAYERSxWIDTH" ("8x256"). Empty: derived from flop_budgets
     and tokens_per_parameter."""
-    tokens: tuple[float, ...] = ()
+    tokens: tuple[AboveZero, ...] = ()
     """Token budgets, each at every size."""
-    tokens_per_parameter: tuple[float, ...] = ()
+    tokens_per_parameter: tuple[AboveZero, ...] = ()
     """Alone: budgets as tokens a parameter. With flop_budgets: the ratios that derive sizes,
     or, with sizes, the range in which a size must lie to be run at a budget."""
-    flop_budgets: tuple[float, ...] = ()
+    flop_budgets: tuple[AboveZero, ...] = ()
     """Training FLOPs (every component, 3 x forward), each spent at several sizes."""
     count: Literal["non-embedding", "total"] = "non-embedding"
     """Which parameters tokens_per_parameter means."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds of the initialisation and of the order of the data."""
     replicates: ReplicateConfig = field(default_factory=ReplicateConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    warmup_fraction: float = 0.0
+    warmup_fraction: ShareBelowOne = 0.0
     """Share of the steps of each run that warm up."""
-    min_steps: int = 10
+    min_steps: TwoOrMore = 10
     """Fewest steps that a run may come to."""
-    pack_below: float = 2e7
+    pack_below: NotNegative = 2e7
     """Runs of at most this many non-embedding parameters share a device under --parallel; a
     larger one runs alone."""
     keep_checkpoints: bool = True
     """Keep the checkpoints of runs that are in the table."""
-    utilisation: float = 0.2
+    utilisation: PositiveShare = 0.2
     """For the time estimate on a device in the table of data sheets: model FLOPs utilisation at
     width 1024 and above; narrower models are taken to reach it in proportion to their width."""
-    overhead_seconds: float = 30.0
+    overhead_seconds: NotNegative = 30.0
     """For the time estimate: start, compilation and evaluation of one run (seconds)."""
     train: dict = field(default_factory=dict)
     """Settings common to all runs, over the presets (data, batch_size, eval, ...)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(bool(self.families), "families", [], "give at least one, such as "
                  "- {base: matmulfree}")  # fmt: skip
         _distinct("families.name", tuple(f.label for f in self.families))
         _distinct("sizes", self.sizes)
         for name in ("tokens", "tokens_per_parameter", "flop_budgets"):
-            _positive(name, getattr(self, name))
+            _distinct(name, getattr(self, name))
         kinds = [n for n in ("tokens", "tokens_per_parameter", "flop_budgets") if getattr(self, n)]
         _require(
             len(kinds) == 1 or kinds == ["tokens_per_parameter", "flop_budgets"],
@@ -195,14 +205,6 @@ class SweepConfig:
         _distinct("seeds", self.seeds)
         again = set(self.seeds) & set(self.replicates.seeds)
         _require(not again, "replicates.seeds", sorted(again), "use seeds that `seeds` lacks")
-        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction,
-                 "set a value in [0, 1)")  # fmt: skip
-        _require(self.min_steps > 1, "min_steps", self.min_steps, "set at least 2")
-        _require(self.pack_below >= 0, "pack_below", self.pack_below, "set 0 or more")
-        _require(0 < self.utilisation <= 1, "utilisation", self.utilisation,
-                 "set a value in (0, 1]")  # fmt: skip
-        _require(self.overhead_seconds >= 0, "overhead_seconds", self.overhead_seconds,
-                 "set 0 or more")  # fmt: skip
         if self.tuning.is_on:
             bare = [f.label for f in self.families if not f.learning_rates]
             _require(not bare, "families.learning_rates", bare, "tuning needs rates to try")

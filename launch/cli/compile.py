@@ -11,12 +11,12 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.ahead.compile import compile_step, describe
 from mmfree_jax.launch.ahead.estimate import fits, rank_meshes, why_not
 from mmfree_jax.launch.ahead.topology import missing_compiler, parse_topology, prepare
 from mmfree_jax.launch.xla_flags import with_overlap
 from mmfree_jax.parallel.sharding import mesh_shape
+from mmfree_jax.ranges import CountOrZero, PositiveShare
 
 _DESCRIPTION = """Compile the training step for devices that are not here, and say what it costs.
 
@@ -35,9 +35,9 @@ class _Arguments:
     config: Path | None
     """YAML file over it."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    suggest: int = 0
+    suggest: CountOrZero = 0
     """Rank all meshes on paper and compile this many of the best, instead of --mesh."""
-    peak_share: float = 0.4
+    peak_share: PositiveShare = 0.4
     """Share of the data sheet's rate that the matrix products are taken to reach."""
     out: Path | None = None
     """File that receives the reports as JSON."""
@@ -53,10 +53,6 @@ def compile_ahead(argv: Sequence[str]) -> int:
         default=_Arguments("h100x8", None, None, base_config(argv)),
     )
     topology, config = parse_topology(arguments.topology), arguments.run
-    if not 0 < arguments.peak_share <= 1:
-        raise ConfigError(f"peak-share is {arguments.peak_share}: set above 0, at most 1")
-    if arguments.suggest < 0:
-        raise ConfigError(f"suggest is {arguments.suggest}: set 0 or more")
     simulated = prepare(topology)
     if topology.platform == "gpu" and not simulated:
         _set_overlap()

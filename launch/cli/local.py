@@ -8,6 +8,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.local import Plan, mmfree_command, run
+from mmfree_jax.ranges import AboveZero, Count, Port
 
 
 def local(argv: Sequence[str]) -> int:
@@ -19,10 +20,10 @@ def local(argv: Sequence[str]) -> int:
         own, command = argv[:at], argv[at + 1 :]
 
     def plan(
-        n: Annotated[int, tyro.conf.arg(aliases=["-n"])],
-        devices_per_process: int | None = None,
-        port: int | None = None,
-        grace_seconds: float = 15.0,
+        n: Annotated[Count, tyro.conf.arg(aliases=["-n"])],
+        devices_per_process: Count | None = None,
+        port: Port | None = None,
+        grace_seconds: AboveZero = 15.0,
     ) -> Plan:
         """Start N processes of `mmfree COMMAND` on this machine: -n 2 -- train --preset tiny ...
 

@@ -14,6 +14,7 @@ from mmfree_jax.installed import versions
 from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
 from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
 from mmfree_jax.launch.device_scaling.run import Options, run_study
+from mmfree_jax.ranges import AboveZero, Count
 
 
 def scaling(argv: Sequence[str]) -> int:
@@ -23,17 +24,17 @@ def scaling(argv: Sequence[str]) -> int:
     def measure(
         out: Path | None = None,
         presets: tuple[str, ...] = (),
-        devices: tuple[int, ...] = (1, 2, 4, 8),
+        devices: tuple[Count, ...] = (1, 2, 4, 8),
         layouts: tuple[str, ...] = ("data", "fsdp"),
         mode: str = "weak",
-        batch_per_device: int = 8,
-        seq_len: int = 2048,
+        batch_per_device: Count = 8,
+        seq_len: Count = 2048,
         cases: tuple[str, ...] = (),
         model: tuple[str, ...] = (),
-        max_minutes: float | None = None,
-        compile_minutes: float = 3.0,
-        case_minutes: float = 2.0,
-        parallel_compiles: int | None = None,
+        max_minutes: AboveZero | None = None,
+        compile_minutes: AboveZero = 3.0,
+        case_minutes: AboveZero = 2.0,
+        parallel_compiles: Count | None = None,
         report: Path | None = None,
     ) -> int:
         """Measure how the training step scales over the GPUs of this host.

@@ -16,6 +16,7 @@ from mmfree_jax.launch.device_scaling.plan import Case
 from mmfree_jax.launch.device_scaling.worker import write_case
 from mmfree_jax.launch.local import visible_gpus
 from mmfree_jax.launch.xla_flags import with_overlap
+from mmfree_jax.ranges import AboveZero, Count
 
 RESULTS = "results.jsonl"
 _IDLE_MIB = 2048.0
@@ -39,11 +40,11 @@ class Options:
     """How a study is run."""
 
     out: Path
-    max_minutes: float | None = None
-    compile_minutes: float = 3.0
+    max_minutes: AboveZero | None = None
+    compile_minutes: AboveZero = 3.0
     """How long all may compile together before the timing begins with those that are ready."""
-    parallel_compiles: int | None = None
-    case_minutes: float = 2.0
+    parallel_compiles: Count | None = None
+    case_minutes: AboveZero = 2.0
     """How long one may take once it has the word: a collective that waits for good is ended."""
 
 

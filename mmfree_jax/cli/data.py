@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.ranges import CountOrZero
 
 if TYPE_CHECKING:
     from mmfree_jax.data.dataset import DatasetIndex
@@ -44,21 +45,18 @@ class InspectConfig:
     """Folder written by `mmfree data prepare`."""
     verify: bool = False
     """Read every shard and compare its checksums."""
-    samples: int = 1
+    samples: CountOrZero = 1
     """Documents of each split to show."""
-    sample_tokens: int = 32
+    sample_tokens: CountOrZero = 32
     """Tokens of each to show."""
 
 
 def inspect(argv: Sequence[str]) -> int:
     """Show what a prepared data set holds, and check it."""
     from mmfree_jax.data.dataset import load_index, open_dataset, verify_checksums
-    from mmfree_jax.errors import ConfigError, DataError
+    from mmfree_jax.errors import DataError
 
     config = parse(InspectConfig, argv, prog="mmfree data inspect")
-    for name in ("samples", "sample_tokens"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name} is {getattr(config, name)}: set 0 or more")
     index = load_index(config.path)
     _print_summary(index)
     if config.verify:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import Count, CountOrZero, Seed, TwoOrMore
 
 
 def evaluate(
@@ -15,20 +16,20 @@ def evaluate(
     data: Path | None = None,
     tasks: str | None = None,
     tasks_dir: Path | None = None,
-    num_fewshot: int = 0,
-    limit: int | None = None,
+    num_fewshot: CountOrZero = 0,
+    limit: Count | None = None,
     add_bos: bool = False,
-    max_length: int | None = None,
-    window: int = 512,
-    context: int | None = None,
-    batch_tokens: int | None = None,
+    max_length: TwoOrMore | None = None,
+    window: Count = 512,
+    context: Count | None = None,
+    batch_tokens: Count | None = None,
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     numerics: str = "float",
     numerics_steps: bool | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
     output: Path = Path("eval"),
     log_samples: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> int:
     """Score a model on held-out data, or on tasks such as the paper's six.
@@ -58,8 +59,6 @@ def evaluate(
     """
     if (data is None) == (tasks is None):
         raise ConfigError("give either --data (held-out loss) or --tasks (accuracy)")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}: set a value above 0")
     if tasks is not None:
         from mmfree_jax.evaluate.tasks import check_installed
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import Count, CountOrZero, TwoOrMore
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class OnnxConfig:
     model itself reads."""
     web: bool = True
     """Also write the web page, web/; needs a tokenizer that the page can read."""
-    step: int | None = None
+    step: CountOrZero | None = None
     """Checkpoint of a training run (step); None: the newest."""
     overwrite: bool = False
     """Replace the folder if it exists."""
@@ -64,7 +65,11 @@ def export_onnx(argv: Sequence[str]) -> int:
 
 
 def export_stablehlo(
-    model: Path, out: Path, step: int | None = None, chunk: int = 64, overwrite: bool = False
+    model: Path,
+    out: Path,
+    step: CountOrZero | None = None,
+    chunk: Count = 64,
+    overwrite: bool = False,
 ) -> int:
     """Write a model's programs as StableHLO for CPU, CUDA and TPU, beside its packed weights.
 
@@ -87,11 +92,11 @@ def compare(
     model: Path,
     export: Path,
     data: Path,
-    windows: int = 16,
-    length: int = 128,
-    continuations: int = 0,
-    new_tokens: int = 200,
-    threads: int = 0,
+    windows: Count = 16,
+    length: TwoOrMore = 128,
+    continuations: CountOrZero = 0,
+    new_tokens: Count = 200,
+    threads: CountOrZero = 0,
 ) -> int:
     """Compare an ONNX export with its model, on held-out text.
 

@@ -12,6 +12,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, PositiveShare, Seed, Share
 from mmfree_jax.text_files import parse_json, read_text
 
 
@@ -28,25 +29,25 @@ class GenerateConfig:
     prompts_file: str | None = None
     """File of prompts: .jsonl with "prompt" (text) or "prompt_ids" (list) on each line; any
     other file is one text prompt a line."""
-    max_new_tokens: int = 128
+    max_new_tokens: CountOrZero = 128
     """Most tokens to generate for each prompt."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Divides the logits; 0: always the likeliest token (greedy)."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Keep only this many of the likeliest tokens; None: all."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Keep the smallest set of likeliest tokens whose probability reaches this; 1: all."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Drop tokens below this share of the likeliest token's probability; 0: none."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: AboveZero = 1.0
     """Above 1, tokens that have occurred become less likely; 1: off."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling. A prompt's answer does not depend on the others in the batch."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """String that ends an answer and is not part of it; may be given several times."""
     ignore_eos: bool = False
     """Go on behind the tokenizer's end-of-text token."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Prompts of a file that are decoded together."""
     tokenizer: str | None = None
     """Tokenizer file or folder; None: the one in the model's folder."""
@@ -87,8 +88,6 @@ def generate(argv: Sequence[str]) -> int:
     prompts = _read_prompts(config)
     if config.stream and len(prompts) > 1 and not config.json:
         raise ConfigError(f"--stream is set for {len(prompts)} prompts: add --json, or give one")
-    if config.batch_size < 1:
-        raise ConfigError(f"--batch-size is {config.batch_size}: set 1 or more")
     if config.save_state is not None and len(prompts) > config.batch_size:
         raise ConfigError(
             f"--save-state is set for {len(prompts)} prompts: set --batch-size to as many"

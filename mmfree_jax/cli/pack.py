@@ -6,6 +6,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import CountOrZero
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class PackConfig:
     """Store the embedding in int8 with one scale a row; the error is printed."""
     dense_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the norms and the embedding; float32 keeps them exactly."""
-    step: int | None = None
+    step: CountOrZero | None = None
     """Checkpoint of a training run to pack (step); None: the newest."""
 
 

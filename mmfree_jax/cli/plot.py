@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mmfree_jax.ranges import ShareBelowOne
+
 
 def plot(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
@@ -12,7 +14,7 @@ def plot(
     x: Literal["steps", "tokens", "flops"] = "steps",
     log_x: bool = False,
     log_y: bool = False,
-    smoothing: float = 0.8,
+    smoothing: ShareBelowOne = 0.8,
     labels: tuple[str, ...] = (),
 ) -> int:
     """Draw the loss curves of one or several runs.

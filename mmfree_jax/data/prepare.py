@@ -62,6 +62,7 @@ from mmfree_jax.data.writer import (
     write_index,
 )
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.ranges import Count, CountOrZero, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
 """Text between two entries of the journal (bytes)."""
@@ -81,22 +82,22 @@ class PrepareConfig:
     addresses (public domain, 12 MB; extra `corpus`)."""
     tokenizer: str = BYTE
     """byte, a SentencePiece .model, a tokenizer.json, or a folder that holds one."""
-    heldout_fraction: float = 0.02
+    heldout_fraction: ShareBelowOne = 0.02
     """Share of documents set aside for evaluation, picked by a hash of their text; 0: none."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Decides which documents are held out."""
     text_field: str = "text"
     """Field or column that holds the text, in .jsonl, .parquet and .arrow files."""
     txt_separator: str | None = None
     """Cuts .txt files into documents, for example '<|endoftext|>'; None: one file, one
     document."""
-    max_document_mib: int = 4
+    max_document_mib: Count = 4
     """Longer documents are cut into several, at a line end where there is one (MiB)."""
     skip_bad_records: bool = False
     """Leave out and count malformed records instead of stopping at the first."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes that tokenise; None: one for each CPU that this process may use."""
-    shard_tokens: int = SHARD_TOKENS
+    shard_tokens: Count = SHARD_TOKENS
     """Tokens after which a new shard is begun."""
 
     def __post_init__(self) -> None:
@@ -104,12 +105,9 @@ class PrepareConfig:
             if not condition:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: {way_out}")
 
+        check_numbers(self)
         require(bool(self.out), "out", "name a folder")
-        require(0 <= self.heldout_fraction < 1, "heldout_fraction", "set a value in [0, 1)")
         require(self.txt_separator != "", "txt_separator", "give some text, or leave it out")
-        for name in ("max_document_mib", "shard_tokens"):
-            require(getattr(self, name) > 0, name, "set a value above 0")
-        require(self.workers is None or self.workers > 0, "workers", "set 1 or more")
         require(
             bool(self.input) != bool(self.corpus),
             "input",

@@ -10,36 +10,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.ranges import AboveZero, Count, NotNegative, PositiveShare, Share, check_numbers
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The defaults sample from the model's own distribution."""
 
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Divides the logits; 0: always the likeliest token (greedy)."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Keep only this many of the likeliest tokens; None: all."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Keep the smallest set of likeliest tokens whose probability reaches this; 1: all."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Drop tokens below this share of the likeliest token's probability; 0: none."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: AboveZero = 1.0
     """Above 1, tokens that have occurred become less likely (arXiv 1909.05858, section 4.1);
     1: off."""
 
     def __post_init__(self) -> None:
-        checks = (
-            ("temperature", self.temperature >= 0, "set 0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "set 1 or more, or None for all"),
-            ("top_p", 0 < self.top_p <= 1, "set a value in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "set a value in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "set a value above 0"),
-        )
-        for name, good, way_out in checks:
-            if not good:  # also true of NaN
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: {way_out}")
+        check_numbers(self)
 
     def filters(self) -> "Filters":
         """What a compiled program must know: which filters are on."""

@@ -75,7 +75,8 @@ def train(
       ConfigError: a setting does not fit the devices or the run directory.
       DataError: data is missing, damaged or does not fit the model.
       CheckpointError: a checkpoint cannot be read or written, or another job uses run_dir.
-      TrainingError: the loss is not finite, or device memory is too small.
+      TrainingError: the loss is not finite, every step was skipped, or device memory is too
+        small.
       ProcessLostError: another process is gone.
     """
     is_writer = jax.process_index() == 0
@@ -226,6 +227,8 @@ class _Loop:
                     batch = self._next_batch()
             stopped_by = self._after_step(state, done)
         recorder.sync()
+        if stopped_by is None:
+            recorder.check_learnt(done)
         if stopped_by in ("SIGTERM", "SIGINT"):  # whoever sends one may not wait for long
             recorder.message(f"{stopped_by}: saved step {done}; run the same command to go on")
         else:

@@ -86,6 +86,19 @@ class Recorder:
             "skipped_in_a_row": self._skipped_in_a_row,
         }
 
+    def check_learnt(self, step: int) -> None:
+        """Refuses to call a run of `step` steps complete of which every one was skipped.
+
+        Raises:
+          TrainingError: says so.
+        """
+        if 0 < step <= self._skipped:
+            raise TrainingError(
+                f"all {step} steps were skipped, as loss or gradient was not finite: nothing was "
+                "learnt; lower optimizer.learning_rate, check the data and init_from, and train "
+                "in another run_dir"
+            )
+
     @property
     def seconds(self) -> float:
         """Time that the run has taken, over all its restarts."""

@@ -189,7 +189,7 @@ def test_a_rate_is_carried_to_other_sizes_by_a_power_law():
         ({"sizes": ["rung-2M"]}, "sizes is 'rung-2M'"),
         ({"sizes": []}, "sizes is"),
         ({"tokens": []}, "budgets is"),
-        ({"tokens": [-1]}, "use values above 0"),
+        ({"tokens": [-1]}, "tokens is .*: set a value above 0"),
         ({"tokens": "many"}, "tokens is 'many': give a list"),
         ({"flop_budgets": [1e15]}, "budgets is"),
         ({"train": {"steps": 5}}, "train.steps is 5: leave it out"),

@@ -104,7 +104,7 @@ def test_a_prompts_file_gives_one_json_line_each_and_streams_the_same(run, capsy
         (["--prompt-ids", "1,x"], "'1,x'"),
         (["--prompt-ids", ","], "is empty"),
         (["--prompt-ids", "1,300"], "token id 300"),
-        (["--prompt-ids", "1", "--top-p", "2"], "top_p is 2.0"),
+        (["--prompt-ids", "1", "--top-p", "2"], "--top-p is 2.0"),
         (["--prompt-ids", "1", "--stop", ""], "--stop is an empty string"),
         (["--prompt-ids", "1", "--stop", "x"], "no tokenizer"),
         (["--prompt-ids", "1", "--batch-size", "0"], "--batch-size"),

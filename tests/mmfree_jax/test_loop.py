@@ -309,6 +309,17 @@ def test_not_finite_may_be_skipped_within_a_bound(small_run, tmp_path, monkeypat
         train(_replace(config, run_dir=str(tmp_path / "b"), max_skips=1))
 
 
+def test_a_run_that_skips_every_step_is_not_complete(small_run, tmp_path, monkeypatch):
+    _poison(monkeypatch, set(range(small_run.steps)))
+    config = _replace(small_run, run_dir=str(tmp_path), on_nonfinite="skip", max_skips=1000)
+    message = f"all {small_run.steps} steps were skipped.*nothing was learnt.*learning_rate"
+    with pytest.raises(TrainingError, match=message):
+        train(config)
+    assert not (tmp_path / "summary.json").exists()
+    with pytest.raises(TrainingError, match=message):  # resumed at its last step
+        train(config)
+
+
 def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path):
     config = _replace(small_run, run_dir=str(tmp_path), max_minutes=10.0)
     now = [0.0]
