@@ -93,7 +93,7 @@ def open_atomically(path: StrPath) -> Iterator[BinaryIO]:
         sync_folder(target.parent)
 
 
-def write_bytes(path: StrPath, data: bytes) -> None:
+def write_bytes(path: StrPath, data: bytes | bytearray | memoryview) -> None:
     """Writes a file; see `open_atomically`."""
     with open_atomically(path) as file:
         file.write(data)
@@ -196,7 +196,10 @@ def new_folder(
     with disk_errors(path):
         try:
             beside.mkdir(parents=True)
-            yield beside
+            try:
+                yield beside
+            except OutputError as e:  # of a file inside, which nobody knows by that name
+                raise OutputError(str(e).replace(str(beside), str(path))) from e
             marker = {"command": command, "files": sorted(_entries(beside))}
             write_text(beside / MARKER, json.dumps(marker, indent=1) + "\n")
             for where, _, files in os.walk(beside):

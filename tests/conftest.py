@@ -37,10 +37,10 @@ def shared_dir() -> Path:
 
 @pytest.fixture
 def full_disk(tmp_path):
-    """A folder on a disk of its own, with 64 KiB."""
+    """A folder on a disk of its own, with 16 KiB."""
     folder = tmp_path / "full disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a small disk here")
     yield folder

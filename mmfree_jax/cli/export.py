@@ -29,7 +29,7 @@ class OnnxConfig:
     step: CountOrZero | None = None
     """Checkpoint of a training run (step); None: the newest."""
     overwrite: bool = False
-    """Replace the folder if it exists."""
+    """Replace an earlier export of this command; nothing else is replaced."""
 
 
 def export_onnx(argv: Sequence[str]) -> int:
@@ -48,7 +48,14 @@ def export_onnx(argv: Sequence[str]) -> int:
     _require_onnx()
     from mmfree_jax.export import onnx_export
     from mmfree_jax.export.source import open_source
+    from mmfree_jax.files import check_target
 
+    check_target(
+        config.out,
+        command=onnx_export.COMMAND,
+        sources=[config.model],
+        overwrite=config.overwrite,
+    )
     report = onnx_export.export_onnx(
         open_source(config.model, step=config.step),
         config.out,
@@ -78,7 +85,7 @@ def export_stablehlo(
       out: Folder to make.
       step: Checkpoint of a training run (step); None: the newest.
       chunk: Tokens of a prompt that one call reads.
-      overwrite: Replace the folder if it exists.
+      overwrite: Replace an earlier export of this command; nothing else is replaced.
     """
     from mmfree_jax.export import stablehlo
 

@@ -18,7 +18,7 @@ def export_hf(
       source: Run directory or model folder.
       target: New folder.
       dtype: Dtype of the stored weights; float32 keeps every bit.
-      overwrite: Replace it if it exists.
+      overwrite: Replace an earlier output of this command; nothing else is replaced.
     """
     from mmfree_jax.saved import convert
 

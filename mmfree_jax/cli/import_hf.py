@@ -16,7 +16,7 @@ def import_hf(
     Args:
       source: Folder with config.json and model.safetensors, or its sharded index.
       target: New folder.
-      overwrite: Replace it if it exists.
+      overwrite: Replace an earlier output of this command; nothing else is replaced.
     """
     from mmfree_jax.saved import convert
 

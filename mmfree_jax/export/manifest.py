@@ -1,6 +1,5 @@
 """`export.json`: what an exported folder holds, and the checks before it is used."""
 
-import hashlib
 import json
 import os
 import re
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.files import sha256_file
 
 FILE = "export.json"
 FORMAT = "mmfree-onnx"
@@ -19,11 +19,7 @@ ONNXRUNTIME = "1.29.0"
 
 def file_entry(path: Path) -> dict[str, int | str]:
     """Size and checksum of a file, as the manifest lists them."""
-    with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def read(folder: str | os.PathLike[str], *, file_format: str = FORMAT) -> dict[str, Any]:

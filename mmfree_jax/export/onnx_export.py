@@ -21,9 +21,10 @@ from mmfree_jax.export import manifest, onnx_graph
 from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
 from mmfree_jax.export.source import Source
 from mmfree_jax.export.web_page import write_page
+from mmfree_jax.files import new_folder, write_bytes, write_text
 from mmfree_jax.infer.text import start_tokens
-from mmfree_jax.saved.writing import new_folder
 
+COMMAND = "export onnx"
 Grade = Literal["exact", "fast"]
 GRAPH, WEB_GRAPH, DATA = "model.onnx", "model-web.onnx", "model.onnx.data"
 CHAT = Path(__file__).with_name("chat.py")
@@ -78,10 +79,11 @@ def export_onnx(
         the activations.
       embedding: dtype of the stored embedding; None: see `default_embedding`.
       web: also write the web page, if the model has a tokenizer.
-      overwrite: replace the folder if it exists.
+      overwrite: replace an earlier export.
 
     Raises:
-      ConfigError: `out` exists or cannot be written; matrices too wide for exact sums.
+      ConfigError: matrices too wide for exact sums.
+      OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
       CheckpointError: the source is damaged.
       DataError: the web page has no means for the model's tokenizer.
     """
@@ -93,7 +95,8 @@ def export_onnx(
             "--grade fast"
         )
     stored = embedding or default_embedding(source, grade)
-    with new_folder(Path(out), overwrite=overwrite) as folder:
+    sources = [source.folder] if source.folder else []
+    with new_folder(out, command=COMMAND, sources=sources, overwrite=overwrite) as folder:
         data = DataFile(folder / DATA)
         write_weights(source, data, padded=grade == "exact", embedding=stored)
         files: dict[str, Any] = {DATA: data.close()}
@@ -102,9 +105,8 @@ def export_onnx(
             graph = onnx_graph.language_model(
                 c, product=product, padded=grade == "exact", embedding=stored
             )
-            (folder / name).write_bytes(
-                onnx_graph.to_model(graph, data.tensors).SerializeToString()
-            )
+            model = onnx_graph.to_model(graph, data.tensors)
+            write_bytes(folder / name, model.SerializeToString())
         tokenizer = _copy_tokenizer(source.tokenizer, folder)
         shutil.copy2(CHAT, folder / CHAT.name)
         for path in sorted(folder.rglob("*")):
@@ -116,7 +118,7 @@ def export_onnx(
         if web and source.tokenizer is not None:
             page = write_page(folder, load_tokenizer(source.tokenizer))
         text = json.dumps(_manifest(source, grade, stored, tokenizer, files), indent=2) + "\n"
-        (folder / manifest.FILE).write_text(text, encoding="utf-8")
+        write_text(folder / manifest.FILE, text)
     size = sum(entry["bytes"] for entry in files.values()) + len(text) + page
     return ExportReport(Path(out), size, stored)
 

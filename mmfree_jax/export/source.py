@@ -3,6 +3,7 @@
 Trits and scales are made once from master weights; a packed model's are taken as they are.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Source:
       trits: gives the ternary weights at a path, [..., N, K] int8, and scales [..., 1, 1] float32.
       embedding_scale: gives the row scales [V, 1] of an embedding kept in int8.
       tokenizer: file or folder, if the model has one.
+      folder: that they are read from; None: they are in memory.
     """
 
     config: ModelConfig
@@ -44,6 +46,7 @@ class Source:
     trits: Callable[[Path_], tuple[np.ndarray, np.ndarray]]
     embedding_scale: Callable[[], np.ndarray]
     tokenizer: Path | None
+    folder: Path | None = None
 
     def lower_bounds(self) -> np.ndarray:
         """The forget gates' lower bounds, [L, E] float32."""
@@ -79,12 +82,14 @@ def open_source(path: str | os.PathLike[str], *, step: int | None = None) -> Sou
             functools.partial(_packed_trits, reader, pack.param_shapes(config), bits),
             lambda: reader.read("embedding/scale"),
             tokenizer,
+            Path(path),
         )
     config, leaves = (
         load.run_leaves(path, step=step) if load.is_run(path) else load.folder_leaves(path)
     )
     check_supported(config)
-    return from_leaves(config, leaves, name=name, tokenizer=tokenizer)
+    source = from_leaves(config, leaves, name=name, tokenizer=tokenizer)
+    return dataclasses.replace(source, folder=Path(path))
 
 
 def from_leaves(

@@ -38,12 +38,13 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.source import check_supported
+from mmfree_jax.files import new_folder, write_bytes, write_text
 from mmfree_jax.infer import packed_model
 from mmfree_jax.model import State
 from mmfree_jax.saved import load as loading
 from mmfree_jax.saved import packed as pack
-from mmfree_jax.saved.writing import new_folder
 
+COMMAND = "export stablehlo"
 FORMAT = "mmfree-stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 STEP, PREFILL = "step.stablehlo", "prefill.stablehlo"
@@ -101,20 +102,21 @@ def export_stablehlo(
       out: folder to make; it appears whole or not at all.
       step: checkpoint of a training run; None: the newest.
       chunk: tokens that one call of `prefill` reads.
-      overwrite: replace the folder if it exists.
+      overwrite: replace an earlier export.
 
     Raises:
-      ConfigError: the model is not MatMul-free throughout, or packed at 1.6 bits; `out` exists.
+      ConfigError: the model is not MatMul-free throughout, or packed at 1.6 bits.
       CheckpointError: the model is missing or damaged.
+      OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
     """
     if chunk < 1:
         raise ConfigError(f"--chunk is {chunk}: set 1 or more")
-    with new_folder(Path(out), overwrite=overwrite) as folder:
+    with new_folder(out, command=COMMAND, sources=[model], overwrite=overwrite) as folder:
         _write_weights(model, folder, step)
         config, weights = _read_weights(folder)
         programs = lower(config, weights, chunk=chunk)
         for name, program in programs.items():
-            (folder / name).write_bytes(program.serialize())
+            write_bytes(folder / name, program.serialize())
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         text = json.dumps(
             {
@@ -134,7 +136,7 @@ def export_stablehlo(
             },
             indent=2,
         )
-        (folder / manifests.FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / manifests.FILE, text + "\n")
     return Path(out)
 
 

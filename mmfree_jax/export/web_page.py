@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmfree_jax.data.tokenizer import Tokenizer
 from mmfree_jax.export.web_tokenizer import browser_tokenizer
+from mmfree_jax.files import write_bytes
 
 FILES = (
     "build.mjs",
@@ -44,7 +45,6 @@ def write_page(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> int:
     text = json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
     contents["tokenizer.json"] = text.encode("utf-8")
     target = Path(folder) / "web"
-    target.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
-        (target / name).write_bytes(data)
+        write_bytes(target / name, data)
     return sum(map(len, contents.values()))

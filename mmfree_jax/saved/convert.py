@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
+from mmfree_jax.files import check_target, new_folder, write_text
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, PARAMS, load_pretrained, model_folder_config
-from mmfree_jax.saved.writing import SHARD_BYTES, new_folder, write_tensors
+from mmfree_jax.saved.writing import SHARD_BYTES, write_tensors
 
 TOKENIZER = "tokenizer"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,22 +53,23 @@ def import_hf(
     Args:
       source: folder with config.json and safetensors (see `load_pretrained`).
       target: new folder; it appears only when all of it is written.
-      overwrite: replace an older one.
+      overwrite: replace an earlier output of the same command.
 
     Raises:
-      ConfigError, CheckpointError: as `load_pretrained`; or `target` exists.
+      ConfigError, CheckpointError: as `load_pretrained`.
+      OutputError: `target` may not be replaced (see `check_target`) or cannot be written.
     """
     source, target = Path(source), Path(target)
+    check_target(target, command="import-hf", sources=[source], overwrite=overwrite)
     found = huggingface.read_config(source)
     model, params = load_pretrained(source)
     leaves = flatten(params)
-    with new_folder(target, overwrite=overwrite) as folder:
-        text = model_folder_config(model.config)
-        (folder / MODEL_CONFIG).write_text(text, encoding="utf-8")
+    with new_folder(target, command="import-hf", sources=[source], overwrite=overwrite) as folder:
+        write_text(folder / MODEL_CONFIG, model_folder_config(model.config))
         write_tensors(
             folder,
             ((name, x.shape, lambda x=x: np.asarray(x)) for name, x in leaves.items()),
-            itemsize=4,
+            dtype=np.float32,
             stem=PARAMS,
         )
         for name in _TOKENIZER_FILES:
@@ -93,15 +95,16 @@ def export_hf(
       source: run directory or model folder (see `load_pretrained`).
       target: new folder; it appears only when all of it is written.
       dtype: of the stored weights.
-      overwrite: replace an older one.
+      overwrite: replace an earlier output of the same command.
       shard_bytes: most bytes in one file; a larger model gets several and an index.
 
     Raises:
-      ConfigError: no Hugging Face architecture computes this model, `dtype` is unknown, or
-        `target` exists.
+      ConfigError: no Hugging Face architecture computes this model, or `dtype` is unknown.
+      OutputError: `target` may not be replaced (see `check_target`) or cannot be written.
       CheckpointError: as `load_pretrained`, or a packed model, which has no weights to export.
     """
     source, target = Path(source), Path(target)
+    check_target(target, command="export-hf", sources=[source], overwrite=overwrite)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     if jax.process_count() > 1:
@@ -147,12 +150,11 @@ def export_hf(
                 shape = (c.state_size, 1, c.short_conv)
                 yield name, shape, lambda shape=shape: np.zeros(shape, stored_dtype)
 
-    with new_folder(target, overwrite=overwrite) as folder:
+    with new_folder(target, command="export-hf", sources=[source], overwrite=overwrite) as folder:
         _write_json(folder / huggingface.CONFIG, fields)
         ids = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields[k] is not None}
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-        itemsize = 4 if dtype == "float32" else 2
-        write_tensors(folder, tensors(), itemsize=itemsize, shard_bytes=shard_bytes)
+        write_tensors(folder, tensors(), dtype=stored_dtype, shard_bytes=shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(folder, source, tokenizer, fields["max_position_embeddings"])
     return Converted(
@@ -243,4 +245,4 @@ def _special_names(tokenizer: Any) -> list[tuple[str, str]]:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(value, indent=2) + "\n")

@@ -29,11 +29,12 @@ import numpy as np
 from mmfree_jax.config import BITLINEAR, ModelConfig
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.files import disk_errors
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.ternary import linear_options
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
-from mmfree_jax.saved.tensor_file import Reader, Writer
+from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 
 FILE = "packed.safetensors"
 FORMAT = "mmfree-packed"
@@ -103,7 +104,7 @@ def pack(
 
     Raises:
       ConfigError: the model has no ternary layer, or `out` holds a packed model.
-      CheckpointError: `out` cannot be written to.
+      OutputError: `out` cannot be written to.
     """
     if bits not in packed_matmul.FORMATS:
         raise ConfigError(f"bits is {bits!r}: choose one of {', '.join(packed_matmul.FORMATS)}")
@@ -131,12 +132,10 @@ def pack(
 
     metadata = {"bits": bits, "model": json.dumps(to_dict(config))}
     embedding_error = 0.0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = Writer(
+    with disk_errors(folder):
+        with tensor_writer(
             folder / FILE, tensors, file_format=FORMAT, version=VERSION, metadata=metadata
-        )
-        with writer:
+        ) as write:
             pending = iter(tensors)
             for path, shape in shapes.items():
                 master = load_leaf(path)
@@ -147,27 +146,23 @@ def pack(
                     )
                 if is_ternary(config, path):
                     trits, scale = _ternarize_and_pack(jnp.asarray(master), bits=bits)
-                    writer.write(next(pending)[0], np.asarray(trits))
-                    writer.write(next(pending)[0], np.asarray(scale))
+                    write(next(pending)[0], np.asarray(trits))
+                    write(next(pending)[0], np.asarray(scale))
                     continue
                 master = np.asarray(master, np.float32)
                 if path == ("embedding", "weight") and int8_embedding:
                     values, scale = _quantize_rows(master)
                     stored = values.astype(np.float32) * scale
-                    writer.write(next(pending)[0], values)
-                    writer.write(next(pending)[0], scale)
+                    write(next(pending)[0], values)
+                    write(next(pending)[0], scale)
                 else:
                     name, _, dtype = next(pending)
-                    writer.write(name, master.astype(dtype))
+                    write(name, master.astype(dtype))
                     stored = master.astype(dtype).astype(np.float32)
                 if path == ("embedding", "weight"):
                     embedding_error = _relative_error(stored, master)
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, folder)
-    except OSError as e:
-        raise CheckpointError(
-            f"packed model {folder} cannot be written: {e.strerror}; choose a folder with room"
-        ) from e
     weights = sum(int(np.prod(shape)) for path, shape in shapes.items() if is_ternary(config, path))
     size = (folder / FILE).stat().st_size
     return PackReport(folder / FILE, size, weights, embedding_error)

@@ -19,7 +19,7 @@ from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State
-from mmfree_jax.saved.tensor_file import Reader, Writer
+from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 
 FORMAT = "mmfree-session"
 VERSION = 1
@@ -66,7 +66,7 @@ def save_session(
       config: of that model.
 
     Raises:
-      CheckpointError: the file cannot be written.
+      OutputError: the file cannot be written.
     """
     arrays = {
         "position": np.asarray(session.state.position_B, np.int32),
@@ -75,21 +75,15 @@ def save_session(
         "fingerprint": fingerprint(variables),
         **{f"layers/{name}": np.asarray(x) for name, x in session.state.layers.items()},
     }
-    target = Path(path)
-    try:
-        with Writer(
-            target,
-            [(name, x.shape, x.dtype) for name, x in arrays.items()],
-            file_format=FORMAT,
-            version=VERSION,
-            metadata={"architecture": json.dumps(_architecture(config), sort_keys=True)},
-        ) as writer:
-            for name, array in arrays.items():
-                writer.write(name, array)
-    except OSError as e:
-        raise CheckpointError(
-            f"session file {target} cannot be written: {e.strerror}; choose another path"
-        ) from e
+    with tensor_writer(
+        Path(path),
+        [(name, x.shape, x.dtype) for name, x in arrays.items()],
+        file_format=FORMAT,
+        version=VERSION,
+        metadata={"architecture": json.dumps(_architecture(config), sort_keys=True)},
+    ) as write:
+        for name, array in arrays.items():
+            write(name, array)
 
 
 def load_session(

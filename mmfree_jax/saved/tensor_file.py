@@ -2,26 +2,27 @@
 
 Any safetensors reader opens them. The metadata holds `format`, `version`, what the writer
 adds, and `sha256:<tensor>` for each tensor. The file appears under its name only when whole.
+Files for other packages have what the writer adds alone.
 """
 
-import hashlib
+import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.files import open_atomically, sha256
 
 _DTYPES = {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
+    "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
@@ -30,82 +31,61 @@ _CHECKSUM = "sha256:"
 _LARGEST_HEADER = 100 * 2**20
 
 
-class Writer:
-    """Writes the tensors named beforehand, in that order, one at a time.
+@contextlib.contextmanager
+def tensor_writer(
+    path: Path,
+    tensors: Sequence[tuple[str, tuple[int, ...], Any]],
+    *,
+    file_format: str,
+    version: int | None,
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Gives a function that writes the next tensor, by its name.
 
-    A context manager: leaving it without an error publishes the file, with one removes it.
+    Args:
+      path: of the file, which appears when the block ends without an error.
+      tensors: name, shape and dtype of each, in the order in which they will be written.
+      file_format: what the file is.
+      version: of that format; None: neither a version nor checksums, for other packages.
+      metadata: more to store.
+
+    Raises:
+      OutputError: the file cannot be written.
     """
+    pending = [(name, shape, np.dtype(dtype)) for name, shape, dtype in tensors]
+    stored = {"format": file_format, **(metadata or {})}
+    if version is not None:
+        stored |= {"version": str(version)} | {_CHECKSUM + name: "0" * 64 for name, _, _ in pending}
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, shape, dtype in pending:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[tuple[str, tuple[int, ...], Any]],
-        *,
-        file_format: str,
-        version: int,
-        metadata: Mapping[str, str],
-    ) -> None:
-        """Opens the file and reserves its header.
-
-        Args:
-          path: of the file.
-          tensors: name, shape and dtype of each, in the order in which they will be written.
-          file_format: what the file is.
-          version: of that format.
-          metadata: more to store.
-        """
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._pending = [(name, shape, np.dtype(dtype)) for name, shape, dtype in tensors]
-        self._metadata = {"format": file_format, "version": str(version), **metadata}
-        for name, _, _ in self._pending:
-            self._metadata[_CHECKSUM + name] = "0" * 64
-        self._entries: dict[str, Any] = {}
-        end = 0
-        for name, shape, dtype in self._pending:
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            self._entries[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [start, end],
-            }
-        self._file = self._temporary.open("wb")
-        self._write_header()
-
-    def _write_header(self) -> None:
-        text = json.dumps({"__metadata__": self._metadata, **self._entries}).encode()
+    def header() -> bytes:
+        text = json.dumps({"__metadata__": stored, **entries}).encode()
         text += b" " * (-len(text) % 8)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        return len(text).to_bytes(8, "little") + text
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Appends the next tensor."""
-        expected, shape, dtype = self._pending.pop(0)
-        assert (name, array.shape, array.dtype) == (expected, shape, dtype), (name, expected)
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        self._metadata[_CHECKSUM + name] = hashlib.sha256(data).hexdigest()
-        self._file.write(data)
+    with open_atomically(path) as file:
+        file.write(header())
 
-    def __enter__(self) -> "Writer":
-        return self
+        def write(name: str, array: np.ndarray) -> None:
+            expected, shape, dtype = pending.pop(0)
+            assert (name, array.shape, array.dtype) == (expected, shape, dtype), (name, expected)
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            if version is not None:
+                stored[_CHECKSUM + name] = sha256(data)
+            file.write(data)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                assert not self._pending, self._pending[0]
-                self._file.seek(0)
-                self._write_header()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                self._temporary.replace(self._path)
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        yield write
+        assert not pending, pending[0]
+        file.seek(0)
+        file.write(header())
 
 
 class Reader:
@@ -187,7 +167,7 @@ class Reader:
             file.seek(self._start + start)
             data = bytearray(end - start)
             file.readinto(data)
-        if hashlib.sha256(data).hexdigest() != self.metadata.get(_CHECKSUM + name):
+        if sha256(data) != self.metadata.get(_CHECKSUM + name):
             raise CheckpointError(
                 f"{self._what}: {name} does not match its checksum; copy or make the file again"
             )

@@ -1,17 +1,15 @@
-"""Writing safetensors files, and folders that appear whole or not at all."""
+"""A model in safetensors files as other packages lay them out."""
 
-import contextlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import write_text
+from mmfree_jax.saved.tensor_file import tensor_writer
 
 # Largest file of a written folder (bytes); further tensors go to the next one.
 SHARD_BYTES = 5_000_000_000
@@ -19,29 +17,29 @@ SHARD_BYTES = 5_000_000_000
 
 def write_tensors(
     folder: Path,
-    tensors: Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
+    tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
     *,
-    itemsize: int,
+    dtype: Any,
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes safetensors files into `folder`, one of at most `shard_bytes` at a time in memory.
+    """Writes safetensors files into `folder`, one tensor at a time in memory.
 
     Args:
       folder: exists.
       tensors: names, shapes, and functions that make the values.
-      itemsize: bytes of one value.
+      dtype: of the values.
       stem: of the file names.
       shard_bytes: most bytes in one file.
     """
-    shards: list[list[tuple[str, Callable[[], np.ndarray]]]] = [[]]
+    shards: list[list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]] = [[]]
     used = total = 0
     for name, shape, make in tensors:
-        size = math.prod(shape) * itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append((name, make))
+        shards[-1].append((name, shape, make))
         used += size
         total += size
     weight_map = {}
@@ -49,40 +47,13 @@ def write_tensors(
         name = f"{stem}.safetensors"
         if len(shards) > 1:
             name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = {key: np.ascontiguousarray(make()) for key, make in shard}
+        layout = [(key, shape, dtype) for key, shape, _ in shard]
         # Readers of the PyTorch side ask for this mark.
-        save_file(values, str(folder / name), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(values, name)
-        del values
+        with tensor_writer(folder / name, layout, file_format="pt", version=None) as write:
+            for key, _, make in shard:
+                write(key, make())
+        weight_map |= dict.fromkeys((key for key, _, _ in shard), name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
-        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `path` to write into, which becomes `path` when all went well.
-
-    Raises:
-      ConfigError: `path` exists and holds something, and `overwrite` is off.
-    """
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        raise ConfigError(f"{path} exists already: choose another folder, or pass --overwrite")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.is_dir():
-            path.rename(old)
-        beside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written ({e.strerror or e})") from e
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        write_text(folder / f"{stem}.safetensors.index.json", text)

@@ -71,6 +71,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(full_disk):
         files.new_folder(full_disk / "y", command="export x") as folder,
     ):
         (folder / "z").write_bytes(bytes(2**20))
+
+    def write_a_file():
+        with files.new_folder(full_disk / "y", command="export x") as folder:
+            files.write_bytes(folder / "z", bytes(2**20))
+
+    with pytest.raises(OutputError, match=f"^{full_disk}/y/z cannot be written .No space[^\n]*$"):
+        write_a_file()
     assert _names(full_disk) == []
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.parallel.sharding import make_mesh
@@ -399,7 +399,7 @@ def test_export_refuses_what_no_package_computes(tmp_path):
     write_tensors(
         tmp_path / "m",
         ((k, v.shape, lambda v=v: np.asarray(v)) for k, v in leaves.items()),
-        itemsize=4,
+        dtype=np.float32,
         stem="params",
     )
     model, loaded = load_pretrained(tmp_path / "m")
@@ -414,11 +414,17 @@ def test_a_target_that_exists_is_kept(tmp_path):
     _write_folder(tmp_path / "hf", HGRN)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("x")
-    with pytest.raises(ConfigError, match="exists already"):
-        import_hf(tmp_path / "hf", tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="was not written by `mmfree import-hf`"):
+            import_hf(tmp_path / "hf", tmp_path / "out", overwrite=overwrite)
     assert (tmp_path / "out/precious").read_text() == "x"
+    (tmp_path / "out/precious").unlink()
+    import_hf(tmp_path / "hf", tmp_path / "out")
+    with pytest.raises(OutputError, match="pass --overwrite"):
+        import_hf(tmp_path / "hf", tmp_path / "out")
     import_hf(tmp_path / "hf", tmp_path / "out", overwrite=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".mmfree-output.json",
         "model.yaml",
         "params.safetensors",
     ]

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.infer import api, decode, packed_gpu, packed_model
 from mmfree_jax.model import LanguageModel, init_state, ternary_weights
 from mmfree_jax.model.parameters import flatten
@@ -215,7 +215,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
             raise OSError(28, "No space left on device")
         return pack.leaves_of(build(BASE)[1])(path)
 
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         pack.pack(BASE, load, tmp_path / "p")
     assert list((tmp_path / "p").iterdir()) == []
 
