@@ -1,0 +1,157 @@
+"""Documented figures of decoding and prompts are those of infer*.json."""
+
+RECORD, SMALL, BATCHES = (f"h100/infer{end}.json" for end in ("", "_small", "_batches"))
+FORMS = ("packed", "matmulfree-bf16", "transformer-bf16")
+SIZES = ("370M", "1.3B", "2.7B", "7B", "13B")
+
+
+def decode(records, size, form, batch=1, name=RECORD):
+    """Median milliseconds a step."""
+    found = records.row(name, work="decode", size=size, form=form, batch=batch)
+    return found["ms_per_token"]["median"]
+
+
+def peak(records, size, form):
+    """GB at batch 1."""
+    return records.row(RECORD, work="decode", size=size, form=form, batch=1)["peak_gb"]
+
+
+def prompt(records, size, form="packed"):
+    """Median milliseconds of 2,048 tokens."""
+    name = RECORD if form == "packed" and size in SIZES else BATCHES
+    return records.row(name, work="prefill", size=size, form=form)["ms"]["median"]
+
+
+def energy(records, batch):
+    return records.row(RECORD, size="370M", batch=batch)["energy"]
+
+
+def times(value):
+    """Milliseconds with three decimals below ten, with two above."""
+    return f"{value:.{3 if value < 10 else 2}f}"
+
+
+def test_readme(records, compare):
+    peers = {"370M": "75, 1.1", "1.3B": "101, 3.1", "2.7B": "98, 5.9", "13B": "-"}
+    lines = []
+    for size, peer in peers.items():
+        packed, plus = (
+            (decode(records, size, form), peak(records, size, form))
+            for form in ("packed", "transformer-bf16")
+        )
+        lines.append(
+            f"| {size} | {packed[0]:.3f}, {packed[1]:.2f} | {plus[0]:.2f}, {plus[1]:.2f} | {peer} |"
+        )
+    one, many = (energy(records, batch)["mj_per_token"] for batch in (1, 64))
+    lines.append(f"370M takes {one:.1f} mJ a token at batch 1 and {many:.1f} mJ at batch 64")
+    compare("README.md", lines)
+
+
+def test_commands_are_those_that_were_run(records, compare):
+    compare("docs/inference.md", ["\n".join(records[RECORD]["commands"])])
+
+
+def test_batch_1(records, compare):
+    ends = {"370M": "0.25 | 75", "1.3B": "0.45 | 101", "2.7B": "0.7 | 98", "7B": "- | -",
+            "13B": "2.5 (3.7 GB) | -"}  # fmt: skip
+    lines = []
+    for size, end in ends.items():
+        packed, dense, plus = (times(decode(records, size, form)) for form in FORMS)
+        memory = [f"{peak(records, size, form):.2f}" for form in ("packed", "transformer-bf16")]
+        lines.append(f"| {size} | {' | '.join(memory)} | {packed} | {dense} | {plus} | {end} |")
+    compare("docs/inference.md", lines)
+
+
+def test_batch_1_beside_transformers(records, compare):
+    memory, speed = (
+        {s: value(records, s, "transformer-bf16") / value(records, s, "packed") for s in SIZES}
+        for value in (peak, decode)
+    )
+    assert max(memory.values()) == memory["13B"]
+    lines = [
+        f"takes {memory['370M']:.1f} (370M) to {memory['13B']:.1f} times (13B) less memory",
+        f"and {min(speed.values()):.1f} to {max(speed.values()):.1f} times less time a token",
+    ]
+    compare("docs/inference.md", lines)
+
+
+def test_other_work(records, compare):
+    many = records.row(RECORD, size="2.7B", batch=128)
+    one, batch = energy(records, 1), energy(records, 64)
+    lines = [
+        f"| decode, 2.7B, batch 128 | {many['tokens_per_s']:,.0f} tokens/s "
+        f"({many['ms_per_token']['median']:.2f} ms a step) | 40,000 |",
+        f"| energy a token, 370M, batch 1, NVML's counter over {one['seconds']:.0f} s "
+        f"| {one['mj_per_token']:.1f} mJ | 71 |",
+        f"| energy a token, 370M, batch 64, likewise | {batch['mj_per_token']:.1f} mJ | 10 |",
+        f"| prefill of 2048 tokens, 2.7B | {prompt(records, '2.7B'):.1f} ms (13.3",
+        f"| prefill of 2048 tokens, 370M and 1.3B | {prompt(records, '370M'):.1f} and "
+        f"{prompt(records, '1.3B'):.1f} ms | - |",
+    ]
+    compare("docs/inference.md", lines)
+
+
+def test_small_models_and_batches(records, compare):
+    widths = {
+        "rung-7M": "256 (8 layers, rung-7M)",
+        "rung-18M": "384 (10 layers, rung-18M)",
+        "rung-41M": "512 (12 layers, rung-41M)",
+        "rung-61M": "640 (12 layers, rung-61M)",
+    }
+    lines = []
+    for size, label in widths.items():
+        cells = [times(decode(records, size, form, name=SMALL)) for form in FORMS]
+        lines.append(f"| {label} | 1 | {' | '.join(cells)} |")
+    for label, size, batch, measured in (
+        ("512", "rung-41M", 8, FORMS),
+        ("512", "rung-41M", 64, FORMS),
+        ("1024 (370M)", "370M", 8, FORMS),
+        ("1024", "370M", 64, FORMS[::2]),
+        ("2048 (1.3B)", "1.3B", 8, FORMS[::2]),
+        ("2048", "1.3B", 64, FORMS[::2]),
+    ):
+        cells = [
+            times(decode(records, size, form, batch, BATCHES)) if form in measured else "-"
+            for form in FORMS
+        ]
+        lines.append(f"| {label} | {batch} | {' | '.join(cells)} |")
+    rung, small, large = (
+        {form: prompt(records, size, form) for form in FORMS if (size, form) != ("2.7B", FORMS[1])}
+        for size in ("rung-41M", "370M", "2.7B")
+    )
+    lines += [
+        f"| prompt of 2048, 512 | 1 | {' | '.join(f'{rung[form]:.2f}' for form in FORMS)} |",
+        f"| prompt of 2048, 1024 | 1 | {small['packed']:.1f} | {small['matmulfree-bf16']:.2f} | "
+        f"{small['transformer-bf16']:.2f} |",
+        f"| prompt of 2048, 2560 (2.7B) | 1 | {large['packed']:.1f} | - | "
+        f"{large['transformer-bf16']:.1f} |",
+        f"(370M: {decode(records, '370M', 'packed'):.3f} and "
+        f"{decode(records, '370M', 'packed', 2, BATCHES):.3f} ms)",
+    ]
+    compare("docs/inference.md", lines)
+
+
+def test_agreement(records, compare):
+    found = records.row(SMALL, work="agreement")
+    exact, packed, dense = (
+        (found[form]["kl_nats"], found[form]["same_top_1"])
+        for form in ("packed float32", "packed bfloat16", "unpacked bfloat16")
+    )
+    lines = [
+        f"packed kernels in float32, KL {exact[0] * 1e4:.1f}e-4 nats",
+        f"the same likeliest token in {exact[1]:.0%} of places",
+        f"packed kernels in bfloat16, KL {packed[0] * 1e3:.1f}e-3 and {packed[1]:.0%}",
+        f"the unpacked model in bfloat16, KL {dense[0] * 1e3:.1f}e-3 and {dense[1]:.0%}",
+    ]
+    compare("docs/inference.md", lines)
+
+
+def test_beside_other_hardware(records, compare):
+    lines = []
+    for batch in (1, 64):
+        found = records.row(RECORD, size="370M", batch=batch)
+        lines.append(
+            f"370M on an H100, this repository, batch {batch}, head included | "
+            f"{found['tokens_per_s']:,.0f} | {found['energy']['mj_per_token']:.1f} | "
+        )
+    compare("docs/hardware.md", lines)

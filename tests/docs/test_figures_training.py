@@ -1,0 +1,163 @@
+"""Documented figures of training are those of train.txt, kernels.json, scaling.json and others."""
+
+import re
+
+from mmfree_jax.cli.info import describe
+from mmfree_jax.cli.train import resolve_config
+
+ONE = {"370M": "370M-weak-one-1-b8", "1.3B": "1.3B-weak-one-1-b8"}
+
+KERNELS = {
+    "bfloat16 products of the backward pass, cuBLAS": ("nvjet", "void cublasLt"),
+    "int8 products: forward, and what is made again in the backward pass": ("anonymous_mosaic",),
+    "norms backward": ("norm_backward",),
+    "norms and quantisation, forward and again": ("norm_quant",),
+    "recurrence, forward and backward": ("linear_recurrence",),
+    "AdamW, one expression a weight, 28 bytes each": ("loop_concatenate_fusion",),
+    "softmax rows of the head": ("softmax_rows",),
+}
+"""Rows of the table of a step, and how the names of their kernels begin in the profile."""
+
+# Forward and backward of pallas_kernels/README.md, without a record, and the columns behind.
+RECURRENCE = {
+    ("gates fused", 8): (0.116, 0.201, "| | |"),
+    ("gates fused", 1): (0.147, 0.201, "| | |"),
+    ("f and x given", 8): (0.098, 0.153, "| 0.11 / 0.35 | 0.469 / 1.325 |"),
+    ("f and x given", 1): (0.110, 0.176, "| 0.11 / 0.40 | 0.757 / 1.794 |"),
+}
+
+
+def printed(records, size):
+    """Milliseconds, tokens/s and peak GiB of a step in train.txt, and milliseconds by kernel."""
+    part = next(p for p in records.text("h100/train.txt").split("\n$ ") if f" {size} " in p)
+    step = re.search(r": ([\d.]+) ms a step, ([\d,]+) tokens/s, .* peak ([\d.]+) GiB", part)
+    rows = re.findall(r"^│ (.*?) │ +\d* +│ +([\d.]+) +│$", part, re.M)
+    return (
+        [float(number.replace(",", "")) for number in step.groups()],
+        {name.strip(): float(ms) for name, ms in rows},
+    )
+
+
+def run(records, name):
+    return records[f"h100/{name}.json"]["measurement"]
+
+
+def scaled(records, name):
+    return next(r for r in records["h100/scaling.json"]["records"] if r["name"] == name)
+
+
+def test_readme(records, compare):
+    (_, small, small_gib), (_, large, large_gib) = (printed(records, s)[0] for s in ONE)
+    plus, big = run(records, "370M-transformer"), run(records, "2.7B")
+    lines = [
+        f"| 370M | {small / 1e3:.1f}k, {small_gib:.1f} | {plus['tokens_per_s'] / 1e3:.1f}k, "
+        f"{plus['peak_gib']:.1f} | 62.8k, 25.1 | 80.8k, 32.0 |",
+        f"| 1.3B | {large / 1e3:.1f}k, {large_gib:.1f} | - | 40.0k, 57.1 | 36.2k, 65.9 |",
+        f"| 2.7B | {big['tokens_per_s'] / 1e3:.1f}k, {big['peak_gib']:.1f} (an earlier version) | "
+        "- | - | - |",
+    ]
+    compare("README.md", lines)
+
+
+def test_step(records, compare):
+    ends = {
+        "370M": "190k, 9 GiB | 62.8k, 25.1 GiB |",
+        "1.3B": "80k, 24 GiB: **not reached** | 40.0k, 57.1 GiB |",
+    }
+    lines = []
+    for size, end in ends.items():
+        ms, speed, gib = printed(records, size)[0]
+        lines.append(f"| {size} | {ms:.1f} ms | {speed / 1e3:.1f}k | {gib:.1f} GiB | {end}")
+    small, large = (scaled(records, name)["tokens_per_s"] / 1e3 for name in ONE.values())
+    lines.append(f"a second run (`scaling.json` beside it) gave {small:.1f}k and {large:.1f}k")
+    rows, plain = run(records, "370M-16-rows"), run(records, "370M-plain")
+    lines += [
+        f"370M with 16 rows takes {rows['step_ms']:.1f} ms, "
+        f"{rows['tokens_per_s'] / 1e3:.1f}k tokens/s, {rows['peak_gib']:.1f} GiB",
+        f"2.7B was trained ({run(records, '2.7B')['peak_gib']:.1f} GiB)",
+        f"took {plain['tokens_per_s'] / 1e3:.0f}k tokens/s plain (`370M-plain.json`",
+    ]
+    compare("docs/kernels.md", lines)
+
+
+def test_memory_by_plan_by_estimate_and_measured(records, compare):
+    estimates, plans = [], []
+    for size, name in ONE.items():
+        argv = ["--preset", size, "--batch-size", "8", "--data.seq-len", "2048"]
+        (row,) = describe(resolve_config(argv), [1])["memory"]
+        found = scaled(records, name)
+        estimates.append(row["total"] / 2**30)
+        plans.append(found["compiled"]["planned_gib"])
+        all_three = (estimates[-1], plans[-1], found["peak_gib"])
+        assert max(all_three) / min(all_three) < 1.04
+    assert all(
+        abs(r["compiled"]["planned_gib"] / r["peak_gib"] - 1) < 0.04
+        for r in records["h100/scaling.json"]["records"]
+    )
+    lines = [
+        f"the compiler's plan ({plans[0]:.1f} and {plans[1]:.1f} GiB)",
+        f"({estimates[0]:.1f}; {estimates[1]:.1f} for 1.3B) agree within 4%",
+        "in `scaling.json`, plan and measured peak agree within 4%",
+    ]
+    compare("docs/kernels.md", lines)
+
+
+def test_kernels_of_a_step(records, compare):
+    kernels = {size: printed(records, size)[1] for size in ONE}
+    left = {size: kernels[size]["all"] for size in ONE}
+    lines = []
+    for label, beginnings in KERNELS.items():
+        for size in ONE:
+            left[size] -= sum(v for k, v in kernels[size].items() if k.startswith(beginnings))
+        cells = [
+            sum(v for k, v in kernels[size].items() if k.startswith(beginnings)) for size in ONE
+        ]
+        lines.append(f"| {label} | {cells[0]:.1f} | {cells[1]:.1f} |")
+    label = "ternarisation, gradient norm, residual sums, copies of slices"
+    lines.append(f"| {label} | {left['370M']:.1f} | {left['1.3B']:.1f} |")
+    compare("docs/kernels.md", lines)
+
+
+def test_recurrence(records, compare, fixed):
+    lines = []
+    for (label, batch), (first, second, end) in RECURRENCE.items():
+        shape = [batch, 16384 // batch, 2048]
+        prefix = "mlgru_" if label == "gates fused" else ""
+        forward, backward = (
+            records.row("h100/kernels.json", op=f"recurrence {prefix}{step}", shape=shape,
+                        variant="pallas_gpu")["ms"]
+            for step in ("forward", "backward")
+        )  # fmt: skip
+        lines.append(
+            f"| {label}, {shape} | {fixed(first, 3)}, {fixed(forward, 3)} | "
+            f"{fixed(first + second, 3)}, {fixed(forward + backward, 3)} {end}"
+        )
+    kernels = printed(records, "1.3B")[1]  # 24 layers
+    lines.append(
+        f"gives the fused kernel {kernels['linear_recurrence'] / 24:.3f} ms forward "
+        f"and {kernels['linear_recurrence_reversed'] / 24:.3f} backward"
+    )
+    compare("docs/kernels.md", lines)
+
+
+def test_several_gpus(records, compare):
+    record = records["h100/scaling.json"]
+    alone = {r["case"]["preset"]: r["tokens_per_s"] for r in record["records"] if r["devices"] == 1}
+    lines = [" ".join(record["command"])]
+    for found in record["records"]:
+        size, devices, layout = found["case"]["preset"], found["devices"], found["case"]["layout"]
+        each = found["tokens_per_s"] / devices
+        share = ""
+        if size in alone:
+            share = "100%" if devices == 1 else f"{each / alone[size]:.1%}"
+        moved = hidden = ""
+        if "exchange" in found:
+            ms = found["exchange"]["ms_a_step"]
+            moved, hidden = f"{ms:.1f}", f"{found['exchange']['hidden_ms_a_step'] / ms:.0%}"
+        cells = [
+            size, str(devices), layout.replace("one", ""), str(found["batch_size"]),
+            f"{each:,.0f}", share, f"{found['step_ms']:.1f}", f"{found['peak_gib']:.1f}", moved,
+            hidden,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
+    compare("docs/pods.md", lines)
