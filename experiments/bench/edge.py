@@ -1,28 +1,31 @@
 """Speed and memory on a CPU without JAX: every measurement in a process of its own."""
 
 import dataclasses
-import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from mmfree_jax.cli.parse import Counts, Names
 from mmfree_jax.errors import ConfigError, MMFreeError
-from mmfree_jax.experiments.bench import edge_models, edge_one, edge_report
-from mmfree_jax.experiments.bench.edge_report import describe
+from mmfree_jax.experiments.bench import edge_models, edge_process, edge_report
+from mmfree_jax.experiments.bench.records import (
+    Row,
+    Say,
+    Study,
+    finish,
+    one_of,
+    say,
+    start,
+)
 from mmfree_jax.export import onnx_session
 from mmfree_jax.presets import preset
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative
 
-# What is measured, and what tables call it.
-FORMS = edge_report.LABELS
-RECORDS = "edge.json"
-TABLE = "edge.md"
-FIGURE = "edge.png"
+STUDY = Study("edge", edge_report.describe, edge_report.table, edge_report.draw)
 
 # Tokens of a prompt that are read at once: what each runtime's own program does. (The JAX path
 # cuts prompts itself.)
@@ -30,55 +33,61 @@ PIECES = {"onnx": onnx_session.CHUNK, "jax": 0, "llama": 512}
 # How often a measurement is taken while other programs disturb it.
 ATTEMPTS = 3
 
-Row = dict[str, Any]
-Say = Callable[[str], None]
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure; see `mmfree bench edge --help`."""
+    """Time decoding and prefill on a CPU with random weights, each in its own process."""
 
-    sizes: tuple[str, ...]
-    forms: tuple[str, ...]
-    contexts: tuple[int, ...]
-    context_forms: tuple[str, ...]
-    threads: int
-    steps: int
-    repeats: int
-    prefill: int
-    peer_python: str
-    models: Path | None
-    quiet: float
-    timeout_s: float
+    out: Path
+    """Folder that receives edge.json, edge.md (tables) and edge.png."""
+    sizes: Names = ("370M", "1.3B")
+    """Presets to measure, separated by commas; the peer is the same preset's Transformer++."""
+    forms: Names = ("onnx-fast", "llama-q4_0", "onnx-exact", "llama-tq2_0", "llama-q4_k_m",
+                    "jax-cpu", "onnx-f32", "llama-f16")  # fmt: skip
+    """What to measure, separated by commas, in this order; llama-q8_0 and llama-tq1_0 exist too."""
+    contexts: Counts = (32, 512, 2048, 16384)
+    """Tokens read before decoding, separated by commas; all forms at the first of them."""
+    context_forms: Names = ("onnx-fast", "llama-q4_0")
+    """Forms that are measured at the other contexts too, separated by commas."""
+    threads: Count = 2
+    """Threads, and cores that a measurement may use."""
+    steps: Count = 64
+    """Tokens of one timed loop."""
+    repeats: Count = 3
+    """Timed loops; the median counts."""
+    prefill: CountOrZero = 512
+    """Also time reading a prompt of this many tokens; 0: do not."""
+    peer_python: str = ""
+    """Python interpreter that has llama-cpp-python and gguf; empty: the peer is left out."""
+    models: Path | None = None
+    """Folder for the models' files and saved contexts, several GB, which later runs reuse; none:
+    a temporary one."""
+    prepare_only: bool = False
+    """Make those files and stop."""
+    quiet: NotNegative = 0.2
+    """Take a measurement again, three times at most, if other processes used more cores than this
+    meanwhile; the least disturbed one counts."""
+    timeout: AboveZero = 600.0
+    """Longest time for one measurement (seconds)."""
 
 
 def check(plan: Plan) -> None:
     """Refuses a plan that cannot run.
 
     Raises:
-      ConfigError: an unknown size or form, a number that is too small or too large, or a peer
-        without its packages.
+      ConfigError: an unknown size or form, a number that is too large, or a peer without its
+        packages.
     """
     for size in plan.sizes:
         preset(size)
         preset(f"{size}-transformer")
-    for flag, forms in (("forms", plan.forms), ("context-forms", plan.context_forms)):
-        for form in forms:
-            if form not in FORMS:
-                raise ConfigError(f"--{flag} has {form!r}: choose from {', '.join(FORMS)}")
-    for name, values in (("sizes", plan.sizes), ("forms", plan.forms), ("contexts", plan.contexts)):
-        if not values:
+    one_of(plan, edge_report.LABELS, "forms", "context_forms")
+    for name in ("sizes", "forms", "contexts"):
+        if not getattr(plan, name):
             raise ConfigError(f"--{name} is empty: give at least one")
-    for name in ("threads", "steps", "repeats"):
-        if getattr(plan, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(plan, name)}: set 1 or more")
-    if plan.quiet < 0:
-        raise ConfigError(f"--quiet is {plan.quiet}: set a number of cores, 0 or more")
-    if plan.prefill < 0:
-        raise ConfigError(f"--prefill is {plan.prefill}: set 0 (none) or more")
-    for context in plan.contexts:
-        if not 1 <= context <= edge_models.PEER_CONTEXT // 2:
-            raise ConfigError(f"--contexts has {context}: set 1 to {edge_models.PEER_CONTEXT // 2}")
+    longest = edge_models.PEER_CONTEXT // 2
+    if max(plan.contexts) > longest:
+        raise ConfigError(f"--contexts has {max(plan.contexts)}: set 1 to {longest}")
     cores = len(os.sched_getaffinity(0))
     if plan.threads > cores:
         raise ConfigError(f"--threads is {plan.threads}: this process may use {cores} cores")
@@ -126,17 +135,12 @@ def _task(plan: Plan, models: Path, size: str, form: str, work: str, tokens: int
 
 def machine(plan: Plan) -> Row:
     """Where a run took place."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    flags = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line), ""
-    ).split()
+    about = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    first = {name.strip(): value.strip() for name, _, value in reversed(about)}
+    flags = first.get("flags", "").split()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "f16c", "fma")
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": first.get("model name", platform.processor()),
         "cores": len(os.sched_getaffinity(0)),
         "threads": plan.threads,
         "instructions": [name for name in wanted if name in flags],
@@ -147,52 +151,41 @@ def machine(plan: Plan) -> Row:
     }
 
 
-def measure(plan: Plan, out: Path, command: str, say: Say, *, prepare_only: bool) -> list[Row]:
-    """Runs a plan and writes records, table and figure to a folder, anew after each row.
+def measure(plan: Plan, command: str, say: Say = say) -> list[Row]:
+    """Runs a plan and keeps it in its folder.
 
     All model files and contexts are made before the first measurement. What cannot be made, or
-    fails, becomes a row with the reason.
+    fails, becomes a row with the reason; with `prepare_only` there are no other rows.
+
+    Raises:
+      ConfigError: the plan cannot run.
     """
+    check(plan)
     if plan.models is None:
-        with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
-            return _measure(plan, Path(folder), out, command, say, prepare_only)
-    return _measure(plan, plan.models, out, command, say, prepare_only)
-
-
-def _measure(
-    plan: Plan, models: Path, out: Path, command: str, say: Say, prepare_only: bool
-) -> list[Row]:
-    todo = tasks(plan, models.absolute())
+        parent = plan.out.parent if plan.out.parent.is_dir() else None
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            return measure(dataclasses.replace(plan, models=Path(folder)), command, say)
+    todo = tasks(plan, plan.models.absolute())
     failures: dict[int, str] = {}
     for number, task in enumerate(todo):
         try:
             edge_models.prepare(
-                models, task["size"], task["form"], plan.peer_python, plan.threads, say
-            )
+                plan.models.absolute(), task["size"], task["form"], plan.peer_python, plan.threads,
+                say,
+            )  # fmt: skip
             if "state" in task:
                 edge_models.prepare_context(task, _python(plan, task), say)
         except MMFreeError as e:
             failures[number] = str(e)
-    if prepare_only:
+    if plan.prepare_only:
         return [todo[number] | {"failed": why} for number, why in failures.items()]
-    out.mkdir(parents=True, exist_ok=True)
-    record: Row = {"command": command, "machine": machine(plan), "rows": []}
-    for number, task in enumerate(todo):
-        if number in failures:
-            row = task | {"failed": failures[number]}
-        else:
-            row = _run_quietly(plan, task)
-        record["rows"].append(row)
-        say(describe(row))
-        (out / RECORDS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        write_report(record, out)  # a run that is cut short leaves what it measured
-    return record["rows"]
 
+    def rows() -> Iterator[Row]:
+        for number, task in enumerate(todo):
+            why = failures.get(number)
+            yield _run_quietly(plan, task) if why is None else task | {"failed": why}
 
-def write_report(record: Row, out: Path) -> None:
-    """Writes the table and the figure of a record."""
-    (out / TABLE).write_text(edge_report.table(record["rows"]), encoding="utf-8")
-    edge_report.draw(record, out / FIGURE)
+    return STUDY.collect({"command": command, "machine": machine(plan)}, rows(), plan.out, say)
 
 
 def _python(plan: Plan, task: Row) -> str:
@@ -203,7 +196,7 @@ def _run_quietly(plan: Plan, task: Row) -> Row:
     """The first measurement that nothing disturbed, or the least disturbed one."""
     rows: list[Row] = []
     for _ in range(ATTEMPTS):
-        rows.append(_run(task, _python(plan, task), plan.timeout_s))
+        rows.append(_run(task, _python(plan, task), plan.timeout))
         if rows[-1].get("cores_of_others", 0) <= plan.quiet:
             break
     best = min(rows, key=lambda row: row.get("cores_of_others", math.inf))
@@ -213,15 +206,6 @@ def _run_quietly(plan: Plan, task: Row) -> Row:
 def _run(task: Row, python: str, timeout_s: float) -> Row:
     files = edge_models.weight_files(Path(task["path"]))
     task = task | {"file_mb": round(sum(p.stat().st_size for p in files) / 1e6, 1)}
-    try:
-        done = subprocess.run(
-            [python, "-I", edge_one.__file__, json.dumps(task)],
-            capture_output=True, text=True, timeout=timeout_s, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return task | {"failed": f"no result after {timeout_s:.0f} s"}
-    if done.returncode:
-        return task | {"failed": edge_models.reason(done.returncode, done.stderr)}
-    row = json.loads(done.stdout.strip().splitlines()[-1])
+    row = finish(start([python, "-I", edge_process.__file__]), task, timeout_s)
     # Where files lay is this machine's business.
     return {name: value for name, value in row.items() if name not in ("path", "state")}

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from mmfree_jax.errors import ConfigError, MMFreeError
-from mmfree_jax.experiments.bench import edge_one
+from mmfree_jax.experiments.bench import edge_process
+from mmfree_jax.experiments.bench.records import Row, Say, finish, reason, start
 from mmfree_jax.presets import preset
 
-Say = Callable[[str], None]
 _HERE = Path(__file__).parent
 PEER_CONTEXT = 32_768  # that the peer's file declares (tokens); nothing is allocated for it
 
@@ -58,7 +58,7 @@ def prepare(models: Path, size: str, form: str, peer: str, threads: int, say: Sa
     Args:
       models: the folder of all files.
       size: a preset.
-      form: of `edge.FORMS`.
+      form: of `edge_report.LABELS`.
       peer: the interpreter that has llama_cpp and gguf; "" if there is none.
       threads: of the peer's quantiser.
       say: is told what is being made.
@@ -88,7 +88,7 @@ def prepare(models: Path, size: str, form: str, peer: str, threads: int, say: Sa
     return path
 
 
-def prepare_context(task: dict[str, Any], python: str, say: Say) -> None:
+def prepare_context(task: Row, python: str, say: Say) -> None:
     """Makes the state file that a task starts from unless it is there.
 
     Raises:
@@ -97,29 +97,21 @@ def prepare_context(task: dict[str, Any], python: str, say: Say) -> None:
     if Path(task["state"]).exists():
         return
     say(f"making {task['state']}: reading {task['context']} tokens, once")
-    # Whole copies of what `edge_one` copies have to fit.
-    places = -(-task["context"] // edge_one.COPIED) * edge_one.COPIED + 256
-    run_script(edge_one.__file__, task | {"work": "context", "places": places}, python)
+    # Whole copies of what `edge_process` copies have to fit.
+    places = -(-task["context"] // edge_process.COPIED) * edge_process.COPIED + 256
+    run_script(edge_process.__file__, task | {"work": "context", "places": places}, python)
 
 
-def run_script(script: str, task: dict[str, Any], python: str) -> dict[str, Any]:
+def run_script(script: str, task: Row, python: str) -> Row:
     """Runs one of this folder's scripts on a task in a process of its own.
 
     Raises:
       PreparationError: it failed.
     """
-    done = subprocess.run(
-        [python, "-I", script, json.dumps(task)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise PreparationError(reason(done.returncode, done.stderr))
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def reason(code: int, stderr: str) -> str:
-    """Why a process ended: its exit code and its last line."""
-    lines = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
-    return f"exit code {code}: {lines[-1].strip()[:300]}"
+    row = finish(start([python, "-I", script]), task)
+    if "failed" in row:
+        raise PreparationError(row["failed"])
+    return row
 
 
 def peer_versions(python: str) -> dict[str, str]:
@@ -235,7 +227,7 @@ def _make_peer(models: Path, size: str, form: str, peer: str, threads: int, say:
     run_script(script, task, peer)
 
 
-def peer_dims(size: str) -> dict[str, Any]:
+def peer_dims(size: str) -> Row:
     """Dimensions of the Transformer++ of a size, as `edge_peer.write_float16` takes them."""
     config = preset(f"{size}-transformer").model
     return {

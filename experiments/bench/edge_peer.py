@@ -1,8 +1,8 @@
 """The peer's model files: a Transformer++ with random weights as GGUF, and its quantised forms.
 
-`python -I edge_peer.py JSON`, in an interpreter that has `gguf`, `llama_cpp` and numpy. The task
-{"path", "dims"} writes the float16 model; {"path", "source", "type", "threads"} quantises it by
-llama.cpp's own quantiser, with its usual exceptions (the head stays wider).
+`python -I edge_peer.py`, in an interpreter that has `gguf`, `llama_cpp` and numpy. The task on
+stdin {"path", "dims"} writes the float16 model; {"path", "source", "type", "threads"} quantises
+it by llama.cpp's own quantiser, with its usual exceptions (the head stays wider).
 """
 
 import ctypes
@@ -100,7 +100,7 @@ def tensor_types(path: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    task = json.loads(sys.argv[1])
+    task = json.loads(sys.stdin.readline())
     final = Path(task["path"])
     part = final.with_name(final.name + ".tmp")
     if "dims" in task:

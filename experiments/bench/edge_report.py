@@ -1,12 +1,10 @@
 """Lines, tables and the figure of the records of `mmfree bench edge`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.presets import preset
-
-Row = dict[str, Any]
+from mmfree_jax.experiments.bench.records import Row, by_size, draw_bars, markdown, spread
 
 LABELS = {
     "onnx-fast": "MatMul-free, ONNX fast (2 bits)",
@@ -30,9 +28,8 @@ def describe(row: Row) -> str:
     name = f"{row['work']} {row['size']} {row['form']} at {tokens} tokens"
     if "failed" in row:
         return f"{name}: {row['failed']}"
-    speed = row["tokens_per_s"]
     return (
-        f"{name}: {speed['median']:.1f} tokens/s ({speed['min']:.1f} to {speed['max']:.1f}), "
+        f"{name}: {spread(row['tokens_per_s'], '.1f')} tokens/s, "
         f"file {row['file_mb']:.0f} MB, loaded in {row['load_s']:.2f} s, "
         f"peak {row['peak_mb']:.0f} MB"
     )
@@ -40,74 +37,53 @@ def describe(row: Row) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """All rows as Markdown: forms side by side, then speed and memory by context."""
-    parts = [
-        "\n".join(_form_lines(rows)),
-        "\n".join(_context_lines(rows)),
-        verdicts(rows),
-        disturbance(rows),
-    ]
+    parts = (_forms(rows), _contexts(rows), verdicts(rows), disturbance(rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _form_lines(rows: Sequence[Row]) -> list[str]:
+def _forms(rows: Sequence[Row]) -> str:
     first = _first_context(rows)
     prefill = {(r["size"], r["form"]): r for r in rows if r["work"] == "prefill"}
     decode = [r for r in rows if r["work"] == "decode" and r["context"] == first]
     if not decode:
-        return []
+        return ""
     read = next(iter(prefill.values()), {"tokens": 0})["tokens"]
-    lines = [
-        f"| size | form | decode at {first} tokens, tokens/s (min to max) | prompt of {read} "
-        "tokens, tokens/s | file, MB | load, s | memory loaded, MB | peak, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ("size", "form", f"decode at {first} tokens, tokens/s (min to max)",
+              f"prompt of {read} tokens, tokens/s", "file, MB", "load, s", "memory loaded, MB",
+              "peak, MB")  # fmt: skip
+    lines = []
     for row in decode:
         cells = [row["size"], LABELS[row["form"]]]
         if "failed" in row:
-            cells += [row["failed"], "", "", "", "", ""]
-        else:
-            other = prefill.get((row["size"], row["form"]), {})
-            cells += [
-                _speed(row),
-                f"{other['tokens_per_s']['median']:,.0f}" if "tokens_per_s" in other else "-",
-                f"{row['file_mb']:.0f}",
-                f"{row['load_s']:.2f}",
-                f"{row['rss_loaded_mb']:.0f}",
-                f"{row['peak_mb']:.0f}",
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            lines.append([*cells, row["failed"]])
+            continue
+        speed = prefill.get((row["size"], row["form"]), {}).get("tokens_per_s")
+        lines.append([
+            *cells, spread(row["tokens_per_s"], ".1f"), f"{speed['median']:,.0f}" if speed else "-",
+            f"{row['file_mb']:.0f}", f"{row['load_s']:.2f}", f"{row['rss_loaded_mb']:.0f}",
+            f"{row['peak_mb']:.0f}",
+        ])  # fmt: skip
+    return markdown(header, lines)
 
 
-def _context_lines(rows: Sequence[Row]) -> list[str]:
+def _contexts(rows: Sequence[Row]) -> str:
     decode = [r for r in rows if r["work"] == "decode"]
     contexts = sorted({r["context"] for r in decode})
     if len(contexts) < 2:
-        return []
-    lines = [
-        "| size | form | " + " | ".join(f"{c:,} tokens" for c in contexts) + " |",
-        "|---|---|" + "---|" * len(contexts),
-    ]
-    found = {(r["size"], r["form"], r["context"]): r for r in decode}
+        return ""
+    found = {(r["size"], r["form"], r["context"]): _speed_and_memory(r) for r in decode}
     later = {(r["size"], r["form"]) for r in decode if r["context"] != contexts[0]}
-    for size, form in sorted(
-        later, key=lambda key: (_parameters(key[0]), list(LABELS).index(key[1]))
-    ):
-        cells = []
-        for context in contexts:
-            row = found.get((size, form, context), {"failed": "-"})
-            cells.append(
-                row["failed"]
-                if "failed" in row
-                else f"{row['tokens_per_s']['median']:.1f} tokens/s, {row['peak_mb']:,.0f} MB"
-            )
-        lines.append(f"| {size} | {LABELS[form]} | " + " | ".join(cells) + " |")
-    return lines
+    order = sorted(later, key=lambda key: (by_size(key[0]), list(LABELS).index(key[1])))
+    return markdown(
+        ("size", "form", *(f"{c:,} tokens" for c in contexts)),
+        [(s, LABELS[f], *(found.get((s, f, c), "-") for c in contexts)) for s, f in order],
+    )
 
 
-def _speed(row: Row) -> str:
-    speed = row["tokens_per_s"]
-    return f"{speed['median']:.1f} ({speed['min']:.1f} to {speed['max']:.1f})"
+def _speed_and_memory(row: Row) -> str:
+    if "failed" in row:
+        return row["failed"]
+    return f"{row['tokens_per_s']['median']:.1f} tokens/s, {row['peak_mb']:,.0f} MB"
 
 
 def verdicts(rows: Sequence[Row]) -> str:
@@ -151,73 +127,47 @@ def disturbance(rows: Sequence[Row]) -> str:
 
 def draw(record: Row, path: Path) -> None:
     """Speed and memory by form, and by context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [r for r in record["rows"] if r["work"] == "decode" and "failed" not in r]
-    sizes = sorted({r["size"] for r in rows}, key=_parameters)
-    forms = [form for form in LABELS if any(r["form"] == form for r in rows)]
-    colors = {form: f"C{number % 10}" for number, form in enumerate(LABELS)}
     first = _first_context(rows)
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    if len({r["context"] for r in rows}) < 2:
-        for axis in axes[1]:
-            axis.set_visible(False)
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    axes = figure.subplots(2, 2)
     panels = (
         ("Decoding (tokens/s)", lambda r: r["tokens_per_s"]["median"]),
         ("Peak memory of the process (MB)", lambda r: r["peak_mb"]),
     )
-    for column, (label, value) in enumerate(panels):
-        top, bottom = axes[0][column], axes[1][column]
-        for number, form in enumerate(forms):
-            found = {
-                r["size"]: value(r) for r in rows if r["form"] == form and r["context"] == first
-            }
-            shift = 0.9 / max(1, len(forms)) * (number - (len(forms) - 1) / 2)
-            bars = top.bar(
-                [sizes.index(s) + shift for s in found],
-                list(found.values()),
-                width=0.85 / max(1, len(forms)),
-                label=LABELS[form],
-                color=colors[form],
-            )
-            top.bar_label(bars, fmt="{:,.0f}", fontsize=6)
-        top.set_xticks(range(len(sizes)), sizes)
-        top.set_xlabel(f"Model, {first} tokens of context")
-        top.set_ylabel(label)
-        for size_number, size in enumerate(sizes):
-            for form in forms:
-                points = sorted(
-                    (r["context"], value(r)) for r in rows if (r["size"], r["form"]) == (size, form)
-                )
-                if len(points) > 1:
-                    bottom.plot(
-                        *zip(*points, strict=True),
-                        "-o" if size_number == 0 else "--s",
-                        color=colors[form],
-                        label=f"{size} {LABELS[form]}",
-                    )
-        bottom.set_xscale("log", base=2)
-        bottom.xaxis.set_major_formatter("{x:g}")
-        bottom.set_ylim(bottom=0)
-        bottom.set_xlabel("Context (tokens)")
-        bottom.set_ylabel(label)
-        if bottom.lines and column:
-            bottom.legend(fontsize=7)
+    for (top, bottom), (label, value) in zip(axes.T, panels, strict=True):
+        at_first = [r for r in rows if r["context"] == first]
+        draw_bars(top, at_first, LABELS, value, number="{:,.0f}")
+        top.set(xlabel=f"Model, {first} tokens of context", ylabel=label)
+        bottom.set_visible(len({r["context"] for r in rows}) > 1)
+        _draw_by_context(bottom, rows, value)
+        bottom.set(xlabel="Context (tokens)", ylabel=label)
     if rows:
         axes[0][0].legend(fontsize=7)
+    if axes[1][1].lines:
+        axes[1][1].legend(fontsize=7)
     machine = record["machine"]
     figure.suptitle(f"One row, greedy, {machine['threads']} threads, {machine['cpu']}", fontsize=10)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+
+
+def _draw_by_context(axis: Any, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    sizes = sorted({r["size"] for r in rows}, key=by_size)
+    for number, form in enumerate(LABELS):
+        for size in sizes:
+            points = sorted(
+                (r["context"], value(r)) for r in rows if (r["size"], r["form"]) == (size, form)
+            )
+            if len(points) > 1:
+                style = "-o" if size == sizes[0] else "--s"
+                label = f"{size} {LABELS[form]}"
+                axis.plot(*zip(*points, strict=True), style, color=f"C{number % 10}", label=label)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_ylim(bottom=0)
 
 
 def _first_context(rows: Sequence[Row]) -> int:
     return min((r["context"] for r in rows if r["work"] == "decode"), default=0)
-
-
-def _parameters(size: str) -> float:
-    model = preset(size).model
-    return model.num_layers * model.hidden_size**2

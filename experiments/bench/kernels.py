@@ -1,8 +1,6 @@
 """Times every op's implementations at real models' shapes, and keeps which one won where."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.roofline import Row, with_limits
+from mmfree_jax.files import write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.pallas_kernels import dispatch as choices
 from mmfree_jax.presets import preset
@@ -52,10 +51,7 @@ def measure(
 
 
 def write_choices(rows: Sequence[Row], path: Path, *, command: str) -> None:
-    """Puts the winners of this device into the table of choices; other entries stay.
-
-    The file is replaced at once, so that it is never half-written.
-    """
+    """Puts the winners of this device into the table of choices; other entries stay."""
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     kind = jax.devices()[0].device_kind
     mine = table.setdefault(kind, {})
@@ -63,11 +59,7 @@ def write_choices(rows: Sequence[Row], path: Path, *, command: str) -> None:
     for op, dtypes in choices.choose(rows).items():
         for dtype, shapes in dtypes.items():
             mine.setdefault(op, {}).setdefault(dtype, {}).update(shapes)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
-        f.write(json.dumps(table, indent=1) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f.name, path)
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 def provenance() -> dict[str, Any]:

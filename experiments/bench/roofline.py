@@ -70,10 +70,11 @@ def with_limits(row: Row, device: Device | None) -> Row:
 
 def plot(rows: Sequence[Row], device: Device, output: Path) -> None:
     """Draws the rows that have limits under the device's roofline, as a PNG."""
-    import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     intensity = np.geomspace(0.1, 1e5, 200)
     for name, peak, style in (
         ("int8", device.int8_ops, "-"),
@@ -102,4 +103,3 @@ def plot(rows: Sequence[Row], device: Device, output: Path) -> None:
     axes.grid(alpha=0.3, which="major")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
-    plt.close(figure)

@@ -124,10 +124,7 @@ def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def plot_timeline(kernels: Sequence[Kernel], path: Path, *, title: str) -> None:
     """The first device's streams over time, collectives in a colour of their own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     first = min((k.device for k in kernels), default="")
     own = [k for k in kernels if k.device == first]
@@ -136,13 +133,12 @@ def plot_timeline(kernels: Sequence[Kernel], path: Path, *, title: str) -> None:
         "products and kernels": ([k for k in own if not k.exchanges], "tab:blue"),
         "collectives": ([k for k in own if k.exchanges], "tab:orange"),
     }
-    figure, axis = plt.subplots(figsize=(9, 1.8))
+    figure = Figure(figsize=(9, 1.8), layout="tight")
+    axis = figure.subplots()
     for number, (members, colour) in enumerate(rows.values()):
         spans = _union([(k.start_ns, k.end_ns) for k in members])
         bars = [((start - begin) / 1e6, (end - start) / 1e6) for start, end in spans]
         axis.broken_barh(bars, (number - 0.4, 0.8), color=colour)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set(xlabel="ms", title=title, ylim=(len(rows) - 0.5, -0.5))
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

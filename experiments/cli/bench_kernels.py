@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmfree_jax.cli.parse import parse
+from mmfree_jax.cli.parse import Names, parse
 from mmfree_jax.config import Dtype
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.ranges import Count
@@ -21,9 +21,9 @@ the device's data sheet allows. Writes kernels.json and, on a known device, roof
 class _Arguments:
     out: Path | None = None
     """Folder for kernels.json and roofline.png; none: print only."""
-    ops: str = "recurrence,norm_quant,ternary_matmul,bitlinear,cross_entropy"
+    ops: Names = ("recurrence", "norm_quant", "ternary_matmul", "bitlinear", "cross_entropy")
     """Which ones, separated by commas."""
-    sizes: str = "370M,1.3B"
+    sizes: Names = ("370M", "1.3B")
     """Presets whose shapes are taken, separated by commas."""
     tokens: Count = 16_384
     """In a batch."""
@@ -50,8 +50,8 @@ def kernels(argv: Sequence[str]) -> int:
     command = "mmfree bench kernels " + " ".join(argv)
     rows = []
     for row in measure(
-        arguments.ops.split(","),
-        arguments.sizes.split(","),
+        arguments.ops,
+        arguments.sizes,
         tokens=arguments.tokens,
         seq_len=arguments.seq_len,
         dtype=arguments.dtype,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.bench.records import markdown
 from mmfree_jax.launch.device_scaling.run import RESULTS
 
 # What arXiv 2406.02528, section 4.3 reports on 8 H100: preset, tokens, hours.
@@ -58,85 +59,84 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def table(records: list[Record]) -> str:
-    """The study as a Markdown table, failures below it."""
+    """The study as Markdown tables, failures below them."""
     done = sorted((r for r in records if "error" not in r), key=_order)
-    lines = [
-        "| model | scaling | GPUs | layout | batch | tokens/s a GPU | vs 1 GPU | ms a step "
-        "| model TFLOP/s a GPU | peak GiB a GPU |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for record in done:
-        case, share = record["case"], efficiency(record, done)
-        peak = record.get("peak_gib")
-        layout = case["layout"] + ("" if case["overlap"] else ", XLA's own flags")
-        lines.append(
-            f"| {case['preset']} | {case['mode']} | {case['devices']} | {layout} "
-            f"| {case['batch_size']} x {case['seq_len']} | {rate_per_device(record):,.0f} "
-            f"| {'' if share is None else f'{share:.1%}'} | {record['step_ms']:.1f} "
-            f"| {record['model_tflops'] / record['devices']:.0f} "
-            f"| {'' if peak is None else f'{peak:.1f}'} |"
-        )
     traced = [r for r in done if r.get("exchange", {}).get("ms_a_step")]
+    parts = [
+        markdown(
+            ("model", "scaling", "GPUs", "layout", "batch", "tokens/s a GPU", "vs 1 GPU",
+             "ms a step", "model TFLOP/s a GPU", "peak GiB a GPU"),
+            [_cells(record, efficiency(record, done)) for record in done],
+            words=2,
+        )
+    ]  # fmt: skip
     if traced:
-        lines += [
-            "",
-            "| trace of | GPUs | layout | collectives, ms a step | beside other kernels |",
-            "|---|---:|---|---:|---:|",
-        ]
-        for record in traced:
-            case, moved = record["case"], record["exchange"]
-            lines.append(
-                f"| {case['preset']} | {case['devices']} | {case['layout']} "
-                f"| {moved['ms_a_step']:.1f} "
-                f"| {moved['hidden_ms_a_step'] / moved['ms_a_step']:.0%} |"
-            )
-    saves = [r for r in done if "checkpoint" in r]
-    if saves:
-        lines += [
-            "",
-            "| checkpoint of | GPUs | GiB | training waits (s) | save (s) | verify, restore (s) |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for record in saves:
-            c = record["checkpoint"]
-            lines.append(
-                f"| {record['case']['preset']} | {record['case']['devices']} | {c['gib']:.1f} "
-                f"| {c['save_blocked_s']:.1f} | {c['save_s']:.1f} | {c['restore_s']:.1f} |"
-            )
-    lines += [f"Not measured: {r['name']}: {r['error']}" for r in records if "error" in r]
-    return "\n".join(lines) + "\n"
+        parts.append(markdown(
+            ("trace of", "GPUs", "layout", "collectives, ms a step", "beside other kernels"),
+            [_exchange(record) for record in traced],
+            words=1,
+        ))  # fmt: skip
+    if saves := [r for r in done if "checkpoint" in r]:
+        parts.append(markdown(
+            ("checkpoint of", "GPUs", "GiB", "training waits (s)", "save (s)",
+             "verify, restore (s)"),
+            [_saving(record) for record in saves],
+            words=1,
+        ))  # fmt: skip
+    failures = [f"Not measured: {r['name']}: {r['error']}" for r in records if "error" in r]
+    return "\n\n".join(parts) + "\n" + "".join(f"{line}\n" for line in failures)
+
+
+def _cells(record: Record, share: float | None) -> list[str]:
+    case, peak = record["case"], record.get("peak_gib")
+    return [
+        case["preset"], case["mode"], str(case["devices"]),
+        case["layout"] + ("" if case["overlap"] else ", XLA's own flags"),
+        f"{case['batch_size']} x {case['seq_len']}", f"{rate_per_device(record):,.0f}",
+        "" if share is None else f"{share:.1%}", f"{record['step_ms']:.1f}",
+        f"{record['model_tflops'] / record['devices']:.0f}", "" if peak is None else f"{peak:.1f}",
+    ]  # fmt: skip
+
+
+def _exchange(record: Record) -> list[str]:
+    case, moved = record["case"], record["exchange"]
+    hidden = moved["hidden_ms_a_step"] / moved["ms_a_step"]
+    return [case["preset"], str(case["devices"]), case["layout"], f"{moved['ms_a_step']:.1f}",
+            f"{hidden:.0%}"]  # fmt: skip
+
+
+def _saving(record: Record) -> list[str]:
+    names = ("gib", "save_blocked_s", "save_s", "restore_s")
+    numbers = [f"{record['checkpoint'][name]:.1f}" for name in names]
+    return [record["case"]["preset"], str(record["case"]["devices"]), *numbers]
 
 
 def training_times(records: list[Record]) -> str:
     """Hours of the paper's runs at the best rate measured on the most devices, beside theirs."""
-    lines = [
-        "| run | measured on | tokens/s | hours here | hours of the paper, 8 H100 |",
-        "|---|---|---:|---:|---:|",
-    ]
+    rows = []
     for name, tokens, hours in PAPER_RUNS:
         mine = [r for r in records if "error" not in r and r["case"]["preset"] == name]
-        if not mine:
-            continue
-        best = max(mine, key=lambda r: (r["devices"], r["tokens_per_s"]))
-        lines.append(
-            f"| {name}, {tokens / 1e9:.0f}B tokens | {best['devices']} x {best['device_kind']}, "
-            f"{best['case']['layout']} | {best['tokens_per_s']:,.0f} "
-            f"| {tokens / best['tokens_per_s'] / 3600:.1f} | {hours:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+        if mine:
+            best = max(mine, key=lambda r: (r["devices"], r["tokens_per_s"]))
+            rows.append([
+                f"{name}, {tokens / 1e9:.0f}B tokens",
+                f"{best['devices']} x {best['device_kind']}, {best['case']['layout']}",
+                f"{best['tokens_per_s']:,.0f}", f"{tokens / best['tokens_per_s'] / 3600:.1f}",
+                f"{hours:.0f}",
+            ])  # fmt: skip
+    header = ("run", "measured on", "tokens/s", "hours here", "hours of the paper, 8 H100")
+    return markdown(header, rows, words=2) + "\n"
 
 
 def figure(records: list[Record], path: Path) -> None:
     """Tokens a second on each device against the number of devices, one panel a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     done = sorted((r for r in records if "error" not in r and r["case"]["overlap"]), key=_order)
     names = list(dict.fromkeys(r["case"]["preset"] for r in done))
-    fig, axes = plt.subplots(1, max(1, len(names)), figsize=(3.2 * max(1, len(names)), 3.2))
-    panels = [axes] if len(names) <= 1 else list(axes)
+    count = max(1, len(names))
+    fig = Figure(figsize=(3.2 * count, 3.2), layout="tight")
+    panels = fig.subplots(1, count, squeeze=False)[0]
     for axis, name in zip(panels, names, strict=False):
         of_model = [r for r in done if r["case"]["preset"] == name]
         single = [r for r in of_model if r["case"]["devices"] == 1]
@@ -161,6 +161,4 @@ def figure(records: list[Record], path: Path) -> None:
         axis.minorticks_off()
         axis.legend(fontsize=7)
     panels[0].set_ylabel("1000 tokens/s a GPU")
-    fig.tight_layout()
     fig.savefig(path, dpi=150)
-    plt.close(fig)

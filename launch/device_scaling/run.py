@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.bench.records import reason
 from mmfree_jax.launch.device_scaling.plan import Case
 from mmfree_jax.launch.device_scaling.worker import write_case
 from mmfree_jax.launch.local import visible_gpus
@@ -20,7 +20,6 @@ from mmfree_jax.ranges import AboveZero, Count
 
 RESULTS = "results.jsonl"
 _IDLE_MIB = 2048.0
-_WORKER = "mmfree_jax.launch.device_scaling.worker"
 
 
 @dataclasses.dataclass
@@ -113,9 +112,8 @@ def run_study(
         _time_all(workers, end, options.case_minutes, clock, measure, record)
     finally:
         for worker in workers:
-            if worker.process is not None and worker.process.poll() is None:
-                worker.process.send_signal(signal.SIGKILL)
             if worker.process is not None:
+                worker.process.kill()  # does nothing to one that has ended
                 worker.process.wait()
     return records
 
@@ -196,18 +194,10 @@ def _start(
         env["XLA_FLAGS"] = " ".join(flags)
     with (worker.folder / "log.txt").open("a") as log:
         worker.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "mmfree_jax.launch.device_scaling.worker",
-                stage,
-                str(worker.folder),
-            ],
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
+            [sys.executable, "-m", "mmfree_jax.launch.device_scaling.worker", stage,
+             str(worker.folder)],
+            env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
 
 
 def _look(
@@ -229,9 +219,8 @@ def _look(
     elif status == 0 and not worker.compiled:
         measure(worker)
     else:
-        lines = (worker.folder / "log.txt").read_text(errors="replace").splitlines()
-        how = f"signal {-status}" if status < 0 else f"exit code {status}"
-        record(worker, {"error": f"{how}: {lines[-1][:300] if lines else 'no output'}"})
+        log = (worker.folder / "log.txt").read_text(errors="replace")
+        record(worker, {"error": reason(status, log)})
 
 
 def _time_all(workers, end, case_minutes, clock, measure, record) -> None:

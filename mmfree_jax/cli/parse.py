@@ -10,12 +10,13 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.ranges import check_values
+from mmfree_jax.ranges import Count, check_values
 
 
 def parse(
@@ -111,18 +112,24 @@ def _one_line(text: str, prog: str) -> str:
     return f"{message}; see {prog} --help"
 
 
-def names(text: str) -> tuple[str, ...]:
-    """The names of a list separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _list_of(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstructorSpec:
+    """A flag whose one value is a list separated by commas."""
+
+    def read(texts: list[str]) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in texts[0].split(",") if part.strip())
+        except ValueError as e:
+            raise ValueError(f"{texts[0]!r}: give {what} separated by commas") from e
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values))],
+    )
 
 
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """The whole numbers of a list separated by commas, given as `--flag`.
-
-    Raises:
-      ConfigError: something else is in it.
-    """
-    try:
-        return tuple(int(number) for number in names(text))
-    except ValueError as e:
-        raise ConfigError(f"--{flag} is {text!r}: give whole numbers separated by commas") from e
+# Types of fields and parameters: A,B on the command line is ("A", "B").
+Names = Annotated[tuple[str, ...], _list_of(str, "A,B,...", "names")]
+Counts = Annotated[tuple[Count, ...], _list_of(int, "N,N,...", "whole numbers")]

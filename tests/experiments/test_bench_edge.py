@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.experiments.bench import edge, edge_models, edge_one, edge_report
+from mmfree_jax.experiments.bench import edge, edge_models, edge_process, edge_report
 from mmfree_jax.experiments.cli.bench_edge import bench_edge
 
 PEER = os.environ.get("MMFREE_PEER_PYTHON", "")
@@ -21,9 +22,9 @@ needs_peer = pytest.mark.skipif(
 
 def _plan(**changes):
     plan = edge.Plan(
-        sizes=("tiny",), forms=("onnx-fast",), contexts=(4,), context_forms=("onnx-fast",),
-        threads=1, steps=2, repeats=2, prefill=6, peer_python="", models=None, quiet=64.0,
-        timeout_s=120.0,
+        out=Path("none"), sizes=("tiny",), forms=("onnx-fast",), contexts=(4,),
+        context_forms=("onnx-fast",), threads=1, steps=2, repeats=2, prefill=6, quiet=64.0,
+        timeout=120.0,
     )  # fmt: skip
     return dataclasses.replace(plan, **changes)
 
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
 
 def test_the_command_writes_records_table_and_figure(run):
     assert run.code == 0
-    record = json.loads((run.out / edge.RECORDS).read_text())
+    record = json.loads((run.out / "edge.json").read_text())
     assert record["command"] == "mmfree bench edge " + " ".join(run.argv)
     assert record["machine"]["threads"] == 1
     found = [(row["work"], row["form"], "failed" in row) for row in record["rows"]]
@@ -68,19 +69,18 @@ def test_the_command_writes_records_table_and_figure(run):
         assert row["file_mb"] > 0
         assert 0 <= row["cores_of_others"] <= os.cpu_count()
         assert str(run.models) not in json.dumps(row)
-    table = (run.out / edge.TABLE).read_text()
+    table = (run.out / "edge.md").read_text()
     assert "| tiny | MatMul-free, ONNX fast (2 bits) | " in table
     assert "no --peer-python" in table
-    assert (run.out / edge.FIGURE).stat().st_size > 1000
+    assert (run.out / "edge.png").stat().st_size > 1000
 
 
 def test_a_measurement_imports_no_jax(run):
-    engine_free = "import sys, runpy; sys.argv = ['x', sys.argv[1]];"
-    code = f"{engine_free} runpy.run_path({edge_one.__file__!r}, run_name='__main__');"
+    code = f"import sys, runpy; runpy.run_path({edge_process.__file__!r}, run_name='__main__');"
     task = _task(run, "onnx-fast") | {"work": "decode", "context": 4}
     done = edge_models.subprocess.run(
-        [sys.executable, "-I", "-c", code + "print('jax' in sys.modules)", json.dumps(task)],
-        capture_output=True, text=True, check=True,
+        [sys.executable, "-I", "-c", code + "print('jax' in sys.modules)"],
+        input=json.dumps(task) + "\n", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split()[-1] == "False"
 
@@ -99,7 +99,7 @@ def test_the_float32_graph_computes_the_fast_one_without_quantised_activations(r
         folder = edge_models.place(run.models, "tiny", form)
         session = onnxruntime.InferenceSession(folder / "model.onnx")
         state = np.zeros([2, 1, 64], np.float32)
-        tokens = np.array([edge_one.prompt(20, 264)])
+        tokens = np.array([edge_process.prompt(20, 264)])
         logits[form], _ = session.run(None, {"tokens": tokens, "state": state})
     fast, wide = logits["onnx-fast"], logits["onnx-f32"]
     assert np.linalg.norm(fast - wide) < 0.1 * np.linalg.norm(wide)
@@ -108,12 +108,12 @@ def test_the_float32_graph_computes_the_fast_one_without_quantised_activations(r
 
 def test_a_saved_context_continues_as_the_prompt_read_at_once(run, tmp_path):
     task = _task(run, "onnx-fast")
-    engine = edge_one.open_onnx(task)
-    row = edge_one.save_context(engine, task | {"context": 700, "state": tmp_path / "a.state"})
+    engine = edge_process.open_onnx(task)
+    row = edge_process.save_context(engine, task | {"context": 700, "state": tmp_path / "a.state"})
     assert row["state_mb"] >= 0
     assert not (tmp_path / "a.state.tmp").exists()
     expected = engine.generate(0, 5)
-    other = edge_one.open_onnx(task)
+    other = edge_process.open_onnx(task)
     other.restore(tmp_path / "a.state")
     other.mark()
     assert other.generate(0, 5) == expected
@@ -122,8 +122,8 @@ def test_a_saved_context_continues_as_the_prompt_read_at_once(run, tmp_path):
 
 
 def test_prompts_are_read_in_pieces():
-    assert [len(piece) for piece in edge_one.pieces(range(1100), 512)] == [512, 512, 76]
-    assert max(edge_one.prompt(5000, 264)) < 264
+    assert [len(piece) for piece in edge_process.pieces(range(1100), 512)] == [512, 512, 76]
+    assert max(edge_process.prompt(5000, 264)) < 264
 
 
 def _engine(tokens):
@@ -136,17 +136,17 @@ def _engine(tokens):
     def generate(_, steps):
         return [next(left) for _ in range(steps)]
 
-    return edge_one.Engine(
+    return edge_process.Engine(
         nothing, generate, nothing, nothing, nothing, nothing, nothing, versions={}
     )
 
 
 def test_a_loop_that_gives_other_tokens_is_refused():
     task = {"context": 3, "vocab_size": 9, "steps": 2, "repeats": 2}
-    row = edge_one.measure_decode(_engine([1, 2, 1, 2, 1, 2]), task)
+    row = edge_process.measure_decode(_engine([1, 2, 1, 2, 1, 2]), task)
     assert row["tokens_per_s"]["median"] > 0
     with pytest.raises(RuntimeError, match="other tokens"):
-        edge_one.measure_decode(_engine([1, 2, 1, 2, 1, 3]), task)
+        edge_process.measure_decode(_engine([1, 2, 1, 2, 1, 3]), task)
 
 
 def test_a_measurement_that_fails_is_a_row_with_the_reason(tmp_path, monkeypatch):
@@ -154,9 +154,9 @@ def test_a_measurement_that_fails_is_a_row_with_the_reason(tmp_path, monkeypatch
     monkeypatch.setattr(edge_models, "weight_files", lambda _: [])
     monkeypatch.setattr(edge.sys, "executable", "/bin/false")
     said = []
-    rows = edge.measure(_plan(prefill=0), tmp_path, "x", said.append, prepare_only=False)
+    rows = edge.measure(_plan(prefill=0, out=tmp_path), "x", said.append)
     assert [row["failed"] for row in rows] == ["exit code 1: no message"]
-    assert "exit code 1" in (tmp_path / edge.TABLE).read_text()
+    assert "exit code 1" in (tmp_path / "edge.md").read_text()
     assert "exit code 1" in said[0]
 
 
@@ -173,8 +173,8 @@ def test_a_disturbed_measurement_is_taken_again(monkeypatch):
 def test_files_that_cannot_be_made_are_rows_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(edge.sys, "executable", "/bin/false")
     monkeypatch.setattr(edge_models, "_make_packed", lambda path, _: path.mkdir())
-    plan = _plan(models=tmp_path / "models")
-    rows = edge.measure(plan, tmp_path, "x", lambda _: None, prepare_only=True)
+    plan = _plan(models=tmp_path / "models", prepare_only=True)
+    rows = edge.measure(plan, "x", lambda _: None)
     assert {row["failed"] for row in rows} == {"mmfree export onnx: exit code 1: no message"}
     assert not (tmp_path / "models" / "tiny" / "onnx-fast").exists()
 
@@ -202,7 +202,7 @@ def test_the_plan_measures_what_was_asked_for(tmp_path):
         ("--forms", "onnx-fp8", "onnx-fp8"),
         ("--context-forms", "x", "--context-forms has 'x'"),
         ("--contexts", "many", "whole numbers"),
-        ("--contexts", "0", "--contexts has 0"),
+        ("--contexts", "0", "--contexts is (0,)"),
         ("--contexts", "100000", "--contexts has 100000"),
         ("--threads", "0", "--threads"),
         ("--threads", "4096", "may use"),
@@ -260,9 +260,9 @@ def test_the_peer_is_quantised_and_measured(tmp_path):
     path = edge_models.prepare(tmp_path, "tiny", "llama-q4_0", PEER, 1, lambda _: None)
     plan = _plan(
         sizes=("tiny",), forms=("llama-q4_0",), contexts=(32, 3000), peer_python=PEER,
-        context_forms=("llama-q4_0",), models=tmp_path,
+        context_forms=("llama-q4_0",), models=tmp_path, out=tmp_path / "out",
     )  # fmt: skip
-    rows = edge.measure(plan, tmp_path / "out", "x", lambda _: None, prepare_only=False)
+    rows = edge.measure(plan, "x", lambda _: None)
     assert [row.get("failed") for row in rows] == [None] * 3
     assert rows[0]["file_mb"] == pytest.approx(path.stat().st_size / 1e6, abs=0.1)
     assert rows[2]["peak_mb"] > rows[0]["peak_mb"]  # the cache of 3,000 tokens

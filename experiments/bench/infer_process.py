@@ -1,9 +1,9 @@
-"""One measurement of inference in its own process: `python -m ...bench.infer_one JSON`.
+"""One measurement of inference in its own process: `python -m ...bench.infer_process`.
 
 Weights are random, of the right distribution, made on the device layer by layer in the form in
 which they are used: a 13B model never exists in a larger form, and the process's peak memory is
-the measured program's. Without an argument the task is read from stdin, so that the imports of
-one measurement can go on during another. The result is one line of JSON on stdout.
+the measured program's. The task is a line of JSON on stdin, so that the imports of one
+measurement can go on during another; the result is one on stdout.
 
 A time is the host's clock around one compiled program, the device synchronised before and
 after, behind one call that compiles and warms up. Decoding: the greedy loop of `generate` over
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import LinearConfig, ModelConfig
+from mmfree_jax.experiments.bench.edge_process import summary
 from mmfree_jax.infer import decode, packed_model
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.installed import versions
@@ -32,11 +33,9 @@ from mmfree_jax.pallas_kernels.packed_matmul.api import plane_columns
 from mmfree_jax.presets import preset
 from mmfree_jax.saved import packed as pack
 
-FORMS = ("packed", "matmulfree-bf16", "transformer-bf16")
-
 
 def model_config(size: str, form: str) -> ModelConfig:
-    """The preset's model in one of `FORMS`; the bfloat16 forms have dense products.
+    """The preset's model in one of `infer.FORMS`; the bfloat16 forms have dense products.
 
     "trits", the packed model's weights unpacked to int8, is for comparisons.
     """
@@ -157,7 +156,7 @@ def measure_decode(task: dict[str, Any]) -> dict[str, Any]:
     first_s, times = _times(run, repeats)
     row = {
         "first_call_s": round(first_s, 2),
-        "ms_per_token": _summary([1e3 * t / steps for t in times]),
+        "ms_per_token": summary([1e3 * t / steps for t in times], 4),
         "tokens_per_s": round(batch * steps / statistics.median(times), 1),
         **_memory(variables),
     }
@@ -181,7 +180,7 @@ def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
     first_s, times = _times(run, task["repeats"])
     return {
         "first_call_s": round(first_s, 2),
-        "ms": _summary([1e3 * t for t in times]),
+        "ms": summary([1e3 * t for t in times], 4),
         **_memory(variables),
     }
 
@@ -247,14 +246,6 @@ def _times(run: Callable[[], jax.Array], repeats: int) -> tuple[float, list[floa
     return times[0], times[1:]
 
 
-def _summary(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-    }
-
-
 def _memory(variables: Any) -> dict[str, float]:
     """Weights, and the most that the process has held on the device (10^9 bytes)."""
     row = {"weights_gb": sum(x.nbytes for x in jax.tree.leaves(variables)) / 1e9}
@@ -311,5 +302,4 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    text = sys.argv[1] if len(sys.argv) > 1 else sys.stdin.readline()
-    print(json.dumps(run_task(json.loads(text))), flush=True)
+    print(json.dumps(run_task(json.loads(sys.stdin.readline()))), flush=True)

@@ -1,9 +1,10 @@
-"""One measurement of a model on a CPU in its own process: `python -I edge_one.py JSON`.
+"""One measurement of a model on a CPU in its own process: `python -I edge_process.py`.
 
 It imports numpy and the runtime that it measures and nothing else, so that the peak memory is
 that runtime's; run with the peer's interpreter it measures llama.cpp. The loop is the same for
 all: greedy, one row, the likeliest token chosen and fed back, from Python. (The JAX path decodes
-in a compiled loop of its own, `generate`.) The result is one line of JSON on stdout.
+in a compiled loop of its own, `generate`.) The task is a line of JSON on stdin, the result one
+on stdout.
 
 Memory is the kernel's account of the process: resident pages, of which those of mapped files
 (llama.cpp maps its weights) are counted as soon as they are touched.
@@ -313,13 +314,10 @@ def save_context(engine: Engine, task: Row) -> Row:
 WORKS = {"decode": measure_decode, "prefill": measure_prefill, "context": save_context}
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """Median, least and greatest."""
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
 
 
 def run_task(task: Row) -> Row:
@@ -345,4 +343,4 @@ def run_task(task: Row) -> Row:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_task(json.loads(sys.argv[1]))), flush=True)
+    print(json.dumps(run_task(json.loads(sys.stdin.readline()))), flush=True)

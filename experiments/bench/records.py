@@ -1,0 +1,196 @@
+"""Measurements in processes of their own, and the folder that keeps them.
+
+The folder of a study called NAME holds NAME.json (the command and a row a measurement), NAME.md
+(tables) and NAME.png, all written anew after each row: a run that is cut short leaves what it
+measured. A measurement that fails is a row with its reason under "failed".
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import write_text
+from mmfree_jax.presets import preset
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+
+
+def say(line: str) -> None:
+    """Shows a line at once, also where the output is a file."""
+    print(line, flush=True)
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """A process that reads one task, a line of JSON, from its input."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: subprocess.Popen[str], task: Row, timeout_s: float | None = None) -> Row:
+    """Gives a process its task and waits: the row on its last line, or the task and a reason."""
+    try:
+        stdout, stderr = process.communicate(json.dumps(task) + "\n", timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return task | {"failed": f"no result after {timeout_s:.0f} s"}
+    if process.returncode:
+        return task | {"failed": reason(process.returncode, stderr)}
+    return json.loads(stdout.strip().splitlines()[-1])
+
+
+def reason(code: int, stderr: str) -> str:
+    """Why a process ended: its exit code or signal and its last line."""
+    if any(text in stderr for text in _OUT_OF_MEMORY):
+        return "does not fit in the device's memory"
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{how}: {lines[-1].strip()[:300]}"
+
+
+def one_of(plan: Any, choices: Iterable[str], *fields: str) -> None:
+    """Refuses words of a plan's fields that are not among the choices.
+
+    Raises:
+      ConfigError: names the flag and the word.
+    """
+    for name in fields:
+        for word in getattr(plan, name):
+            if word not in choices:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} has {word!r}: choose from {', '.join(choices)}"
+                )
+
+
+@dataclass(frozen=True)
+class Study:
+    """How the rows of one kind of measurement are shown.
+
+    Attributes:
+      name: of its files.
+      describe: a line for a row.
+      table: all rows as Markdown.
+      draw: the figure of a record, into a PNG.
+    """
+
+    name: str
+    describe: Callable[[Row], str]
+    table: Callable[[Sequence[Row]], str]
+    draw: Callable[[Row, Path], None]
+
+    def files(self, out: Path) -> tuple[Path, Path, Path]:
+        """The record, the table and the figure."""
+        return out / f"{self.name}.json", out / f"{self.name}.md", out / f"{self.name}.png"
+
+    def write(self, record: Row, out: Path) -> None:
+        """Writes all three."""
+        out.mkdir(parents=True, exist_ok=True)
+        records, table, figure = self.files(out)
+        write_text(records, json.dumps(record, indent=1) + "\n")
+        write_text(table, self.table(record["rows"]))
+        self.draw(record, figure)
+
+    def collect(self, about: Row, rows: Iterable[Row], out: Path, say: Say = say) -> list[Row]:
+        """Keeps rows as they come, in a record that begins with `about`."""
+        record: Row = about | {"rows": []}
+        for row in rows:
+            record["rows"].append(row)
+            say(self.describe(row))
+            self.write(record, out)
+        return record["rows"]
+
+    def exit_code(self, rows: Sequence[Row], out: Path) -> int:
+        """Names the files; 1 if no measurement succeeded, else 0."""
+        say(", ".join(map(str, self.files(out))) + f": {len(rows)} rows")
+        return 1 if all("failed" in row for row in rows) else 0
+
+    def join(self, folders: Sequence[Path], out: Path) -> list[Row]:
+        """Puts the rows of earlier runs into one record, table and figure.
+
+        Raises:
+          ConfigError: a folder without a readable record.
+        """
+        commands: list[str] = []
+        rows: list[Row] = []
+        for folder in folders:
+            path = self.files(folder)[0]
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                commands += record["commands"] if "commands" in record else [record["command"]]
+                rows += record["rows"]
+            except (OSError, ValueError, KeyError) as e:
+                raise ConfigError(
+                    f"--join has {folder}, which has no readable {path.name} ({e}): give folders "
+                    f"that `mmfree bench {self.name} --out` made"
+                ) from e
+        self.write({"commands": commands, "rows": rows}, out)
+        return rows
+
+
+def markdown(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int | None = None
+) -> str:
+    """A Markdown table; rows that end early are filled up.
+
+    Args:
+      header: names of the columns.
+      rows: their cells.
+      words: how many columns stand to the left, the others to the right; None: all.
+    """
+    count = len(header) if words is None else words
+    marks = ["---"] * count + ["---:"] * (len(header) - count)
+    lines = [header, *([*row, *[""] * (len(header) - len(row))] for row in rows)]
+    head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([head, "|" + "|".join(marks) + "|", *body])
+
+
+def spread(summary: Mapping[str, float], form: str) -> str:
+    """Median, least and greatest in one cell."""
+    median, least, most = (format(summary[name], form) for name in ("median", "min", "max"))
+    return f"{median} ({least} to {most})"
+
+
+def by_size(size: str) -> float:
+    """A key that sorts presets by their parameters, about."""
+    model = preset(size).model
+    return model.num_layers * model.hidden_size**2
+
+
+def draw_bars(
+    axis: Any,
+    rows: Sequence[Row],
+    labels: Mapping[str, str],
+    value: Callable[[Row], float],
+    *,
+    number: str = "{:.2g}",
+) -> None:
+    """A group of bars a size, a bar a form with its number.
+
+    Args:
+      axis: matplotlib's.
+      rows: one a size and form.
+      labels: of the forms, in order.
+      value: height of a row's bar.
+      number: format of the numbers on the bars.
+    """
+    sizes = sorted({r["size"] for r in rows}, key=by_size)
+    forms = [form for form in labels if any(r["form"] == form for r in rows)]
+    step = 0.9 / max(1, len(forms))
+    for place, form in enumerate(forms):
+        found = {r["size"]: value(r) for r in rows if r["form"] == form}
+        bars = axis.bar(
+            [sizes.index(size) + step * (place - (len(forms) - 1) / 2) for size in found],
+            list(found.values()),
+            width=0.94 * step,
+            label=labels[form],
+            color=f"C{list(labels).index(form) % 10}",
+        )
+        axis.bar_label(bars, fmt=number, fontsize=6)
+    axis.set_xticks(range(len(sizes)), sizes)
