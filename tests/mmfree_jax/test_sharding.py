@@ -4,11 +4,14 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel import sharding
 from mmfree_jax.presets import preset
 
@@ -88,3 +91,76 @@ def test_sequences_that_cannot_be_split_are_refused(mesh, changes, message):
     data = dataclasses.replace(config.data, seq_len=changes.get("seq_len", 256))
     with pytest.raises(ConfigError, match=message):
         sharding.check_divisible(dataclasses.replace(config, data=data), sharding.make_mesh(mesh))
+
+
+# Written out by hand: [out, in] matrices that read the residual stream have their outputs over
+# tensor and their inputs over fsdp, those that write it the other way round; blocks have a layer
+# axis in front; vectors are everywhere.
+_COLUMN, _ROW = P(None, "tensor", "fsdp"), P(None, "fsdp", "tensor")
+_BOTH = {
+    "embedding/weight": P("tensor", "fsdp"),
+    "blocks/mixer_norm/scale": P(),
+    "blocks/glu_norm/scale": P(),
+    "blocks/mixer/o_proj/weight": _ROW,
+    "blocks/glu/gate_up_proj/weight": _COLUMN,
+    "blocks/glu/down_proj/weight": _ROW,
+    "final_norm/scale": P(),
+    "head/weight": P("tensor", "fsdp"),
+}
+_MATMUL_FREE = _BOTH | {
+    "lower_bounds": P(),
+    "blocks/mixer/i_proj/weight": _COLUMN,
+    "blocks/mixer/f_proj/weight": _COLUMN,
+    "blocks/mixer/g_proj/weight": _COLUMN,
+    "blocks/mixer/i_proj/norm_scale": P(),
+    "blocks/mixer/f_proj/norm_scale": P(),
+    "blocks/mixer/g_proj/norm_scale": P(),
+    "blocks/mixer/o_proj/norm_scale": P(),
+    "blocks/mixer/gate_norm/scale": P(),
+    "blocks/glu/gate_up_proj/norm_scale": P(),
+    "blocks/glu/down_proj/norm_scale": P(),
+    "head/norm_scale": P(),
+}
+_TRANSFORMER = _BOTH | {
+    "blocks/mixer/q_proj/weight": _COLUMN,
+    "blocks/mixer/k_proj/weight": _COLUMN,
+    "blocks/mixer/v_proj/weight": _COLUMN,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("tiny", {}, _MATMUL_FREE),
+        ("tiny", {"short_conv": 4}, _MATMUL_FREE | {"blocks/mixer/conv/kernel": P()}),
+        (
+            "tiny",
+            {"short_conv": 4, "share_short_conv": False},
+            _MATMUL_FREE | {"blocks/mixer/i_conv/kernel": P(), "blocks/mixer/f_conv/kernel": P()},
+        ),
+        ("tiny-transformer", {}, _TRANSFORMER),
+    ],
+    ids=["matmulfree", "convolution", "convolutions", "transformer"],
+)
+def test_every_parameter_is_laid_out_as_written_here(name, changes, expected):
+    config = dataclasses.replace(preset(name).model, **changes)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shapes = jax.eval_shape(
+        LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    )["params"]
+    found = jax.tree_util.tree_flatten_with_path(sharding.param_shardings(mesh, shapes))[0]
+    specs = {"/".join(k.key for k in path): s.spec for path, s in found}
+    assert specs == expected
+
+
+@pytest.mark.parametrize(
+    "path", ["head/bias", "blocks/mixer/x_proj/weight", "xhead/weight", "head/weight/more"]
+)
+def test_a_parameter_without_a_line_is_an_error(path):
+    with pytest.raises(KeyError, match="no line in the sharding table"):
+        sharding.param_spec(path)
+    tree = {}
+    for name in reversed(path.split("/")):
+        tree = {name: tree or jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    with pytest.raises(KeyError, match=path):
+        sharding.param_shardings(sharding.make_mesh(MeshConfig()), tree)
