@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.experiments.bench.edge_process import summary
 from mmfree_jax.infer import decode, packed_model
-from mmfree_jax.infer.sample import Sampling
+from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
@@ -127,7 +127,7 @@ def decode_loop(
     settings = (
         jnp.zeros(batch, bool),
         jnp.full(batch, steps, jnp.int32),
-        jnp.zeros(batch, jnp.uint32),
+        row_keys(jnp.zeros(batch, jnp.uint32), jnp.zeros((batch, 2), jnp.uint32)),
         jnp.array([-1], jnp.int32),
         sampling.numbers(),
     )

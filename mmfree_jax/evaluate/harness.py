@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):
                 for start in range(0, len(rows), size):
                     batch = rows[start : start + size]
                     for i, text in zip(
-                        batch, self._continue([prompts[i] for i in batch], options), strict=True
+                        batch, self._continue({i: prompts[i] for i in batch}, options), strict=True
                     ):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", arguments[i], text)
@@ -235,7 +235,8 @@ class HarnessModel(TemplateLM):
         ids = self.tok_encode(text) or [self.prefix_token_id]
         return ids[-max(1, room) :]
 
-    def _continue(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
+    def _continue(self, prompts: dict[int, list[int]], options: dict[str, Any]) -> list[str]:
+        """Answers to prompts, by their place among all requests, which chooses what is drawn."""
         until = options.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         sampled = bool(options.get("do_sample", False))
@@ -243,7 +244,8 @@ class HarnessModel(TemplateLM):
             self.scorer.model,
             self.scorer.variables,
             self._tokenizer,
-            prompts,
+            list(prompts.values()),
+            streams=[(i, 0) for i in prompts],
             stop=[s for s in stop if s],
             max_new_tokens=int(options.get("max_gen_toks", _GENERATED)),
             temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,

@@ -13,7 +13,7 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import decode
 from mmfree_jax.infer.decode import Session, Variables
-from mmfree_jax.infer.sample import Sampling
+from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.pallas_kernels.decode.api import KERNELS_VARIABLE
 
@@ -59,11 +59,18 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] = 0,
+    streams: Sequence[tuple[int, int]] | None = None,
     stop_ids: Sequence[int] = (),
     on_tokens: OnTokens | None = None,
     session: Session | None = None,
 ) -> Output:
     """Continues each prompt. Its result does not depend on the other prompts of the batch.
+
+    Random numbers: each row has a stream of its own, which its seed and two more numbers choose,
+    the prompt's place in the request and the number of the sample. By default a row's place is
+    its place in `prompts`, where one seed is given for all, and 0 where each has its own seed;
+    the sample is 0. Whoever splits a request into batches gives `streams`, and gets what one
+    batch would have given.
 
     Args:
       model: the model.
@@ -77,7 +84,8 @@ def generate(
       top_p: keep the smallest set of likeliest tokens whose probability reaches this.
       min_p: drop tokens below this share of the likeliest token's probability.
       repetition_penalty: above 1, tokens that have occurred become less likely.
-      seed: of the sampling; one for all prompts, or one for each.
+      seed: of the sampling; one for all prompts, or one for each (0 to 2^32 - 1).
+      streams: (place in the request, sample) of each prompt, which choose its random numbers.
       stop_ids: token ids that end a row; they are not part of the result.
       on_tokens: called with (row, new tokens) as they are generated. Returning a number ends the
         row after that many (at least 1) of these tokens; None goes on.
@@ -92,7 +100,8 @@ def generate(
     config = model.config
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     batch = len(prompts)
-    seeds = _check_options(config, batch, max_new_tokens, seed, stop_ids)
+    _check_options(config, max_new_tokens, stop_ids)
+    keys = row_keys(*_streams(batch, seed, streams))
     _check_prompts(config, prompts, session)
     variables = as_variables(params, config)
     own = _make_room(config, prompts, session, max_new_tokens)
@@ -114,7 +123,7 @@ def generate(
             own,
             jnp.asarray(finished),
             jnp.asarray(np.minimum(remaining, allowance), jnp.int32),
-            jnp.asarray(seeds),
+            keys,
             jnp.asarray(list(stop_ids) or [-1], jnp.int32),
             sampling.numbers(),
             config=config,
@@ -170,7 +179,7 @@ def _all_finite(logits_BV: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(logits_BV))
 
 
-def _check_options(config, batch, max_new_tokens, seed, stop_ids) -> np.ndarray:
+def _check_options(config, max_new_tokens, stop_ids) -> None:
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: set 0 or more")
     for token in stop_ids:
@@ -178,6 +187,17 @@ def _check_options(config, batch, max_new_tokens, seed, stop_ids) -> np.ndarray:
             raise ConfigError(
                 f"stop_ids holds {token}: the model's ids go from 0 to {config.vocab_size - 1}"
             )
+
+
+def _streams(
+    batch: int, seed: int | Sequence[int], streams: Sequence[tuple[int, int]] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seeds, uint32 [B], and the two numbers behind them, uint32 [B, 2], of each row."""
+    one_for_all = isinstance(seed, (int, np.integer))
+    if streams is None:
+        streams = [(row if one_for_all else 0, 0) for row in range(batch)]
+    if len(streams) != batch:
+        raise ConfigError(f"streams has {len(streams)} entries: give {batch}, one a prompt")
     seeds = [seed] * batch if isinstance(seed, (int, np.integer)) else list(seed)
     if len(seeds) != batch:
         raise ConfigError(
@@ -186,7 +206,7 @@ def _check_options(config, batch, max_new_tokens, seed, stop_ids) -> np.ndarray:
     for value in seeds:
         if not 0 <= value < 2**32:
             raise ConfigError(f"seed is {value}: set a number from 0 to 2^32 - 1")
-    return np.array(seeds, np.uint32)
+    return np.array(seeds, np.uint32), np.array(streams, np.uint32).reshape(batch, 2)
 
 
 def _check_prompts(config, prompts, session) -> None:

@@ -179,7 +179,7 @@ def generate_chunk(
     session: Session,
     finished_B: jax.Array,
     remaining_B: jax.Array,
-    seed_B: jax.Array,
+    key_B: jax.Array,
     stop_ids_S: jax.Array,
     numbers: dict[str, jax.Array],
     *,
@@ -198,7 +198,7 @@ def generate_chunk(
       session: donated.
       finished_B: bool, rows that generate nothing.
       remaining_B: int32, tokens that each row may still emit.
-      seed_B: uint32, the sampling seed of each row.
+      key_B: typed PRNG keys, one a row (`sample.row_keys`).
       stop_ids_S: int32 token ids that end a row; -1 is none.
       numbers: the settings of the sampling filters.
       config: static.
@@ -235,7 +235,7 @@ def generate_chunk(
             session.logits_BV,
             filters,
             numbers,
-            seed_B=seed_B,
+            key_B=key_B,
             position_B=session.state.position_B,
             seen_BV=session.seen_BV,
         )

@@ -128,20 +128,20 @@ def sample(
     filters: Filters,
     numbers: dict[str, jax.Array],
     *,
-    seed_B: jax.Array,
+    key_B: jax.Array,
     position_B: jax.Array,
     seen_BV: jax.Array,
 ) -> jax.Array:
     """One token for each row, int32 [B].
 
-    A row's draw depends on its own seed, position and logits alone, so it is the same in any
+    A row's draw depends on its own key, position and logits alone, so it is the same in any
     batch, and the same when a saved state is taken up again.
 
     Args:
       logits_BV: float32.
       filters: static.
       numbers: the settings of the filters.
-      seed_B: uint32, the seed of each row.
+      key_B: typed PRNG keys, one a row (see `row_keys`).
       position_B: int32, tokens that the row holds already.
       seen_BV: True for tokens that have occurred in the row.
     """
@@ -149,8 +149,24 @@ def sample(
     if filters.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    def draw(seed: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.categorical(key, logits_V)
+    def draw(key: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, position), logits_V)
 
-    return jax.vmap(draw)(seed_B, position_B, logits_BV).astype(jnp.int32)
+    return jax.vmap(draw)(key_B, position_B, logits_BV).astype(jnp.int32)
+
+
+@jax.jit
+def row_keys(seed_B: jax.Array, stream_B2: jax.Array) -> jax.Array:
+    """The key of each row's stream of random numbers, typed PRNG keys [B].
+
+    Args:
+      seed_B: uint32.
+      stream_B2: uint32, two numbers that tell the streams of a seed apart: the prompt's place in
+        the request, and the number of the sample.
+    """
+
+    def key(seed: jax.Array, stream_2: jax.Array) -> jax.Array:
+        prompt = jax.random.fold_in(jax.random.key(seed), stream_2[0])
+        return jax.random.fold_in(prompt, stream_2[1])
+
+    return jax.vmap(key)(seed_B, stream_B2)

@@ -183,7 +183,7 @@ def generate_text(
       on_text: called with (row, new text) as whole characters are generated.
       session: from an earlier call; prompts are appended to it.
       options: of `generate`: max_new_tokens, temperature, top_k, top_p, min_p,
-        repetition_penalty, seed, stop_ids.
+        repetition_penalty, seed, streams, stop_ids.
 
     Raises:
       DataError: a prompt without tokens, or a token id that the model does not have.

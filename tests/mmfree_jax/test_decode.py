@@ -83,8 +83,25 @@ def test_a_prompts_result_does_not_depend_on_its_batch(config):
     model, params = build(config)
     options = {"max_new_tokens": 16, "seed": 11, **DRAW}
     together = api.generate(model, params, PROMPTS, **options).tokens
-    for prompt, tokens in zip(PROMPTS, together, strict=True):
-        assert api.generate(model, params, [prompt], **options).tokens == [tokens]
+    for i, (prompt, tokens) in enumerate(zip(PROMPTS, together, strict=True)):
+        alone = api.generate(model, params, [prompt], streams=[(i, 0)], **options).tokens
+        assert alone == [tokens]
+
+
+def test_equal_prompts_draw_from_streams_of_their_own():
+    model, params = build(BASE)
+    run = functools.partial(api.generate, model, params, max_new_tokens=12, temperature=1.0)
+    three = run([[4, 5]] * 3, seed=1).tokens
+    assert len(set(map(tuple, three))) == 3
+    samples = run([[4, 5]] * 4, seed=1, streams=[(0, 0), (0, 1), (1, 0), (1, 1)]).tokens
+    assert len(set(map(tuple, samples))) == 4
+    assert samples[0] == three[0]
+    assert samples[2] == three[1]
+    # The same in batches of two, in another order.
+    again = run([[4, 5]] * 2, seed=1, streams=[(1, 1), (0, 1)]).tokens
+    assert again == [samples[3], samples[1]]
+    # A seed of a row's own says it all.
+    assert run([[4, 5]] * 2, seed=[1, 1]).tokens == [three[0]] * 2
 
 
 def test_seeds_are_reproducible_and_matter():
@@ -267,6 +284,7 @@ def test_master_weights_of_ternary_layers_are_dropped(bitlinear):
         ([[1]], {"stop_ids": [97]}, ConfigError, "stop_ids holds 97"),
         ([[1]], {"seed": [1, 2]}, ConfigError, "seed has 2 entries"),
         ([[1]], {"seed": -1}, ConfigError, "seed is -1"),
+        ([[1]], {"streams": [(0, 0), (1, 0)]}, ConfigError, "streams has 2 entries"),
         ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
     ],
 )

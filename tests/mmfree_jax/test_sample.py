@@ -23,7 +23,9 @@ def draw(logits, sampling, seeds, positions=None, seen=None):
             logits,
             sampling.filters(),
             sampling.numbers(),
-            seed_B=jnp.asarray(seeds, jnp.uint32),
+            key_B=s.row_keys(
+                jnp.asarray(seeds, jnp.uint32), jnp.zeros((len(logits), 2), jnp.uint32)
+            ),
             position_B=positions,
             seen_BV=seen,
         )
@@ -104,6 +106,23 @@ def test_seed_and_position_change_the_draw():
     by_position = draw(logits, s.Sampling(), np.zeros(64, int), np.arange(64))
     assert len(set(by_seed)) > 50
     assert len(set(by_position)) > 50
+
+
+def test_every_stream_of_a_seed_is_its_own():
+    logits = jnp.zeros((64, 1000))
+    places = np.stack(np.divmod(np.arange(64), 8), axis=1)
+    keys = s.row_keys(np.full(64, 7, np.uint32), jnp.asarray(places, jnp.uint32))
+    sampling = s.Sampling()
+    drawn = s.sample(
+        logits,
+        sampling.filters(),
+        sampling.numbers(),
+        key_B=keys,
+        position_B=jnp.zeros(64, jnp.int32),
+        seen_BV=logits > 0,
+    )
+    assert len(set(drawn.tolist())) > 50
+    assert len(np.unique(jax.random.key_data(keys), axis=0)) == 64
 
 
 def test_filters_renormalise_in_the_documented_order():
