@@ -1,5 +1,6 @@
 """`mmfree generate`: continue prompts with a trained model."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -11,9 +12,9 @@ from typing import Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, read_prompts_file
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, PositiveShare, Seed, Share
-from mmfree_jax.text_files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ class GenerateConfig:
     prompt_ids: str | None = None
     """Token ids to continue, separated by commas; no tokenizer is needed."""
     prompts_file: str | None = None
-    """File of prompts: .jsonl with "prompt" (text) or "prompt_ids" (list) on each line; any
-    other file is one text prompt a line."""
+    """File of prompts: .jsonl with "prompt" (text) or "prompt_ids" (list) on each line, and if
+    wanted a "seed" (any other field goes into the answer); any other file is one text prompt a
+    line."""
+    num_samples: Count = 1
+    """Answers to each prompt."""
     max_new_tokens: CountOrZero = 128
     """Most tokens to generate for each prompt."""
     temperature: NotNegative = 1.0
@@ -42,13 +46,15 @@ class GenerateConfig:
     repetition_penalty: AboveZero = 1.0
     """Above 1, tokens that have occurred become less likely; 1: off."""
     seed: Seed = 0
-    """Seed of the sampling. A prompt's answer does not depend on the others in the batch."""
+    """Seed of the sampling. Each prompt and sample draws from a stream of its own, by its place
+    among the prompts, whatever the batch size; a prompt with a "seed" of its own draws the same
+    at any place."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """String that ends an answer and is not part of it; may be given several times."""
     ignore_eos: bool = False
     """Go on behind the tokenizer's end-of-text token."""
     batch_size: Count = 16
-    """Prompts of a file that are decoded together."""
+    """Answers that are decoded together."""
     tokenizer: str | None = None
     """Tokenizer file or folder; None: the one in the model's folder."""
     stream: bool = False
@@ -66,12 +72,6 @@ class GenerateConfig:
     """Do not report the speed on standard error."""
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    text: str | None
-    ids: list[int] | None
-
-
 def generate(argv: Sequence[str]) -> int:
     """Continue prompts with a trained model.
 
@@ -85,13 +85,23 @@ def generate(argv: Sequence[str]) -> int:
       MMFreeError: bad input; the command line prints it and exits with 2.
     """
     config = parse(GenerateConfig, argv, prog="mmfree generate")
-    prompts = _read_prompts(config)
+    prompts = [
+        dataclasses.replace(prompt, sample=sample)
+        for prompt in _read_prompts(config)
+        for sample in range(config.num_samples)
+    ]
     if config.stream and len(prompts) > 1 and not config.json:
-        raise ConfigError(f"--stream is set for {len(prompts)} prompts: add --json, or give one")
+        raise ConfigError(f"--stream is set for {len(prompts)} answers: add --json, or ask for one")
     if config.save_state is not None and len(prompts) > config.batch_size:
         raise ConfigError(
-            f"--save-state is set for {len(prompts)} prompts: set --batch-size to as many"
+            f"--save-state is set for {len(prompts)} answers: set --batch-size to as many"
         )
+    for prompt in prompts if config.json else ():
+        if taken := sorted(prompt.fields.keys() & ANSWER_FIELDS):
+            raise DataError(
+                f"prompt {prompt.index} has a field {taken[0]!r}, which its answer has too: rename "
+                "it, or leave out --json"
+            )
     if "" in config.stop:
         raise ConfigError("--stop is an empty string: give at least one character")
 
@@ -109,7 +119,7 @@ def _run(
     model: Any,
     params: dict[str, Any],
     tokenizer: Any,
-    prompts: list[_Prompt],
+    prompts: list[Prompt],
 ) -> None:
     from mmfree_jax.infer.api import as_variables
     from mmfree_jax.saved.session import load_session, save_session
@@ -121,7 +131,7 @@ def _run(
     count, start = 0, time.perf_counter()
     for first in range(0, len(prompts), config.batch_size):
         batch = prompts[first : first + config.batch_size]
-        printer = _Printer(config, batch, first, tokenizer)
+        printer = _Printer(config, batch, len(prompts) > 1, tokenizer)
         tokens, texts, reasons, after = _answer(
             config,
             model,
@@ -129,7 +139,7 @@ def _run(
             tokenizer,
             batch,
             printer,
-            _rows(session, first, batch, len(prompts)),
+            _rows(session, batch, prompts),
         )
         printer.finish(tokens, texts, reasons)
         count += sum(map(len, tokens))
@@ -144,20 +154,23 @@ def _run(
         )
 
 
-def _rows(session: Any, first: int, batch: list[_Prompt], total: int) -> Any:
-    """The rows of a loaded state that a batch goes on from."""
+def _rows(session: Any, batch: list[Prompt], prompts: list[Prompt]) -> Any:
+    """The rows of a loaded state that a batch goes on from: a row for each prompt, or answer."""
     from mmfree_jax.infer.decode import fork, select_rows
 
     if session is None:
         return None
-    rows = len(session.state.position_B)
+    rows, samples = len(session.state.position_B), prompts[-1].sample + 1
     if rows == 1:
         return fork(session, len(batch))
-    if rows != total:
+    if rows == prompts[-1].index + 1:
+        return select_rows(session, [p.index for p in batch])
+    if rows != len(prompts):
         raise ConfigError(
-            f"--load-state has {rows} rows for {total} prompts: give one prompt for each row"
+            f"--load-state has {rows} rows for {len(prompts) // samples} prompts: give one prompt "
+            "for each row"
         )
-    return select_rows(session, list(range(first, first + len(batch))))
+    return select_rows(session, [p.index * samples + p.sample for p in batch])
 
 
 def _answer(config, model, variables, tokenizer, batch, printer, session):
@@ -165,8 +178,11 @@ def _answer(config, model, variables, tokenizer, batch, printer, session):
     from mmfree_jax.infer.api import generate as generate_ids
     from mmfree_jax.infer.text import encode_prompt, generate_text
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     options = {name: getattr(config, name) for name in ("max_new_tokens", *names)}
+    options["seed"] = [config.seed if p.seed is None else p.seed for p in batch]
+    # A prompt with a seed of its own draws the same wherever it stands.
+    options["streams"] = [(p.index if p.seed is None else 0, p.sample) for p in batch]
     if tokenizer is None:
         out = generate_ids(
             model,
@@ -211,14 +227,14 @@ def _answer(config, model, variables, tokenizer, batch, printer, session):
 class _Printer:
     """Writes answers to standard output, whole or as they come."""
 
-    def __init__(self, config: GenerateConfig, batch: list[_Prompt], first: int, tokenizer: Any):
-        self._config, self._batch, self._first = config, batch, first
+    def __init__(self, config: GenerateConfig, batch: list[Prompt], titled: bool, tokenizer: Any):
+        self._config, self._batch, self._titled = config, batch, titled
         self._headed = False
         self._tokenizer = tokenizer
 
     def on_text(self, row: int, text: str) -> None:
         if self._config.json:
-            self._write_json({"index": self._first + row, "text": text})
+            self._write_json(self._name(row) | {"text": text})
         else:
             self._head()
             sys.stdout.write(text)
@@ -226,11 +242,18 @@ class _Printer:
 
     def on_tokens(self, row: int, tokens: list[int]) -> None:
         if self._config.json:
-            self._write_json({"index": self._first + row, "tokens": tokens})
+            self._write_json(self._name(row) | {"tokens": tokens})
         else:
             sys.stdout.write(("," if self._headed else "") + ",".join(map(str, tokens)))
             sys.stdout.flush()
             self._headed = True
+
+    def _name(self, row: int) -> dict[str, Any]:
+        """Which answer a row is, and what came with its prompt."""
+        prompt = self._batch[row]
+        sample = {"sample": prompt.sample} if self._config.num_samples > 1 else {}
+        seed = {} if prompt.seed is None else {"seed": prompt.seed}
+        return {"index": prompt.index, **sample, **prompt.fields, **seed}
 
     def _head(self) -> None:
         """The prompt, before the first piece of its answer."""
@@ -238,7 +261,7 @@ class _Printer:
             self._headed = True
             sys.stdout.write(self._prompt_text(self._batch[0]))
 
-    def _prompt_text(self, prompt: _Prompt) -> str:
+    def _prompt_text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
         return self._tokenizer.decode(prompt.ids)
@@ -248,7 +271,7 @@ class _Printer:
         for row, prompt in enumerate(self._batch):
             if config.json:
                 answer = {
-                    "index": self._first + row,
+                    **self._name(row),
                     **({"prompt": prompt.text} if prompt.text is not None else {}),
                     **({"prompt_ids": prompt.ids} if prompt.ids is not None else {}),
                     **({"text": texts[row]} if texts[row] is not None else {}),
@@ -256,9 +279,7 @@ class _Printer:
                     "finish_reason": reasons[row],
                 }
                 self._write_json(
-                    {"index": self._first + row, "finish_reason": reasons[row]}
-                    if config.stream
-                    else answer
+                    self._name(row) | {"finish_reason": reasons[row]} if config.stream else answer
                 )
             elif config.stream:
                 if texts[row] is not None:
@@ -267,8 +288,9 @@ class _Printer:
             elif texts[row] is None or config.print_ids:
                 print(",".join(map(str, tokens[row])))
             else:
-                if self._first or len(self._batch) > 1:
-                    print(f"--- prompt {self._first + row}")
+                if self._titled:
+                    sample = f", sample {prompt.sample}" if config.num_samples > 1 else ""
+                    print(f"--- prompt {prompt.index}{sample}")
                 print(self._prompt_text(prompt) + texts[row])
         sys.stdout.flush()
 
@@ -277,7 +299,7 @@ class _Printer:
         print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
-def _needs_tokenizer(config: GenerateConfig, prompts: list[_Prompt]) -> bool:
+def _needs_tokenizer(config: GenerateConfig, prompts: list[Prompt]) -> bool:
     return bool(config.stop) or any(p.text is not None for p in prompts)
 
 
@@ -301,14 +323,14 @@ def _load_tokenizer(config: GenerateConfig, model: Any, *, needed: bool) -> Any:
     return tokenizer
 
 
-def _read_prompts(config: GenerateConfig) -> list[_Prompt]:
+def _read_prompts(config: GenerateConfig) -> list[Prompt]:
     given = [
         name
         for name in ("prompt", "prompt_ids", "prompts_file")
         if getattr(config, name) is not None
     ]
     if not given and config.load_state is not None:
-        return [_Prompt(None, [])]
+        return [Prompt(0, None, [])]
     flags = ["--" + name.replace("_", "-") for name in given]
     if len(given) != 1:
         raise ConfigError(
@@ -316,11 +338,11 @@ def _read_prompts(config: GenerateConfig) -> list[_Prompt]:
             "--prompts-file"
         )
     if config.prompt is not None:
-        return [_Prompt(config.prompt, None)]
+        return [Prompt(0, config.prompt)]
     if config.prompt_ids is not None:
-        return [_Prompt(None, _parse_ids(config.prompt_ids))]
+        return [Prompt(0, None, _parse_ids(config.prompt_ids))]
     assert config.prompts_file is not None
-    return _read_prompts_file(Path(config.prompts_file))
+    return read_prompts_file(Path(config.prompts_file))
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -333,36 +355,3 @@ def _parse_ids(text: str) -> list[int]:
     if not ids:
         raise DataError("--prompt-ids is empty: give at least one token id")
     return ids
-
-
-def _read_prompts_file(path: Path) -> list[_Prompt]:
-    try:
-        lines = read_text(path).split("\n")
-    except OSError as e:
-        raise DataError(f"prompts file {path}: {e.strerror}; give a readable file") from e
-    except UnicodeDecodeError as e:
-        raise DataError(f"prompts file {path} is not UTF-8 at byte {e.start}: convert it") from e
-    lines = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
-        raise DataError(f"prompts file {path} is empty: give at least one prompt")
-    if path.suffix != ".jsonl":
-        return [_Prompt(line, None) for _, line in lines]
-    return [_parse_json_prompt(path, number, line) for number, line in lines]
-
-
-def _parse_json_prompt(path: Path, number: int, line: str) -> _Prompt:
-    try:
-        value = parse_json(line)
-    except ValueError as e:
-        raise DataError(f"{path}, line {number} is not JSON: {e}") from e
-    if isinstance(value, dict):
-        ids = value.get("prompt_ids")
-        if isinstance(value.get("prompt"), str) and ids is None:
-            return _Prompt(value["prompt"], None)
-        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
-        if whole and ids and "prompt" not in value:
-            return _Prompt(None, ids)
-    raise DataError(
-        f'{path}, line {number}: give an object with "prompt" (text) or "prompt_ids" (a list of '
-        "whole numbers that is not empty)"
-    )

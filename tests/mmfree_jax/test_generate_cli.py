@@ -96,6 +96,75 @@ def test_a_prompts_file_gives_one_json_line_each_and_streams_the_same(run, capsy
     assert streamed == {a["index"]: a["tokens"] for a in answers}
 
 
+@pytest.fixture
+def answers(run, capsys, tmp_path):
+    """Answers to the lines of a prompts file, as JSON objects."""
+
+    def answer(lines, *options):
+        file = tmp_path / "lines.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        args = ["--model", run[0], "--prompts-file", file, "--max-new-tokens", 8, "--json"]
+        code, out, err = run_main(capsys, *args, "--quiet", *options)
+        assert (code, err) == (0, "")
+        return [json.loads(line) for line in out.splitlines()]
+
+    return answer
+
+
+def test_equal_prompts_get_answers_of_their_own_in_any_batch(answers):
+    lines = [{"prompt_ids": [1, 2, 3]}] * 3
+    one = answers(lines, "--num-samples", 2, "--seed", 5)
+    assert [(a["index"], a["sample"]) for a in one] == [(i, s) for i in range(3) for s in (0, 1)]
+    assert len({tuple(a["tokens"]) for a in one}) == 6
+    assert answers(lines, "--num-samples", 2, "--seed", 5, "--batch-size", 4) == one
+    first = answers(lines, "--seed", 5)
+    assert [a["tokens"] for a in first] == [a["tokens"] for a in one if a["sample"] == 0]
+    assert "sample" not in first[0]
+    other = answers(lines, "--seed", 6)
+    assert not {tuple(a["tokens"]) for a in other} & {tuple(a["tokens"]) for a in one}
+
+
+def test_a_prompts_own_seed_gives_the_same_answer_at_any_place(answers):
+    seeded = {"prompt_ids": [1, 2, 3], "seed": 9}
+    lines = [seeded, {"prompt_ids": [1, 2, 3]}, seeded | {"seed": 0}, seeded]
+    got = [a["tokens"] for a in answers(lines, "--seed", 5, "--num-samples", 2)]
+    assert got[0:2] == got[6:8]
+    assert len(set(map(tuple, got))) == 6
+    assert [a["tokens"] for a in answers([seeded], "--seed", 77)] == [got[0]]
+
+
+def test_other_fields_of_a_prompt_come_back_with_its_answer(answers):
+    lines = [
+        {"prompt_ids": [1], "id": "q-1", "meta": {"gold": [1, None]}, "seed": 3},
+        {"prompt_ids": [2], "id": "q-2"},
+    ]
+    whole = answers(lines, "--batch-size", 1)
+    assert [(a["id"], a.get("meta"), a.get("seed")) for a in whole] == [
+        ("q-1", {"gold": [1, None]}, 3),
+        ("q-2", None, None),
+    ]
+    assert all({"index", "tokens", "finish_reason", "prompt_ids"} <= a.keys() for a in whole)
+    assert {a["id"] for a in answers(lines, "--stream")} == {"q-1", "q-2"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt_ids": [1], "seed": -1}, "line 1: seed is -1"),
+        ({"prompt_ids": [1], "seed": 1.5}, "line 1: seed is 1.5"),
+        ({"prompt_ids": [1], "seed": True}, "line 1: seed is True"),
+        ({"prompt_ids": [1], "tokens": []}, "prompt 0 has a field 'tokens', which its answer has"),
+    ],
+)
+def test_fields_that_cannot_be_taken_are_named(run, capsys, tmp_path, line, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    code, out, err = run_main(capsys, "--model", run[0], "--prompts-file", file, "--json")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [

@@ -161,7 +161,7 @@ def _is_dataclass(node):
 def _undeclared(file, classes, functions):
     for node in ast.walk(ast.parse(file.read_text())):
         fields = []
-        if isinstance(node, ast.ClassDef) and _is_dataclass(node) and node.name != "_Prompt":
+        if isinstance(node, ast.ClassDef) and _is_dataclass(node):
             if classes is None or node.name in classes:
                 fields = [(f.target.id, f.annotation) for f in node.body if _is_field(f)]
         elif isinstance(node, ast.FunctionDef) and node.name in functions:
