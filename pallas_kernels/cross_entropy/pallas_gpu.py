@@ -110,7 +110,7 @@ def _kernel(logits_ref, target_ref, loss_ref, correct_ref, lse_ref, *gradient_re
     zeros = jnp.zeros((block,), jnp.float32)
     init = (jnp.full((block,), _LEAST, jnp.float32), jnp.zeros((block,), jnp.int32), zeros)
     largest, where, total = lax.fori_loop(0, blocks, accumulate, init)
-    maximum = jnp.max(largest)
+    maximum = jnp.max(largest)  # No NaN is larger than anything: it shows in the total alone.
     lse = jnp.log(jnp.sum(total * jnp.exp(largest - maximum))) + maximum
     argmax = jnp.min(jnp.where(largest == maximum, where * block + lane, V))
     target = pltriton.load(target_ref.at[row])
@@ -118,7 +118,9 @@ def _kernel(logits_ref, target_ref, loss_ref, correct_ref, lse_ref, *gradient_re
     of_target = pltriton.load(logits_ref.at[row, jnp.maximum(target, 0)])
     loss = jnp.where(valid, lse - of_target + z_loss * lse * lse, 0.0)
     pltriton.store(loss_ref.at[row], loss)
-    pltriton.store(correct_ref.at[row], (valid & (argmax == target)).astype(jnp.int32))
+    pltriton.store(
+        correct_ref.at[row], (valid & (argmax == target) & (lse == lse)).astype(jnp.int32)
+    )
     pltriton.store(lse_ref.at[row], lse)
 
     for gradient_ref in gradient_refs:

@@ -22,6 +22,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
+from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
 from ..packed_matmul.linears import Linears
 from ..packed_matmul.words import plane_columns
@@ -341,8 +342,8 @@ def _product(plan, layer, values, norm_ref, scale_ref, tile, words):
     normalized = [
         v * _load(norm_ref, (layer, c), mask) for v, (c, mask) in zip(values, columns, strict=True)
     ]
-    largest = functools.reduce(jnp.maximum, [jnp.abs(v) for v in normalized])
-    absmax = jnp.maximum(jnp.max(jnp.max(largest, axis=1)), MIN_ABSMAX)
+    largest = functools.reduce(jnp.maximum, [magnitude(v) for v in normalized])
+    absmax = at_least(from_magnitude(jnp.max(jnp.max(largest, axis=1))), MIN_ABSMAX)
     factor = 127.0 / absmax
     shift = 8 * jnp.arange(4)[None, :]
     packed = []

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from . import inline
+from .inline import EMPTY
 from .token_board import (
     Refs,
     load,
@@ -80,7 +81,10 @@ def choose(refs: Refs, plan: Plan, patience: jax.Array) -> tuple[jax.Array, jax.
     found, patience = read_pairs(refs, plan, "best", plan.layers - 1, pairs, patience)
     best = nothing(plan)
     for key, index in found:
-        best = larger(best, Best(key, index))
+        # A program that was waited for in vain has written nothing, or half: above all logits.
+        lost = (key == EMPTY) | (index == EMPTY)
+        found_there = Best(jnp.where(lost, _HIGHEST, key), jnp.where(lost, EMPTY, index))
+        best = larger(best, found_there)
     best = _of_warp(plan, best)
     keys, indices = shares_of_warps(refs, plan, list(best), warps)
     shares = [Best(*pair) for pair in zip(keys, indices, strict=True)]
@@ -90,13 +94,17 @@ def choose(refs: Refs, plan: Plan, patience: jax.Array) -> tuple[jax.Array, jax.
     if not plan.emulate:
         # What others took off a board before they passed on their logit is seen from here on.
         patience = inline.fence(refs["board"], patience)
-    # Where programs waited in vain it may be anything.
-    token = jnp.clip(jnp.max(best.index), 0, plan.steps["head"].rows - 1)
-    return token, patience
+    token = jnp.max(best.index)
+    # Without patience the program goes on with NaN (`embed`), so that the wrong token shows.
+    patience = jnp.where(token == EMPTY, 0, patience)
+    return jnp.clip(token, 0, plan.steps["head"].rows - 1), patience
 
 
-def embed(refs: Refs, plan: Plan, token: jax.Array) -> None:
-    """Passes on this program's share of the token's row of the embedding, as layer 0's input."""
+def embed(refs: Refs, plan: Plan, token: jax.Array, patience: jax.Array) -> None:
+    """Passes on this program's share of the token's row of the embedding, as layer 0's input.
+
+    NaN where the patience is at an end: the token was chosen without hearing from all programs.
+    """
     p, programs = refs["program"], plan.cut.programs
     width = plan.steps["mixer_in"].columns
     first, end = p * width // programs, (p + 1) * width // programs
@@ -107,5 +115,6 @@ def embed(refs: Refs, plan: Plan, token: jax.Array) -> None:
         x = load(plan, refs["embedding"], (token, n), inside)
         if "embedding_scale" in refs:
             x = x * refs["embedding_scale"][token, 0]
+        x = jnp.where(patience > 0, x, jnp.nan)
         publish(refs, plan, "x", 0, n, inside, x.astype(plan.residual_dtype))
         take_off(refs, plan, "x", 0, n, inside)

@@ -180,7 +180,7 @@ def _token(
     run = functools.partial(token_step.run, refs, plan)
     prefetch = functools.partial(token_step.prefetch, refs, plan)
     _note(refs, plan, step, token)
-    token_choice.embed(refs, plan, token)
+    token_choice.embed(refs, plan, token, patience)
 
     def body(layer: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         patience, bundle = carry
@@ -222,7 +222,7 @@ def _emulate(
     phases = 4 * plan.layers + 2
     step, phase = pl.program_id(0) // phases, pl.program_id(0) % phases
     refs = refs | {"step": step}
-    patience = jnp.zeros(places(plan).shape, jnp.int32)
+    patience = jnp.ones(places(plan).shape, jnp.int32)
 
     @pl.when(phase == 0)
     def _():
@@ -235,7 +235,7 @@ def _emulate(
         @pl.when(goes_on(step, token) & ((step == 0) | read))
         def _():
             _note(refs, plan, step, token)
-            token_choice.embed(refs, plan, token)
+            token_choice.embed(refs, plan, token, patience)
 
     layer = (phase - 1) // 4
     on = refs["tokens"][step] >= 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
 from ..packed_matmul.words import plane_columns
 from . import inline
@@ -216,9 +217,10 @@ def run(
 def _totals(
     refs: Refs, plan: Plan, step: Step, maxima: Sequence[jax.Array], sums: Sequence[jax.Array]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Largest elements and sums over all threads of float32, none negative, in every thread."""
-    # Of floats that are not negative the bits are in the same order, and over integers a warp
-    # has one instruction for the maximum.
+    """Largest magnitudes and sums over all threads, float32, in every thread.
+
+    `maxima` are bits (`keep_nan.magnitude`), of which a warp finds the largest by one instruction.
+    """
     bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
     floats = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
     shape = places(plan).shape
@@ -226,10 +228,10 @@ def _totals(
     def spread(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x[:, None], shape)
 
-    of_warp = [spread(jnp.max(bits(x), axis=1)) for x in maxima]
+    of_warp = [spread(jnp.max(x, axis=1)) for x in maxima]
     of_warp += [spread(bits(jnp.sum(x, axis=1))) for x in sums]
     shares = shares_of_warps(refs, plan, of_warp, plan.cut.warps // groups(plan, step.columns))
-    largest = [floats(_tree(jnp.maximum, xs)) for xs in shares[: len(maxima)]]
+    largest = [from_magnitude(_tree(jnp.maximum, xs)) for xs in shares[: len(maxima)]]
     return largest, [_tree(jnp.add, [floats(x) for x in xs]) for xs in shares[len(maxima) :]]
 
 
@@ -249,7 +251,7 @@ def _quantize(
     normed = outer is not None or len(values) > 1
     squares = [_squares(row) for row in ([u, x] if normed else [u])]
     weighed = [[v * w for v, w in zip(u, norm, strict=True)] for norm in norms]
-    sizes = [_tree(jnp.maximum, [jnp.abs(v) for v in n]) for n in weighed]
+    sizes = [_tree(jnp.maximum, [magnitude(v) for v in n]) for n in weighed]
     largest, squares = _totals(refs, plan, step, sizes, squares)
     means = [total * (1.0 / step.columns) for total in squares]
     inverse: Any = 1.0
@@ -258,7 +260,7 @@ def _quantize(
     inverse = inverse * jax.lax.rsqrt(inverse * inverse * means[0] + plan.eps)
     out = []
     for n, size in zip(weighed, largest, strict=True):
-        absmax = jnp.maximum(size * inverse, MIN_ABSMAX)
+        absmax = at_least(size * inverse, MIN_ABSMAX)
         factor = inverse * (127.0 / absmax)
         quads = [quantize4(n[i : i + 4], factor, emulate=plan.emulate) for i in range(0, len(n), 4)]
         # The codes are trits plus one: the sum of x is taken off in advance.

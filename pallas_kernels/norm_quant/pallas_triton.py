@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
+from ..keep_nan import at_least, largest_magnitude
 from .reference import MIN_ABSMAX
 from .xla import Statistics
 
@@ -314,7 +315,7 @@ def _forward_kernel(
             gain = gain * inverse
         for j, weight in enumerate(weights):
             y = x if weight is None else x * weight
-            absmax = jnp.maximum(gain * jnp.max(jnp.abs(y)), MIN_ABSMAX)
+            absmax = at_least(gain * largest_magnitude(y), MIN_ABSMAX)
             pltriton.store(absmax_refs[j].at[row], absmax)
             pltriton.store(scale_refs[j].at[row], absmax / 127.0)
             # No magnitude exceeds 127, as none exceeds the row's largest.

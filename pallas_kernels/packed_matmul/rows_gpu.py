@@ -11,6 +11,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
+from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
 
 
@@ -92,7 +93,7 @@ def quantize_rows(
         # gathered in one pass over values without them, and no sum waits for another.
         parts = []
         outer_squares = squares = jnp.zeros((piece,), jnp.float32)
-        absmaxes = [jnp.zeros((piece,), jnp.float32) for _ in norms]
+        absmaxes = [jnp.zeros((piece,), jnp.int32) for _ in norms]
         for start in starts:
             v = load(x_ref, row, start)
             if gated:
@@ -109,7 +110,7 @@ def quantize_rows(
                 v *= _silu(load(state_ref, row, start))
             squares += v * v
             absmaxes = [
-                jnp.maximum(absmax, jnp.abs(v * load(norm_ref, at, start)))
+                jnp.maximum(absmax, magnitude(v * load(norm_ref, at, start)))
                 for absmax, norm_ref in zip(absmaxes, norm_refs, strict=True)
             ]
             parts.append(v)
@@ -121,7 +122,7 @@ def quantize_rows(
         for j, (norm_ref, q_ref, scale_ref) in enumerate(
             zip(norm_refs, q_refs, scale_refs, strict=True)
         ):
-            absmax = jnp.maximum(jnp.max(absmaxes[j]) * factor, MIN_ABSMAX)
+            absmax = at_least(from_magnitude(jnp.max(absmaxes[j])) * factor, MIN_ABSMAX)
             to_int8 = factor * (127.0 / absmax)
             for v, start in zip(parts, starts, strict=True):
                 store(q_ref, nearest_int8(v * load(norm_ref, at, start) * to_int8), start)
