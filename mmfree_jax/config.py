@@ -95,6 +95,10 @@ class ModelConfig:
     bitlinear: Literal["fused", "plain"] = "fused"
     """BitLinear's program: fused keeps only its input for the backward pass and recomputes
     the rest; plain is the textbook straight-through composition, for comparison."""
+    backward: Literal["bf16", "int8_dx", "int8"] = "bf16"
+    """Operands of the fused BitLinears' backward products. bf16: the compute dtype; int8_dx: the
+    incoming gradient in int8 for the inputs' gradient; int8: for the weights' gradient too. The
+    head's stay in the compute dtype."""
     matmul_kernel: str | None = None
     """Implementation of the ternary product (xla_int8, ...); None: the fastest known here."""
     recurrence_kernel: str | None = None
@@ -173,6 +177,7 @@ NOT_THE_FUNCTION = (
     "compute_dtype",
     "residual_dtype",
     "bitlinear",
+    "backward",
     "matmul_kernel",
     "recurrence_kernel",
     "attention_kernel",

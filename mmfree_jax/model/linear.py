@@ -118,6 +118,7 @@ def project(
             out_dtype=dtype,
             int8_activations=options.int8_activations,
             implementation=config.matmul_kernel,
+            backward=config.backward if options.int8_activations else "bf16",
             token_axes=token_axes(x.shape),
             times_silu=times_silu,
             gated=gated,

@@ -7,7 +7,8 @@ quantised activations from x:
 
     d n_j = dY_j @ T(W_j)        d W_j = dY_j^T @ Q8(n_j)
 
-and passes d n_j through the RMSNorm. Its products run in x's dtype with float32 accumulation.
+and passes d n_j through the RMSNorm. Its products run in x's dtype with float32 accumulation, or
+in int8 (`BACKWARDS`, int8_backward.py).
 """
 
 import dataclasses
@@ -23,7 +24,10 @@ from ..norm_quant import api as norm_quant
 from ..norm_quant import xla as norm_xla
 from ..over_tokens import TOKENS, WHOLE, over_tokens
 from ..ternary_matmul import api as ternary_matmul
-from . import pallas_tpu
+from . import int8_backward, pallas_tpu
+
+# Operands of the backward products: x's dtype in both; int8 in dX; int8 in dX and dW.
+BACKWARDS = ("bf16", "int8_dx", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class _Options:
     out_dtype: jnp.dtype
     int8_activations: bool
     implementation: str | None
+    backward: str
     token_axes: tuple[str, ...]
     gated: bool
     skip: bool
@@ -55,6 +60,7 @@ def bitlinear(
     gated: bool = False,
     int8_activations: bool = True,
     implementation: str | None = None,
+    backward: str = "bf16",
     token_axes: Sequence[str] = (),
 ) -> jax.Array:
     """Q8(RMSNorm(x)) @ T(W)^T; see `bitlinear_many`, of which this is the case of one.
@@ -72,6 +78,7 @@ def bitlinear(
       int8_activations: False leaves the activations' quantiser out (a study's option).
       implementation: of the ternary product (its `IMPLEMENTATIONS`), and with it of the norm;
         None takes the measured best of each.
+      backward: one of `BACKWARDS`.
       token_axes: mesh axes that split x's leading axis. Without them a mesh of several
         devices takes the XLA program, which needs no telling.
 
@@ -91,6 +98,7 @@ def bitlinear(
         gated=gated,
         int8_activations=int8_activations,
         implementation=implementation,
+        backward=backward,
         token_axes=token_axes,
     )[0]
 
@@ -112,6 +120,7 @@ def bitlinear_many(
     name: str = "bitlinear",
     int8_activations: bool = True,
     implementation: str | None = None,
+    backward: str = "bf16",
     token_axes: Sequence[str] = (),
 ) -> tuple[jax.Array, ...]:
     """Several BitLinears of one input, behind an optional outer RMSNorm.
@@ -141,6 +150,7 @@ def bitlinear_many(
       int8_activations: False leaves the activations' quantiser out (a study's option).
       implementation: of the ternary product (its `IMPLEMENTATIONS`), and with it of the norm;
         None takes the measured best of each.
+      backward: one of `BACKWARDS`.
       token_axes: mesh axes that split x's leading axis. Without them a mesh of several
         devices takes the XLA program, which needs no telling.
 
@@ -156,6 +166,10 @@ def bitlinear_many(
     for what, sequence in (("norm_weights", own), ("ws", ws), ("w_scales", w_scales)):
         if len(sequence) != count:
             raise ValueError(f"{what} has {len(sequence)} entries, trits has {count}")
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward={backward!r} is unknown; choose one of {', '.join(BACKWARDS)}")
+    if backward == "int8" and not int8_activations:
+        raise ValueError("backward='int8' needs int8_activations: the weights' gradients read them")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got {x.dtype}")
     if norm_weights is not None and any(b is None for b in own):
@@ -188,6 +202,7 @@ def bitlinear_many(
         out_dtype=jnp.dtype(out_dtype or x.dtype),
         int8_activations=int8_activations,
         implementation=implementation,
+        backward=backward,
         token_axes=tuple(token_axes),
         gated=gated,
         skip=skip,
@@ -299,7 +314,8 @@ def _backward(options, residuals, d_outputs):
 
     # The products are stored in x's dtype, which halves the traffic of a bf16 backward; the
     # weights' scales go on afterwards, in float32.
-    d_inputs = tuple(_dot(d, t, 0, d.dtype) for d, t in zip(d_outputs, trits, strict=True))
+    into_inputs = _dot_rows if options.backward == "bf16" else int8_backward.input_gradient
+    d_inputs = tuple(into_inputs(d, t, d.dtype) for d, t in zip(d_outputs, trits, strict=True))
     d_scales = w_scales
     if len(distinct) != len(d_inputs):
         scaled = [d * s.reshape(()) for d, s in zip(d_inputs, w_scales, strict=True)]
@@ -325,10 +341,15 @@ def _backward(options, residuals, d_outputs):
         if not options.int8_activations:
             h = _ungated(options, x)
             inputs = _unquantized(h, distinct, outer_weight, stats, times_silu)
+        into_weights = functools.partial(_weight_gradient, options)
         d_ws = [
-            None if dtype is None else _token_dot(d, n, dtype)
-            for d, n, dtype in zip(
-                d_outputs, _each(inputs, trits), options.weight_dtypes, strict=True
+            None if dtype is None else into_weights(d, n, absmax, dtype)
+            for d, n, absmax, dtype in zip(
+                d_outputs,
+                _each(inputs, trits),
+                _each(stats.absmaxes or (None,), trits),
+                options.weight_dtypes,
+                strict=True,
             )
         ]
     if options.gated:
@@ -384,6 +405,26 @@ def _unquantized(x, norm_weights, outer_weight, stats, times_silu):
 def _each(inputs, consumers):
     """One input for each consumer."""
     return inputs if len(inputs) == len(consumers) else [inputs[0]] * len(consumers)
+
+
+def _weight_gradient(
+    options: _Options,
+    d: jax.Array,
+    x: jax.Array,
+    absmax: jax.Array | None,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """d^T x over tokens, where x holds the dequantised inputs, [..., K] in the compute dtype."""
+    if options.backward != "int8" or absmax is None:
+        return _token_dot(d, x, out_dtype)
+    # The int8 inputs again: 127 steps of a row survive the 8 bits of a bfloat16's fraction.
+    scale = absmax / 127
+    q = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -128, 127).astype(jnp.int8)
+    return int8_backward.weight_gradient(d, q, scale, out_dtype)
+
+
+def _dot_rows(d: jax.Array, trits: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    return _dot(d, trits, 0, out_dtype)
 
 
 def _dot(x: jax.Array, trits: jax.Array, axis: int, out_dtype: jax.typing.DTypeLike) -> jax.Array:
