@@ -43,27 +43,35 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
     if not isinstance(values, dict):
         raise ConfigError(f"{path or 'config'} is {values!r}: give a mapping of fields")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    base = cls() if base is None else base
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     changes = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         where = f"{path}.{name}" if path else name
         if name in changes:
             raise ConfigError(f"config key {where!r} occurs twice, as {key!r} too: keep one")
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(names)}"
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(fields)}"
             raise ConfigError(f"unknown config key {where!r}: {hint}")
         if dataclasses.is_dataclass(hints[name]):
-            changes[name] = from_dict(hints[name], value, getattr(base, name), where)  # type: ignore[arg-type]
+            inner = _default(fields[name]) if base is None else getattr(base, name)
+            changes[name] = from_dict(hints[name], value, inner, where)  # type: ignore[arg-type]
         else:
             changes[name] = _convert(hints[name], value, where)
-    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+    # Without a base the defaults alone need not be valid: what is given takes their place.
+    return cls(**changes) if base is None else dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default  # type: ignore[misc]
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks one leaf value against its annotation, allowing only lossless conversions."""
+    """Checks a value against its annotation, allowing only lossless conversions."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path=where)  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -80,7 +88,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ConfigError(f"{where} is {value!r}: give a list of {len(args)} values")
         element_hints = args if args[-1] is not Ellipsis else [args[0]] * len(value)
-        return tuple(_convert(h, v, where) for h, v in zip(element_hints, value, strict=True))
+        pairs = enumerate(zip(element_hints, value, strict=True))
+        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in pairs)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 3e-4 as a string
             return float(value)

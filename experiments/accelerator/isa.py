@@ -30,7 +30,6 @@ REGISTERS = 8
 OPS = ("ADD", "SUB", "MUL", "DIV", "EXP", "SIG", "NORM", "LDV", "SV", "TMATMUL")
 ROW_WISE = ("ADD", "SUB", "MUL", "DIV", "EXP", "SIG")
 BINARY = ("ADD", "SUB", "MUL", "DIV")
-WORD_BYTES = 16
 
 
 @dataclass(frozen=True)

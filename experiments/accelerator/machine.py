@@ -9,7 +9,6 @@ The memory answers a request after `memory_latency` cycles and then moves one be
 every `cycles_per_beat` cycles: 1 with bursts; more where each beat is a request of its own.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,8 +149,3 @@ def timeline(program: Sequence[Instruction], machine: Machine) -> Timeline:
         finished.append(end)
         now = start + 1
     return Timeline(tuple(issued), tuple(finished), busy, beats)
-
-
-def with_burst(machine: Machine, lanes: int) -> Machine:
-    """The same core with a full bus: `lanes` trits a cycle."""
-    return dataclasses.replace(machine, lanes=lanes, cycles_per_beat=1.0)

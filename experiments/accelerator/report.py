@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmfree_jax.experiments.accelerator.estimate import Estimate
 from mmfree_jax.experiments.accelerator.paper import Laws, Prediction
+from mmfree_jax.experiments.accelerator.performance import Estimate
 
 # Table 3 of arXiv 2503.18002, generating: name, tokens/s, mJ a token.
 LOIHI = (

@@ -285,7 +285,7 @@ class _ReportArguments:
 def report(argv: Sequence[str]) -> int:
     """Compare with the paper's FPGA tables, and estimate any model's speed and energy."""
     from mmfree_jax.experiments.accelerator import paper
-    from mmfree_jax.experiments.accelerator.estimate import estimate, machines
+    from mmfree_jax.experiments.accelerator.performance import estimate, machines
     from mmfree_jax.experiments.accelerator.quantized import check_supported
     from mmfree_jax.experiments.accelerator.report import as_dict, show
     from mmfree_jax.presets import preset

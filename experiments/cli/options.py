@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.experiments.scaling.artifacts import write_csv, write_json
 from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.output_files import write_csv, write_json
 from mmfree_jax.experiments.scaling.read import Columns
 from mmfree_jax.files import write_bytes
 

@@ -79,7 +79,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     """Prints the plan and its cost; returns how many runs are left to this shard."""
     from mmfree_jax.errors import DataError
-    from mmfree_jax.experiments.sweep.estimate import device_from_name, estimate, probe_device
+    from mmfree_jax.experiments.sweep.cost import device_from_name, estimate, probe_device
     from mmfree_jax.experiments.sweep.plan import shard, without_repeats
     from mmfree_jax.experiments.sweep.report import cost_text, plan_text
     from mmfree_jax.experiments.sweep.runner import Options

@@ -67,13 +67,6 @@ class Fit:
         """Loss (nats a token) at inputs in raw counts, each [m]."""
         return self.law.loss(self.vector(), at)
 
-    def predict_draws(self, at: Inputs) -> np.ndarray:
-        """Loss under every bootstrap refit [R, m]; [0, m] without a bootstrap."""
-        if self.bootstrap is None:
-            return np.empty((0, len(next(iter(at.values())))))
-        with np.errstate(all="ignore"):
-            return self.law.loss(self.bootstrap.parameters, at)
-
 
 def fit_law(
     frame: RunFrame,

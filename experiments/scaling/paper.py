@@ -15,7 +15,7 @@ PUBLISHED_CROSSING = 23.0
 """log10 FLOPs, as the text says (about 10^23)."""
 DRAWN_STAR = float(np.log10(6.0e22))
 """log10 FLOPs of the star drawn in the figure."""
-ENDPOINTS = Path(__file__).parents[1] / "results" / "paper_endpoints.csv"
+ENDPOINTS = Path(__file__).with_name("paper_endpoints.csv")
 """Sizes, tokens and end losses (by eye) of the three models a family."""
 
 

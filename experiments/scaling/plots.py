@@ -1,6 +1,6 @@
 """Figures, each with the numbers that it draws.
 
-Every function returns (figure, rows): the rows are what `artifacts.write_csv` stores beside
+Every function returns (figure, rows): the rows are what `output_files.write_csv` stores beside
 the PNG, in long form with a `series` column.
 """
 

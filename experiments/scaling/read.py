@@ -271,10 +271,3 @@ def read_runs(
     if not frames:
         raise ScalingError("runs: give at least one CSV or parquet file or run directory")
     return complete(join(frames))
-
-
-def frame_to_rows(frame: RunFrame) -> list[dict]:
-    """The frame as rows of plain values, for writing; empty columns are left out."""
-    used = [n for n in NUMBERS if np.isfinite(getattr(frame, n)).any()]
-    used += [n for n in WORDS if np.any(getattr(frame, n) != "")]
-    return [{n: getattr(frame, n)[i].item() for n in used} for i in range(len(frame))]

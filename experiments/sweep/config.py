@@ -5,11 +5,10 @@ names it. `train` and a family's `train` are settings of `TrainConfig`, nested a
 training config.
 """
 
-import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
@@ -255,26 +254,6 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
     return from_dict(TrainConfig, family.train, config, f"families.{family.label}.train")
 
 
-def sweep_from_dict(values: dict[str, Any]) -> SweepConfig:
-    """A sweep from nested dicts.
-
-    Raises:
-      ConfigError: a key is unknown or a value malformed.
-    """
-    values = dict(values)
-    families = values.pop("families", [])
-    if not isinstance(families, list):
-        raise ConfigError(f"families is {families!r}: give a list of mappings")
-    # The default needs a family to be valid; the file's take its place.
-    base = SweepConfig.__new__(SweepConfig)
-    for f in dataclasses.fields(SweepConfig):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        object.__setattr__(base, f.name, default)
-    read = tuple(from_dict(FamilyConfig, f, path=f"families[{i}]") for i, f in enumerate(families))
-    object.__setattr__(base, "families", read)
-    return from_dict(SweepConfig, values, base)
-
-
 def load_sweep(
     path: str | os.PathLike[str], *, out: str | None = None, data: tuple[str, ...] = ()
 ) -> SweepConfig:
@@ -300,6 +279,6 @@ def load_sweep(
             if not isinstance(section, dict):
                 raise ConfigError(f"train.data is {section!r}: give a mapping of fields")
             section["paths"] = list(data)
-        return sweep_from_dict(values)
+        return from_dict(SweepConfig, values)
     except ConfigError as e:
         raise ConfigError(f"config file {path}: {e}") from e

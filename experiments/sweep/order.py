@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mmfree_jax.experiments.sweep.estimate import relative_seconds
+from mmfree_jax.experiments.sweep.cost import relative_seconds
 from mmfree_jax.experiments.sweep.plan import PlannedRun
 
 ORDERS = ("cheapest", "longest")

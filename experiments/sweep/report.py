@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.experiments.scaling.artifacts import write_csv
-from mmfree_jax.experiments.sweep.estimate import Estimate
+from mmfree_jax.experiments.scaling.output_files import write_csv
+from mmfree_jax.experiments.sweep.cost import Estimate
 from mmfree_jax.experiments.sweep.plan import PlannedRun, format_tokens, parameters
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate
 from mmfree_jax.experiments.sweep.state import Snapshot

@@ -23,7 +23,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.estimate import share
+from mmfree_jax.experiments.sweep.cost import share
 from mmfree_jax.experiments.sweep.order import ORDERS, in_order
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, shard
 from mmfree_jax.experiments.sweep.process import (

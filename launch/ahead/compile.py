@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
-from mmfree_jax.launch.ahead.estimate import estimate_times, fits
 from mmfree_jax.launch.ahead.hlo import parse_collectives, share_alongside
+from mmfree_jax.launch.ahead.step_cost import estimate_times, fits
 from mmfree_jax.launch.ahead.topology import Topology, as_if_on, make_devices
 
 Report = dict[str, Any]

@@ -12,7 +12,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.launch.ahead.compile import compile_step, describe
-from mmfree_jax.launch.ahead.estimate import fits, rank_meshes, why_not
+from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
 from mmfree_jax.launch.ahead.topology import missing_compiler, parse_topology, prepare
 from mmfree_jax.launch.xla_flags import with_overlap
 from mmfree_jax.parallel.sharding import mesh_shape

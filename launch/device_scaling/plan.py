@@ -9,7 +9,6 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import PRESETS, preset
 
 Layout = Literal["data", "fsdp", "data+fsdp", "fsdp+tensor"]
-Mode = Literal["weak", "strong"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 

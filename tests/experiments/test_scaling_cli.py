@@ -11,9 +11,9 @@ from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.cli.crossing import crossing
 from mmfree_jax.experiments.cli.fit import fit
 from mmfree_jax.experiments.cli.isoflop import isoflop
-from mmfree_jax.experiments.scaling.artifacts import write_csv
+from mmfree_jax.experiments.scaling.frame import NUMBERS, WORDS
 from mmfree_jax.experiments.scaling.laws import LAWS
-from mmfree_jax.experiments.scaling.read import frame_to_rows
+from mmfree_jax.experiments.scaling.output_files import write_csv
 from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 
 ONE = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}
@@ -26,7 +26,9 @@ def files(tmp_path_factory):
     params, tokens, budget = isoflop_design(10.0 ** np.linspace(17, 20, 4), 6)
     for name, truth in (("a", ONE), ("b", TWO)):
         frame = draw_runs("chinchilla", truth, params, tokens, noise=0.002, budget=budget, seed=1)
-        rows = frame_to_rows(frame)
+        used = [n for n in NUMBERS if np.isfinite(getattr(frame, n)).any()]
+        used += [n for n in WORDS if np.any(getattr(frame, n) != "")]
+        rows = [{n: getattr(frame, n)[i].item() for n in used} for i in range(len(frame))]
         write_csv(folder / f"{name}.csv", rows)
     rows = [{"Model Size": r["params"], "Training FLOP": r["flops"], "loss": r["loss"]}
             for r in rows]  # fmt: skip

@@ -1,5 +1,7 @@
 """Crossings of known curves, and refusals to conclude."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from mmfree_jax.experiments.scaling.laws import LAWS
 from mmfree_jax.experiments.scaling.read import read_runs
 from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 ONE = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}
 TWO = {"E": 1.8, "A": 300.0, "B": 1100.0, "alpha": 0.34, "beta": 0.35}
 
@@ -124,7 +127,7 @@ def test_the_papers_lines_and_three_points():
 
 
 def test_a_crossing_within_the_data_is_not_put_beyond_it():
-    table = paper.ENDPOINTS.parent / "study" / "best.csv"
+    table = RESULTS / "study" / "best.csv"
     families = ("matmulfree", "transformer")
     frames = tuple(read_runs([table], where=[f"family = {name}"]) for name in families)
     result = cross(frames, ("MatMul-free", "Transformer++"), ["line", "power-floor"], resamples=60)

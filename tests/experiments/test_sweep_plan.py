@@ -5,9 +5,10 @@ import math
 
 import pytest
 
+from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.experiments.sweep.config import load_sweep, sweep_from_dict
-from mmfree_jax.experiments.sweep.estimate import DeviceRate, device_from_name, estimate
+from mmfree_jax.experiments.sweep.config import SweepConfig, load_sweep
+from mmfree_jax.experiments.sweep.cost import DeviceRate, device_from_name, estimate
 from mmfree_jax.experiments.sweep.plan import (
     config_hash,
     flops_per_token,
@@ -30,7 +31,7 @@ BOTH = [
 
 def make(**values):
     base = {"families": BOTH, "sizes": ["rung-1M", "rung-3M"], "tokens": [1e5], "train": TRAIN}
-    return sweep_from_dict({**base, **values})
+    return from_dict(SweepConfig, {**base, **values})
 
 
 def test_a_grid_is_the_product_of_its_axes():

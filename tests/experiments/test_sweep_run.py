@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmfree_jax.config_io import from_dict
 from mmfree_jax.data import writer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.cli import sweep as cli
-from mmfree_jax.experiments.sweep.config import sweep_from_dict
+from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.order import in_order
 from mmfree_jax.experiments.sweep.plan import main_runs
@@ -88,7 +89,7 @@ def make(tmp_path, data):
             "tokens": [1e4],
             "train": {"batch_size": 4, "data": {"paths": [str(data)], "seq_len": 64}},
         }
-        return sweep_from_dict({**base, **values})
+        return from_dict(SweepConfig, {**base, **values})
 
     return build
 

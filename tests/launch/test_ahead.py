@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.ahead import hlo
-from mmfree_jax.launch.ahead.estimate import Times, estimate_times, rank_meshes
+from mmfree_jax.launch.ahead.step_cost import Times, estimate_times, rank_meshes
 from mmfree_jax.launch.ahead.topology import _tpu_shape, as_if_on, missing_compiler, parse_topology
 from mmfree_jax.presets import preset
 from mmfree_jax.train.flops import count_flops

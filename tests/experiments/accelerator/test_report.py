@@ -8,8 +8,8 @@ import pytest
 from mmfree_jax.cli.main import main
 from mmfree_jax.experiments.accelerator import paper
 from mmfree_jax.experiments.accelerator.compile import fitting, shape_program
-from mmfree_jax.experiments.accelerator.estimate import estimate, machines
 from mmfree_jax.experiments.accelerator.machine import Machine, timeline
+from mmfree_jax.experiments.accelerator.performance import estimate, machines
 from mmfree_jax.presets import preset
 from mmfree_jax.saved.packed import leaves_of, pack
 

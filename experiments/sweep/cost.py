@@ -62,7 +62,7 @@ def probe_device(timeout: float = 120.0) -> DeviceRate:
     """
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "mmfree_jax.experiments.sweep.estimate"],
+            [sys.executable, "-m", "mmfree_jax.experiments.sweep.cost"],
             capture_output=True, text=True, timeout=timeout, check=False,
             env=child_environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )  # fmt: skip

@@ -50,11 +50,6 @@ class Estimate:
         return 1e3 * self.cores / self.token_ms
 
     @property
-    def tokens_per_s_blocks(self) -> float:
-        """Of one stream, blocks only: what the paper's figure is to be compared with."""
-        return 1e3 / self.blocks_ms
-
-    @property
     def mj_per_token(self) -> float:
         """Energy a token (mJ)."""
         return 1e3 * self.power_w / self.tokens_per_s
