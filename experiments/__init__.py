@@ -1,3 +1,6 @@
-"""Studies of the models: many runs (`sweep`) and what they say (`scaling`, which imports no
-trainer), the paper's hardware (`accelerator`), speed and memory (`bench`); notebooks and records.
+"""Studies of the models: what they cost, how they scale, where else they run.
+
+`scaling` fits laws to finished runs and imports no trainer; `sweep` makes the runs; `bench`
+measures speed and memory; `accelerator` is the paper's hardware. configs/ and notebooks/ use
+them, results/ holds what was measured, cli/ the subcommands.
 """

@@ -1,1 +1,4 @@
-"""Training on many devices: starting processes, job files, compiling ahead, measuring scaling."""
+"""Training on many devices: several processes here (`local`), job files for clusters (`render`),
+compiling for devices that are not here (`ahead`), and how speed grows with GPUs
+(`device_scaling`). docs/pods.md is the guide.
+"""

@@ -1,1 +1,1 @@
-"""Subcommands of `mmfree`: sweep, fit, crossing, isoflop, bench, hardware."""
+"""Subcommands of `mmfree`: bench, fit, crossing, isoflop, sweep and hardware."""

@@ -1,15 +1,15 @@
 """`mmfree crossing`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
-from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
+from mmfree_jax.experiments.cli.options import Fitting, outputs
+from mmfree_jax.ranges import AboveZero
 
 _DESCRIPTION = """Compares two families of runs: where their loss curves cross under every law, with
 a joint bootstrap, the probability that they do not cross, and what can be concluded."""
@@ -17,8 +17,8 @@ a joint bootstrap, the probability that they do not cross, and what can be concl
 LawName = Literal["line", "power", "power-floor", "chinchilla", "gadre", "broken"]
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Fitting):
     """Options of `mmfree crossing`."""
 
     a: Annotated[Path, tyro.conf.Positional]
@@ -29,31 +29,11 @@ class Arguments:
     """Names in the family column that pick the two families out of their files."""
     laws: tuple[LawName, ...] = ("line", "power", "power-floor", "chinchilla", "gadre", "broken")
     """Laws to compare; those that the runs cannot determine are skipped with the reason."""
-    objective: Literal["auto", "huber", "lad", "log-lsq", "lsq"] = "auto"
-    """For all laws; auto: lsq for the line, huber otherwise."""
-    delta: AboveZero = 1e-3
-    """Where Huber's loss turns from quadratic to linear (log loss)."""
-    size: Size = "total"
-    """Which parameters N counts."""
-    flops: Flops = "6nd"
-    """How compute C is counted."""
     use: Literal["frontier", "all"] = "frontier"
     """Runs for laws of compute alone: those that no cheaper run beats, or all."""
-    bootstrap: CountOrZero = 1000
-    """Joint resamples (a count; 0 for none)."""
-    resample: Literal["runs", "noise"] = "runs"
-    """Draw runs with replacement, or redraw each loss from its loss-sd column."""
-    level: InnerShare = 0.95
-    """Level of all intervals (a fraction)."""
     horizon: AboveZero = 30.0
     """Where the search for a crossing ends (log10 FLOPs)."""
-    seed: Seed = 0
-    """Of the bootstrap and the restarts."""
     out: Path = Path("crossing.json")
-    """JSON result; the figure and its data go beside it as .png and .plot.csv."""
-    plot: bool = True
-    """Write the figure and its data as well."""
-    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
 
 
 def crossing(argv: Sequence[str]) -> int:
@@ -63,14 +43,13 @@ def crossing(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.crossing import cross
     from mmfree_jax.experiments.scaling.errors import ScalingError
     from mmfree_jax.experiments.scaling.objectives import Objective
-    from mmfree_jax.experiments.scaling.read import read_runs
+    from mmfree_jax.experiments.scaling.plots import plot_crossing
     from mmfree_jax.experiments.scaling.report import crossing_document, crossing_text
 
     outputs(a.out)
     frames, names = [], []
     for k, path in enumerate((a.a, a.b)):
-        frame = read_runs([path], a.reading.columns, where=a.reading.where,
-                          points=a.reading.points)  # fmt: skip
+        frame = a.read([path])
         found = sorted({str(f) for f in frame.family if f})
         if a.families is not None:
             if a.families[k] not in found:
@@ -94,13 +73,4 @@ def crossing(argv: Sequence[str]) -> int:
         flops=a.flops, points=a.use, resamples=a.bootstrap, resample=a.resample, level=a.level,
         horizon=a.horizon, seed=a.seed,
     )  # fmt: skip
-    print(crossing_text(result))
-    paths = save(a.out, crossing_document(result), (lambda: _plot(result)) if a.plot else None)
-    print("wrote " + ", ".join(map(str, paths)))
-    return 0
-
-
-def _plot(result):
-    from mmfree_jax.experiments.scaling.plots import plot_crossing
-
-    return plot_crossing(result)
+    return a.finish(crossing_text(result), crossing_document(result), lambda: plot_crossing(result))

@@ -1,23 +1,23 @@
 """`mmfree isoflop`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.experiments.cli.options import Flops, Reading, Size, outputs, save
-from mmfree_jax.ranges import CountOrZero, InnerShare, NotNegative, Seed
+from mmfree_jax.experiments.cli.options import Analysis, outputs
+from mmfree_jax.ranges import NotNegative
 
 _DESCRIPTION = """Compute-optimal model size and data by the three approaches of Hoffmann et al.:
 isoflop (the minimum of a parabola at each FLOP budget), envelope (the lowest of all training
 curves) and parametric (a fitted law). Maxima and minima at an edge of the sizes are refused."""
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Analysis):
     """Options of `mmfree isoflop`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -26,22 +26,9 @@ class Arguments:
     """One or several approaches."""
     tolerance: NotNegative = 0.1
     """Computes within this fraction of each other are one budget, without a budget column."""
-    size: Size = "total"
-    """Which parameters N counts."""
-    flops: Flops = "6nd"
-    """How compute C is counted."""
-    bootstrap: CountOrZero = 1000
-    """Resamples for the intervals (a count; 0 for none)."""
-    level: InnerShare = 0.95
-    """Level of all intervals (a fraction)."""
-    seed: Seed = 0
-    """Of the bootstrap."""
     out: Path = Path("isoflop.json")
     """JSON result; the figure and its data (of the first approach) go beside it as .png and
     .plot.csv."""
-    plot: bool = True
-    """Write the figure and its data as well."""
-    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
 
 
 def isoflop(argv: Sequence[str]) -> int:
@@ -51,11 +38,11 @@ def isoflop(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.fit import fit_law
     from mmfree_jax.experiments.scaling.isoflop import envelope, parametric
     from mmfree_jax.experiments.scaling.isoflop import isoflop as parabolas
-    from mmfree_jax.experiments.scaling.read import read_runs
+    from mmfree_jax.experiments.scaling.plots import plot_allocation
     from mmfree_jax.experiments.scaling.report import allocation_document, allocation_text
 
     outputs(a.out)
-    frame = read_runs(a.runs, a.reading.columns, where=a.reading.where, points=a.reading.points)
+    frame = a.read(a.runs)
     common = {"size": a.size, "flops": a.flops, "resamples": a.bootstrap, "level": a.level,
               "seed": a.seed}  # fmt: skip
     results = []
@@ -67,15 +54,6 @@ def isoflop(argv: Sequence[str]) -> int:
         else:
             fit = fit_law(frame, "chinchilla", profile=False, holdout=False, **common)
             results.append(parametric(fit))
-    print(allocation_text(results))
-    paths = save(
-        a.out, allocation_document(results), (lambda: _plot(results[0])) if a.plot else None
+    return a.finish(
+        allocation_text(results), allocation_document(results), lambda: plot_allocation(results[0])
     )
-    print("wrote " + ", ".join(map(str, paths)))
-    return 0
-
-
-def _plot(result):
-    from mmfree_jax.experiments.scaling.plots import plot_allocation
-
-    return plot_allocation(result)

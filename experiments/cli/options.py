@@ -1,13 +1,21 @@
 """Options that several subcommands share, and where their results go."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import RunFrame
 from mmfree_jax.experiments.scaling.output_files import write_csv, write_json
-from mmfree_jax.experiments.scaling.read import Columns
+from mmfree_jax.experiments.scaling.read import Columns, read_runs
 from mmfree_jax.files import write_bytes
+from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Size = Literal["total", "non-embedding", "ternary"]
 Flops = Literal["6nd", "6nd-non-embedding", "exact", "bit-operations", "energy"]
@@ -26,6 +34,65 @@ class Reading:
     """Of a run directory: its last evaluation, or all of them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What every analysis of runs asks for."""
+
+    size: Size = "total"
+    """Which parameters N counts."""
+    flops: Flops = "6nd"
+    """How compute C is counted."""
+    bootstrap: CountOrZero = 1000
+    """Resamples for the intervals (a count; 0 for none)."""
+    level: InnerShare = 0.95
+    """Level of all intervals (a fraction)."""
+    seed: Seed = 0
+    """Of the bootstrap and the restarts."""
+    out: Path
+    """JSON result; the figure and its data go beside it as .png and .plot.csv."""
+    plot: bool = True
+    """Write the figure and its data as well."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+
+    def read(self, paths: Sequence[Path]) -> RunFrame:
+        """The runs in files or directories."""
+        reading = self.reading
+        return read_runs(paths, reading.columns, where=reading.where, points=reading.points)
+
+    def finish(
+        self,
+        text: str,
+        document: dict[str, Any],
+        draw: Callable[[], tuple["Figure", list[dict]]],
+    ) -> int:
+        """Shows a result and writes its JSON, and with `plot` its figure and the rows drawn."""
+        from mmfree_jax.experiments.scaling.plots import png
+
+        print(text)
+        paths = [self.out]
+        write_json(self.out, document)
+        if self.plot:
+            figure, rows = draw()
+            paths += outputs(self.out)
+            write_bytes(paths[1], png(figure))
+            write_csv(paths[2], rows)
+        print("wrote " + ", ".join(map(str, paths)))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting(Analysis):
+    """What an analysis that fits laws asks for besides."""
+
+    objective: Literal["auto", "huber", "lad", "log-lsq", "lsq"] = "auto"
+    """Sum over runs that is minimised: Huber or absolute value of log-loss residuals, squares of
+    log loss, squares of loss. auto: lsq for the line, huber otherwise."""
+    delta: AboveZero = 1e-3
+    """Where Huber's loss turns from quadratic to linear (log loss)."""
+    resample: Literal["runs", "noise"] = "runs"
+    """Draw runs with replacement, or redraw each loss from its loss-sd column."""
+
+
 def outputs(out: Path) -> tuple[Path, Path]:
     """Where the figure and its data go: beside `out`, as NAME.png and NAME.plot.csv.
 
@@ -37,17 +104,3 @@ def outputs(out: Path) -> tuple[Path, Path]:
     if not out.parent.is_dir():
         raise ScalingError(f"out: the folder {out.parent} does not exist; create it first")
     return out.with_suffix(".png"), out.with_suffix(".plot.csv")
-
-
-def save(out: Path, document: dict[str, Any], plot: Any) -> list[Path]:
-    """Write the JSON, and where `plot` (a function giving figure and rows) is set, its files."""
-    figure_path, data_path = outputs(out)
-    write_json(out, document)
-    if plot is None:
-        return [out]
-    from mmfree_jax.experiments.scaling.plots import png
-
-    figure, rows = plot()
-    write_bytes(figure_path, png(figure))
-    write_csv(data_path, rows)
-    return [out, figure_path, data_path]

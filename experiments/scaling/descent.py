@@ -5,7 +5,7 @@ Points are rows of standardised coordinates [S, P]; all of them descend together
 
 import numpy as np
 
-from mmfree_jax.experiments.scaling.laws import Model
+from mmfree_jax.experiments.scaling.models import Model
 from mmfree_jax.experiments.scaling.objectives import Objective, losses, multiplier, target_width
 from mmfree_jax.experiments.scaling.trust_region import Minima, Oracle, chunk_size, minimise
 

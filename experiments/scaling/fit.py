@@ -8,7 +8,8 @@ from mmfree_jax.experiments.scaling.descent import typical_residual
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame, inputs
 from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
-from mmfree_jax.experiments.scaling.laws import Inputs, Law, Model, get_law
+from mmfree_jax.experiments.scaling.laws import Law, get_law
+from mmfree_jax.experiments.scaling.models import Inputs, Model
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.search import RESTARTS, Search, search
 from mmfree_jax.experiments.scaling.uncertainty import (

@@ -3,7 +3,8 @@
 import numpy as np
 
 from mmfree_jax.experiments.scaling.descent import residuals
-from mmfree_jax.experiments.scaling.laws import Inputs, Law, Model
+from mmfree_jax.experiments.scaling.laws import Law
+from mmfree_jax.experiments.scaling.models import Inputs, Model
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.search import Search
 

@@ -29,7 +29,8 @@ from mmfree_jax.experiments.scaling.descent import (
     vertex,
     widths_to,
 )
-from mmfree_jax.experiments.scaling.laws import Inputs, Law, Model
+from mmfree_jax.experiments.scaling.laws import Law
+from mmfree_jax.experiments.scaling.models import Inputs, Model
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.trust_region import minimise
 

@@ -15,7 +15,8 @@ from mmfree_jax.experiments.scaling.descent import (
 )
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame
-from mmfree_jax.experiments.scaling.laws import Law, Model
+from mmfree_jax.experiments.scaling.laws import Law
+from mmfree_jax.experiments.scaling.models import Model
 from mmfree_jax.experiments.scaling.objectives import Objective, log_likelihood
 from mmfree_jax.experiments.scaling.search import Search
 
