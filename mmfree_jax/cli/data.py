@@ -32,6 +32,8 @@ def prepare(argv: Sequence[str]) -> int:
     if not worked:
         print(f"{config.out} holds this data set already")
     _print_summary(index)
+    for line in _reading_lines(index):
+        print(line)
     if worked:
         print(f"prepared in {seconds:.1f} s")
     return 0
@@ -59,6 +61,8 @@ def inspect(argv: Sequence[str]) -> int:
     config = parse(InspectConfig, argv, prog="mmfree data inspect")
     index = load_index(config.path)
     _print_summary(index)
+    for line in _reading_lines(index):
+        print(line)
     if config.verify:
         problems = verify_checksums(index)
         if problems:
@@ -107,6 +111,14 @@ def _print_summary(index: "DatasetIndex") -> None:
     notes = [f"{counts[k]:,} {text}" for k, text in left_out.items() if counts.get(k)]
     if notes:
         console.print("also       " + ", ".join(notes))
+
+
+def _reading_lines(index: "DatasetIndex") -> list[str]:
+    """What was read of each input; nothing for data sets from before that was kept."""
+    from mmfree_jax.data.reading import InputReading, reading_lines
+
+    readings = [InputReading.from_json(r) for r in index.source.get("readings", ())]
+    return reading_lines(readings, index.source.get("settings", {}).get("txt_separator"))
 
 
 def _print_samples(index: "DatasetIndex", config: InspectConfig, open_dataset: Any) -> None:

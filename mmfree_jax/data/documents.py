@@ -8,15 +8,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
+from typing import Any
 
 import numpy as np
 
 from mmfree_jax.data.dataset import HELDOUT, TRAIN
-from mmfree_jax.data.sources import ReadOptions, RecordBatch, cut_document
+from mmfree_jax.data.reading import Tally
+from mmfree_jax.data.sources import ReadOptions, RecordBatch
+from mmfree_jax.data.tables import split_name
+from mmfree_jax.data.text_split import cut_document
 from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mmfree_jax.errors import DataError
-
-COUNTS: tuple[str, ...] = ("documents", "empty", "cut", "bad_records", "unknown_tokens")
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,24 @@ class EncodedBatch:
     """How far the file has been read (bytes on disk)."""
     splits: dict[str, EncodedSplit] = field(default_factory=dict)
     """Documents of each split that has any."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """What was read and left out: `COUNTS`."""
+    place: int = 0
+    """Which of the inputs the file comes from."""
+    tally: Tally = field(default_factory=Tally)
+    """What was read and left out."""
     num_bytes: int = 0
     """UTF-8 bytes of all documents."""
 
 
+class BadRecord(ValueError):
+    """A malformed record. `reason` is the same for all of a kind; the message says more."""
+
+    def __init__(self, reason: str, message: str | None = None) -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+
+
 def read_documents(
-    batch: RecordBatch, options: ReadOptions, *, skip_bad: bool, counts: dict[str, int]
+    batch: RecordBatch, options: ReadOptions, *, skip_bad: bool, tally: Tally
 ) -> Iterator[bytes]:
     """The documents of a batch as UTF-8, without the empty ones.
 
@@ -71,19 +83,21 @@ def read_documents(
       batch: records.
       options: how they become documents.
       skip_bad: count malformed records instead of raising.
-      counts: `COUNTS`, added to.
+      tally: what is left out is added to it.
 
     Raises:
       DataError: a record is malformed; the message names the file and the record.
     """
+    tally.cut += batch.cut
+    tally.separators += batch.separators
     for i, record in enumerate(batch.records):
         if batch.kind == "json" and not record.strip():
             continue  # a blank line
         try:
-            text = _text_of(record, batch.kind, options.text_field)
-        except ValueError as e:
+            text = _text_of(record, batch.kind, batch.text_field)
+        except BadRecord as e:
             if skip_bad:
-                counts["bad_records"] += 1
+                tally.leave_out(e.reason)
                 continue
             unit = {"json": "line", "row": "row", "text": "document"}[batch.kind]
             raise DataError(
@@ -91,15 +105,15 @@ def read_documents(
                 "records out with --skip-bad-records"
             ) from e
         if not text.strip():
-            counts["empty"] += 1
+            tally.empty += 1
             continue
         pieces = list(cut_document(text, options.max_document_bytes))
-        counts["cut"] += len(pieces) - 1
+        tally.cut += len(pieces) - 1
         yield from pieces
 
 
 def _text_of(record: bytes | str | None, kind: str, text_field: str) -> bytes:
-    """A record's text as UTF-8; ValueError says what is wrong with it."""
+    """A record's text as UTF-8; BadRecord says what is wrong with it."""
     if record is None:
         return b""
     if kind == "text":
@@ -107,33 +121,66 @@ def _text_of(record: bytes | str | None, kind: str, text_field: str) -> bytes:
         try:
             record.decode("utf-8")
         except UnicodeDecodeError as e:
-            raise ValueError(f"byte {e.start} is not UTF-8") from e
+            raise BadRecord("not UTF-8", f"byte {e.start} is not UTF-8") from e
         return record
     if kind == "json":
         try:
-            values = json.loads(record)
+            values = json.loads(record, object_pairs_hook=_Fields)
         except UnicodeDecodeError as e:
-            raise ValueError(f"byte {e.start} is not UTF-8") from e
+            raise BadRecord("not UTF-8", f"byte {e.start} is not UTF-8") from e
         except ValueError as e:
-            raise ValueError(f"not JSON ({e})") from e
+            raise BadRecord("not JSON", f"not JSON ({e})") from e
         except RecursionError as e:
-            raise ValueError("not JSON that can be read (nested too deeply)") from e
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        if text_field not in values:
-            raise ValueError(
-                f"no field {text_field!r} (it has: {', '.join(map(str, values))}; see --text-field)"
-            )
-        record = values[text_field]
+            raise BadRecord("not JSON", "not JSON that can be read (nested too deeply)") from e
+        if not isinstance(values, _Fields):
+            raise BadRecord("not a JSON object")
+        record = _field(values, text_field)
         if record is None:
             return b""
         if not isinstance(record, str):
-            raise ValueError(f"field {text_field!r} is {type(record).__name__}, not text")
+            raise BadRecord(f"field {text_field!r} is {type(record).__name__}, not text")
     assert isinstance(record, str)
     try:
         return record.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError(f"character {e.start} is half of a surrogate pair") from e
+        raise BadRecord(
+            "half a surrogate pair", f"character {e.start} is half of a surrogate pair"
+        ) from e
+
+
+class _Fields(dict[str, Any]):
+    """A JSON object that remembers which of its keys occur more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs] if len(self) < len(pairs) else []
+        self.repeated = {name for name in names if names.count(name) > 1}
+
+
+def _field(values: _Fields, text_field: str) -> Any:
+    """The value of a field: "a.b" is that field if there is one, else b in a."""
+    found = _look_up(values, text_field)
+    if not found:
+        names = ", ".join(map(str, values))
+        reason = f"no field {text_field!r}"
+        raise BadRecord(reason, f"{reason} (it has: {names}; see --text-field)")
+    return found[0]
+
+
+def _look_up(values: _Fields, text_field: str) -> list[Any]:
+    """The value of a field, in a list; an empty list where there is none."""
+    for head, rest in split_name(text_field):
+        if head not in values:
+            continue
+        inner = values[head]
+        found = [inner]
+        if rest and inner is not None:
+            found = _look_up(inner, rest) if isinstance(inner, _Fields) else []
+        if found or head in values.repeated:
+            if head in values.repeated:
+                raise BadRecord(f"field {head!r} occurs twice")
+            return found
+    return []
 
 
 def is_heldout(text: bytes, fraction: float, seed: int) -> bool:
@@ -149,7 +196,7 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: EncodeOption
         batch.file,
         batch.first + len(batch.records),
         batch.position,
-        counts=dict.fromkeys(COUNTS, 0),
+        place=batch.place,
     )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     start = [] if tokenizer.bos_id is None else [np.array([tokenizer.bos_id], dtype)]
@@ -157,13 +204,11 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: EncodeOption
     parts: dict[str, list[np.ndarray]] = {TRAIN: [], HELDOUT: []}
     lengths: dict[str, list[int]] = {TRAIN: [], HELDOUT: []}
     sizes: dict[str, list[int]] = {TRAIN: [], HELDOUT: []}
-    counts = result.counts
-    for text in read_documents(
-        batch, options.read, skip_bad=options.skip_bad_records, counts=counts
-    ):
+    tally = result.tally
+    for text in read_documents(batch, options.read, skip_bad=options.skip_bad_records, tally=tally):
         ids = tokenizer.encode_array(text.decode("utf-8"))
         if len(ids) == 0:
-            counts["empty"] += 1
+            tally.empty += 1
             continue
         if int(ids.max()) >= tokenizer.vocab_size or int(ids.min()) < 0:
             raise DataError(
@@ -171,8 +216,8 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: EncodeOption
                 f"{tokenizer.vocab_size}: it is damaged; give another"
             )
         if tokenizer.unk_id is not None:
-            counts["unknown_tokens"] += int(np.count_nonzero(ids == tokenizer.unk_id))
-        counts["documents"] += 1
+            tally.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unk_id))
+        tally.documents += 1
         heldout = is_heldout(text, options.heldout_fraction, options.seed)
         split = HELDOUT if heldout else TRAIN
         parts[split] += [*start, ids.astype(dtype), *end]

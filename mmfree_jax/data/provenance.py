@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.data.dataset import describe_identity
+from mmfree_jax.data.sources import InputFile
 from mmfree_jax.data.writer import disk_errors
 from mmfree_jax.errors import DataError
 
@@ -27,23 +28,26 @@ def describe_settings(config: Any, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """What the shards depend on, apart from the inputs' contents."""
     settings = asdict(config)
     # skip_bad_records matters only if there are any: see check_same.
-    for name in ("out", "input", "workers", "tokenizer", "skip_bad_records"):
+    # Splits decide which files are read, and these are described each.
+    for name in ("out", "input", "splits", "workers", "tokenizer", "skip_bad_records"):
         del settings[name]
     return settings | {"tokenizer": tokenizer}
 
 
-def describe_file(file: Path) -> dict[str, Any]:
-    """Name, size and a checksum over both ends of an input file."""
+def describe_file(file: InputFile, text_field: str) -> dict[str, Any]:
+    """Name, size and a checksum over both ends of an input file; its field, if a special one."""
+    path = file.path
     try:
-        size = file.stat().st_size
+        size = path.stat().st_size
         digest = hashlib.sha256()
-        with file.open("rb") as f:
+        with path.open("rb") as f:
             digest.update(f.read(_EDGE))
             f.seek(max(_EDGE, size - _EDGE))
             digest.update(f.read(_EDGE))
     except OSError as e:
-        raise DataError(f"{file}: {e.strerror}; make it a readable file") from e
-    return {"name": file.name, "bytes": size, "ends_sha256": digest.hexdigest()}
+        raise DataError(f"{path}: {e.strerror}; make it a readable file") from e
+    described = {"name": path.name, "bytes": size, "ends_sha256": digest.hexdigest()}
+    return described | ({} if file.text_field == text_field else {"text_field": file.text_field})
 
 
 def check_same(

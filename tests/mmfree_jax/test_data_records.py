@@ -1,0 +1,384 @@
+"""From files to documents: separators, line ends, marks, fields, and what is left out."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmfree_jax.cli import data as data_cli
+from mmfree_jax.cli import tokenizer as tokenizer_cli
+from mmfree_jax.data import prepare as prepare_lib
+from mmfree_jax.data.dataset import load_index, open_dataset
+from mmfree_jax.data.documents import read_documents
+from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
+from mmfree_jax.data.reading import InputReading, Tally
+from mmfree_jax.data.sources import InputFile, ReadOptions, read_batches
+from mmfree_jax.data.text_split import split_text
+from mmfree_jax.data.tokenizer import load_tokenizer
+from mmfree_jax.errors import ConfigError, DataError
+
+
+def texts(file, field="text", *, skip_bad=False, tally=None, **options):
+    """The documents of a file."""
+    read = ReadOptions(**options)
+    tally = Tally() if tally is None else tally
+    return [
+        text.decode()
+        for batch in read_batches(InputFile(file, field), read)
+        for text in read_documents(batch, read, skip_bad=skip_bad, tally=tally)
+    ]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+# Separators.
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    documents=st.lists(st.text("ab<|>\n", max_size=12), min_size=1, max_size=6),
+    separator=st.sampled_from(["<|>", "aab", "\n\n", "|\n"]),
+    windows=st.booleans(),
+    block=st.integers(1, 7),
+    size=st.integers(4, 9),
+)
+def test_blocks_and_cuts_leave_no_part_of_a_separator(documents, separator, windows, block, size):
+    text = separator.join(documents)
+    whole = [p for p in text.split(separator) if p]
+    data = (text.replace("\n", "\r\n") if windows else text).encode()
+    blocks = [data[i : i + block] for i in range(0, len(data), block)]
+    pieces = list(split_text(iter(blocks), separator, size))
+    # Put together again up to each separator, they are what splitting the whole text gives.
+    found = [""]
+    for piece in pieces:
+        assert len(piece.text) <= size
+        found[-1] += piece.text.decode()
+        if piece.end == "separator":
+            found.append("")
+    assert [f.replace("\r\n", "\n") for f in found if f] == whole
+    assert sum(p.end == "separator" for p in pieces) == text.count(separator)
+
+
+@pytest.mark.parametrize("before", range(-14, 3))
+def test_a_separator_across_a_block_and_the_longest_document(before, tmp_path):
+    """A document just shorter than the limit, whose separator straddles a block of 1 MiB."""
+    first = b"a" * (2**20 + before)
+    data = first + b"<|endoftext|>" + b"b" * 1000
+    found = [
+        p.text for p in split_text(iter([data[: 2**20], data[2**20 :]]), "<|endoftext|>", 2**20)
+    ]
+    expected = [first, b"b" * 1000]
+    if before > 0:
+        expected[:1] = [first[: 2**20], first[2**20 :]]
+    assert found == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n"])
+def test_windows_line_ends(end, separator, tmp_path):
+    lines = separator.replace("\r\n", "\n").replace("\n", end)
+    (tmp_path / "a.txt").write_bytes(lines.join(["one", f"two{end}more", "three"]).encode())
+    tally = Tally()
+    found = texts(tmp_path / "a.txt", txt_separator=separator, tally=tally)
+    assert found == ["one", f"two{end}more", "three"]
+    assert tally.separators == 2
+
+
+def test_a_separator_that_never_occurs_is_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.txt").write_text("three\\n\\nfour")
+    arguments = ["--workers", "1", "--heldout-fraction", "0", "--txt-separator", "\\n\\n"]
+    files = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    data_cli.prepare([*arguments, "--out", str(tmp_path / "out"), "--input", *files])
+    note = f"note       {files[0]}: the separator '\\\\n\\\\n' occurs nowhere in 1 file of text"
+    assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")] == [note]
+
+
+def test_cuts_of_long_texts_are_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("line\n" * 10)
+    tally = Tally()
+    assert texts(tmp_path / "a.txt", max_document_bytes=20, tally=tally) == [
+        "line\n" * 4,
+        "line\n" * 4,
+        "line\n" * 2,
+    ]
+    assert tally.cut == 2
+
+
+# Byte-order marks.
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be"])
+@pytest.mark.parametrize("pack", [lambda b: b, gzip.compress, zstandard.compress])
+def test_marks(encoding, pack, tmp_path):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    suffix = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(pack, "")
+    long = "日本🙂é" * 100_000  # blocks end inside characters
+    text = tmp_path / f"a.txt{suffix}"
+    text.write_bytes(pack(f"{mark}one<|>{long}".encode(encoding)))
+    assert texts(text, txt_separator="<|>") == ["one", long]
+    lines = tmp_path / f"a.jsonl{suffix}"
+    lines.write_bytes(pack((mark + '{"text": "é"}\r\n{"text": "b"}').encode(encoding)))
+    assert texts(lines) == ["é", "b"]
+
+
+def test_short_files_and_marks(tmp_path):
+    for data, expected in [
+        (b"\xef\xbb\xbf", []),
+        (b"\xef\xbb\xbfa", ["a"]),
+        (b"", []),
+        (b"x", ["x"]),
+    ]:
+        (tmp_path / "a.txt").write_bytes(data)
+        assert texts(tmp_path / "a.txt") == expected
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfea\x00b")
+    with pytest.raises(DataError, match=r"a\.txt begins with the mark of UTF-16-LE and is not"):
+        texts(tmp_path / "a.txt")
+
+
+# Zstandard.
+
+
+def test_a_window_of_two_gibibytes(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(
+        compression_level=1, window_log=31, enable_ldm=True, hash_log=12, chain_log=12
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    data = compressor.compress(b'{"text": "one"}\n{"text": "two"}\n') + compressor.flush()
+    assert zstandard.get_frame_parameters(data).window_size == 2**31
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert texts(tmp_path / "a.jsonl.zst") == ["one", "two"]
+
+
+def test_a_window_that_is_too_large_is_said(tmp_path, monkeypatch):
+    from mmfree_jax.data import sources
+
+    monkeypatch.setattr(sources, "_ZSTD_WINDOW", 2**20)
+    compressor = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=24)
+    ).compressobj()
+    data = compressor.compress(b'{"text": "one"}\n') + compressor.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    with pytest.raises(DataError, match="window of at most 1 MiB") as error:
+        texts(tmp_path / "a.jsonl.zst")
+    assert "not whole" not in str(error.value)
+
+
+# Fields and columns.
+
+NESTED = [
+    ({"text": "a"}, "text", "a"),
+    ({"meta": {"text": "a"}}, "meta.text", "a"),
+    ({"meta.text": "a", "meta": {"text": "b"}}, "meta.text", "a"),
+    ({"meta": {"text": "b"}, "meta.text": "a"}, "meta.text", "a"),
+    ({"a": {"b": {"c": "x"}}}, "a.b.c", "x"),
+    ({"a.b": {"c": "x"}, "a": {"b": {"c": "y"}}}, "a.b.c", "x"),
+    ({"a": {"b.c": "x", "b": {"c": "y"}}}, "a.b.c", "x"),
+]
+
+
+@pytest.mark.parametrize(("record", "field", "expected"), NESTED)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_nested_fields(record, field, expected, kind, tmp_path):
+    file = tmp_path / f"a.{kind}"
+    table = pa.Table.from_pylist([{"id": 1, **record}] * 3)
+    if kind == "jsonl":
+        write_lines(file, [{"id": 1, **record}] * 3)
+    elif kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_file(str(file), table.schema) as sink:
+            sink.write_table(table)
+    assert texts(file, field) == [expected] * 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_null_on_the_way_is_an_empty_document(kind, tmp_path):
+    records = [{"meta": {"text": "a"}}, {"meta": None}, {"meta": {"text": None}}]
+    file = tmp_path / f"a.{kind}"
+    write_lines(file, records) if kind == "jsonl" else pq.write_table(
+        pa.Table.from_pylist(records), file
+    )
+    tally = Tally()
+    assert texts(file, "meta.text", tally=tally) == ["a"]
+    assert tally.empty == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "field", "message"),
+    [
+        (["text", "text"], "text", "column 'text' occurs 2 times"),
+        (["text", "n", "n"], "text", None),
+        (["x", "y", "y"], "text", r"no column 'text' \(it has: x, y, y\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_occur_twice(names, field, message, kind, tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a", "b"])] * len(names), names)
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_stream(str(file), table.schema) as sink:
+            sink.write_table(table)
+    if message is None:
+        assert texts(file, field) == ["a", "b"]
+    else:
+        with pytest.raises(DataError, match=message):
+            texts(file, field)
+
+
+def test_a_column_twice_inside_a_structure(tmp_path):
+    inner = pa.StructArray.from_arrays([pa.array(["a"])] * 2, ["text", "text"])
+    table = pa.table({"meta": inner})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as sink:
+        sink.write_table(table)
+    with pytest.raises(DataError, match="column 'text' occurs 2 times"):
+        texts(tmp_path / "a.arrow", "meta.text")
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "message"),
+    [
+        ('{"text": "a", "text": "b"}', "text", "field 'text' occurs twice"),
+        ('{"meta": {"text": "a"}, "meta": {}}', "meta.text", "field 'meta' occurs twice"),
+        ('{"meta": {"text": "a", "text": "a"}}', "meta.text", "field 'text' occurs twice"),
+        ('{"n": 1, "n": 2, "text": "a"}', "text", None),
+        ('{"meta": "x"}', "meta.text", "no field 'meta.text'"),
+    ],
+)
+def test_fields_that_occur_twice(line, field, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    if message is None:
+        assert texts(tmp_path / "a.jsonl", field) == ["a"]
+        return
+    with pytest.raises(DataError, match=f"line 1: {message}"):
+        texts(tmp_path / "a.jsonl", field)
+    tally = Tally()
+    assert texts(tmp_path / "a.jsonl", field, skip_bad=True, tally=tally) == []
+    assert tally.reasons == {message: 1}
+
+
+# Several inputs.
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two files whose texts have other fields."""
+    a = write_lines(tmp_path / "a.jsonl", [{"text": f"first {i}"} for i in range(9)])
+    b = write_lines(tmp_path / "b.jsonl", [{"meta": {"body": f"second {i}"}} for i in range(7)])
+    return a, b
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_input_has_a_field_of_its_own(two, workers, tmp_path):
+    a, b = two
+    odd = write_lines(tmp_path / "c:body", [])  # a path that exists is a path
+    (tmp_path / "c:body").rename(tmp_path / "c:body.jsonl")
+    write_lines(tmp_path / "c:body.jsonl", [{"text": "third"}])
+    given = (a, f"{b}:meta.body", f"{odd}.jsonl", f"{tmp_path}/d*.jsonl:x")
+    write_lines(tmp_path / "d1.jsonl", [{"x": "fourth"}])
+    config = PrepareConfig(
+        out=str(tmp_path / "out"), input=given, workers=workers, heldout_fraction=0
+    )
+    index, _ = prepare_dataset(config)
+    data = open_dataset(tmp_path / "out")
+    byte = load_tokenizer("byte")
+    found = [byte.decode(data.document(i)) for i in range(data.num_documents)]
+    expected = [*(f"first {i}" for i in range(9)), *(f"second {i}" for i in range(7))]
+    assert found == [*expected, "third", "fourth"]
+    readings = [InputReading.from_json(r) for r in index.source["readings"]]
+    assert [(r.input, r.files, r.tally.documents) for r in readings] == [
+        (given[0], 1, 9), (given[1], 1, 7), (given[2], 1, 1), (given[3], 1, 1)]  # fmt: skip
+    assert not prepare_dataset(config)[1]
+    other = PrepareConfig(
+        out=config.out, input=(a, f"{b}:meta", *given[2:]), heldout_fraction=0, workers=workers
+    )
+    with pytest.raises(DataError, match=r"other inputs \(b\.jsonl differs\)"):
+        prepare_dataset(other)
+
+
+def test_an_input_of_which_nothing_is_left_is_an_error(two, tmp_path):
+    a, b = two
+    for files in ((a, b), (b, a)):
+        config = PrepareConfig(
+            out=str(tmp_path / "out"), input=files, workers=1, skip_bad_records=True
+        )
+        with pytest.raises(DataError, match=r"nothing is left of input .*b\.jsonl: 7 malformed "
+                           r"records \(7 no field 'text'\).*PATH:FIELD"):  # fmt: skip
+            prepare_dataset(config)
+        assert not (tmp_path / "out" / "index.json").exists()
+    arguments = ["--input", a, b, "--skip-bad-records", "--out", str(tmp_path / "t")]
+    with pytest.raises(DataError, match=r"nothing is left of input .*b\.jsonl: 7 malformed"):
+        tokenizer_cli.train([*arguments, "--vocab-size", "258"])
+    assert not (tmp_path / "t").exists()
+
+
+def test_what_was_left_out_is_said_for_each_input(two, tmp_path, capsys):
+    a, b = two
+    with open(b, "a") as file:
+        file.write('[1]\n{"meta": {"body": ""}}\n{"text": "x"}\n{"text": "y"}\n')
+    arguments = ["--input", a, f"{b}:meta.body", "--skip-bad-records", "--heldout-fraction", "0"]
+    said = [
+        f"read       {a}: 9 documents in 1 file",
+        f"read       {b}:meta.body: 7 documents in 1 file",
+        f"left out   {b}:meta.body: 3 malformed records (2 no field 'meta.body', 1 not a JSON "
+        "object) and 1 empty document",
+    ]
+    tokenizer_cli.train([*arguments, "--vocab-size", "258", "--out", str(tmp_path / "t")])
+    assert capsys.readouterr().out.splitlines()[:3] == said
+    data_cli.prepare([*arguments, "--workers", "1", "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [x for x in lines if x.startswith(("read ", "left out "))] == said
+
+
+def test_a_tokenizer_learns_from_the_training_split(two, tmp_path, capsys):
+    (tmp_path / "repo").mkdir()
+    write_lines(tmp_path / "repo" / "train.jsonl", [{"a": {"b": "xyxyxy " * 9}}] * 3)
+    write_lines(tmp_path / "repo" / "test.jsonl", [{"a": {"b": "zuzuzu " * 9}}] * 3)
+    arguments = ["--input", str(tmp_path / "repo"), "--text-field", "a.b", "--out"]
+    arguments += [str(tmp_path / "t"), "--vocab-size", "260", "--heldout-fraction", "0"]
+    tokenizer_cli.train(arguments)
+    assert "1 file (test.jsonl): split test" in capsys.readouterr().out
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert len(tokenizer.encode("xyxy")) < 4
+    assert len(tokenizer.encode("zuzu")) == 4
+
+
+def test_a_journal_of_an_earlier_version_is_gone_on_with(two, tmp_path, monkeypatch):
+    a, _ = two
+    config = PrepareConfig(out=str(tmp_path / "out"), input=(a,), workers=1, heldout_fraction=0)
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    from mmfree_jax.data import sources
+
+    monkeypatch.setattr(sources, "BATCH_RECORDS", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_lib._Preparation, "_finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dataset(config, commit_bytes=1)
+    journal = json.loads((tmp_path / "out" / "progress.json").read_text())
+    assert journal.pop("readings")[0]["tally"]["documents"] == 9
+    assert journal["counts"]["documents"] == 9
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(journal))
+    assert prepare_dataset(config)[1]
+    assert load_index(tmp_path / "out").source["counts"]["documents"] == 9
+
+
+def test_bad_settings():
+    for change, message in [
+        ({"text_field": ""}, "text_field is ''"),
+        ({"splits": ()}, "splits is"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            PrepareConfig(out="x", input=("a",), **change)
