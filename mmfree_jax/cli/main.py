@@ -23,6 +23,7 @@ from pathlib import Path
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.installed import entry_points, load, own_version
+from mmfree_jax.pallas_kernels.errors import IntegerProductError
 
 GROUP = "mmfree.commands"
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(argv)
         sys.stdout.flush()
         return code
-    except MMFreeError as e:
+    except (MMFreeError, IntegerProductError) as e:
         print(f"mmfree: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

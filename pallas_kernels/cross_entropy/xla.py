@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..integer_products import int8_dot
 from ..norm_quant.reference import quantize_int8
 
 # Logits of one chunk take at most this many bytes in float32 unless the caller says otherwise.
@@ -140,7 +141,7 @@ def _logits(left_PD, scale_P1, weights_VD, w_scale):
         left_PD,
         weights_VD,
         cpu=lambda q, w: _dot(q.astype(jnp.float32), w.astype(jnp.float32), (1, 1), jnp.float32),
-        default=lambda q, w: _dot(q, w, (1, 1), jnp.int32).astype(jnp.float32),
+        default=lambda q, w: int8_dot(q, w).astype(jnp.float32),
     )
     return sums_PV * (scale_P1 * w_scale)
 

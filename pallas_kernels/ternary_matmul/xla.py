@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-# A float32 sum of K products of magnitude 128 at most is exact below 2^24.
-MAX_FLOAT_COLUMNS = 2**24 // 128
+from ..integer_products import MAX_FLOAT_COLUMNS, int8_dot
 
 OPERAND_DTYPES = {"xla_int8": jnp.int8, "xla_bf16": jnp.bfloat16, "xla_f32": jnp.float32}
 
@@ -12,8 +11,9 @@ OPERAND_DTYPES = {"xla_int8": jnp.int8, "xla_bf16": jnp.bfloat16, "xla_f32": jnp
 def integer_matmul(x_q: jax.Array, trits: jax.Array, *, implementation: str) -> jax.Array:
     """x_q @ trits^T, exactly: [..., K] and [N, K] int8 -> [..., N] int32 or float32."""
     operand = OPERAND_DTYPES[implementation]
-    integer = operand == jnp.int8
-    if not integer and x_q.shape[-1] >= MAX_FLOAT_COLUMNS:
+    if operand == jnp.int8:
+        return int8_dot(x_q, trits)
+    if x_q.shape[-1] >= MAX_FLOAT_COLUMNS:
         raise ValueError(
             f"implementation={implementation!r} is exact for fewer than {MAX_FLOAT_COLUMNS} "
             f"columns, got {x_q.shape[-1]}: use 'xla_int8'"
@@ -22,7 +22,7 @@ def integer_matmul(x_q: jax.Array, trits: jax.Array, *, implementation: str) -> 
         x_q.astype(operand),
         trits.astype(operand),
         (((x_q.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.int32 if integer else jnp.float32,
+        preferred_element_type=jnp.float32,
     )
 
 

@@ -7,9 +7,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = "mmfree_jax.pallas_kernels"
-# What others may import beside an op's `api`: the choice by measurement, and the ops' benchmarks,
-# which `mmfree bench kernels` runs.
-ALSO_OPEN = {"dispatch", "benchmark"}
+# What others may import beside an op's `api`: the choice by measurement, the ops' benchmarks,
+# which `mmfree bench kernels` runs, and the errors that users see.
+ALSO_OPEN = {"dispatch", "benchmark", "errors"}
 
 
 def sources(folder):

@@ -1,0 +1,92 @@
+"""XLA's product of int8 matrices, looked at once a shape before its sums are trusted on a GPU.
+
+On an H100 with `--xla_gpu_autotune_level=0` XLA gives wrong sums for most shapes, and says
+nothing (docs/kernels.md). So the first time a shape is asked for on a GPU, a product of that
+shape is made there and some of its rows are compared with exact sums on the host. What is wrong
+is refused: no result is better than such a one.
+"""
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import IntegerProductError
+
+# Rows of the product that is made, and int32 elements of it: enough for XLA to choose as it
+# would for more, and little memory.
+_MOST_ROWS, _MOST_OUTPUTS = 2048, 1 << 24
+_COMPARED_ROWS = 16
+# Operands repeat with these periods, so that no two rows of a usual width are alike.
+_PERIODS = (65521, 65519)
+# A float32 sum of K products of magnitude 128 at most is exact below 2^24.
+MAX_FLOAT_COLUMNS = 2**24 // 128
+
+
+def int8_dot(x_q: jax.Array, trits: jax.Array) -> jax.Array:
+    """x_q @ trits^T by XLA's int8 product.
+
+    Args:
+      x_q: [..., K] int8.
+      trits: [N, K] int8 in {-1, 0, +1}.
+
+    Returns:
+      [..., N] int32, exact.
+
+    Raises:
+      IntegerProductError: the default device is a GPU, and its sums at this shape are wrong.
+    """
+    n, k = trits.shape
+    require_exact(x_q.size // max(k, 1), n, k)
+    return _dot(x_q, trits)
+
+
+def require_exact(m: int, n: int, k: int) -> None:
+    """Checks the product of [m, k] with [n, k] on a GPU, once a process and shape.
+
+    Raises:
+      IntegerProductError: its sums are wrong.
+    """
+    if jax.default_backend() != "gpu" or not (m and n and k):
+        return
+    rows = min(m, _MOST_ROWS, max(_COMPARED_ROWS, _MOST_OUTPUTS // n))
+    wrong = _wrong_sums(1 << (rows - 1).bit_length(), n, k)
+    if wrong:
+        raise IntegerProductError(
+            f"XLA's int8 product of [{m}, {k}] with [{n}, {k}] is wrong on this "
+            f"{jax.local_devices()[0].device_kind}: {wrong:.1%} of the sums that were compared. "
+            "It is known to be with --xla_gpu_autotune_level=0 in XLA_FLAGS: leave that flag out, "
+            "or put --xla_gpu_enable_triton_gemm=false or --xla_gpu_deterministic_ops=true beside "
+            "it"
+        )
+
+
+@functools.cache
+def _wrong_sums(m: int, n: int, k: int) -> float:
+    """The share of sums that are wrong among those compared.
+
+    In a thread of its own: whoever asks may be tracing a program, or have set a mesh.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(_compare, m, n, k).result()
+
+
+def _compare(m: int, n: int, k: int) -> float:
+    rng = np.random.default_rng(0)
+    x = np.resize(rng.integers(-127, 128, _PERIODS[0], dtype=np.int8), (m, k))
+    trits = np.resize(rng.integers(-1, 2, _PERIODS[1], dtype=np.int8), (n, k))
+    rows = np.unique(np.linspace(0, m - 1, _COMPARED_ROWS).astype(int))
+    with jax.default_device(jax.local_devices()[0]):
+        found = np.asarray(_product(jnp.asarray(x), jnp.asarray(trits))[rows])
+    exact = np.float32 if k < MAX_FLOAT_COLUMNS else np.float64
+    return float(np.mean(found != x[rows].astype(exact) @ trits.T.astype(exact)))
+
+
+def _dot(x_q: jax.Array, trits: jax.Array) -> jax.Array:
+    contract = (((x_q.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x_q, trits, contract, preferred_element_type=jnp.int32)
+
+
+_product = jax.jit(_dot)
