@@ -131,7 +131,7 @@ def test_wheel_built_from_the_sdist_is_the_same(distributions, tmp_path):
     [
         "fit --help",
         "fit runs.csv --law power --bootstrap 0 --out fit.json",
-        "hardware report",
+        "hardware report --preset tiny",
         "launch render slurm --name mm --nodes 2 -- --preset tiny --data.paths data",
         "bench kernels --help",
         "info --preset tiny",

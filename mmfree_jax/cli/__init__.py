@@ -1,1 +1,1 @@
-"""The `mmfree` command line: one file a subcommand."""
+"""The `mmfree` command line: `main.py` finds and runs a command; the others are the commands."""

@@ -73,6 +73,17 @@ def test_files_that_are_named_exist(document, path):
     assert (ROOT / path).exists() or any(file.endswith(end) for file in FILES)
 
 
+@pytest.mark.parametrize("package", ["mmfree_jax", "experiments", "launch"])
+def test_every_room_is_on_the_map(package):
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rooms = {
+        path.name
+        for path in (ROOT / package).iterdir()
+        if path.is_dir() and not path.is_symlink() and path.name != "__pycache__"
+    }
+    assert {room for room in rooms if f"`{room}/" not in text} == set()
+
+
 @pytest.mark.parametrize(("document", "name"), cases(r"mmfree_jax(\.\w+)+"))
 def test_names_that_are_written_out_can_be_imported(document, name):
     parts = name.split(".")
