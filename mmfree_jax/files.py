@@ -10,7 +10,9 @@ list: their user removes them. Nothing here imports JAX.
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,10 +28,19 @@ from mmfree_jax.errors import OutputError
 
 MARKER = ".mmfree-output.json"
 StrPath = str | os.PathLike[str]
+_DISK_ERRORS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "ENOSPC", "EPERM", "EROFS", "ESTALE")
+}
 
 
 class InUseError(OutputError):
     """Another process holds the lock."""
+
+
+def is_disk_error(error: OSError) -> bool:
+    """Whether it is for the user to put right: a disk that is full, read-only, closed to us."""
+    return error.errno in _DISK_ERRORS
 
 
 @contextlib.contextmanager
@@ -191,7 +202,33 @@ def new_folder(
     Raises:
       OutputError: as `check_target`, or the disk cannot be written; what was there is as it was.
     """
-    target = check_target(path, command=command, sources=sources, overwrite=overwrite)
+    check = functools.partial(
+        check_target, path, command=command, sources=sources, overwrite=overwrite
+    )
+    with folder_atomically(check(), named=path, before_replacing=check) as folder:
+        yield folder
+        marker = {"command": command, "files": sorted(_entries(folder))}
+        write_text(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def folder_atomically(
+    target: Path,
+    *,
+    named: StrPath | None = None,
+    before_replacing: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target`, whatever that holds.
+
+    Args:
+      target: the folder, resolved.
+      named: how messages name it, if not so.
+      before_replacing: raises if what is there may not be replaced.
+
+    Raises:
+      OutputError: the disk cannot be written; what was there is as it was.
+    """
+    path = named or target
     beside, old = _beside(target), _beside(target)
     with disk_errors(path):
         try:
@@ -200,15 +237,12 @@ def new_folder(
                 yield beside
             except OutputError as e:  # of a file inside, which nobody knows by that name
                 raise OutputError(str(e).replace(str(beside), str(path))) from e
-            marker = {"command": command, "files": sorted(_entries(beside))}
-            write_text(beside / MARKER, json.dumps(marker, indent=1) + "\n")
             for where, _, files in os.walk(beside):
                 for name in files:
                     with open(os.path.join(where, name), "rb") as file:
                         os.fsync(file.fileno())
                 sync_folder(Path(where))
-            # Again: what came since then is not ours either.
-            check_target(path, command=command, sources=sources, overwrite=overwrite)
+            before_replacing()
             if target.is_dir():
                 target.rename(old)
             try:

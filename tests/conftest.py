@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before numpy is imported: two test processes with two threads each get into each other's way.
@@ -36,15 +37,28 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture
-def full_disk(tmp_path):
-    """A folder on a disk of its own, with 16 KiB."""
-    folder = tmp_path / "full disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount a small disk here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def make_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many KiB and gives its folder; skips where that is not allowed."""
+    folders = []
+
+    def make(kib: int) -> Path:
+        folder = tmp_path / f"disk {len(folders)}"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("cannot mount a small disk here")
+        folders.append(folder)
+        return folder
+
+    yield make
+    for folder in folders:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def full_disk(make_disk: Callable[[int], Path]) -> Path:
+    """A folder on a disk of its own with room for 16 KiB."""
+    return make_disk(16)
 
 
 _WORDS = ["we", "hold", "these", "truths", "to", "be", "self", "evident", "that", "all", "are"]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import write_text
 from mmfree_jax.ranges import Count, CountOrZero, Seed, TwoOrMore
 
 
@@ -242,13 +243,7 @@ def _held_out(
 
 
 def _write_json(folder: Path, name: str, values: Any) -> Path:
-    from mmfree_jax.saved.checkpoint import write_text_atomically
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / name, json.dumps(values, indent=2) + "\n")
-    except OSError as e:
-        raise ConfigError(f"--output {folder} cannot be written to: {e.strerror}") from e
+    write_text(folder / name, json.dumps(values, indent=2) + "\n")
     return folder / name
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.files import is_disk_error
 from mmfree_jax.installed import entry_points, load, own_version
 from mmfree_jax.pallas_kernels.errors import IntegerProductError
 
@@ -48,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if not is_disk_error(e):
+            raise
+        where = e.filename or "a file that this command writes or reads"
+        print(
+            f"mmfree: error: {where}: {e.strerror}: make room or choose another place",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def commands() -> dict[str, str]:

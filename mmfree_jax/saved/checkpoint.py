@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import os
 import shutil
 import threading
@@ -26,6 +27,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.files import disk_errors, sync_folder, write_text
 from mmfree_jax.parallel import processes
 from mmfree_jax.saved.manifest import (
     MANIFEST,
@@ -55,27 +57,9 @@ class Restored:
         return self.manifest.step
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes beside, syncs and renames, so that `path` holds the old text or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_not_of_orbax_threads(record: logging.LogRecord) -> bool:
+    """False for tracebacks that Orbax logs of failures which `response.result()` raises too."""
+    return record.exc_info is None or "orbax" not in record.pathname
 
 
 def _check_leaves(folder: Path, saved: dict[str, LeafType], abstract_state: Any) -> None:
@@ -212,12 +196,9 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._is_writer = jax.process_index() == 0
-        try:
+        logging.getLogger("absl").addFilter(_is_not_of_orbax_threads)
+        with disk_errors(folder, "make room there, or choose another run_dir"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise CheckpointError(
-                f"checkpoint folder {folder}: {e.strerror}; choose a writable run_dir"
-            ) from e
         if self._is_writer:
             self._remove_unfinished()
 
@@ -270,8 +251,8 @@ class Checkpointer:
         try:
             response.result()
             if self._is_writer:
-                write_text_atomically(path / MANIFEST, text(files=digests(path)))
-                _sync_folder(self.folder)
+                write_text(path / MANIFEST, text(files=digests(path)))
+                sync_folder(self.folder)
                 self._delete_old()
         except BaseException as e:
             self._failure = (step, e)
@@ -296,6 +277,11 @@ class Checkpointer:
     def is_saving(self) -> bool:
         """Whether a save is still being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has failed that no call has reported yet."""
+        return self._failure is not None
 
     def wait(self) -> None:
         """Waits for the save under way.

@@ -4,17 +4,14 @@ The files in it are listed in ARCHITECTURE.md.
 """
 
 import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.files import lock, owner, write_text
 from mmfree_jax.parallel import processes
-from mmfree_jax.saved.checkpoint import write_text_atomically
 from mmfree_jax.saved.kinds import RUN_CONFIG as CONFIG
 
 METRICS = "metrics.jsonl"
@@ -27,61 +24,26 @@ TOKENIZER = "tokenizer"
 LOCK = ".lock"
 
 
-@contextlib.contextmanager
-def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """Creates `run_dir` and holds it against other jobs; the system lets go at death.
-
-    Raises:
-      CheckpointError: it cannot be written to, or another job holds it.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        raise CheckpointError(
-            f"run_dir {run_dir} cannot be written to: {e.strerror}; choose a writable folder"
-        ) from e
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise CheckpointError(
-                f"run_dir {run_dir} is in use by another job ({holder}): wait for it to end, "
-                "or choose another run_dir"
-            ) from e
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _owner().encode(), 0)
-        except OSError as e:
-            raise CheckpointError(f"run_dir {run_dir} cannot be written to: {e.strerror}") from e
-        yield
-    finally:
-        os.close(descriptor)  # also unlocks
-
-
-def _owner() -> str:
-    return f"process {os.getpid()} on {os.uname().nodename}"
-
-
 def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float = 15.0) -> None:
     """Process 0 locks `run_dir` until `held` closes; the others check that they see the same.
 
     Raises:
-      CheckpointError: another job holds it, or a process sees another folder of that name.
+      InUseError: another job holds it.
+      OutputError: it cannot be written to.
+      CheckpointError: a process sees another folder of that name.
     """
 
-    def lock() -> str:
-        held.enter_context(lock_run_dir(run_dir))
-        return _owner()
+    def take() -> str:
+        held.enter_context(lock(run_dir / LOCK, f"run_dir {run_dir}"))
+        return owner()
 
-    owner = processes.first(lock)
+    found = processes.first(take)
 
     def look() -> None:
         deadline = time.monotonic() + patience  # network file systems may lag behind
         while True:
             with contextlib.suppress(OSError):
-                if (run_dir / LOCK).read_text(encoding="utf-8") == owner:
+                if (run_dir / LOCK).read_text(encoding="utf-8") == found:
                     return
             if time.monotonic() > deadline:
                 raise CheckpointError(
@@ -97,14 +59,9 @@ def write_config(run_dir: Path, config: TrainConfig) -> None:
     """Writes the resolved config.
 
     Raises:
-      CheckpointError: the folder cannot be written to.
+      OutputError: it cannot be written.
     """
-    try:
-        write_text_atomically(run_dir / CONFIG, dump_yaml(config))
-    except OSError as e:
-        raise CheckpointError(
-            f"run_dir {run_dir} cannot be written to: {e.strerror}; choose a writable folder"
-        ) from e
+    write_text(run_dir / CONFIG, dump_yaml(config))
 
 
 def load_config(run_dir: Path) -> TrainConfig:

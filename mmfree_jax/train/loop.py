@@ -5,13 +5,12 @@ device always has a step queued while the host reads, logs and fetches the next 
 """
 
 import contextlib
-import errno
 import functools
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import NamedSharding
@@ -19,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
-from mmfree_jax.errors import CheckpointError, MMFreeError, TrainingError
+from mmfree_jax.errors import CheckpointError, MMFreeError, OutputError, TrainingError
+from mmfree_jax.files import is_disk_error
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
@@ -136,12 +136,14 @@ def train(
                     raise
                 checkpointer.abandon()  # it would wait for the one that is gone
                 raise ProcessLostError(lost) from e
+            except OutputError as e:
+                raise OutputError(f"{e}; then run the command again: it resumes") from e
             except OSError as e:
-                if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                if not is_disk_error(e):
                     raise
-                raise CheckpointError(
-                    f"run_dir {run.run_dir} cannot be written to: {e.strerror}; put that right "
-                    "and run the command again: it resumes"
+                raise OutputError(
+                    f"run_dir {run.run_dir} cannot be written ({e.strerror}): make room there, "
+                    "then run the command again: it resumes"
                 ) from e
 
 
@@ -186,7 +188,7 @@ class _Loop:
         watchdog: Watchdog | None,
     ):
         self._beat = watchdog.beat if watchdog else lambda place: None
-        self._agree = Agreement(run.mesh, 3)
+        self._agree = Agreement(run.mesh, 4)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer
         self._request, self._clock, self._on_step = request, clock, on_step
         self._sampler = sampler or _default_sampler
@@ -281,9 +283,14 @@ class _Loop:
         out_of_time = bool(config.max_minutes) and now - self._began >= config.max_minutes * 60
         save_by_time = bool(minutes) and now - self._saved_at >= minutes * 60
         mine = signal.Signals[self._request.signal].value if self._request.signal else 0
-        signalled, out_of_time, save_by_time = self._agree(
-            mine, is_first and out_of_time, is_first and save_by_time
+        signalled, out_of_time, save_by_time, save_failed = self._agree(
+            mine,
+            is_first and out_of_time,
+            is_first and save_by_time,
+            self._checkpointer.has_failed,
         )
+        if save_failed:
+            self._end_after_failed_save()
         is_last = done == config.steps
         must_save = bool(is_last or signalled or out_of_time or save_by_time)
         must_save |= done % config.checkpoint.every_steps == 0
@@ -303,6 +310,12 @@ class _Loop:
         if signalled:
             return signal.Signals(signalled).name
         return "max_minutes" if out_of_time and not is_last else None
+
+    def _end_after_failed_save(self) -> NoReturn:
+        if self._checkpointer.has_failed:
+            self._checkpointer.wait()
+        self._checkpointer.abandon()  # it would wait for the process whose part failed
+        raise CheckpointError("another process could not save its part of a checkpoint")
 
     def _save(self, state: TrainState, done: int) -> None:
         """Starts a checkpoint, once everything up to its step is on record."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import TrainingError
+from mmfree_jax.files import disk_errors, write_text
 from mmfree_jax.model.ternary import ternary_weights
 from mmfree_jax.saved.history import Record, read_history
 
@@ -183,18 +184,11 @@ class History:
 
     def __init__(self, path: Path, restored_step: int):
         self.path = path
-        try:
-            found = read_history(path) if restored_step else []
-            kept = [r for r in found if r.get("step", 0) <= restored_step]
-            beside = path.with_name(f".{path.name}.tmp")
-            with beside.open("w", encoding="utf-8") as file:
-                file.writelines(map(to_json_line, kept))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
+        found = read_history(path) if restored_step else []
+        kept = [r for r in found if r.get("step", 0) <= restored_step]
+        write_text(path, "".join(map(to_json_line, kept)))
+        with disk_errors(path):
             self._file = path.open("a", encoding="utf-8")
-        except OSError as e:
-            raise TrainingError(f"{path} cannot be written: {e.strerror}") from e
         self.last: dict[str, Record] = {r["kind"]: r for r in kept if "kind" in r}
         """The newest record kept of each kind."""
         self.seconds = max((r.get("time_s") or 0.0 for r in kept), default=0.0)

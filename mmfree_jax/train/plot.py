@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from mmfree_jax.errors import ConfigError, TrainingError
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import open_atomically
 from mmfree_jax.saved.history import Record, read_history
 from mmfree_jax.saved.run_directory import METRICS, load_config
 from mmfree_jax.train.flops import count_flops
@@ -83,6 +84,7 @@ def plot_losses(
 
     Raises:
       ConfigError: a run has no metrics, or an argument is out of range.
+      OutputError: the file cannot be written.
     """
     import matplotlib.figure
 
@@ -126,14 +128,8 @@ def plot_losses(
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix or '.png'}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(output)
-    except OSError as e:
-        raise TrainingError(f"{output} cannot be written: {e.strerror}") from e
+        with open_atomically(output) as file:
+            figure.savefig(file, dpi=150, format=output.suffix.removeprefix(".") or "png")
     except ValueError as e:
         raise ConfigError(f"output is {str(output)!r}: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from mmfree_jax.config import tokens_per_step
+from mmfree_jax.files import write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.readable import format_count
-from mmfree_jax.saved.checkpoint import write_text_atomically
 from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.run_directory import (
     CHECKPOINTS,
@@ -102,9 +102,9 @@ def write_report(
     }
     if jax.process_index() != 0:
         return summary
-    write_text_atomically(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_text(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     if "sample" in recorder.last:
-        write_text_atomically(run_dir / SAMPLE, recorder.last["sample"]["text"] + "\n")
+        write_text(run_dir / SAMPLE, recorder.last["sample"]["text"] + "\n")
     if stopped_by not in ("SIGTERM", "SIGINT"):
         plot_losses([run_dir], run_dir / LOSS_CURVE)
     lines = {

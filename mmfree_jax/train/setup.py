@@ -16,7 +16,8 @@ from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.dataset import TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
-from mmfree_jax.errors import DataError, MMFreeError
+from mmfree_jax.errors import DataError
+from mmfree_jax.files import folder_atomically
 from mmfree_jax.installed import versions
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows, state_shardings
@@ -187,15 +188,10 @@ def copy_tokenizer(run: Run) -> None:
     """Puts the data's tokenizer into the run directory, whole or not at all.
 
     Raises:
-      MMFreeError: it cannot be copied.
+      OutputError: it cannot be copied.
     """
     source, target = Path(run.config.data.paths[0]) / "tokenizer", run.run_dir / TOKENIZER
     if target.exists() or not source.is_dir():
         return
-    beside = target.with_name(f".{TOKENIZER}.tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(source, beside)
-        beside.rename(target)
-    except OSError as e:
-        raise MMFreeError(f"tokenizer {source} cannot be copied to {target}: {e.strerror}") from e
+    with folder_atomically(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)

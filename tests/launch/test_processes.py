@@ -11,11 +11,11 @@ import pytest
 
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.config_io import dump_yaml
+from mmfree_jax.files import lock
 from mmfree_jax.launch.local import Plan, environment, mmfree_command
 from mmfree_jax.parallel.processes import EXIT_LOST
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps, verify
-from mmfree_jax.saved.run_directory import lock_run_dir
 from mmfree_jax.train.loop import train
 
 # Float32 sums in another order, over 72 steps. A batch with its rows in another order, or one
@@ -133,7 +133,7 @@ def test_without_process_0_the_others_end_at_once(launch, tmp_path):
 
 def test_a_run_directory_in_use_is_refused_on_all(launch, tmp_path):
     run_dir = tmp_path / "run"
-    with lock_run_dir(run_dir):
+    with lock(run_dir / ".lock", "it"):
         second = launch(2, run_dir)
         assert second.wait() == 2
     assert second.text.count(f"run_dir {run_dir} is in use by another job") == 1, second.text

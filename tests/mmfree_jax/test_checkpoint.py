@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mmfree_jax.errors import CheckpointError
+from mmfree_jax.errors import CheckpointError, OutputError
 from mmfree_jax.saved.checkpoint import Checkpointer, restore, restore_newest, steps_to_delete
 from mmfree_jax.saved.manifest import MANIFEST, checkpoint_steps
 
@@ -243,5 +243,5 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, kind):
 
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="choose a writable run_dir"):
+    with pytest.raises(OutputError, match="choose another run_dir"):
         Checkpointer(tmp_path / "file" / "checkpoints")

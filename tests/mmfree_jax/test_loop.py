@@ -4,8 +4,10 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import os
 import signal
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
-from mmfree_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.train import loop, report, setup
@@ -200,7 +202,7 @@ def test_two_jobs_cannot_share_a_run_directory(small_run, tmp_path):
 
     def second_job(done):
         if done == 2:
-            with pytest.raises(CheckpointError, match=f"in use by another job.*{os.getpid()}") as e:
+            with pytest.raises(OutputError, match=f"in use by another job.*{os.getpid()}") as e:
                 train(config)
             errors.append(e)
 
@@ -210,7 +212,7 @@ def test_two_jobs_cannot_share_a_run_directory(small_run, tmp_path):
 
 def test_an_unwritable_run_directory_is_named(small_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="choose a writable folder"):
+    with pytest.raises(OutputError, match=r"file/run/\.lock cannot be written"):
         train(_replace(small_run, run_dir=str(tmp_path / "file" / "run")))
 
 
@@ -358,13 +360,39 @@ def test_a_full_disk_is_one_clear_line(small_run, tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(report, "write_text_atomically", full)
+    monkeypatch.setattr(report, "write_text", full)
     config = _replace(small_run, run_dir=str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"No space left on device.*it resumes"):
+    with pytest.raises(OutputError, match=r"No space left on device.*it resumes"):
         train(config)
     assert checkpoint_steps(tmp_path / "checkpoints")[-1] == 12
     monkeypatch.undo()
     assert train(config)["status"] == "complete"
+
+
+def test_a_failed_save_ends_the_run_at_the_next_step_in_one_line(small_run, make_disk, caplog):
+    steps = []
+
+    def let_saves_end(done):
+        steps.append(done)
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint-"):
+                thread.join()
+
+    config = _replace(
+        small_run,
+        run_dir=str(make_disk(700) / "run"),
+        steps=100,
+        checkpoint__every_steps=4,
+        checkpoint__keep_last=100,
+    )
+    logger = logging.getLogger("absl")  # Orbax's
+    logger.addHandler(caplog.handler)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*last good ch") as e:
+        train(config, on_step=let_saves_end)
+    logger.removeHandler(caplog.handler)
+    assert f"checkpoint of step {steps[-1] - 1} could not be saved" in str(e.value)
+    assert "\n" not in str(e.value)
+    assert [r for r in caplog.records if r.exc_info] == []
 
 
 def test_samples_go_on_record(small_run, tmp_path, monkeypatch):
