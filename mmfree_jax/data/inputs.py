@@ -219,7 +219,7 @@ def _choose(listing: _Listing, splits: Sequence[str] | None, path: str) -> None:
             f"input {path} holds the splits {', '.join(there) or 'of no name'} and not "
             f"{' or '.join(wanted)}: name some with --splits, or give --splits {ALL}"
         )
-    listing.taken = taken
+    listing.taken = [] if with_unnamed else taken
     kept = []
     for file, split in known.items():
         if split in wanted or (split is None and with_unnamed):

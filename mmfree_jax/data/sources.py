@@ -201,6 +201,10 @@ def _zstd_blocks(raw: BinaryIO, file: Path) -> Iterator[bytes]:
                     block = frame.unused_data
                     frame, started = decompressor.decompressobj(), False
     except (zstandard.ZstdError, MemoryError) as e:
+        if "dictionary" in str(e).lower():
+            raise DataError(
+                f"{file} was compressed with a dictionary ({e}): compress it without one"
+            ) from e
         if isinstance(e, MemoryError) or "memory" in str(e):
             raise DataError(
                 f"{file} needs more memory to decompress than there is or than zstd allows (a "

@@ -20,6 +20,7 @@ _KEYWORDS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("heldout", "holdout"), "heldout"),
 }
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _NUMBERS = re.compile(r"([-_. ]?\d+)?([-_.]of[-_.]\d+)?$")
@@ -51,7 +52,7 @@ def _named(path: PurePath) -> tuple[str, int] | None:
 
 
 def _words(text: str) -> list[str]:
-    words = re.split(r"[-._ \d]+", text.lower())
+    words = re.split(r"[-._= \d]+", text.lower())
     return [_KEYWORDS[word] for word in words if word in _KEYWORDS]
 
 

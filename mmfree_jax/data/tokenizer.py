@@ -9,26 +9,26 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from mmfree_jax.data.special_tokens import (
+    BOS_TOKEN,
+    BY_NAME,
+    EOS_TOKEN,
+    as_text,
+    named_ends,
+    resolve_ends,
+    spell,
+)
 from mmfree_jax.errors import DataError
-from mmfree_jax.text_files import decode_text, parse_json, read_text
+from mmfree_jax.text_files import decode_text
 
 BYTE = "byte"
 BYTE_BOS, BYTE_EOS = 256, 257
-BOS_TOKEN, EOS_TOKEN = "<|bos|>", "<|eos|>"
-"""Names of the special tokens of a BPE trained here (ids 0 and 1)."""
-
-# Start and end tokens by name, where no tokenizer_config.json decides.
-_COMMON_BOS = (BOS_TOKEN, "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
-_COMMON_EOS = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
-BY_NAME = "by name"
-"""Instead of a start or end token: the first of the usual names that the vocabulary holds."""
-_CLASSES_WITHOUT_DEFAULTS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _SEGMENT, _JSON_SEGMENT = 2**12, 2**16
 """Characters after which a long text is cut, for SentencePiece and for tokenizer.json."""
 
@@ -225,10 +225,7 @@ class JsonTokenizer:
         )
         self.kind = str(model.get("type", "huggingface")).lower()
         self.vocab_size = max(ids.values(), default=-1) + 1
-        self._bos, self._eos = (
-            next((t for t in common if t in ids), None) if token is BY_NAME else token
-            for token, common in ((bos_token, _COMMON_BOS), (eos_token, _COMMON_EOS))
-        )
+        self._bos, self._eos = resolve_ends(bos_token, eos_token, ids)
         for token in (self._bos, self._eos):
             if token is not None and token not in ids:
                 raise DataError(
@@ -242,7 +239,7 @@ class JsonTokenizer:
         self.unk_id = None if unknown is None else ids.get(unknown)
         added = {t["content"] for t in description.get("added_tokens", ()) if t.get("special")}
         special = {ids[t] for t in added if t in ids} | {self.bos_id, self.eos_id}
-        self._spelled = _spell(special, ids, self.unk_id)
+        self._spelled = spell(special, ids, self.unk_id)
         digest = hashlib.sha256(self._text)
         digest.update(f" bos {self.bos_id} eos {self.eos_id}".encode())
         self.sha256 = digest.hexdigest()
@@ -251,7 +248,7 @@ class JsonTokenizer:
         """Ids of a text."""
         # The fast variant leaves out offsets, which nobody reads here.
         ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return _as_text(ids, self._spelled)
+        return as_text(ids, self._spelled)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, int32."""
@@ -335,7 +332,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     except OSError as e:
         raise DataError(f"tokenizer {file}: {e.strerror}; give a readable file") from e
     if file.suffix == ".json":
-        return JsonTokenizer(contents, *_named_ends(file.parent), source=f"tokenizer {file}")
+        return JsonTokenizer(contents, *named_ends(file.parent), source=f"tokenizer {file}")
     return SentencePieceTokenizer(contents, f"tokenizer {file}")
 
 
@@ -359,63 +356,6 @@ def _find_file(path: Path) -> Path:
     raise DataError(
         f"tokenizer folder {path} holds no tokenizer.json or tokenizer.model: name the file itself"
     )
-
-
-def _named_ends(folder: Path) -> tuple[str | None, str | None]:
-    """Start and end token by the `tokenizer_config.json` in `folder`, as transformers reads it.
-
-    null is no token. A key that is not there is none either for the general class; others
-    have defaults of their own, which go by the usual names.
-    """
-    file = folder / "tokenizer_config.json"
-    try:
-        config = parse_json(read_text(file))
-    except FileNotFoundError:
-        return BY_NAME, BY_NAME
-    except (OSError, ValueError) as e:
-        raise DataError(f"{file} cannot be read ({e}): repair or remove it") from e
-    if not isinstance(config, dict):
-        raise DataError(f"{file} is not a mapping of fields: repair or remove it")
-    absent = None if config.get("tokenizer_class") in _CLASSES_WITHOUT_DEFAULTS else BY_NAME
-    names: list[str | None] = []
-    for key in ("bos_token", "eos_token"):
-        value = config.get(key, absent)
-        name = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(name, str | None) or (isinstance(value, dict) and name is None):
-            raise DataError(f"{file}: {key} is {value!r}: give a token's text, or null for none")
-        names.append(name)
-    return names[0], names[1]
-
-
-def _spell(
-    special: Iterable[int | None], ids: Mapping[str, int], unk_id: int | None
-) -> dict[int, list[int]]:
-    """For each special id the ids that spell its text: characters, bytes, or the unknown token.
-
-    Most models never make a special token from text; those that list it among their words do.
-    """
-    unknown = [] if unk_id is None else [unk_id]
-    spelled = {}
-    for name, i in ids.items():
-        if i not in special or i == unk_id:
-            continue
-        spelled[i] = parts = []
-        for character in name:
-            one = ids.get(character)
-            if one is not None and one not in special:
-                parts.append(one)
-                continue
-            pieces = [ids.get(f"<0x{byte:02X}>") for byte in character.encode()]
-            whole = all(p is not None and p not in special for p in pieces)
-            parts += [p for p in pieces if p is not None] if whole else unknown
-    return spelled
-
-
-def _as_text(ids: list[int], spelled: Mapping[int, list[int]]) -> list[int]:
-    """`ids`, where a special token that the text spelled is spelled out."""
-    if spelled.keys().isdisjoint(ids):
-        return ids
-    return [part for i in ids for part in spelled.get(i, (i,))]
 
 
 def _segments(text: str, size: int) -> list[str]:

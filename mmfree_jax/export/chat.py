@@ -70,6 +70,7 @@ def load_tokenizer(folder, manifest):
         return pieces.encode, pieces.decode
     if file.endswith("tokenizer.json"):
         tokenizer = package("tokenizers").Tokenizer.from_file(file)
+        tokenizer.encode_special_tokens = True  # "</s>" in a prompt is four characters
         return lambda s: tokenizer.encode(s, add_special_tokens=False).ids, tokenizer.decode
     if not file.endswith("byte.json"):
         fail(f"{folder} holds no tokenizer: export a model that has one")

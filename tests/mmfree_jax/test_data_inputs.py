@@ -95,6 +95,16 @@ SHARDS = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-0
             ["train.jsonl"],
             {"no split that its name says": ["extra.jsonl"], "split test": ["test.jsonl"]},
         ),
+        (
+            ["split=train/a.parquet", "split=test/a.parquet"],
+            ["split=train/a.parquet"],
+            {"split test": ["split=test/a.parquet"]},
+        ),
+        (
+            ["train.jsonl", "heldout.jsonl"],
+            ["train.jsonl"],
+            {"split heldout": ["heldout.jsonl"]},
+        ),
         # Texts whose names happen to hold such a word are no splits.
         (["a.txt", "driving-test.txt", "the-devil.txt"],
          ["a.txt", "driving-test.txt", "the-devil.txt"], {}),
@@ -160,7 +170,7 @@ configs:
   data_files:
   - split: train
     path: ["one/*.parquet", "two/a.parquet"]
-  - split: holdout
+  - split: questions
     path: two/b.parquet
 - config_name: sample
   data_files: sample/*
@@ -180,9 +190,9 @@ def test_a_readme_says_the_splits(tmp_path):
         "of a kind that is not read": ["README.md"],
         "subset sample": ["sample/x.parquet"],
         "not named in README.md": ["two/c.parquet"],
-        "split holdout": ["two/b.parquet"],
+        "split questions": ["two/b.parquet"],
     }
-    assert find(root, splits=["holdout"])[0] == ["two/b.parquet"]
+    assert find(root, splits=["questions"])[0] == ["two/b.parquet"]
     (tmp_path / "README.md").write_text(README.replace("license: mit", "configs: []"))
     with pytest.raises(ConfigError, match=r"README\.md.* key 'configs' occurs twice"):
         find(root)

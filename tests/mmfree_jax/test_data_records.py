@@ -172,6 +172,14 @@ def test_a_window_that_is_too_large_is_said(tmp_path, monkeypatch):
     assert "not whole" not in str(error.value)
 
 
+def test_a_dictionary_is_said(tmp_path):
+    dictionary = zstandard.train_dictionary(2**10, [b"some text %d" % i for i in range(1000)])
+    data = zstandard.ZstdCompressor(dict_data=dictionary).compress(b'{"text": "one"}')
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    with pytest.raises(DataError, match="was compressed with a dictionary"):
+        texts(tmp_path / "a.jsonl.zst")
+
+
 # Fields and columns.
 
 NESTED = [

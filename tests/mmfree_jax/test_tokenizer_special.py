@@ -16,6 +16,7 @@ from mmfree_jax.data.tokenizer import (
     train_bpe,
 )
 from mmfree_jax.errors import DataError
+from mmfree_jax.export import chat
 from mmfree_jax.infer.text import encode_prompt
 
 ADDED = ["<pad>", "<s>", "</s>", "<|im_end|>"]
@@ -131,6 +132,13 @@ def test_text_is_never_a_special_token(make):
         assert encode_prompt(tokenizer, text) == [tokenizer.bos_id, *ids]
         if make is not word_level:  # it has no words for them
             assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
+
+
+def test_a_prompt_in_the_exported_chat(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
+    encode, decode = chat.load_tokenizer(tmp_path, {"tokenizer": "tokenizer.json"})
+    assert not {0, 1, 2, 3} & set(encode("a</s><s>"))
+    assert decode(encode("a</s><s>")) == "a</s><s>"
 
 
 def test_what_spells_the_token():
