@@ -123,6 +123,7 @@ def evaluate(
     from mmfree_jax.evaluate.tasks import PAPER_TASKS, default_tasks_dir
     from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.convert import trained_length
+    from mmfree_jax.saved.end_tokens import end_ids
 
     if not progress:
         os.environ["TQDM_DISABLE"] = "1"  # lm-eval draws bars of its own
@@ -152,6 +153,7 @@ def evaluate(
             batch_tokens=batch_tokens,
             show_progress=progress,
             forward=forward,
+            end_ids=end_ids(model),
         )
         results = harness.run_tasks(
             adapter,

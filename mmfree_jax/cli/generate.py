@@ -52,7 +52,8 @@ class GenerateConfig:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """String that ends an answer and is not part of it; may be given several times."""
     ignore_eos: bool = False
-    """Go on behind the tokenizer's end-of-text token."""
+    """Go on behind end-of-text tokens: the tokenizer's, and those that a Hugging Face folder names
+    (eos_token_id of config.json and generation_config.json)."""
     batch_size: Count = 16
     """Answers that are decoded together."""
     tokenizer: str | None = None
@@ -180,6 +181,7 @@ def _answer(config, model, variables, tokenizer, batch, printer, session):
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     options = {name: getattr(config, name) for name in ("max_new_tokens", *names)}
+    options["stop_ids"] = _stop_ids(config, model, tokenizer)
     options["seed"] = [config.seed if p.seed is None else p.seed for p in batch]
     # A prompt with a seed of its own draws the same wherever it stands.
     options["streams"] = [(p.index if p.seed is None else 0, p.sample) for p in batch]
@@ -199,12 +201,10 @@ def _answer(config, model, variables, tokenizer, batch, printer, session):
     ]
     if config.print_ids and config.stream:
         # Pieces of ids; a stop string needs the text, so it is not offered with these.
-        eos = [] if config.ignore_eos or tokenizer.eos_id is None else [tokenizer.eos_id]
         out = generate_ids(
             model,
             variables,
             ids,
-            stop_ids=eos,
             on_tokens=printer.on_tokens,
             session=session,
             **options,
@@ -216,12 +216,24 @@ def _answer(config, model, variables, tokenizer, batch, printer, session):
         tokenizer,
         ids,
         stop=config.stop,
-        stop_at_end=not config.ignore_eos,
+        stop_at_end=False,
         on_text=printer.on_text if config.stream else None,
         session=session,
         **options,
     )
     return out.tokens, out.texts, out.finish_reasons, out.session
+
+
+def _stop_ids(config: GenerateConfig, model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those that the model's folder names."""
+    from mmfree_jax.saved.end_tokens import end_ids
+
+    if config.ignore_eos:
+        return []
+    ids = dict.fromkeys(end_ids(config.model))
+    if tokenizer is not None and tokenizer.eos_id is not None:
+        ids[tokenizer.eos_id] = None
+    return [i for i in ids if i < model.config.vocab_size]  # others cannot occur
 
 
 class _Printer:

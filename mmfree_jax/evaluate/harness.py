@@ -57,6 +57,7 @@ class HarnessModel(TemplateLM):
         share_contexts: bool = True,
         show_progress: bool = True,
         forward: Forward | None = None,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """Wraps a model.
 
@@ -71,6 +72,7 @@ class HarnessModel(TemplateLM):
           share_contexts: read a context that several choices share once (MLGRU).
           show_progress: draw a progress bar.
           forward: how the model computes; None: as it was trained.
+          end_ids: tokens that end a generated text, beside the tokenizer's.
 
         Raises:
           ConfigError: add_bos with a tokenizer that has no such token.
@@ -80,6 +82,7 @@ class HarnessModel(TemplateLM):
             raise ConfigError(
                 "add_bos is set, but the tokenizer has no start-of-text token: leave it out"
             )
+        self._end_ids = [i for i in end_ids if i < model.config.vocab_size]
         self._tokenizer, self._add_bos, self._show = tokenizer, add_bos, show_progress
         self.scorer = Scorer(
             model,
@@ -247,6 +250,7 @@ class HarnessModel(TemplateLM):
             self._tokenizer,
             list(prompts.values()),
             streams=[(i, 0) for i in prompts],
+            stop_ids=self._end_ids,
             stop=[s for s in stop if s],
             max_new_tokens=int(options.get("max_gen_toks", _GENERATED)),
             temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,

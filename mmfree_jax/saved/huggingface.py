@@ -13,6 +13,7 @@ import numpy as np
 
 from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.saved.huggingface_fields import check_unread, rope_theta
 from mmfree_jax.saved.tensors import Slot, TensorMap
 from mmfree_jax.text_files import parse_json, read_text
 
@@ -37,6 +38,8 @@ _HGRN_DEFAULTS: dict[str, Any] = {
     # Not one of theirs: their code fixes it (see docs/interop.md).
     "linear_norm_eps": 1e-6,
 }
+# Without a default: a config must say them.
+_SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": None,
@@ -101,9 +104,9 @@ def read_config(folder: Path) -> HuggingFaceModel:
             f"{file}: model_type is {kind!r}: only {' and '.join(readers)} models are read"
         )
     fields = _Fields(file, raw, _HGRN_DEFAULTS if kind == HGRN_BIT else _LLAMA_DEFAULTS)
-    fields.require(("quantization_config",), (None,))
+    check_unread(file, raw, {*fields.defaults, *_SHAPE})
     config = readers[kind](fields)
-    return HuggingFaceModel(kind, config, bool(fields["tie_word_embeddings"]), raw)
+    return HuggingFaceModel(kind, config, fields.flag("tie_word_embeddings"), raw)
 
 
 class _Fields:
@@ -123,6 +126,12 @@ class _Fields:
             if self[name] not in allowed:
                 shown = " or ".join(map(repr, allowed))
                 raise self.refuse(name, f"not supported, only {shown}")
+
+    def flag(self, name: str) -> bool:
+        value = self[name]
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(name, "true or false is needed")
+        return bool(value)
 
     def number(self, name: str, kind: type = int, *, optional: bool = False) -> Any:
         value = self[name]
@@ -149,7 +158,7 @@ def _from_hgrn_bit(fields: _Fields) -> ModelConfig:
     if inner is None and ratio != 4:
         inner = 256 * -(-int(width * ratio * 2 / 3) // 256)
     expand = fields.number("expand_ratio", float, optional=True) or 1
-    if expand != 1 and fields["use_lower_bound"]:
+    if expand != 1 and fields.flag("use_lower_bound"):
         raise fields.refuse(
             "expand_ratio",
             "not defined together with use_lower_bound, whose bounds have one channel for each "
@@ -164,10 +173,10 @@ def _from_hgrn_bit(fields: _Fields) -> ModelConfig:
         mixer_linear=BITLINEAR,
         glu_linear=BITLINEAR,
         head_linear=BITLINEAR,
-        use_lower_bound=bool(fields["use_lower_bound"]),
+        use_lower_bound=fields.flag("use_lower_bound"),
         expand_ratio=expand,
-        short_conv=fields.number("conv_size") if fields["use_short_conv"] else 0,
-        share_short_conv=bool(fields["share_conv_kernel"]),
+        short_conv=fields.number("conv_size") if fields.flag("use_short_conv") else 0,
+        share_short_conv=fields.flag("share_conv_kernel"),
         norm_eps=fields.number("rms_norm_eps", float),
         linear_norm_eps=fields.number("linear_norm_eps", float),
         initializer_range=fields.number("initializer_range", float),
@@ -186,12 +195,6 @@ def _from_llama(fields: _Fields) -> ModelConfig:
         raise fields.refuse(
             "head_dim", f"not supported, only hidden_size / num_attention_heads ({width // heads})"
         )
-    rope = {"rope_type": "default", **(fields["rope_parameters"] or {})}
-    for scaling, name in ((rope, "rope_parameters"), (fields["rope_scaling"], "rope_scaling")):
-        kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type"))
-        if kind != "default":
-            raise fields.refuse(name, "not supported, only plain rotary positions")
-    theta = rope.get("rope_theta") or fields.number("rope_theta", float, optional=True)
     return ModelConfig(
         mixer="attention",
         vocab_size=fields.number("vocab_size"),
@@ -200,7 +203,7 @@ def _from_llama(fields: _Fields) -> ModelConfig:
         intermediate_size=fields.number("intermediate_size"),
         num_heads=heads,
         num_kv_heads=None if kv_heads == heads else kv_heads,
-        rope_theta=float(theta or 10_000.0),
+        rope_theta=rope_theta(fields.file, fields.raw, 10_000.0),
         mixer_linear=DENSE,
         glu_linear=DENSE,
         head_linear=DENSE,

@@ -380,12 +380,89 @@ def test_damaged_files(tmp_path):
         (LLAMA, {"head_dim": 8}, "head_dim is 8"),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"),
         (LLAMA, {"num_key_value_heads": 3}, "num_kv_heads is 3"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias is True"),
+        (LLAMA, {"qkv_bias": True}, "qkv_bias is True"),
+        (LLAMA, {"sliding_window": 4096}, "sliding_window is 4096"),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (LLAMA, {"logits_scaling": 8.0}, "logits_scaling is 8.0, a field that is not known"),
+        (LLAMA, {"n_kv_heads": 1}, "n_kv_heads is 1, a field that is not known"),
+        (LLAMA, {"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05, a field that is not known"),
+        (LLAMA, {"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        (LLAMA, {"rope_theta": "10000"}, "rope_theta is '10000'"),
+        (LLAMA, {"rope_theta": 0}, "rope_theta is 0"),
+        (LLAMA, {"rope_scaling": {"factor": 2.0}}, "rope_scaling is"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
+        (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_parameters is"),
+        (
+            LLAMA,
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters is",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            "rope_parameters is",
+        ),
+        (
+            LLAMA,
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_theta is 10000.0 and rope_parameters.rope_theta is 1000000.0",
+        ),
+        (HGRN, {"use_short_conv": "false"}, "use_short_conv is 'false'"),
+        (HGRN, {"use_lower_bound": 1}, "use_lower_bound is 1"),
+        (HGRN, {"feature_map": "relu"}, "feature_map is 'relu', a field that is not known"),
+        (HGRN, {"rope_theta": 1e4}, "rope_theta is 10000.0, a field that is not known"),
     ],
 )
 def test_configs_that_are_not_implemented_are_refused_by_name(tmp_path, base, change, named):
     (tmp_path / "config.json").write_text(json.dumps(base | change))
     with pytest.raises(ConfigError, match=named):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "theta"),
+    [
+        ({}, 10_000.0),
+        ({"rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}}, 5e5),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_scaling": {"type": "default"}, "rope_theta": 250000}, 250000.0),
+        ({"rope_scaling": None, "rope_parameters": {}}, 10_000.0),
+    ],
+)
+def test_every_spelling_of_the_rotary_base_is_read(tmp_path, change, theta):
+    base = {k: v for k, v in LLAMA.items() if not k.startswith("rope")}
+    (tmp_path / "config.json").write_text(json.dumps(base | change))
+    assert huggingface.read_config(tmp_path).config.rope_theta == theta
+
+
+def test_fields_that_change_nothing_are_passed_over(tmp_path):
+    harmless = {
+        "_name_or_path": "x",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_dropout": 0.1,
+        "dtype": "bfloat16",
+        "eos_token_id": [1, 2],
+        "layer_types": ["full_attention", "full_attention"],
+        "max_position_embeddings": 99,
+        "partial_rotary_factor": 1.0,
+        "pretraining_tp": 2,
+        "sliding_window": None,
+        "something_new": None,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0",
+        "use_sliding_window": False,
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA))
+    plain = huggingface.read_config(tmp_path).config
+    file.write_text(json.dumps(LLAMA | harmless))
+    assert huggingface.read_config(tmp_path).config == plain
 
 
 def test_export_refuses_what_no_package_computes(tmp_path):
