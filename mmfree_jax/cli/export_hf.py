@@ -23,9 +23,7 @@ def export_hf(
     from mmfree_jax.saved import convert
 
     done = convert.export_hf(source, target, dtype=dtype, overwrite=overwrite)
-    tokenizer = done.tokenizer or "left out (the byte tokenizer has no Hugging Face form)"
-    if done.tokenizer is None and not (source / "tokenizer").exists():
-        tokenizer = "not in the source"
+    tokenizer = done.tokenizer or "not in the source"
     print(
         f"{done.folder}: {done.model_type}, {done.parameters:,} parameters, {dtype}, "
         f"tokenizer {tokenizer}"

@@ -145,6 +145,10 @@ class SentencePieceTokenizer:
         later = (part[self._skip :] for part in parts[1:])
         return np.array([*parts[0], *itertools.chain.from_iterable(later)], np.int32)
 
+    def piece(self, token: int) -> str:
+        """The piece of an id, as the model's file names it."""
+        return self._processor.IdToPiece(token)
+
     def _ids_before_newline(self) -> int | None:
         """Ids to drop from a segment that begins with a newline; None if cuts change the ids.
 
@@ -231,6 +235,8 @@ class JsonTokenizer:
                 raise DataError(
                     f"{source} has no token {token!r}, which tokenizer_config.json names"
                 )
+        # Left out when decoding, also where the file does not list them.
+        self._tokenizer.add_special_tokens([t for t in (self._bos, self._eos) if t is not None])
         self.bos_id = ids[self._bos] if self._bos is not None else None
         self.eos_id = ids[self._eos] if self._eos is not None else None
         unknown = model.get("unk_token")
@@ -243,6 +249,11 @@ class JsonTokenizer:
         digest = hashlib.sha256(self._text)
         digest.update(f" bos {self.bos_id} eos {self.eos_id}".encode())
         self.sha256 = digest.hexdigest()
+
+    @property
+    def text(self) -> str:
+        """The contents of the `tokenizer.json`."""
+        return self._text.decode()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

@@ -14,18 +14,13 @@ from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.files import check_target, new_folder, write_text
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved import huggingface
+from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
+from mmfree_jax.saved.huggingface_tokenizer import FILES, write_tokenizer
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, PARAMS, load_pretrained, model_folder_config
 from mmfree_jax.saved.writing import SHARD_BYTES, write_tensors
 
 TOKENIZER = "tokenizer"
 DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
@@ -72,10 +67,12 @@ def import_hf(
             dtype=np.float32,
             stem=PARAMS,
         )
-        for name in _TOKENIZER_FILES:
+        for name in FILES:
             if (source / name).is_file():
                 (folder / TOKENIZER).mkdir(exist_ok=True)
                 shutil.copyfile(source / name, folder / TOKENIZER / name)
+        if ends := end_ids(source):
+            write_end_ids(folder, ends)
     return Converted(target, _count(leaves), _tokenizer_kind(target), found.model_type)
 
 
@@ -109,6 +106,7 @@ def export_hf(
         raise ConfigError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     if jax.process_count() > 1:
         raise ConfigError(f"there are {jax.process_count()} processes: export with one")
+    from mmfree_jax.saved.load import is_run
     from mmfree_jax.saved.packed import is_packed
 
     if is_packed(source):
@@ -123,7 +121,7 @@ def export_hf(
         dtype=dtype,
         max_length=trained_length(source) or 2048,
         bos_id=getattr(tokenizer, "bos_id", None),
-        eos_id=getattr(tokenizer, "eos_id", None),
+        eos_ids=_ends(source, tokenizer),
     )
     leaves = flatten(params)
     stored_dtype = _bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
@@ -152,11 +150,21 @@ def export_hf(
 
     with new_folder(target, command="export-hf", sources=[source], overwrite=overwrite) as folder:
         _write_json(folder / huggingface.CONFIG, fields)
-        ids = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields[k] is not None}
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        write_end_ids(
+            folder,
+            _ends(source, tokenizer),
+            _from_model_config=True,
+            bos_token_id=fields["bos_token_id"],
+        )
         write_tensors(folder, tensors(), dtype=stored_dtype, shard_bytes=shard_bytes)
         if tokenizer is not None:
-            _write_tokenizer(folder, source, tokenizer, fields["max_position_embeddings"])
+            originals = source / TOKENIZER if (source / TOKENIZER).is_dir() else source
+            write_tokenizer(
+                folder,
+                tokenizer,
+                fields["max_position_embeddings"],
+                originals=None if is_run(source) else originals,
+            )
     return Converted(
         target, _count(leaves), _tokenizer_kind(target), huggingface.model_type_of(model.config)
     )
@@ -173,6 +181,12 @@ def trained_length(folder: Path) -> int | None:
         length = huggingface.read_config(folder).raw.get("max_position_embeddings")
         return length if isinstance(length, int) and length > 1 else None
     return None
+
+
+def _ends(source: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a text: the tokenizer's, then others that the model's folder names."""
+    own = getattr(tokenizer, "eos_id", None)
+    return tuple(dict.fromkeys([*([] if own is None else [own]), *end_ids(source)]))
 
 
 def _bfloat16() -> Any:
@@ -201,47 +215,6 @@ def _tokenizer_kind(folder: Path) -> str | None:
     if (folder / "tokenizer_config.json").is_file() or (folder / TOKENIZER).is_dir():
         return getattr(_load_tokenizer(folder), "kind", None)
     return None
-
-
-def _write_tokenizer(folder: Path, source: Path, tokenizer: Any, max_length: int) -> None:
-    """Puts the tokenizer's files beside the weights, as transformers' AutoTokenizer reads them."""
-    if tokenizer.kind == "byte":
-        return  # Hugging Face has no tokenizer of plain bytes with these ids.
-    tokenizer.save(folder)
-    originals = source / TOKENIZER if (source / TOKENIZER).is_dir() else source
-    for name in _TOKENIZER_FILES:
-        if (originals / name).is_file():
-            shutil.copyfile(originals / name, folder / name)
-    config = folder / "tokenizer_config.json"
-    if not config.is_file():
-        names = dict(_special_names(tokenizer))
-        _write_json(
-            config,
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "add_bos_token": True,
-                "add_eos_token": False,
-                "clean_up_tokenization_spaces": False,
-                "legacy": True,
-                "model_max_length": max_length,
-                "pad_token": None,
-                **names,
-            },
-        )
-        _write_json(folder / "special_tokens_map.json", names)
-
-
-def _special_names(tokenizer: Any) -> list[tuple[str, str]]:
-    """Names of a SentencePiece model's start, end and unknown tokens."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)  # type: ignore[call-arg]
-    names = (("bos_token", "bos_id"), ("eos_token", "eos_id"), ("unk_token", "unk_id"))
-    return [
-        (name, processor.IdToPiece(getattr(tokenizer, field)))
-        for name, field in names
-        if getattr(tokenizer, field) is not None
-    ]
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import write_text
 from mmfree_jax.text_files import parse_json, read_text
 
 GENERATION = "generation_config.json"
@@ -51,4 +52,4 @@ def write_end_ids(folder: Path, ids: Sequence[int], **others: Any) -> None:
     fields = {name: value for name, value in others.items() if value is not None}
     if ids:
         fields["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
-    (folder / GENERATION).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / GENERATION, json.dumps(fields, indent=2) + "\n")

@@ -4,7 +4,7 @@ Read and written: `hgrn_bit` (the MatMul-free models as their authors release th
 (the Transformer++). A config value whose meaning is not implemented is refused by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ def write_config(
     dtype: str,
     max_length: int = 2048,
     bos_id: int | None = None,
-    eos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The fields of config.json for one of our models.
 
@@ -229,7 +229,7 @@ def write_config(
       dtype: of the stored weights.
       max_length: of the rows that it was trained on (tokens).
       bos_id: start-of-text token id.
-      eos_id: end-of-text token id.
+      eos_ids: end-of-text token ids; one is written as a number.
 
     Raises:
       ConfigError: no Hugging Face architecture computes this model; the message says why.
@@ -237,7 +237,7 @@ def write_config(
     groups = {config.mixer_linear, config.glu_linear, config.head_linear}
     common = {
         "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        "eos_token_id": list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), None),
         "pad_token_id": None,
         "hidden_size": config.hidden_size,
         "initializer_range": config.initializer_range,

@@ -96,6 +96,28 @@ def test_a_prompts_file_gives_one_json_line_each_and_streams_the_same(run, capsy
     assert streamed == {a["index"]: a["tokens"] for a in answers}
 
 
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_every_end_token_of_a_hugging_face_folder_ends_an_answer(run, capsys, tmp_path, where):
+    folder = tmp_path / "hf"
+    assert main(["export-hf", str(run[0]), str(folder)]) == 0
+    capsys.readouterr()
+    args = ["--model", folder, "--prompt-ids", "1,2,3", "--max-new-tokens", 6]
+    args += ["--temperature", 0, "--quiet", "--json"]
+    _, out, _ = run_main(capsys, *args)
+    free = json.loads(out)["tokens"]
+    assert len(free) == 6
+    fields = json.loads((folder / where).read_text())
+    # The third token by greedy choice ends the answer, listed behind one that does not occur.
+    other = next(i for i in range(300) if i not in free)
+    (folder / where).write_text(json.dumps(fields | {"eos_token_id": [other, free[2], 299_999]}))
+    _, out, _ = run_main(capsys, *args)
+    answer = json.loads(out)
+    cut = free[: free.index(free[2])]
+    assert (answer["tokens"], answer["finish_reason"]) == (cut, "stop_id")
+    _, out, _ = run_main(capsys, *args, "--ignore-eos")
+    assert json.loads(out)["tokens"] == free
+
+
 @pytest.fixture
 def answers(run, capsys, tmp_path):
     """Answers to the lines of a prompts file, as JSON objects."""

@@ -19,6 +19,7 @@ from mmfree_jax.model.parameters import flatten
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.convert import export_hf, import_hf
+from mmfree_jax.saved.end_tokens import end_ids
 from mmfree_jax.saved.pretrained import MODEL_CONFIG, load_pretrained, model_folder_config
 from mmfree_jax.saved.writing import write_tensors
 
@@ -439,6 +440,24 @@ def test_every_spelling_of_the_rotary_base_is_read(tmp_path, change, theta):
     base = {k: v for k, v in LLAMA.items() if not k.startswith("rope")}
     (tmp_path / "config.json").write_text(json.dumps(base | change))
     assert huggingface.read_config(tmp_path).config.rope_theta == theta
+
+
+def test_import_and_export_keep_every_end_token(tmp_path):
+    _write_folder(tmp_path / "hf", HGRN | {"eos_token_id": [2, 5]})
+    (tmp_path / "hf/generation_config.json").write_text('{"eos_token_id": 7}')
+    assert end_ids(tmp_path / "hf") == (2, 5, 7)
+    import_hf(tmp_path / "hf", tmp_path / "ours")
+    assert end_ids(tmp_path / "ours") == (2, 5, 7)
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 5, 7]
+
+
+@pytest.mark.parametrize("value", ["2", [1, "2"], -1, 2.0, True, [None]])
+def test_end_tokens_that_are_no_ids_are_refused(tmp_path, value):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is"):
+        end_ids(tmp_path)
 
 
 def test_fields_that_change_nothing_are_passed_over(tmp_path):
