@@ -1,5 +1,6 @@
 """Fixed-point numerics behind the interface of `mmfree eval`."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from mmfree_jax.experiments.accelerator.numerics import (
     parse_numerics,
 )
 from mmfree_jax.experiments.accelerator.quantized import check_supported, quantize, self_written
-from mmfree_jax.infer.api import as_variables
 from mmfree_jax.model import LanguageModel, State
+from mmfree_jax.model.weights import as_weights
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def variants(
     Raises:
       ConfigError: the hardware does not run this kind of model.
     """
-    config = model.config
+    config = dataclasses.replace(model.config, bitlinear="fused")
     check_supported(config)
-    variables = as_variables(params, config)
+    variables = as_weights(params, config)
     yield Variant("as trained", "float", FloatForward(config), variables)
     tokens_BT = self_written(config, variables)
     rows = ladder(numerics) if steps else [("fixed point", numerics)]

@@ -26,6 +26,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator import fixed
 from mmfree_jax.experiments.accelerator.numerics import Numerics
 from mmfree_jax.model import LanguageModel, functional
+from mmfree_jax.model.weights import Ternary, Weights, can_pack
 
 Tree = dict[str, Any]
 
@@ -54,9 +55,7 @@ class Quantized:
 
 def check_supported(config: ModelConfig) -> None:
     """Raises ConfigError unless the model is one that the hardware runs."""
-    from mmfree_jax.saved.packed import supports_packed
-
-    if not supports_packed(config) or config.expand_ratio != 1:
+    if not can_pack(config) or config.expand_ratio != 1:
         raise ConfigError(
             f"the model is a {config.family}: fixed-point numerics need an MLGRU with BitLinear "
             "layers throughout, expand_ratio 1 and no short_conv"
@@ -66,11 +65,11 @@ def check_supported(config: ModelConfig) -> None:
         raise ConfigError(f"the model is {largest} wide: at most {fixed.MAX_COLUMNS} is supported")
 
 
-def real_parts(variables: Tree, config: ModelConfig, gains: Tree | None = None) -> Tree:
+def real_parts(weights: Weights, config: ModelConfig, gains: Tree | None = None) -> Tree:
     """Float norm scales with everything folded in, trits, and the matrices' exponents.
 
     Args:
-      variables: {"params", "ternary"}.
+      weights: of the model.
       config: of the model.
       gains: what stands for a block's second norm where one is to do for two, {"v" [L], "v2"
         [L]}; None: both norms are kept. The head, once a token, always keeps its two.
@@ -78,7 +77,9 @@ def real_parts(variables: Tree, config: ModelConfig, gains: Tree | None = None) 
     Returns:
       {"layers": {"trits/..", "weight/..", "exponent/..", "bound"}, "final": {...}, "embedding"}.
     """
-    params, ternary = variables["params"], variables["ternary"]
+    if not isinstance(weights, Ternary):
+        raise TypeError(f"weights are {type(weights).__name__}: ternarise them (`as_weights`)")
+    params, ternary = weights.params, weights.ternary
     f32 = lambda x: np.asarray(x, np.float32)  # noqa: E731
 
     def mantissa(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,12 +127,12 @@ def real_parts(variables: Tree, config: ModelConfig, gains: Tree | None = None) 
 
 
 def quantize(
-    variables: Tree, config: ModelConfig, numerics: Numerics, tokens_BT: np.ndarray
+    weights: Weights, config: ModelConfig, numerics: Numerics, tokens_BT: np.ndarray
 ) -> Quantized:
     """A model in integers, its formats fitted to what it does on `tokens_BT`.
 
     Args:
-      variables: what `as_variables` gives: {"params", "ternary"}.
+      weights: of the model.
       config: of the model.
       numerics: the switches.
       tokens_BT: text to fit the formats to; see `self_written`.
@@ -142,11 +143,11 @@ def quantize(
     from mmfree_jax.experiments.accelerator.ranges import ranges
 
     check_supported(config)
-    real = real_parts(variables, config)
+    real = real_parts(weights, config)
     peaks = ranges(real, config, numerics.eps, jnp.asarray(tokens_BT))
     if numerics.fused_norm:
         gains = {name: peaks["layers"][f"{name} gain"] for name in ("v", "v2")}
-        real = real_parts(variables, config, gains)
+        real = real_parts(weights, config, gains)
         peaks = ranges(real, config, numerics.eps, jnp.asarray(tokens_BT))
     layer_peaks, final_peaks = (jax.tree.map(np.asarray, peaks[k]) for k in ("layers", "final"))
     # The residual stream's format only gets coarser with depth, so that one shift aligns it.
@@ -163,7 +164,7 @@ def quantize(
 
 
 def self_written(
-    config: ModelConfig, variables: Tree, *, rows: int = 8, length: int = 128, seed: int = 0
+    config: ModelConfig, weights: Weights, *, rows: int = 8, length: int = 128, seed: int = 0
 ) -> np.ndarray:
     """Text for fitting formats: each row a random token and what the model writes behind it."""
     from mmfree_jax.infer.api import generate
@@ -172,9 +173,7 @@ def self_written(
     first = rng.integers(0, config.vocab_size, rows)
     # The plain program has no inference form.
     model = LanguageModel(dataclasses.replace(config, bitlinear="fused"))
-    out = generate(
-        model, variables, [[int(t)] for t in first], max_new_tokens=length - 1, seed=seed
-    )
+    out = generate(model, weights, [[int(t)] for t in first], max_new_tokens=length - 1, seed=seed)
     return np.array([[int(t), *row] for t, row in zip(first, out.tokens, strict=True)], np.int32)
 
 

@@ -116,11 +116,12 @@ def open_jax(task: Row) -> Engine:
 
     from mmfree_jax import infer
 
-    model, variables = infer.load_model(task["path"])
+    model, params = infer.load_model(task["path"])
+    weights = infer.as_weights(params, model.config)
     held: dict[str, Any] = {"session": None}
 
     def read(tokens: Sequence[int]) -> int:
-        session = infer.prefill(model, variables, [list(tokens)], session=held["session"])
+        session = infer.prefill(model, weights, [list(tokens)], session=held["session"])
         held["session"] = session
         return int(np.asarray(session.logits_BV)[0].argmax())
 
@@ -128,7 +129,7 @@ def open_jax(task: Row) -> Engine:
         # The session holds the logits that `token` was chosen from.
         del token
         out = infer.generate(
-            model, variables, [[]], session=held["session"], max_new_tokens=steps, temperature=0
+            model, weights, [[]], session=held["session"], max_new_tokens=steps, temperature=0
         )
         held["session"] = out.session
         return out.tokens[0]
@@ -140,10 +141,10 @@ def open_jax(task: Row) -> Engine:
         held["session"] = held["mark"]
 
     def save(path: Path) -> None:
-        infer.save_session(path, held["session"], variables, model.config)
+        infer.save_session(path, held["session"], weights, model.config)
 
     def restore(path: Path) -> None:
-        held["session"] = infer.load_session(path, variables, model.config)
+        held["session"] = infer.load_session(path, weights, model.config)
 
     versions = {"jax": jax.__version__, "numpy": np.__version__}
     return Engine(read, generate, read, mark, rewind, save, restore, versions)

@@ -12,6 +12,7 @@ in, the state and the last token's logits out.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -24,12 +25,13 @@ import jax.numpy as jnp
 
 from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.experiments.bench.edge_process import summary
-from mmfree_jax.infer import decode, packed_model
+from mmfree_jax.infer import decode
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
+from mmfree_jax.model.weights import Params, Ternary, Weights, is_ternary, packed_from_tree
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
-from mmfree_jax.pallas_kernels.packed_matmul.api import plane_columns
+from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, plane_columns, unpack
 from mmfree_jax.presets import preset
 from mmfree_jax.saved import packed as pack
 
@@ -51,8 +53,8 @@ def model_config(size: str, form: str) -> ModelConfig:
     return dataclasses.replace(config, remat="none", param_dtype="bfloat16")
 
 
-def random_variables(config: ModelConfig, form: str, seed: int = 0) -> decode.Variables:
-    """Random weights as `generate` takes them.
+def random_weights(config: ModelConfig, form: str, seed: int = 0) -> Weights:
+    """Random weights.
 
     Args:
       config: of the model.
@@ -61,31 +63,37 @@ def random_variables(config: ModelConfig, form: str, seed: int = 0) -> decode.Va
       seed: of the weights.
     """
     keys = iter(jax.random.split(jax.random.key(seed), 256))
-    trees: dict[str, Any] = {"params": {}, "ternary": {}}
+    params: Params = {}
+    ternary: Params = {}
 
-    def put(collection: str, path: tuple[str, ...], value: jax.Array) -> None:
-        tree = trees[collection]
+    def put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
         for name in path[:-1]:
             tree = tree.setdefault(name, {})
         tree[path[-1]] = value
 
     for path, shape in pack.param_shapes(config).items():
-        if pack.is_ternary(config, path):
+        if is_ternary(config, path):
             words = _random_words(next(keys), (*shape[:-1], plane_columns(shape[-1]) // 4))
+            tree = params if form == "packed" else ternary
             if form == "packed":
-                put("params", (*path[:-1], "words"), words)
+                put(tree, (*path[:-1], "packed"), words)
             else:
-                rows = packed_model.packed_rows({"words": words})
-                put("ternary", (*path[:-1], "trits"), pack._unpack(rows, shape[-1], bits="2"))
-            collection = "params" if form == "packed" else "ternary"
-            put(collection, (*path[:-1], "scale"), jnp.full((*shape[:-2], 1, 1), 0.02))
+                put(tree, (*path[:-1], "trits"), _unpack(words, shape[-1]))
+            put(tree, (*path[:-1], "scale"), jnp.full((*shape[:-2], 1, 1), 0.02))
         elif path[-1] == "weight":
-            put("params", path, _random_normal(next(keys), shape))
+            put(params, path, _random_normal(next(keys), shape))
         elif path[-1] == "lower_bounds":
-            put("params", path, jnp.zeros(shape, jnp.float32))
+            put(params, path, jnp.zeros(shape, jnp.float32))
         else:
-            put("params", path, jnp.ones(shape, jnp.bfloat16))
-    return {"packed": trees["params"]} if form == "packed" else trees
+            put(params, path, jnp.ones(shape, jnp.bfloat16))
+    if form == "packed":
+        return packed_from_tree(params, config, layout="words")
+    return Ternary(params, ternary)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unpack(words: jax.Array, columns: int) -> jax.Array:
+    return unpack(from_words(words), columns)
 
 
 def _by_layer(make: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -118,7 +126,7 @@ def stored_form(form: str) -> str:
 
 
 def decode_loop(
-    config: ModelConfig, variables: decode.Variables, *, batch: int, steps: int, calls: int
+    config: ModelConfig, weights: Weights, *, batch: int, steps: int, calls: int
 ) -> Callable[[], jax.Array]:
     """A function that decodes `steps` more tokens a row and returns them."""
     sampling = Sampling(temperature=0)
@@ -134,7 +142,7 @@ def decode_loop(
 
     def run() -> jax.Array:
         held["session"], tokens, _ = decode.generate_chunk(
-            variables,
+            weights,
             held["session"],
             *settings,
             config=config,
@@ -151,14 +159,14 @@ def measure_decode(task: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds a token of the greedy loop, and with `energy_s` the energy of each token."""
     batch, steps, repeats = task["batch"], task["steps"], task["repeats"]
     config = model_config(task["size"], task["form"])
-    variables = random_variables(config, stored_form(task["form"]))
-    run = decode_loop(config, variables, batch=batch, steps=steps, calls=repeats + 1)
+    weights = random_weights(config, stored_form(task["form"]))
+    run = decode_loop(config, weights, batch=batch, steps=steps, calls=repeats + 1)
     first_s, times = _times(run, repeats)
     row = {
         "first_call_s": round(first_s, 2),
         "ms_per_token": summary([1e3 * t / steps for t in times], 4),
         "tokens_per_s": round(batch * steps / statistics.median(times), 1),
-        **_memory(variables),
+        **_memory(weights),
     }
     if task.get("energy_s"):
         row |= _energy(run, task["energy_s"], batch * steps)
@@ -169,28 +177,28 @@ def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds to read a prompt of `tokens` tokens a row."""
     batch, tokens = task["batch"], task["tokens"]
     config = model_config(task["size"], task["form"])
-    variables = random_variables(config, stored_form(task["form"]))
+    weights = random_weights(config, stored_form(task["form"]))
     prompt = jnp.ones((batch, tokens), jnp.int32)
     length = jnp.full(batch, tokens, jnp.int32)
 
     def run() -> jax.Array:
         session = decode.init_session(config, batch, tokens)
-        return decode.prefill(variables, session, prompt, length, config=config).logits_BV
+        return decode.prefill(weights, session, prompt, length, config=config).logits_BV
 
     first_s, times = _times(run, task["repeats"])
     return {
         "first_call_s": round(first_s, 2),
         "ms": summary([1e3 * t for t in times], 4),
-        **_memory(variables),
+        **_memory(weights),
     }
 
 
 def decode_step(config: ModelConfig) -> Callable[..., Any]:
-    """A jitted (variables, token_B, state) -> (logits_BV, state)."""
+    """A jitted (weights, token_B, state) -> (logits_BV, state)."""
 
     @jax.jit
-    def step(variables: decode.Variables, token_B: jax.Array, state: Any) -> Any:
-        return decode.forward(variables, config, token_B[:, None], state, None)
+    def step(weights: Weights, token_B: jax.Array, state: Any) -> Any:
+        return decode.forward(weights, config, token_B[:, None], state, None)
 
     return step
 
@@ -207,8 +215,8 @@ def measure_agreement(task: dict[str, Any]) -> dict[str, Any]:
         model_config(size, "packed"), compute_dtype="bfloat16", residual_dtype="bfloat16"
     )
     wide = dataclasses.replace(narrow, compute_dtype="float32", residual_dtype="float32")
-    packed = random_variables(narrow, "packed")
-    trits = random_variables(narrow, "trits")
+    packed = random_weights(narrow, "packed")
+    trits = random_weights(narrow, "trits")
     programs = {
         "unpacked float32": (trits, wide),
         "packed float32": (packed, wide),
@@ -216,12 +224,12 @@ def measure_agreement(task: dict[str, Any]) -> dict[str, Any]:
         "unpacked bfloat16": (trits, narrow),
     }
     logits: dict[str, list[jax.Array]] = {}
-    for name, (variables, config) in programs.items():
+    for name, (weights, config) in programs.items():
         step = decode_step(config)
         state, logits[name] = init_state(config, batch), []
         for index in range(tokens):
             token_B = (jnp.arange(batch, dtype=jnp.int32) * 31 + 977 * index) % config.vocab_size
-            found, state = step(variables, token_B, state)
+            found, state = step(weights, token_B, state)
             logits[name].append(found)
     expected = jnp.stack(logits.pop("unpacked float32"))
     row = {}
@@ -246,9 +254,9 @@ def _times(run: Callable[[], jax.Array], repeats: int) -> tuple[float, list[floa
     return times[0], times[1:]
 
 
-def _memory(variables: Any) -> dict[str, float]:
+def _memory(weights: Any) -> dict[str, float]:
     """Weights, and the most that the process has held on the device (10^9 bytes)."""
-    row = {"weights_gb": sum(x.nbytes for x in jax.tree.leaves(variables)) / 1e9}
+    row = {"weights_gb": sum(x.nbytes for x in jax.tree.leaves(weights)) / 1e9}
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         row["peak_gb"] = stats["peak_bytes_in_use"] / 1e9

@@ -104,7 +104,7 @@ def _block_input(quantized: Any, layer: int, tokens_BT: np.ndarray) -> np.ndarra
 
 
 def _load(path: Path) -> tuple[Any, Any]:
-    from mmfree_jax.infer.api import as_variables
+    from mmfree_jax.model.weights import as_weights
     from mmfree_jax.saved.packed import is_packed, load_packed
     from mmfree_jax.saved.pretrained import load_pretrained
 
@@ -113,7 +113,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     else:
         model, params = load_pretrained(path, compute_dtype="float32")
     config = dataclasses.replace(model.config, bitlinear="fused")
-    return type(model)(config), as_variables(params, config)
+    return type(model)(config), as_weights(params, config)
 
 
 def run(

@@ -118,14 +118,14 @@ def generate(argv: Sequence[str]) -> int:
 def _run(
     config: GenerateConfig,
     model: Any,
-    params: dict[str, Any],
+    params: Any,
     tokenizer: Any,
     prompts: list[Prompt],
 ) -> None:
-    from mmfree_jax.infer.api import as_variables
+    from mmfree_jax.model.weights import as_weights
     from mmfree_jax.saved.session import load_session, save_session
 
-    variables = as_variables(params, model.config)
+    variables = as_weights(params, model.config)
     session = None
     if config.load_state is not None:
         session = load_session(config.load_state, variables, model.config)

@@ -7,6 +7,7 @@ import jax
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel, State
+from mmfree_jax.model.weights import as_weights
 
 
 class Forward(Protocol):
@@ -44,9 +45,7 @@ class FloatForward:
 
     def variables(self, params: Any) -> Any:
         """Ternarises a plain parameter tree, once."""
-        from mmfree_jax.infer import as_variables
-
-        return as_variables(params, self.config)
+        return as_weights(params, self.config)
 
     def hidden(
         self,
@@ -56,10 +55,9 @@ class FloatForward:
         state: State | None,
     ) -> tuple[jax.Array, State | None]:
         """As `LanguageModel.hidden`."""
-        apply: Any = LanguageModel(self.config).apply
-        return apply(variables, tokens_BT, segment_ids_BT, state, method=LanguageModel.hidden)
+        model = LanguageModel(self.config)
+        return model.apply(variables, tokens_BT, segment_ids_BT, state, method=LanguageModel.hidden)
 
     def logits(self, variables: Any, x_BTD: jax.Array) -> jax.Array:
         """As `LanguageModel.logits`."""
-        apply: Any = LanguageModel(self.config).apply
-        return apply(variables, x_BTD, method=LanguageModel.logits)
+        return LanguageModel(self.config).apply(variables, x_BTD, method=LanguageModel.logits)

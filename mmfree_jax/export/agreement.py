@@ -8,7 +8,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,9 @@ import numpy as np
 from mmfree_jax.errors import DataError
 from mmfree_jax.export import onnx_session
 from mmfree_jax.export.onnx_session import OnnxModel
-from mmfree_jax.infer import as_variables, generate
+from mmfree_jax.infer import as_weights, generate
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.weights import Params, Weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Agreement:
 
 
 def compare(
-    model: LanguageModel, params: dict[str, Any], export: OnnxModel, tokens_WT: np.ndarray
+    model: LanguageModel, params: Params | Weights, export: OnnxModel, tokens_WT: np.ndarray
 ) -> Agreement:
     """Compares an export with the model in float32, on windows that each start afresh.
 
@@ -60,7 +60,7 @@ def compare(
 
     Args:
       model: its compute dtype is set aside.
-      params: its parameters, or what `as_variables` made of them.
+      params: its parameters, or what `as_weights` made of them.
       export: loaded.
       tokens_WT: int, at least two tokens in each window.
 
@@ -84,7 +84,7 @@ def compare(
     config = dataclasses.replace(
         model.config, compute_dtype="float32", residual_dtype="float32", remat="none"
     )
-    variables = as_variables(params, config)
+    variables = as_weights(params, config)
     hidden_WTD, _ = _hidden(variables, jnp.asarray(tokens_WT, jnp.int32), config=config)
     state = export.start(W)
     kl = same = loss = export_loss = largest = 0.0
@@ -112,7 +112,7 @@ def compare(
 
 def same_continuations(
     model: LanguageModel,
-    params: dict[str, Any],
+    params: Params | Weights,
     export: OnnxModel,
     prompts: Sequence[Sequence[int]],
     *,
@@ -122,7 +122,7 @@ def same_continuations(
 
     Args:
       model: in its own compute dtype.
-      params: its parameters, or what `as_variables` made of them.
+      params: its parameters, or what `as_weights` made of them.
       export: loaded.
       prompts: token ids.
       new_tokens: of each continuation.

@@ -18,6 +18,7 @@ import numpy as np
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import functional
+from mmfree_jax.model.weights import can_pack
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.saved import load
@@ -155,7 +156,7 @@ def check_supported(config: ModelConfig) -> None:
             f"model.short_conv is {config.short_conv}: models with short convolutions are not "
             "exported; train one without"
         )
-    if not pack.supports_packed(config):
+    if not can_pack(config):
         raise ConfigError(
             f"the model is a {config.family} whose linear layers are not all BitLinear: only "
             "models that are MatMul-free throughout are exported"

@@ -39,8 +39,9 @@ from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.source import check_supported
 from mmfree_jax.files import new_folder, write_bytes, write_text
-from mmfree_jax.infer import packed_model
-from mmfree_jax.model import State
+from mmfree_jax.model import State, packed_model
+from mmfree_jax.model.parameters import unflatten
+from mmfree_jax.model.weights import packed_from_tree
 from mmfree_jax.saved import load as loading
 from mmfree_jax.saved import packed as pack
 
@@ -155,13 +156,7 @@ def lower(config: ModelConfig, weights: Weights, *, chunk: int) -> dict[str, jax
 
     def run(weights, tokens_BT, state, held_BT):
         position_B = jnp.zeros(tokens_BT.shape[:1], jnp.int32)
-        packed: dict[str, Any] = {}
-        for name, value in weights.items():
-            *path, leaf = name.split("/")
-            node = packed
-            for part in path:
-                node = node.setdefault(part, {})
-            node[leaf] = value
+        packed = packed_from_tree(unflatten(weights), config)
         logits_BV, after = packed_model.decode(
             packed, config, tokens_BT, State(position_B, {"h": state}), held_BT, kernels=False
         )

@@ -1,15 +1,10 @@
 """Decoding and sampling."""
 
-from mmfree_jax.infer.api import Output, as_variables, generate, prefill
-from mmfree_jax.infer.decode import (
-    Session,
-    fork,
-    inference_variables,
-    replace_rows,
-    select_rows,
-)
+from mmfree_jax.infer.api import Output, generate, prefill
+from mmfree_jax.infer.decode import Session, fork, replace_rows, select_rows
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.infer.text import TextOutput, TextStream, generate_text, sample_text
+from mmfree_jax.model.weights import as_weights
 from mmfree_jax.saved.load import load_model
 from mmfree_jax.saved.session import load_session, save_session
 
@@ -19,11 +14,10 @@ __all__ = [
     "Session",
     "TextOutput",
     "TextStream",
-    "as_variables",
+    "as_weights",
     "fork",
     "generate",
     "generate_text",
-    "inference_variables",
     "load_model",
     "load_session",
     "prefill",

@@ -12,9 +12,10 @@ import numpy as np
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import decode
-from mmfree_jax.infer.decode import Session, Variables
+from mmfree_jax.infer.decode import Session
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.weights import Params, Weights, as_weights
 from mmfree_jax.pallas_kernels.decode.api import KERNELS_VARIABLE
 
 # Prompts are read in pieces of at most this many tokens, so that memory is bounded; shorter
@@ -49,7 +50,7 @@ class Output:
 
 def generate(
     model: LanguageModel,
-    params: dict[str, Any],
+    params: Params | Weights,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -74,8 +75,8 @@ def generate(
 
     Args:
       model: the model.
-      params: its parameter tree, or what `inference_variables` or `load_pretrained` made of it
-        (worth doing once where `generate` is called often).
+      params: its parameter tree, or weights in any form. Where `generate` is called often, what
+        `as_weights` makes of the tree, which is then ternarised once.
       prompts: token ids, of any lengths; none empty, unless `session` goes on from an earlier
         call.
       max_new_tokens: most tokens to generate for each prompt.
@@ -103,15 +104,15 @@ def generate(
     _check_options(config, max_new_tokens, stop_ids)
     keys = row_keys(*_streams(batch, seed, streams))
     _check_prompts(config, prompts, session)
-    variables = as_variables(params, config)
+    weights = as_weights(params, config)
     own = _make_room(config, prompts, session, max_new_tokens)
-    own = _read_prompts(variables, config, own, prompts)
+    own = _read_prompts(weights, config, own, prompts)
 
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length"] * batch
     finished = np.zeros(batch, bool)
     allowance = 1 if on_tokens else _CHUNK
-    ends_itself = decode.ends_itself(variables, batch, sampling.filters())
+    in_one_kernel = decode.in_one_kernel(weights, batch, sampling.filters())
     while not finished.all():
         remaining = np.array([max_new_tokens - len(row) for row in tokens])
         finished |= remaining <= 0
@@ -119,7 +120,7 @@ def generate(
             break
         before = _snapshot(config, own) if on_tokens else None
         own, new_BN, stopped_B = decode.generate_chunk(
-            variables,
+            weights,
             own,
             jnp.asarray(finished),
             jnp.asarray(np.minimum(remaining, allowance), jnp.int32),
@@ -128,7 +129,7 @@ def generate(
             sampling.numbers(),
             config=config,
             filters=sampling.filters(),
-            **_loop(int(np.minimum(remaining, allowance)[~finished].max()), ends_itself),
+            **_loop(int(np.minimum(remaining, allowance)[~finished].max()), in_one_kernel),
         )
         new_BN, stopped_B, sound = jax.device_get((new_BN, stopped_B, _all_finite(own.logits_BV)))
         if not sound:
@@ -150,7 +151,7 @@ def generate(
             tokens[row] += new
         if cut:
             assert before is not None
-            own = _rewind(variables, config, own, before, cut)
+            own = _rewind(weights, config, own, before, cut)
         if on_tokens:
             allowance = min(2 * allowance, _STREAM_CHUNK)
     return Output(tokens, reasons, own)
@@ -158,20 +159,13 @@ def generate(
 
 def prefill(
     model: LanguageModel,
-    params: dict[str, Any],
+    params: Params | Weights,
     prompts: Sequence[Sequence[int]],
     *,
     session: Session | None = None,
 ) -> Session:
     """Reads prompts without generating: the session to save, fork or go on from."""
     return generate(model, params, prompts, max_new_tokens=0, session=session).session
-
-
-def as_variables(params: dict[str, Any], config: ModelConfig) -> Variables:
-    """`params` as what the decode programs read; ternarises a plain parameter tree."""
-    if "params" in params or "packed" in params:
-        return params
-    return decode.inference_variables(params, config)
 
 
 @jax.jit
@@ -254,9 +248,9 @@ def _make_room(config, prompts, session, max_new_tokens) -> Session:
     return jax.tree.map(jnp.copy, session)
 
 
-def _loop(count: int, ends_itself: bool) -> dict[str, Any]:
+def _loop(count: int, in_one_kernel: bool) -> dict[str, Any]:
     """How the decode loop is compiled to give `count` tokens."""
-    if ends_itself or jax.default_backend() == "cpu":
+    if in_one_kernel or jax.default_backend() == "cpu":
         return {"steps": _CHUNK, "early_exit": True}
     # A power of two: few programs, and no round trip to the host between tokens.
     return {"steps": 1 << (count - 1).bit_length(), "early_exit": False}
@@ -269,7 +263,7 @@ def _piece_size(longest: int) -> int:
     return size
 
 
-def _read_prompts(variables, config, session, prompts) -> Session:
+def _read_prompts(weights, config, session, prompts) -> Session:
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:
@@ -281,7 +275,7 @@ def _read_prompts(variables, config, session, prompts) -> Session:
             tokens[row, : len(piece)] = piece
             length[row] = len(piece)
         session = decode.prefill(
-            variables, session, jnp.asarray(tokens), jnp.asarray(length), config=config
+            weights, session, jnp.asarray(tokens), jnp.asarray(length), config=config
         )
         start += size
     return session
@@ -296,7 +290,7 @@ def _snapshot(config: ModelConfig, session: Session) -> Session:
     return dataclasses.replace(session, state=state, seen_BV=jnp.copy(session.seen_BV))
 
 
-def _rewind(variables, config, session, before, cut: dict[int, list[int]]) -> Session:
+def _rewind(weights, config, session, before, cut: dict[int, list[int]]) -> Session:
     """`session` with the rows in `cut` as they were before the chunk plus the tokens kept."""
     rows = jnp.asarray(sorted(cut))
     if config.mixer == "attention":
@@ -307,5 +301,5 @@ def _rewind(variables, config, session, before, cut: dict[int, list[int]]) -> Se
             logits_BV=session.logits_BV,
         )
     again = decode.select_rows(before, rows)
-    again = _read_prompts(variables, config, again, [cut[row] for row in sorted(cut)])
+    again = _read_prompts(weights, config, again, [cut[row] for row in sorted(cut)])
     return decode.replace_rows(session, rows, again)

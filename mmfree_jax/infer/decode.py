@@ -6,18 +6,15 @@ Nothing here knows about text, stopping strings or files; `api.py` does.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.infer import packed_gpu, packed_model
+from mmfree_jax.infer import packed_gpu
 from mmfree_jax.infer.sample import Filters, sample
-from mmfree_jax.model import LanguageModel, Session, State, init_state, ternary_weights
-from mmfree_jax.model.ternary import linear_options
-
-Variables = dict[str, Any]
+from mmfree_jax.model import LanguageModel, Session, State, init_state
+from mmfree_jax.model.weights import Packed, Weights
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch_size", "max_length"))
@@ -78,58 +75,29 @@ def replace_rows(
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def inference_variables(params: dict[str, Any], config: ModelConfig) -> Variables:
-    """What decoding reads: trits in place of the ternary layers' master weights.
-
-    Ternarises once; other parameters are kept as they are. The result goes into
-    `LanguageModel(config).apply` and into every function here.
-    """
-
-    def visit(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        out = {}
-        for name, value in tree.items():
-            here = (*path, name)
-            if isinstance(value, dict):
-                out[name] = visit(value, here)
-            else:
-                options = linear_options(config, here)
-                if options is None or not options.ternary_weights:
-                    out[name] = value
-        return out
-
-    # The plain program ternarises its master weights itself.
-    if config.bitlinear == "plain":
-        return {"params": params, "ternary": {}}
-    return {"params": visit(params, ()), "ternary": ternary_weights(params, config)}
-
-
 def forward(
-    variables: Variables,
+    weights: Weights,
     config: ModelConfig,
     tokens_BT: jax.Array,
     state: State,
     segment_ids_BT: jax.Array | None,
 ) -> tuple[jax.Array, State]:
-    """Logits after each row's last token [B, V], and the new state.
+    """`LanguageModel.decode`, by the decode kernels where they are faster.
 
-    `LanguageModel.decode` for {"params", "ternary"}; the packed program for {"packed"}.
+    Returns:
+      Logits after each row's last token [B, V], and the new state.
     """
-    if "packed" in variables:
-        packed = variables["packed"]
-        if packed_gpu.applies(packed, *tokens_BT.shape):
-            held_B = None if segment_ids_BT is None else segment_ids_BT[:, 0] == 0
-            return packed_gpu.decode_token(packed, config, tokens_BT[:, 0], state, held_B)
-        return packed_model.decode(packed, config, tokens_BT, state, segment_ids_BT)
-    outputs: Any = LanguageModel(config).apply(
-        variables, tokens_BT, state, segment_ids_BT, method=LanguageModel.decode
+    if isinstance(weights, Packed) and packed_gpu.serves_token(weights, *tokens_BT.shape):
+        held_B = None if segment_ids_BT is None else segment_ids_BT[:, 0] == 0
+        return packed_gpu.decode_token(weights, config, tokens_BT[:, 0], state, held_B)
+    return LanguageModel(config).apply(
+        weights, tokens_BT, state, segment_ids_BT, method=LanguageModel.decode
     )
-    return outputs
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="session")
 def prefill(
-    variables: Variables,
+    weights: Weights,
     session: Session,
     tokens_BT: jax.Array,
     length_B: jax.Array,
@@ -139,16 +107,14 @@ def prefill(
     """Reads a piece of each row's prompt.
 
     Args:
-      variables: of the model.
+      weights: of the model.
       session: donated.
       tokens_BT: int32; what follows a row's length is padding.
       length_B: int32, tokens of the piece in each row; may be 0.
       config: static.
     """
     held_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
-    logits_BV, state = forward(
-        variables, config, tokens_BT, session.state, held_BT.astype(jnp.int32)
-    )
+    logits_BV, state = forward(weights, config, tokens_BT, session.state, held_BT.astype(jnp.int32))
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
     outside = jnp.where(held_BT, tokens_BT, config.vocab_size)
     return Session(
@@ -158,16 +124,16 @@ def prefill(
     )
 
 
-def ends_itself(variables: Variables, batch: int, filters: Filters) -> bool:
-    """Whether a call of `generate_chunk` takes no longer than its tokens, whatever `steps` is.
+def in_one_kernel(weights: Weights, batch: int, filters: Filters) -> bool:
+    """Whether one kernel chooses and reads token after token of `generate_chunk`.
 
-    So it is for one packed row on a GPU: one kernel chooses and reads token after token.
+    Such a call takes no longer than its tokens, whatever `steps` is.
     """
     return (
-        "packed" in variables
+        isinstance(weights, Packed)
         and filters.greedy
         and not filters.repetition_penalty
-        and packed_gpu.chains(variables["packed"], batch)
+        and packed_gpu.serves_greedy(weights, batch)
     )
 
 
@@ -175,7 +141,7 @@ def ends_itself(variables: Variables, batch: int, filters: Filters) -> bool:
     jax.jit, static_argnames=("config", "filters", "steps", "early_exit"), donate_argnames="session"
 )
 def generate_chunk(
-    variables: Variables,
+    weights: Weights,
     session: Session,
     finished_B: jax.Array,
     remaining_B: jax.Array,
@@ -194,7 +160,7 @@ def generate_chunk(
     token is neither emitted nor read, so that the session can be continued with other text.
 
     Args:
-      variables: of the model.
+      weights: of the model.
       session: donated.
       finished_B: bool, rows that generate nothing.
       remaining_B: int32, tokens that each row may still emit.
@@ -214,16 +180,13 @@ def generate_chunk(
     """
     batch = finished_B.shape[0]
     rows = jnp.arange(batch)
-    if "packed" in variables:
-        packed = packed_model.with_bounds(variables["packed"], config)
-        if ends_itself(variables, batch, filters):
-            limit_B = jnp.where(finished_B, 0, jnp.minimum(remaining_B, steps))
-            tokens_BN, logits_BV, state = packed_gpu.decode_greedy(
-                packed, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps
-            )
-            stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B
-            return _see(Session(state, logits_BV, session.seen_BV), tokens_BN), tokens_BN, stopped_B
-        variables = {"packed": packed}
+    if isinstance(weights, Packed) and in_one_kernel(weights, batch, filters):
+        limit_B = jnp.where(finished_B, 0, jnp.minimum(remaining_B, steps))
+        tokens_BN, logits_BV, state = packed_gpu.decode_greedy(
+            weights, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps
+        )
+        stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B
+        return _see(Session(state, logits_BV, session.seen_BV), tokens_BN), tokens_BN, stopped_B
 
     def unfinished(carry):
         step, _, _, _, finished_B = carry
@@ -244,7 +207,7 @@ def generate_chunk(
         idle_B = idle_B | stop_B
         # To the model a row that is held reads padding.
         held_B1 = (~idle_B).astype(jnp.int32)[:, None]
-        logits_BV, state = forward(variables, config, token_B[:, None], session.state, held_B1)
+        logits_BV, state = forward(weights, config, token_B[:, None], session.state, held_B1)
         seen_BV = session.seen_BV
         if filters.repetition_penalty:
             place_B = jnp.where(idle_B, config.vocab_size, token_B)

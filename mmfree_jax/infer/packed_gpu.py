@@ -1,42 +1,41 @@
-"""One token a row of the MatMul-free model through the decode kernels, from the packed tree.
+"""One token a row of a packed model through the decode kernels.
 
-Shapes: B rows, D hidden, L layers, V vocabulary, as in `packed_model.py`, whose arithmetic
-`pallas_kernels/decode` repeats; the tree holds its weights as words
-(`packed_model.kernel_layout`).
+Shapes: B rows, D hidden, L layers, V vocabulary, as in `model/packed_model.py`, whose arithmetic
+`pallas_kernels/decode` repeats on weights in words.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.infer.packed_model import lower_bounds
 from mmfree_jax.model import State
+from mmfree_jax.model.weights import Packed, PackedLinear
 from mmfree_jax.pallas_kernels.decode import api as decode
 
-Tree = dict[str, Any]
 
-
-def _best(packed: Tree, batch: int) -> str | None:
-    if "words" not in packed["head"]:
+def _best(packed: Packed, batch: int) -> str | None:
+    if packed.head.layout != "words":
         return None
-    mixer, glu = packed["blocks"]["mixer"], packed["blocks"]["glu"]
     return decode.measured_best(
         batch,
-        width=packed["final_norm"]["scale"].shape[-1],
-        state_size=mixer["o_proj"]["norm_scale"].shape[-1],
-        glu_size=glu["down_proj"]["norm_scale"].shape[-1],
+        width=packed.head.columns,
+        state_size=packed.mixer.o_proj.columns,
+        glu_size=packed.glu.down_proj.columns,
     )
 
 
-def applies(packed: Tree, batch: int, tokens: int) -> bool:
-    """Whether these kernels serve a call: one token a row, few rows, on a GPU."""
+def serves_token(packed: Packed, batch: int, tokens: int) -> bool:
+    """Whether `decode_token` serves a call: one token a row, few rows, on a GPU."""
     return tokens == 1 and _best(packed, batch) is not None
 
 
+def serves_greedy(packed: Packed, batch: int) -> bool:
+    """Whether `decode_greedy` serves a call: one row, on a GPU that runs it as one kernel."""
+    return batch == 1 and _best(packed, batch) == "pallas_token_gpu"
+
+
 def decode_token(
-    packed: Tree,
+    packed: Packed,
     config: ModelConfig,
     token_B: jax.Array,
     state: State,
@@ -49,7 +48,7 @@ def decode_token(
     """Reads one token a row.
 
     Args:
-      packed: the tree, with words.
+      packed: weights, in words.
       config: of the model.
       token_B: int32.
       state: to go on from.
@@ -62,7 +61,7 @@ def decode_token(
       [B, V] float32 logits, and the new state.
     """
     logits_BV, new_LBD = decode.decode_token(
-        whole_model(packed, config), token_B, state.layers["h"], held_B,
+        whole_model(packed), token_B, state.layers["h"], held_B,
         arithmetic=arithmetic(config), implementation=implementation, cut=cut, interpret=interpret,
     )  # fmt: skip
     length_B = jnp.ones_like(state.position_B)
@@ -71,13 +70,8 @@ def decode_token(
     return logits_BV, State(state.position_B + length_B, {"h": new_LBD})
 
 
-def chains(packed: Tree, batch: int) -> bool:
-    """Whether `decode_greedy` serves a call."""
-    return batch == 1 and _best(packed, batch) == "pallas_token_gpu"
-
-
 def decode_greedy(
-    packed: Tree,
+    packed: Packed,
     config: ModelConfig,
     state: State,
     logits_BV: jax.Array,
@@ -92,7 +86,7 @@ def decode_greedy(
     """The likeliest tokens of one row, one after another in one kernel.
 
     Args:
-      packed: the tree, with words.
+      packed: weights, in words.
       config: of the model.
       state: to go on from.
       logits_BV: float32, of the token that comes next.
@@ -107,7 +101,7 @@ def decode_greedy(
       [1, steps] int32 tokens, -1 behind the last; the logits after it, and the new state.
     """
     tokens_N, logits_BV, new_LBD = decode.decode_greedy(
-        whole_model(packed, config), state.layers["h"], logits_BV, limit_B, stop_ids_S,
+        whole_model(packed), state.layers["h"], logits_BV, limit_B, stop_ids_S,
         steps=steps, arithmetic=arithmetic(config), implementation=implementation, cut=cut,
         interpret=interpret,
     )  # fmt: skip
@@ -125,30 +119,28 @@ def arithmetic(config: ModelConfig) -> decode.Arithmetic:
     )
 
 
-def whole_model(packed: Tree, config: ModelConfig) -> decode.Model:
+def whole_model(packed: Packed) -> decode.Model:
     """The weights as the decode op takes them."""
-    blocks, mixer, glu = packed["blocks"], packed["blocks"]["mixer"], packed["blocks"]["glu"]
-    head = jax.tree.map(lambda x: x[None], packed["head"])
-    head["scale"] = head["scale"].reshape(1, 1, 1)
+    mixer, glu = packed.mixer, packed.glu
     return decode.Model(
-        mixer_in=_linears(*(mixer[name] for name in ("i_proj", "f_proj", "g_proj"))),
-        mixer_out=_linears(mixer["o_proj"]),
-        glu_in=_linears(glu["gate_up_proj"]),
-        glu_out=_linears(glu["down_proj"]),
-        head=_linears(head),
-        mixer_norm=blocks["mixer_norm"]["scale"],
-        gate_norm=mixer["gate_norm"]["scale"],
-        glu_norm=blocks["glu_norm"]["scale"],
-        final_norm=packed["final_norm"]["scale"][None],
-        lower_bound=lower_bounds(packed, config),
-        embedding=packed["embedding"]["weight"],
-        embedding_scale=packed["embedding"].get("scale"),
+        mixer_in=_linears(mixer.i_proj, mixer.f_proj, mixer.g_proj),
+        mixer_out=_linears(mixer.o_proj),
+        glu_in=_linears(glu.gate_up_proj),
+        glu_out=_linears(glu.down_proj),
+        head=_linears(packed.head_stack()),
+        mixer_norm=mixer.norm,
+        gate_norm=mixer.gate_norm,
+        glu_norm=glu.norm,
+        final_norm=packed.final_norm_D[None],
+        lower_bound=mixer.lower_bound,
+        embedding=packed.embedding.table_VD,
+        embedding_scale=packed.embedding.row_scale_V1,
     )
 
 
-def _linears(*linears: Tree) -> decode.Linears:
+def _linears(*stacks: PackedLinear) -> decode.Linears:
     return decode.Linears(
-        tuple(linear["words"] for linear in linears),
-        tuple(linear["scale"] for linear in linears),
-        tuple(linear["norm_scale"] for linear in linears),
+        tuple(stack.matrix for stack in stacks),
+        tuple(stack.scale for stack in stacks),
+        tuple(stack.norm_scale for stack in stacks),
     )

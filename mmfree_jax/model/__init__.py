@@ -2,6 +2,16 @@
 
 from mmfree_jax.model.language_model import LanguageModel
 from mmfree_jax.model.state import Session, State, init_state
-from mmfree_jax.model.ternary import ternary_weights
+from mmfree_jax.model.weights import Master, Packed, Ternary, as_weights, ternary_weights
 
-__all__ = ["LanguageModel", "Session", "State", "init_state", "ternary_weights"]
+__all__ = [
+    "LanguageModel",
+    "Master",
+    "Packed",
+    "Session",
+    "State",
+    "Ternary",
+    "as_weights",
+    "init_state",
+    "ternary_weights",
+]

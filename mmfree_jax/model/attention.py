@@ -8,7 +8,7 @@ import jax
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional
-from mmfree_jax.model.linear import Linear, project
+from mmfree_jax.model.linear import Linear, linears
 from mmfree_jax.parallel.sharding import channel_partition
 
 
@@ -47,16 +47,11 @@ class Attention(nn.Module):
         channels = D // heads
         init = nn.initializers.normal(c.initializer_range)
         widths = {"q_proj": D, "k_proj": kv_heads * channels, "v_proj": kv_heads * channels}
-        q_BTHK, k_BTGK, v_BTGK = project(
-            x_BTD,
-            [
-                Linear(width, c.mixer_linear, c.param_dtype, init, name=name)(D)
-                for name, width in widths.items()
-            ],
-            options=c.mixer_linear,
-            config=c,
-            outer_norm_scale=outer_norm_scale_D,
-        )
+        projections = [
+            Linear(width, c.mixer_linear, c.param_dtype, init, name=name)(D)
+            for name, width in widths.items()
+        ]
+        _, (q_BTHK, k_BTGK, v_BTGK) = linears(c, projections, x_BTD, outer_norm=outer_norm_scale_D)
         q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, channels) for y in (q_BTHK, k_BTGK, v_BTGK))
         q_BTHK = functional.rotate(q_BTHK, positions_BT, theta=c.rope_theta)
         k_BTGK = functional.rotate(k_BTGK, positions_BT, theta=c.rope_theta)
@@ -76,7 +71,5 @@ class Attention(nn.Module):
             state = {"k": k_cache, "v": v_cache}
         out_init = nn.initializers.normal(c.initializer_range / math.sqrt(2 * c.num_layers))
         o_proj = Linear(D, c.mixer_linear, c.param_dtype, out_init, name="o_proj")
-        (out_BTD,) = project(
-            out_BTHK.reshape(B, T, D), [o_proj(D)], options=c.mixer_linear, config=c
-        )
+        _, (out_BTD,) = linears(c, [o_proj(D)], out_BTHK.reshape(B, T, D))
         return out_BTD, state

@@ -1,14 +1,18 @@
 """The language model: embedding, scanned blocks, final norm and head."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import functional, remat
+from mmfree_jax.model import functional, packed_model, remat
 from mmfree_jax.model.block import Block, Rows
-from mmfree_jax.model.linear import Linear, NormScale, project
+from mmfree_jax.model.linear import Linear, NormScale, linears
 from mmfree_jax.model.state import State
+from mmfree_jax.model.weights import Master, Packed, Ternary, Weights
 from mmfree_jax.parallel.sharding import constrain_batch, whole_rows
 
 
@@ -33,11 +37,36 @@ class Embedding(nn.Module):
 class LanguageModel(nn.Module):
     """A MatMul-free LM, or a Transformer++, or a mixture: see `ModelConfig`.
 
-    `model.apply({"params": params}, tokens)` gives float32 logits. The parameter tree is
-    listed in ARCHITECTURE.md.
+    `model.apply({"params": params}, tokens)` gives float32 logits, and so does `apply` of any of
+    the three forms of weights. The parameter tree is listed in ARCHITECTURE.md.
     """
 
     config: ModelConfig
+
+    @nn.nowrap
+    def apply(
+        self,
+        weights: Weights | dict[str, Any],
+        *args: Any,
+        method: Callable[..., Any] | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls a method on weights, by default `__call__`.
+
+        Args:
+          weights: in any form, or Flax's {"params": ...}.
+          *args: of the method.
+          method: of this class, or its name.
+          **kwargs: of the method, and with weights that are not packed those of Flax's `apply`.
+        """
+        if isinstance(weights, Packed):
+            name = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
+            return _OF_PACKED[name](weights, self.config, *args, **kwargs)
+        if isinstance(weights, Master):
+            weights = {"params": weights.params}
+        elif isinstance(weights, Ternary):
+            weights = {"params": weights.params, "ternary": weights.ternary}
+        return super().apply(weights, *args, method=method, **kwargs)
 
     def setup(self) -> None:
         """Names the parts; the layer loop is a scan over stacked parameters."""
@@ -125,13 +154,8 @@ class LanguageModel(nn.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and head on the residual stream: [..., V] float32."""
         c = self.config
-        (logits_BTV,) = project(
-            x_BTD,
-            [self.head(c.hidden_size)],
-            options=c.head_linear,
-            config=c,
-            outer_norm_scale=self.final_norm(c.hidden_size),
-        )
+        head, norm_scale_D = self.head(c.hidden_size), self.final_norm(c.hidden_size)
+        _, (logits_BTV,) = linears(c, [head], x_BTD, outer_norm=norm_scale_D)
         return logits_BTV.astype(jnp.float32)
 
     def decode(
@@ -150,3 +174,12 @@ class LanguageModel(nn.Module):
         last_B = new_state.position_B - state.position_B - 1
         x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
         return self.logits(x_BD), new_state
+
+
+# What `apply` runs for packed weights, whose arrays are no Flax variables.
+_OF_PACKED: dict[str, Callable[..., Any]] = {
+    "__call__": packed_model.forward,
+    "hidden": packed_model.hidden,
+    "logits": packed_model.logits,
+    "decode": packed_model.decode,
+}

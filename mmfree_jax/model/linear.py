@@ -1,7 +1,7 @@
 """Linear layers: parameters in a thin module, the choice of program in a function."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -14,31 +14,34 @@ from mmfree_jax.model.functional import gated_output, swiglu
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
-from mmfree_jax.parallel.sharding import token_axes
+from mmfree_jax.parallel.sharding import constrain_batch, token_axes
 
 
-class LinearWeights(NamedTuple):
+@dataclass(frozen=True)
+class LinearWeights:
     """What one linear layer reads.
 
     Attributes:
-      weight: [N, K] master weight; None in a packed model, which has only the trits.
+      weight: [N, K] master weight; None where there are only trits.
       norm_scale: [K] of the layer's own RMSNorm; None where it has none.
       trits: [N, K] int8 and
       scale: [1, 1] float32, the weight ternarised once for the whole step; None where that
         was not done.
+      options: what the layer computes.
     """
 
     weight: jax.Array | None
     norm_scale: jax.Array | None
     trits: jax.Array | None
     scale: jax.Array | None
+    options: LinearConfig
 
 
 class Linear(nn.Module):
     """Owns the parameters of one linear layer without bias.
 
     Parameters `weight` [N, K] and, with `input_norm`, `norm_scale` [K]. A variable
-    collection `ternary` may carry `trits` and `scale` (see `model/ternary.py`).
+    collection `ternary` may carry `trits` and `scale` (see `Ternary`).
     """
 
     features: int
@@ -58,7 +61,7 @@ class Linear(nn.Module):
             weight = self.param("weight", self.weight_init, (self.features, in_features), dtype)
         if self.options.input_norm:
             norm_scale = self.param("norm_scale", nn.initializers.ones, (in_features,), dtype)
-        return LinearWeights(weight, norm_scale, trits, scale)
+        return LinearWeights(weight, norm_scale, trits, scale, self.options)
 
 
 class NormScale(nn.Module):
@@ -73,47 +76,54 @@ class NormScale(nn.Module):
         return self.param("scale", nn.initializers.ones, (features,), dtype)
 
 
-def project(
-    x: jax.Array,
-    layers: Sequence[LinearWeights],
-    *,
-    options: LinearConfig,
+def linears(
     config: ModelConfig,
-    outer_norm_scale: jax.Array | None = None,
+    layers: Sequence[LinearWeights],
+    x: jax.Array,
+    *,
+    outer_norm: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    skip: bool = False,
     times_silu: jax.Array | None = None,
     gated: bool = False,
-    skip: bool = False,
+    to_gate: bool = False,
     name: str = "linear",
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Linear layers that read one input, behind an optional norm that they share.
 
     Args:
-      x: [..., K]; [..., 2K] where `gated`.
-      layers: the layers' parameters.
-      options: what each computes.
       config: gives the program, the dtypes and the norms' eps.
-      outer_norm_scale: [K], an RMSNorm in front of all; None leaves it out.
+      layers: the layers' parameters; their options are the same.
+      x: [..., K]; [..., 2K] where `gated`.
+      outer_norm: [K], scale of an RMSNorm in front of all; None leaves it out.
+      residual: [..., K] to add to x first; None: nothing.
+      skip: the caller goes on with x, whose gradients are then added in one pass.
       times_silu: [..., K]; the input is RMSNorm(x) * silu(times_silu), the norm the shared one.
       gated: the input is silu(gate) * up, of the two halves of x.
-      skip: return x too, for the residual connection around the layers; its gradients are
-        then added in one pass.
+      to_gate: not needed here.
       name: of the outputs, for the policies of `ModelConfig.remat`.
 
     Returns:
-      [..., N_j] in the compute dtype for each layer; with `skip`, x after them.
+      x + residual, and [..., N_j] in the compute dtype for each layer.
     """
+    del to_gate
+    options = layers[0].options
     dtype = jnp.dtype(config.compute_dtype)
+    if residual is not None:
+        x = checkpoint_name(constrain_batch(x + residual.astype(x.dtype)), "mixed")
+    if times_silu is not None:
+        x = checkpoint_name(x, "g")
     packed = any(layer.weight is None for layer in layers)
     if options.ternary_weights and (packed or config.bitlinear == "fused"):
         ternary = [_ternary(layer) for layer in layers]
-        return bitlinear_many(
+        outputs = bitlinear_many(
             x,
             tuple(layer.norm_scale for layer in layers) if options.input_norm else None,
             tuple(layer.weight for layer in layers),
             tuple(trits for trits, _ in ternary),
             tuple(scale for _, scale in ternary),
             eps=config.linear_norm_eps,
-            outer_norm_weight=outer_norm_scale,
+            outer_norm_weight=outer_norm,
             outer_eps=config.norm_eps,
             out_dtype=dtype,
             int8_activations=options.int8_activations,
@@ -125,13 +135,14 @@ def project(
             skip=skip,
             name=name,
         )
+        return (outputs[-1], outputs[:-1]) if skip else (x, outputs)
     given = x
     if gated:
         x = swiglu(x)
-    if outer_norm_scale is not None and times_silu is not None:
-        x = gated_output(x, times_silu, outer_norm_scale, eps=config.norm_eps)
-    elif outer_norm_scale is not None:
-        x = rms_norm(x, outer_norm_scale, eps=config.norm_eps)
+    if outer_norm is not None and times_silu is not None:
+        x = gated_output(x, times_silu, outer_norm, eps=config.norm_eps)
+    elif outer_norm is not None:
+        x = rms_norm(x, outer_norm, eps=config.norm_eps)
     outputs = tuple(
         quantize.linear(
             x.astype(dtype),
@@ -143,8 +154,7 @@ def project(
         )
         for layer in layers
     )
-    outputs = checkpoint_name(outputs, name)
-    return (*outputs, given) if skip else outputs
+    return given, checkpoint_name(outputs, name)
 
 
 def _ternary(layer: LinearWeights) -> tuple[jax.Array, jax.Array]:
@@ -156,5 +166,5 @@ def _ternary(layer: LinearWeights) -> tuple[jax.Array, jax.Array]:
 
 def _master(layer: LinearWeights) -> jax.Array:
     if layer.weight is None:
-        raise ValueError("weight is None: a packed model computes with ternary weights only")
+        raise ValueError("weight is None: without masters only ternary layers can be computed")
     return layer.weight

@@ -22,7 +22,6 @@ from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.functional import forget_gate_lower_bounds
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
-from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, to_words
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 
 # A nested dict of arrays, whose keys are those of ARCHITECTURE.md.
@@ -82,7 +81,7 @@ class PackedLinear:
 
     def rows(self) -> jax.Array:
         """The packed rows as bytes, [.., N, Q] uint8, from either layout."""
-        return from_words(self.matrix) if self.layout == "words" else self.matrix
+        return packed_matmul.from_words(self.matrix) if self.layout == "words" else self.matrix
 
     def trits(self) -> jax.Array:
         """[.., N, K] int8."""
@@ -92,9 +91,8 @@ class PackedLinear:
         """The same in the layout that GPU kernels read."""
         if self.layout == "words":
             return self
-        return PackedLinear(
-            to_words(self.matrix, self.columns), self.scale, self.norm_scale, layout="words"
-        )
+        words = packed_matmul.to_words(self.matrix, self.columns)
+        return PackedLinear(words, self.scale, self.norm_scale, layout="words")
 
 
 class MLGRUWeights(NamedTuple, Generic[LinearT, VectorT]):
@@ -158,6 +156,12 @@ class Packed:
     glu: GLUWeights[PackedLinear, jax.Array]
     final_norm_D: jax.Array
     head: PackedLinear
+
+    def head_stack(self) -> PackedLinear:
+        """The head as a stack of one layer, for kernels that take stacks."""
+        scale = self.head.scale.reshape(1, 1, 1)
+        norm_scale = self.head.norm_scale[None]
+        return PackedLinear(self.head.matrix[None], scale, norm_scale, self.head.layout)
 
 
 Weights = Master | Ternary | Packed
@@ -260,14 +264,21 @@ def _pack(weights: Ternary, config: ModelConfig) -> Packed:
     return packed_from_tree(visit(weights.ternary, weights.params), config)
 
 
-def packed_from_tree(tree: Params, config: ModelConfig) -> Packed:
+def packed_from_tree(
+    tree: Params, config: ModelConfig, layout: Literal["bytes", "words"] = "bytes"
+) -> Packed:
     """From the tensors of a packed file, nested by their names (see `saved/packed.py`).
 
     Works out the lower bounds of the forget gates, which a file does not hold.
+
+    Args:
+      tree: as {"head": {"packed", "scale", "norm_scale"}, ...}.
+      config: of the model.
+      layout: of the matrices under "packed".
     """
 
     def linear(node: Params) -> PackedLinear:
-        return PackedLinear(node["packed"], node["scale"], node["norm_scale"])
+        return PackedLinear(node["packed"], node["scale"], node["norm_scale"], layout)
 
     blocks, mixer, glu = tree["blocks"], tree["blocks"]["mixer"], tree["blocks"]["glu"]
     return Packed(
@@ -296,6 +307,16 @@ def lower_bounds(raw_LD: jax.Array | None, config: ModelConfig) -> jax.Array:
     if raw_LD is None:
         return jnp.zeros((config.num_layers, config.state_size), jnp.float32)
     return forget_gate_lower_bounds(raw_LD)
+
+
+def matrix_scales(weights: Weights) -> list[jax.Array]:
+    """The scales of all ternary matrices, in the order of the parameters' names."""
+    if isinstance(weights, Packed):
+        mixer, glu = weights.mixer, weights.glu
+        linears = [glu.down_proj, glu.gate_up_proj, mixer.f_proj, mixer.g_proj, mixer.i_proj]
+        return [linear.scale for linear in (*linears, mixer.o_proj, weights.head)]
+    leaves = jax.tree.leaves(weights.ternary) if isinstance(weights, Ternary) else []
+    return [leaf for leaf in leaves if leaf.dtype == jnp.float32]
 
 
 def for_this_device(packed: Packed) -> Packed:

@@ -12,6 +12,7 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.parameters import flatten, param_shapes
+from mmfree_jax.model.weights import Params, Weights
 from mmfree_jax.saved import run_directory as run_dir
 from mmfree_jax.saved import run_model
 from mmfree_jax.saved.packed import is_packed, load_packed
@@ -62,7 +63,7 @@ def run_leaves(
 
 def load_model(
     path: str | os.PathLike[str], *, mesh: Mesh | None = None
-) -> tuple[LanguageModel, dict[str, Any]]:
+) -> tuple[LanguageModel, Params | Weights]:
     """A model from a packed folder, a run directory or a Hugging Face folder, for decoding.
 
     Raises:

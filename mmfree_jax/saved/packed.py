@@ -26,12 +26,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mmfree_jax.config import BITLINEAR, ModelConfig
+from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.files import disk_errors
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.ternary import linear_options
+from mmfree_jax.model.weights import (
+    Packed,
+    Ternary,
+    can_pack,
+    for_this_device,
+    is_ternary,
+    packed_from_tree,
+)
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
@@ -72,12 +79,6 @@ def param_shapes(config: ModelConfig) -> dict[Path_, tuple[int, ...]]:
     tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
-
-
-def is_ternary(config: ModelConfig, path: Path_) -> bool:
-    """Whether the parameter at `path` is the weight of a ternary layer."""
-    options = linear_options(config, path)
-    return options is not None and options.ternary_weights
 
 
 def pack(
@@ -233,15 +234,15 @@ def load_packed(
     *,
     compute_dtype: str | None = None,
     keep_packed: bool | None = None,
-) -> tuple[LanguageModel, dict[str, Any]]:
+) -> tuple[LanguageModel, Packed | Ternary]:
     """A packed model for `generate`.
 
     Args:
       path: folder of the packed model.
       compute_dtype: in place of the trained model's ("float32", "bfloat16").
-      keep_packed: True: the weights stay at 2 bits on the device, {"packed": ...}; False: int8
-        trits, {"params": ..., "ternary": ...}, which `model.apply` takes too. None: packed on
-        an accelerator, for every MatMul-free model; trits on the CPU, where they are faster.
+      keep_packed: True: the weights stay at 2 bits on the device, `Packed`; False: int8 trits,
+        `Ternary`. None: packed on an accelerator, for every MatMul-free model; trits on the CPU,
+        where they are faster.
 
     Raises:
       CheckpointError: the file is missing, truncated or tampered with.
@@ -254,7 +255,7 @@ def load_packed(
         )
     # A packed model has no master weights for the plain program to ternarise.
     config = dataclasses.replace(config, bitlinear="fused", remat="none")
-    supported = supports_packed(config)
+    supported = can_pack(config)
     if keep_packed and not supported:
         raise ConfigError(
             f"keep_packed is True, but the model is a {config.family}: only models that are "
@@ -289,42 +290,8 @@ def load_packed(
                 value = value.astype(jnp.float32) * scale
         _put(dense, leaf_path, value)
     if not keep_packed:
-        return LanguageModel(config), {"params": dense, "ternary": ternary}
-    return LanguageModel(config), for_this_device({"packed": dense})
-
-
-def for_this_device(variables: dict[str, Any]) -> dict[str, Any]:
-    """Packed variables in the layout that this backend's kernels read."""
-    if jax.default_backend() != "gpu":
-        return variables
-    from mmfree_jax.infer.packed_model import kernel_layout  # which itself imports this module
-
-    return {"packed": jax.jit(kernel_layout)(variables["packed"])}
-
-
-def supports_packed(config: ModelConfig) -> bool:
-    """Whether the model can run with its weights packed: MLGRU, no convolution, all BitLinear."""
-    groups = (config.mixer_linear, config.glu_linear, config.head_linear)
-    plain = config.mixer == "mlgru" and not config.short_conv
-    return plain and all(group == BITLINEAR for group in groups)
-
-
-def pack_variables(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What `inference_variables` made, with its trits packed at 2 bits.
-
-    Raises:
-      ConfigError: the model is not MatMul-free throughout.
-    """
-    if not supports_packed(config):
-        raise ConfigError(f"the model is a {config.family}: only MatMul-free models run packed")
-    out: dict[str, Any] = {}
-    for collection in ("params", "ternary"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables[collection]):
-            names = tuple(key.key for key in path)
-            if names[-1] == "trits":
-                names, leaf = (*names[:-1], "packed"), _pack(leaf, bits="2")
-            _put(out, names, leaf)
-    return for_this_device({"packed": out})
+        return LanguageModel(config), Ternary(dense, ternary)
+    return LanguageModel(config), for_this_device(packed_from_tree(dense, config))
 
 
 def _put(tree: dict[str, Any], path: Path_, value: Any) -> None:

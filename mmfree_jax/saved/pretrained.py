@@ -14,6 +14,7 @@ from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.parameters import flatten, param_shapes, unflatten
+from mmfree_jax.model.weights import Ternary
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.tensors import Slot, TensorFolder, read_params, refuse_pickled
@@ -169,9 +170,9 @@ def _load_huggingface(folder: Path, mesh: Mesh | None) -> tuple[LanguageModel, d
 def _load_packed(folder: Path, mesh: Mesh | None) -> tuple[LanguageModel, dict[str, Any]]:
     from mmfree_jax.saved.packed import load_packed
 
-    model, variables = load_packed(folder, keep_packed=False)
-    params = flatten(variables["params"])
-    trits = flatten(variables["ternary"])
+    model, weights = load_packed(folder, keep_packed=False)
+    assert isinstance(weights, Ternary)
+    params, trits = flatten(weights.params), flatten(weights.ternary)
     for name in [n for n in trits if n.endswith("/trits")]:
         layer = name.removesuffix("/trits")
         params[f"{layer}/weight"] = _unternarize(trits[name], trits[f"{layer}/scale"])

@@ -19,6 +19,7 @@ from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State
+from mmfree_jax.model.weights import Packed, Weights, matrix_scales
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 
 FORMAT = "mmfree-session"
@@ -33,36 +34,27 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     return values | {"intermediate_size": config.glu_size}
 
 
-def fingerprint(variables: dict[str, Any]) -> np.ndarray:
+def fingerprint(weights: Weights) -> np.ndarray:
     """float32 numbers that tell models apart: the scale of every ternary matrix.
 
     A model without ternary layers: the mean magnitude of every matrix.
     """
-    tree = variables.get("ternary") or variables.get("packed") or {}
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    scales = [
-        np.asarray(leaf, np.float32).ravel()
-        for path, leaf in leaves
-        if path[-1].key == "scale" and leaf.ndim >= 2 and leaf.shape[-2:] == (1, 1)
-    ]
-    if not scales:
-        matrices = [x for x in jax.tree.leaves(variables["params"]) if x.ndim >= 2]
-        scales = [
-            np.asarray(jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(-2, -1))).ravel()
-            for x in matrices
-        ]
-    return np.concatenate(scales)
+    scales: list[Any] = matrix_scales(weights)
+    if not scales and not isinstance(weights, Packed):
+        matrices = [x for x in jax.tree.leaves(weights.params) if x.ndim >= 2]
+        scales = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(-2, -1)) for x in matrices]
+    return np.concatenate([np.asarray(scale, np.float32).ravel() for scale in scales])
 
 
 def save_session(
-    path: str | os.PathLike[str], session: Session, variables: dict[str, Any], config: ModelConfig
+    path: str | os.PathLike[str], session: Session, weights: Weights, config: ModelConfig
 ) -> None:
     """Writes a session, whole or not at all.
 
     Args:
       path: of the file.
       session: to save; all of its rows.
-      variables: of the model that made it (`as_variables`).
+      weights: of the model that made it (`as_weights`).
       config: of that model.
 
     Raises:
@@ -72,7 +64,7 @@ def save_session(
         "position": np.asarray(session.state.position_B, np.int32),
         "logits": np.asarray(session.logits_BV, np.float32),
         "seen": np.packbits(np.asarray(session.seen_BV), axis=1),
-        "fingerprint": fingerprint(variables),
+        "fingerprint": fingerprint(weights),
         **{f"layers/{name}": np.asarray(x) for name, x in session.state.layers.items()},
     }
     with tensor_writer(
@@ -86,10 +78,8 @@ def save_session(
             write(name, array)
 
 
-def load_session(
-    path: str | os.PathLike[str], variables: dict[str, Any], config: ModelConfig
-) -> Session:
-    """Reads a session for the model whose `variables` and `config` are given.
+def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelConfig) -> Session:
+    """Reads a session for the model whose `weights` and `config` are given.
 
     Raises:
       CheckpointError: the file is missing, damaged, or of another model.
@@ -107,7 +97,7 @@ def load_session(
             f"{saved.get(differing[0])!r} there, {wanted.get(differing[0])!r} here): load it with "
             "the model that saved it"
         )
-    found, here = reader.read("fingerprint"), fingerprint(variables)
+    found, here = reader.read("fingerprint"), fingerprint(weights)
     if found.shape != here.shape or not np.allclose(found, here, rtol=_TOLERANCE, atol=0):
         raise CheckpointError(
             f"session file {path} is of a model with other weights: load it with the model that "

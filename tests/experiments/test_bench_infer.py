@@ -100,8 +100,8 @@ def test_bad_options_are_named(flag, value, match, tmp_path, capsys):
 
 def test_random_weights_are_packed_trits():
     config = infer_process.model_config("tiny", "packed")
-    packed = infer_process.random_variables(config, "packed")["packed"]
-    words = packed["blocks"]["glu"]["down_proj"]["words"]
+    packed = infer_process.random_weights(config, "packed")
+    words = packed.glu.down_proj.matrix
     codes = [(words >> (2 * i)) & 3 for i in range(16)]
     counts = [sum(int((c == code).sum()) for c in codes) for code in range(4)]
     total = sum(counts)

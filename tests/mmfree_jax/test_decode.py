@@ -13,7 +13,7 @@ from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import api, decode
 from mmfree_jax.infer.sample import Sampling
-from mmfree_jax.model import LanguageModel
+from mmfree_jax.model import LanguageModel, as_weights
 
 BASE = ModelConfig(
     vocab_size=97,
@@ -228,8 +228,8 @@ def test_the_recurrent_session_does_not_grow():
 @pytest.mark.slow
 def test_memory_is_constant_over_many_tokens():
     model, params = build(BASE)
-    variables = api.as_variables(params, BASE)
-    session = api.generate(model, variables, [[1]], max_new_tokens=200, **DRAW).session
+    weights = as_weights(params, BASE)
+    session = api.generate(model, weights, [[1]], max_new_tokens=200, **DRAW).session
 
     def held():
         gc.collect()
@@ -237,7 +237,7 @@ def test_memory_is_constant_over_many_tokens():
 
     before = held()
     for _ in range(4):
-        out = api.generate(model, variables, [[]], max_new_tokens=5000, session=session, **DRAW)
+        out = api.generate(model, weights, [[]], max_new_tokens=5000, session=session, **DRAW)
         session = out.session
     assert int(session.state.position_B[0]) == 20_201
     assert held() == before
@@ -245,12 +245,12 @@ def test_memory_is_constant_over_many_tokens():
 
 def test_one_program_serves_all_lengths_and_settings():
     model, params = build(BASE)
-    variables = api.as_variables(params, BASE)
-    api.generate(model, variables, [[1, 2]], max_new_tokens=3, **DRAW)
+    weights = as_weights(params, BASE)
+    api.generate(model, weights, [[1, 2]], max_new_tokens=3, **DRAW)
     before = decode.generate_chunk._cache_size()
     for count, temperature in ((1, 0.7), (150, 1.1)):
         options = DRAW | {"max_new_tokens": count, "temperature": temperature}
-        api.generate(model, variables, [[1, 2, 3]], **options)
+        api.generate(model, weights, [[1, 2, 3]], **options)
     assert decode.generate_chunk._cache_size() == before
 
 
@@ -265,11 +265,11 @@ def test_zero_new_tokens_reads_the_prompt_only():
 def test_master_weights_of_ternary_layers_are_dropped(bitlinear):
     config = dataclasses.replace(BASE, bitlinear=bitlinear)
     model, params = build(config)
-    variables = api.as_variables(params, config)
-    kept = "weight" in variables["params"]["head"]
+    weights = as_weights(params, config)
+    kept = "weight" in weights.params["head"]
     assert kept == (bitlinear == "plain")
-    assert "weight" in variables["params"]["embedding"]
-    out = api.generate(model, variables, [[1, 2, 3]], max_new_tokens=8, temperature=0)
+    assert "weight" in weights.params["embedding"]
+    out = api.generate(model, weights, [[1, 2, 3]], max_new_tokens=8, temperature=0)
     assert_greedy_by_full_forward(config, [1, 2, 3], out.tokens[0])
 
 

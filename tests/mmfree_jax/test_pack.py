@@ -14,9 +14,11 @@ from safetensors.numpy import save_file
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
-from mmfree_jax.infer import api, decode, packed_gpu, packed_model
-from mmfree_jax.model import LanguageModel, init_state, ternary_weights
+from mmfree_jax.infer import api, decode, packed_gpu
+from mmfree_jax.model import LanguageModel, Ternary, init_state, packed_model, ternary_weights
 from mmfree_jax.model.parameters import flatten
+from mmfree_jax.model.weights import EmbeddingTable, as_weights, in_words
+from mmfree_jax.model.weights import pack as pack_in_memory
 from mmfree_jax.pallas_kernels.decode.api import Cut
 from mmfree_jax.saved import load
 from mmfree_jax.saved import packed as pack
@@ -69,32 +71,32 @@ def packed(tmp_path_factory):
 def test_unpacking_gives_the_exact_trits_scales_and_norms(bits, tmp_path):
     write(BASE, tmp_path / "p", bits=bits, dense_dtype="float32")
     _, params = build(BASE)
-    _, variables = pack.load_packed(tmp_path / "p", keep_packed=False)
+    _, weights = pack.load_packed(tmp_path / "p", keep_packed=False)
     expected = jax.jit(ternary_weights, static_argnums=1)(params, BASE)
-    assert jax.tree.structure(variables["ternary"]) == jax.tree.structure(expected)
+    assert jax.tree.structure(weights.ternary) == jax.tree.structure(expected)
     for found, want in zip(
-        jax.tree.leaves(variables["ternary"]), jax.tree.leaves(expected), strict=True
+        jax.tree.leaves(weights.ternary), jax.tree.leaves(expected), strict=True
     ):
         assert found.dtype == want.dtype
         np.testing.assert_array_equal(found, want)
     np.testing.assert_array_equal(
-        variables["params"]["blocks"]["glu"]["down_proj"]["norm_scale"],
+        weights.params["blocks"]["glu"]["down_proj"]["norm_scale"],
         params["blocks"]["glu"]["down_proj"]["norm_scale"],
     )
-    assert "weight" not in variables["params"]["head"]
+    assert "weight" not in weights.params["head"]
 
 
 def test_greedy_streams_are_identical_packed_unpacked_and_full(packed):
     model, params = build(BASE)
     streams = {}
-    for name, variables in {
+    for name, weights in {
         "master": params,
         "packed": pack.load_packed(packed[0], keep_packed=True)[1],
         "trits": pack.load_packed(packed[0], keep_packed=False)[1],
-        "packed in memory": pack.pack_variables(api.as_variables(params, BASE), BASE),
+        "packed in memory": pack_in_memory(as_weights(params, BASE), BASE),
     }.items():
-        streams[name] = api.generate(model, variables, PROMPTS, max_new_tokens=30, temperature=0)
-        alone = api.generate(model, variables, PROMPTS[:1], max_new_tokens=30, temperature=0)
+        streams[name] = api.generate(model, weights, PROMPTS, max_new_tokens=30, temperature=0)
+        alone = api.generate(model, weights, PROMPTS[:1], max_new_tokens=30, temperature=0)
         assert alone.tokens == streams[name].tokens[:1]
     tokens = streams["master"].tokens
     for name, out in streams.items():
@@ -111,18 +113,19 @@ def test_greedy_streams_are_identical_packed_unpacked_and_full(packed):
 
 def test_integer_sums_are_identical_packed_and_unpacked():
     _, params = build(BASE)
-    variables = api.as_variables(params, BASE)
-    packed = pack.pack_variables(variables, BASE)["packed"]
+    weights = as_weights(params, BASE)
+    packed = pack_in_memory(weights, BASE)
     rng = np.random.default_rng(0)
     checked = 0
-    for path, trits in jax.tree_util.tree_leaves_with_path(variables["ternary"]):
+    for path, trits in jax.tree_util.tree_leaves_with_path(weights.ternary):
         if path[-1].key != "trits":
             continue
-        node = packed
-        for key in path[:-1]:
-            node = node[key.key]
+        group, name = (packed, "head") if len(path) == 2 else (
+            getattr(packed, path[1].key), path[2].key
+        )  # fmt: skip
+        matrix = getattr(group, name).matrix
         matrices = trits.reshape(-1, *trits.shape[-2:])
-        rows = node["packed"].reshape(-1, *node["packed"].shape[-2:])
+        rows = matrix.reshape(-1, *matrix.shape[-2:])
         for t, p in zip(matrices, rows, strict=True):
             x = jnp.asarray(rng.integers(-128, 128, (3, t.shape[1])), jnp.int8)
             found = pack.packed_matmul.packed_matmul(x, p)
@@ -162,16 +165,16 @@ def test_bfloat16_and_int8_embedding_report_their_error(tmp_path):
     small = write(config, tmp_path / "small", int8_embedding=True)
     assert 1e-4 < half.embedding_error < 4e-3
     assert 1e-3 < small.embedding_error < 2e-2
-    model, variables = pack.load_packed(tmp_path / "small", keep_packed=True)
-    embedding = variables["packed"]["embedding"]
-    assert embedding["weight"].dtype == jnp.int8
-    stored = np.asarray(embedding["weight"], np.float32) * np.asarray(embedding["scale"])
+    model, weights = pack.load_packed(tmp_path / "small", keep_packed=True)
+    embedding = weights.embedding
+    assert embedding.table_VD.dtype == jnp.int8
+    stored = np.asarray(embedding.table_VD, np.float32) * np.asarray(embedding.row_scale_V1)
     np.testing.assert_allclose(stored, table, atol=np.abs(table).max() / 127)
     _, trits = pack.load_packed(tmp_path / "small", keep_packed=False)
-    np.testing.assert_allclose(trits["params"]["embedding"]["weight"], stored, rtol=1e-6)
+    np.testing.assert_allclose(trits.params["embedding"]["weight"], stored, rtol=1e-6)
     outputs = [
         api.generate(model, v, PROMPTS, max_new_tokens=12, temperature=0).tokens
-        for v in (variables, trits)
+        for v in (weights, trits)
     ]
     assert outputs[0] == outputs[1]
 
@@ -188,11 +191,11 @@ HYBRID = dataclasses.replace(
 def test_a_hybrid_model_packs_and_runs_on_trits(tmp_path):
     model, params = build(HYBRID)
     write(HYBRID, tmp_path / "p", dense_dtype="float32")
-    loaded, variables = pack.load_packed(tmp_path / "p")
-    assert set(variables) == {"params", "ternary"}
+    loaded, weights = pack.load_packed(tmp_path / "p")
+    assert isinstance(weights, Ternary)
     assert loaded.config.glu_linear == DENSE
     expected = api.generate(model, params, PROMPTS, max_new_tokens=10, temperature=0)
-    found = api.generate(loaded, variables, PROMPTS, max_new_tokens=10, temperature=0)
+    found = api.generate(loaded, weights, PROMPTS, max_new_tokens=10, temperature=0)
     assert found.tokens == expected.tokens
     with pytest.raises(ConfigError, match="hybrid"):
         pack.load_packed(tmp_path / "p", keep_packed=True)
@@ -273,13 +276,13 @@ def test_every_tensor_is_covered_by_a_checksum(packed, tmp_path):
 
 def test_a_session_survives_the_disk_and_serves_packed_and_unpacked(packed, tmp_path):
     model, params = build(BASE)
-    variables = api.as_variables(params, BASE)
-    _, packed_variables = pack.load_packed(packed[0], keep_packed=True)
+    weights = as_weights(params, BASE)
+    _, packed_weights = pack.load_packed(packed[0], keep_packed=True)
     options = {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2}
-    whole = api.generate(model, variables, PROMPTS, max_new_tokens=20, **options)
-    first = api.generate(model, variables, PROMPTS, max_new_tokens=8, **options)
-    save_session(tmp_path / "s", first.session, variables, BASE)
-    for other in (variables, packed_variables):
+    whole = api.generate(model, weights, PROMPTS, max_new_tokens=20, **options)
+    first = api.generate(model, weights, PROMPTS, max_new_tokens=8, **options)
+    save_session(tmp_path / "s", first.session, weights, BASE)
+    for other in (weights, packed_weights):
         session = load_session(tmp_path / "s", other, BASE)
         rest = api.generate(
             model, other, [[], [], []], max_new_tokens=12, session=session, **options
@@ -291,40 +294,40 @@ def test_a_session_survives_the_disk_and_serves_packed_and_unpacked(packed, tmp_
 @pytest.mark.parametrize("config", [BASE, HYBRID], ids=["mlgru", "attention"])
 def test_a_session_of_another_model_is_refused(config, tmp_path):
     model, params = build(config)
-    variables = api.as_variables(params, config)
+    weights = as_weights(params, config)
     session = api.prefill(model, params, [[1, 2, 3]])
-    save_session(tmp_path / "s", session, variables, config)
-    load_session(tmp_path / "s", variables, config)
+    save_session(tmp_path / "s", session, weights, config)
+    load_session(tmp_path / "s", weights, config)
 
     head = params["head"] | {"weight": params["head"]["weight"] * 1.001}
-    other = api.as_variables(params | {"head": head}, config)
+    other = as_weights(params | {"head": head}, config)
     with pytest.raises(CheckpointError, match="other weights"):
         load_session(tmp_path / "s", other, config)
     deeper = dataclasses.replace(config, norm_eps=1e-5)
     with pytest.raises(CheckpointError, match="norm_eps"):
-        load_session(tmp_path / "s", variables, deeper)
+        load_session(tmp_path / "s", weights, deeper)
     with pytest.raises(CheckpointError, match="mmfree-session"):
         pack.Reader(tmp_path / "s", file_format=pack.FORMAT, version=1)
 
 
 def test_a_prompt_cache_is_one_small_file(tmp_path):
     model, params = build(BASE)
-    variables = api.as_variables(params, BASE)
+    weights = as_weights(params, BASE)
     sizes = []
     for length in (1, 400):
-        session = api.prefill(model, variables, [[1] * length])
-        save_session(tmp_path / str(length), session, variables, BASE)
+        session = api.prefill(model, weights, [[1] * length])
+        save_session(tmp_path / str(length), session, weights, BASE)
         sizes.append((tmp_path / str(length)).stat().st_size)
     assert sizes[0] == sizes[1]
 
 
 def test_padded_and_held_rows_agree_with_the_model_layer():
     _, params = build(BASE)
-    variables = api.as_variables(params, BASE)
-    packed = pack.pack_variables(variables, BASE)
+    weights = as_weights(params, BASE)
+    packed = pack_in_memory(weights, BASE)
     tokens = jnp.asarray([[1, 2, 3, 0], [4, 0, 0, 0]], jnp.int32)
     ids = jnp.asarray([[1, 1, 2, 0], [1, 0, 0, 0]], jnp.int32)
-    outs = [decode.forward(v, BASE, tokens, init_state(BASE, 2), ids) for v in (variables, packed)]
+    outs = [decode.forward(v, BASE, tokens, init_state(BASE, 2), ids) for v in (weights, packed)]
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), outs[0], outs[1]
     )
@@ -346,10 +349,10 @@ TOKENS = [(3 * step, 5 * step + 1) for step in range(6)]
 def words():
     """The packed tree in both layouts, and what the plain program makes of TOKENS."""
     _, params = build(BASE)
-    packed = pack.pack_variables(api.as_variables(params, BASE), BASE)["packed"]
+    packed = pack_in_memory(as_weights(params, BASE), BASE)
     plain = jax.jit(lambda t, s: packed_model.decode(packed, BASE, t[:, None], s, None))
     expected = quick_steps(plain, TOKENS, init_state(BASE, 2))
-    return packed_model.kernel_layout(packed), plain, expected
+    return in_words(packed), plain, expected
 
 
 def test_prompts_go_through_the_words_unchanged(words):
@@ -401,8 +404,8 @@ def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
 @pytest.mark.slow
 def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     tree, _, _ = words
-    weight, scale = pack._quantize_rows(np.asarray(tree["embedding"]["weight"], np.float32))
-    tree = tree | {"embedding": {"weight": weight, "scale": scale}}
+    table, scale = pack._quantize_rows(np.asarray(tree.embedding.table_VD, np.float32))
+    tree = tree.replace(embedding=EmbeddingTable(jnp.asarray(table), jnp.asarray(scale)))
     cut = Cut(programs=3, warps=4, tile=8, depth=1, copies=2)
     steps = 4
     greedy = jax.jit(

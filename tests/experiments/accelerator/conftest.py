@@ -11,8 +11,8 @@ import pytest
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.experiments.accelerator.numerics import parse_numerics
 from mmfree_jax.experiments.accelerator.quantized import Quantized, quantize
-from mmfree_jax.infer.api import as_variables
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.weights import as_weights
 
 CONFIG = ModelConfig(
     vocab_size=256,
@@ -46,7 +46,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
 def quantized_model(numerics: str = "fixed:w8a16", seed: int = 0, **shape: int) -> Quantized:
     """A random model of `CONFIG`, its shape changed, in integers."""
     config = dataclasses.replace(CONFIG, **shape)
-    variables = as_variables(random_params(config, seed), config)
+    variables = as_weights(random_params(config, seed), config)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (2, 12)).astype(np.int32)
     return quantize(variables, config, parse_numerics(numerics), tokens)
 

@@ -24,8 +24,8 @@ from mmfree_jax.experiments.accelerator.numerics import (
     parse_numerics,
 )
 from mmfree_jax.experiments.accelerator.quantized import check_supported, quantize, self_written
-from mmfree_jax.infer.api import as_variables
 from mmfree_jax.model import LanguageModel, init_state
+from mmfree_jax.model.weights import as_weights
 from mmfree_jax.presets import preset
 from mmfree_jax.saved.packed import leaves_of, pack
 
@@ -73,7 +73,7 @@ def test_ladder_changes_one_switch_a_step():
 
 @pytest.fixture(scope="module")
 def float_model():
-    variables = as_variables(random_params(CONFIG), CONFIG)
+    variables = as_weights(random_params(CONFIG), CONFIG)
     return LanguageModel(CONFIG), variables, self_written(CONFIG, variables, rows=2, length=24)
 
 

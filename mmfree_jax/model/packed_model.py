@@ -1,0 +1,272 @@
+"""The MatMul-free model on packed weights, as `LanguageModel.apply` computes it.
+
+Linear layers come in two kinds: one unpacks a layer where it is used and computes as the model
+does, right on every backend; one is GPU kernels that read the packed stacks in place. The
+integers are the model's own.
+
+Shapes: B rows, T tokens, D hidden, L layers, V vocabulary, N outputs, Q bytes of a packed row.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.config import BITLINEAR, ModelConfig
+from mmfree_jax.model import functional, layer
+from mmfree_jax.model.linear import LinearWeights, linears
+from mmfree_jax.model.state import State, init_state
+from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
+from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows, scaled_matmul, unpack_many
+from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
+from mmfree_jax.pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
+
+# Tokens beyond which a matrix is unpacked to int8 before its product: each tile of the packed
+# product unpacks the weights again.
+UNPACK_TOKENS = 512
+
+
+def forward(
+    packed: Packed,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+) -> jax.Array:
+    """As `LanguageModel.__call__`."""
+    x_BTD, _ = hidden(packed, config, tokens_BT, segment_ids_BT)
+    return logits(packed, config, x_BTD)
+
+
+def hidden(
+    packed: Packed,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    state: State | None = None,
+) -> tuple[jax.Array, State | None]:
+    """As `LanguageModel.hidden`."""
+    start = init_state(config, tokens_BT.shape[0]) if state is None else state
+    x_BTD, update_BTD, after = _layers(packed, config, tokens_BT, start, segment_ids_BT)
+    return x_BTD + update_BTD.astype(x_BTD.dtype), None if state is None else after
+
+
+def logits(packed: Packed, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    """As `LanguageModel.logits`."""
+    x_NTD = x_BTD.reshape(-1, x_BTD.shape[-2] if x_BTD.ndim > 2 else 1, x_BTD.shape[-1])
+    logits_NTV = _head(packed, config, x_NTD, None)
+    return logits_NTV.reshape(*x_BTD.shape[:-1], -1)
+
+
+def decode(
+    packed: Packed,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    state: State,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    kernels: bool | None = None,
+    unroll: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, State]:
+    """As `LanguageModel.decode`.
+
+    Args:
+      packed: the weights.
+      config: of the model.
+      tokens_BT: int32.
+      state: to go on from.
+      segment_ids_BT: 0 marks padding on the right; None: there is none.
+      kernels: compute the linear layers by the GPU kernels; None: on a GPU.
+      unroll: layers in one round of the loop over layers; None: all with the kernels, so that
+        a GPU gets the whole program as one graph, and one at a time without.
+      interpret: run those as JAX programs.
+
+    Returns:
+      [B, V] float32 logits after each row's last token, and the new state.
+    """
+    how: Any = {"kernels": kernels, "interpret": interpret}
+    x_BTD, update_BTD, after = _layers(
+        packed, config, tokens_BT, state, segment_ids_BT, unroll=unroll, **how
+    )
+    last_B11 = (after.position_B - state.position_B - 1)[:, None, None]
+    x_B1D, update_B1D = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BTD, update_BTD))
+    return _head(packed, config, x_B1D, update_B1D, **how)[:, 0], after
+
+
+def _layers(
+    packed: Packed,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    state: State,
+    segment_ids_BT: jax.Array | None,
+    *,
+    kernels: bool | None = None,
+    unroll: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, State]:
+    """The residual stream in two parts, before the last update and the update, and the state."""
+    B, T = tokens_BT.shape
+    reset_BT = padding_BT = None
+    length_B = jnp.full((B,), T, jnp.int32)
+    if segment_ids_BT is not None:
+        reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
+        length_B = jnp.sum(~padding_BT, axis=1, dtype=jnp.int32)
+    kernels = _by_kernels(packed, kernels)
+
+    def block(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]) -> Any:
+        x_BTD, update_BTD = carry
+        index, h0_BE = inputs
+
+        def recurrence(
+            i_BTE: jax.Array, f_BTE: jax.Array, bounds_LE: jax.Array, h0_BE: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            return mlgru_recurrence(
+                i_BTE,
+                f_BTE,
+                bounds_LE[index],
+                h0_BD=h0_BE,
+                reset_BT=reset_BT,
+                padding_BT=padding_BT,
+                implementation=config.recurrence_kernel,
+            )
+
+        ops = layer.Operations(_linears(config, index, kernels, interpret), recurrence)
+        x_BTD, update_BTD, h_BE = layer.mlgru(ops, packed.mixer, x_BTD, update_BTD, h0_BE)
+        return layer.glu(ops, packed.glu, x_BTD, update_BTD), h_BE
+
+    x_BTD = embed(packed.embedding, tokens_BT, config)
+    nothing_BTD = jnp.zeros(x_BTD.shape, jnp.dtype(config.compute_dtype))
+    (x_BTD, update_BTD), h_LBE = jax.lax.scan(
+        block,
+        (x_BTD, nothing_BTD),
+        (jnp.arange(config.num_layers, dtype=jnp.int32), state.layers["h"]),
+        unroll=(config.num_layers if kernels else 1) if unroll is None else unroll,
+    )
+    return x_BTD, update_BTD, State(state.position_B + length_B, {"h": h_LBE})
+
+
+def _head(
+    packed: Packed,
+    config: ModelConfig,
+    x_BTD: jax.Array,
+    residual_BTD: jax.Array | None,
+    *,
+    kernels: bool | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Final norm and head on x + residual: [B, T, V] float32."""
+    head_linears = _linears(config, jnp.int32(0), _by_kernels(packed, kernels), interpret)
+    _, (logits_BTV,) = head_linears(
+        [packed.head_stack()], x_BTD, residual=residual_BTD, outer_norm=packed.final_norm_D[None]
+    )
+    return logits_BTV.astype(jnp.float32)
+
+
+def _by_kernels(packed: Packed, kernels: bool | None) -> bool:
+    if kernels is not None:
+        return kernels
+    return packed.head.layout == "words" and jax.default_backend() == "gpu"
+
+
+def _linears(
+    config: ModelConfig, index: jax.Array, kernels: bool, interpret: bool
+) -> layer.Linears:
+    if kernels:
+        return functools.partial(kernel_linears, config, index, interpret=interpret)
+    return functools.partial(unpacked_linears, config, index)
+
+
+def embed(embedding: EmbeddingTable, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """The tokens' rows of the table, [B, T, D] in the residual dtype."""
+    x_BTD = jnp.take(embedding.table_VD, tokens_BT, axis=0)
+    if embedding.row_scale_V1 is not None:
+        x_BTD = x_BTD.astype(jnp.float32) * jnp.take(embedding.row_scale_V1, tokens_BT, axis=0)
+    return x_BTD.astype(jnp.dtype(config.residual_dtype))
+
+
+def unpacked_linears(
+    config: ModelConfig,
+    index: jax.Array,
+    layers: Sequence[PackedLinear],
+    x: jax.Array,
+    *,
+    outer_norm: jax.Array | None = None,
+    **how: Any,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`linear.linears` on one layer of packed stacks, unpacked here.
+
+    Args:
+      config: of the model.
+      index: int32 scalar, the layer.
+      layers: stacks over the model's layers.
+      x: as there.
+      outer_norm: a stack too, [L, K].
+      **how: as there.
+    """
+    one = [jax.tree.map(lambda stack: stack[index], stacks) for stacks in layers]
+    weights = [LinearWeights(None, w.norm_scale, w.trits(), w.scale, BITLINEAR) for w in one]
+    outer_norm = None if outer_norm is None else outer_norm[index]
+    return linears(config, weights, x, outer_norm=outer_norm, **how)
+
+
+def kernel_linears(
+    config: ModelConfig,
+    index: jax.Array,
+    layers: Sequence[PackedLinear],
+    x: jax.Array,
+    *,
+    outer_norm: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    skip: bool = False,
+    times_silu: jax.Array | None = None,
+    gated: bool = False,
+    to_gate: bool = False,
+    name: str = "",
+    interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`unpacked_linears` by GPU kernels, which read the stacks in place.
+
+    With many rows the output of a call with `to_gate` comes gated, [B, T, N / 2], and the next
+    call takes it so: of x's width it tells whether there is a gate to apply.
+    """
+    del skip, name
+    B, T = x.shape[:2]
+    columns = layers[0].columns
+    out_dtype = jnp.dtype(config.compute_dtype)
+
+    def rows(a: jax.Array | None) -> jax.Array | None:
+        return None if a is None else a.reshape(B * T, a.shape[-1])
+
+    unpacked = B * T > UNPACK_TOKENS
+    stream, qs, scales = quantize_rows(
+        x.reshape(B * T, -1),
+        index,
+        [stack.norm_scale for stack in layers],
+        outer_norm,
+        eps=config.linear_norm_eps,
+        outer_eps=config.norm_eps,
+        residual=rows(residual),
+        times_silu=rows(times_silu),
+        matrix_scales=[stack.scale for stack in layers] if unpacked else (),
+        gated=gated and x.shape[-1] == 2 * columns,
+        interpret=interpret,
+    )
+    if unpacked:
+        trits = unpack_many([stack.rows() for stack in layers], index, columns, interpret=interpret)
+        one = jnp.ones((1,), jnp.float32)  # The rows' scales hold the matrices'.
+        product = gated_ternary_matmul if to_gate else ternary_matmul
+        outputs = [
+            product(q, scale, t, one, out_dtype=out_dtype, implementation=config.matmul_kernel)
+            for q, scale, t in zip(qs, scales, trits, strict=True)
+        ]
+    else:
+        outputs = [
+            scaled_matmul(
+                q, scale, stack.rows(), stack.scale, index, out_dtype=out_dtype,
+                interpret=interpret,
+            )
+            for stack, q, scale in zip(layers, qs, scales, strict=True)
+        ]  # fmt: skip
+    return stream.reshape(x.shape), tuple(y.reshape(B, T, -1) for y in outputs)
