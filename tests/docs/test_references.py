@@ -73,6 +73,19 @@ def test_files_that_are_named_exist(document, path):
     assert (ROOT / path).exists() or any(file.endswith(end) for file in FILES)
 
 
+def test_tests_that_are_named_exist():
+    tests = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    functions = set(re.findall(r"^def (test_\w+)", "\n".join(tests.values()), re.M))
+    assert {text for _, text in cases(r"test_\w+")} <= functions
+    named = {
+        (str(path.relative_to(ROOT)), name)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for name in re.findall(r"tests/[\w/]+\.py", path.read_text(encoding="utf-8"))
+    }
+    assert {(path, name) for path, name in named if not (ROOT / name).exists()} == set()
+
+
 @pytest.mark.parametrize("package", ["mmfree_jax", "experiments", "launch"])
 def test_every_room_is_on_the_map(package):
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
