@@ -218,27 +218,25 @@ def compile_model(quantized: Quantized, machine: Machine) -> Compiled:
 
 def compile_block(quantized: Quantized, layer: int, machine: Machine) -> Compiled:
     """The program of one block, from the vector "x" to the vector "y"; its state is "LAYER/h"."""
-    b = _Builder(quantized.config, machine, quantized)
-    _check(quantized.config, machine, quantized)
-    d = quantized.config.hidden_size
-    b.emit("LDV", 0, n=d, address=b.vector("x", d))
-    _block(b, layer)
-    b.emit("SV", 0, n=d, address=b.vector("y", d))
-    p = b.parts(layer)
-    return b.done(0, {"x": int(p["frac/x0"]), "y": int(p["frac/x2"])})
+    p = quantized.arrays["layers"]
+    frac = {"x": int(p["frac/x0"][layer]), "y": int(p["frac/x2"][layer])}
+    return _one_block(_Builder(quantized.config, machine, quantized), layer, frac)
 
 
 def shape_program(config: ModelConfig, machine: Machine, *, block_only: bool = False) -> Compiled:
     """A program of the right shapes without weights, for timing a model that is not there."""
     if not block_only:
         return _model(config, machine, None)
-    b = _Builder(config, machine, None)
-    _check(config, machine, None)
-    d = config.hidden_size
+    return _one_block(_Builder(config, machine, None), min(1, config.num_layers - 1), {})
+
+
+def _one_block(b: _Builder, layer: int, frac: dict[str, int]) -> Compiled:
+    _check(b.config, b.machine, b.quantized)
+    d = b.config.hidden_size
     b.emit("LDV", 0, n=d, address=b.vector("x", d))
-    _block(b, min(1, config.num_layers - 1))
+    _block(b, layer)
     b.emit("SV", 0, n=d, address=b.vector("y", d))
-    return b.done(0, {})
+    return b.done(0, frac)
 
 
 def _model(config: ModelConfig, machine: Machine, quantized: Quantized | None) -> Compiled:

@@ -7,7 +7,7 @@ Everything here is about published numbers: nothing was measured by us on a boar
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmfree_jax.config import ModelConfig
@@ -166,70 +166,44 @@ def predictions(laws: Laws) -> list[Prediction]:
     None speaks about clocks, which estimates take as printed, nor about what is outside the cores
     in Table 5 (ALMs) and Table 4 (M20Ks).
     """
-    out: list[Prediction] = []
-
-    def compare(
-        table: str,
-        quantity: str,
-        rows: Sequence[CoresRow] | Sequence[WidthRow],
-        published: Callable,
-        law: Callable,
-        fitted: set[int],
-    ) -> None:
-        for r in rows:
-            key = r.cores if isinstance(r, CoresRow) else r.width
-            name = f"{key} cores" if isinstance(r, CoresRow) else f"d = {key}"
-            out.append(Prediction(table, name, quantity, published(r), law(r), key in fitted))
 
     def milliseconds(r: WidthRow) -> float:
         return block_cycles(r.width, laws.cycles_per_beat) / r.clock_mhz / 1e3
 
-    compare("5", "block latency, ms", TABLE_5, lambda r: r.block_ms, milliseconds, {2048})
-    compare(
-        "5", "with bursts, ms", TABLE_5, lambda r: r.burst_ms,
-        lambda r: r.block_ms / BURST_FACTOR, set(),
-    )  # fmt: skip
-    compare(
-        "5", "ALM of the core, %", TABLE_5, lambda r: r.alm_core,
-        lambda r: laws.alm_per_channel * r.width, {512},
-    )  # fmt: skip
-    compare(
-        "5", "idle power, W", TABLE_5, lambda r: r.power_idle,
-        lambda r: card_power(laws, r.width), {512, 1024},
-    )  # fmt: skip
-    compare(
-        "5", "active power, W", TABLE_5, lambda r: r.power_active,
-        lambda r: card_power(laws, r.width) + laws.dynamic_w, set(),
-    )  # fmt: skip
-    compare(
-        "4", "latency of a core, ms", TABLE_4, lambda r: r.core_ms, lambda r: laws.core_ms, {1},
-    )  # fmt: skip
-    compare(
-        "4", "M20K of the cores, %", TABLE_4, lambda r: r.m20k_core,
-        lambda r: laws.m20k_per_core * r.cores, {26},
-    )  # fmt: skip
-    compare(
-        "4", "ALM of all, %", TABLE_4, lambda r: r.alm_total,
-        lambda r: laws.shell_alm + laws.alm_per_core * r.cores, {8},
-    )  # fmt: skip
-    compare(
-        "4", "ALM of the cores, %", TABLE_4, lambda r: r.alm_core,
-        lambda r: laws.alm_per_core * r.cores, {8},
-    )  # fmt: skip
-    compare(
-        "4", "DDR4 latency, ms", TABLE_4, lambda r: r.ddr_ms,
-        lambda r: laws.ddr_ms * arbitration(r.cores), {1},
-    )  # fmt: skip
-    compare(
-        "4", "|active - idle|, W", TABLE_4, lambda r: abs(r.power_active - r.power_idle),
-        lambda r: laws.dynamic_w * r.cores * arbitration(r.cores), {1},
-    )  # fmt: skip
-    compare(
-        "4", "idle power (the lower), W", TABLE_4,
-        lambda r: min(r.power_active, r.power_idle),
-        lambda r: laws.idle_w + laws.idle_w_per_alm * r.alm_total, {1, 8},
-    )  # fmt: skip
-    return out
+    # Quantity, as published, by the law, and the rows that the law was fitted to.
+    by_width: list[tuple[str, Callable[[WidthRow], float], Callable[[WidthRow], float], set]] = [
+        ("block latency, ms", lambda r: r.block_ms, milliseconds, {2048}),
+        ("with bursts, ms", lambda r: r.burst_ms, lambda r: r.block_ms / BURST_FACTOR, set()),
+        ("ALM of the core, %", lambda r: r.alm_core, lambda r: laws.alm_per_channel * r.width,
+         {512}),
+        ("idle power, W", lambda r: r.power_idle, lambda r: card_power(laws, r.width),
+         {512, 1024}),
+        ("active power, W", lambda r: r.power_active,
+         lambda r: card_power(laws, r.width) + laws.dynamic_w, set()),
+    ]  # fmt: skip
+    by_cores: list[tuple[str, Callable[[CoresRow], float], Callable[[CoresRow], float], set]] = [
+        ("latency of a core, ms", lambda r: r.core_ms, lambda r: laws.core_ms, {1}),
+        ("M20K of the cores, %", lambda r: r.m20k_core, lambda r: laws.m20k_per_core * r.cores,
+         {26}),
+        ("ALM of all, %", lambda r: r.alm_total,
+         lambda r: laws.shell_alm + laws.alm_per_core * r.cores, {8}),
+        ("ALM of the cores, %", lambda r: r.alm_core, lambda r: laws.alm_per_core * r.cores, {8}),
+        ("DDR4 latency, ms", lambda r: r.ddr_ms, lambda r: laws.ddr_ms * arbitration(r.cores),
+         {1}),
+        ("|active - idle|, W", lambda r: abs(r.power_active - r.power_idle),
+         lambda r: laws.dynamic_w * r.cores * arbitration(r.cores), {1}),
+        ("idle power (the lower), W", lambda r: min(r.power_active, r.power_idle),
+         lambda r: laws.idle_w + laws.idle_w_per_alm * r.alm_total, {1, 8}),
+    ]  # fmt: skip
+    return [
+        Prediction("5", f"d = {r.width}", quantity, published(r), law(r), r.width in fitted)
+        for quantity, published, law, fitted in by_width
+        for r in TABLE_5
+    ] + [
+        Prediction("4", f"{r.cores} cores", quantity, published(r), law(r), r.cores in fitted)
+        for quantity, published, law, fitted in by_cores
+        for r in TABLE_4
+    ]
 
 
 def card_power(laws: Laws, width: int) -> float:

@@ -42,7 +42,7 @@ from mmfree_jax.train.setup import (
 )
 from mmfree_jax.train.sinks import make_progress, make_sinks
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
-from mmfree_jax.train.stop import Agreement, StopRequest, catch_signals
+from mmfree_jax.train.stop import Consensus, StopRequest, catch_signals
 
 Sampler = Callable[..., str]
 
@@ -188,7 +188,7 @@ class _Loop:
         watchdog: Watchdog | None,
     ):
         self._beat = watchdog.beat if watchdog else lambda place: None
-        self._agree = Agreement(run.mesh, 4)
+        self._agree = Consensus(run.mesh, 4)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer
         self._request, self._clock, self._on_step = request, clock, on_step
         self._sampler = sampler or _default_sampler

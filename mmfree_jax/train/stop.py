@@ -48,7 +48,7 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-class Agreement:
+class Consensus:
     """What any process wants, known to all at the same step, without making a device wait.
 
     With several processes, each hands in its wishes after every step; their maximum is

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from synthetic_runs import draw_runs, isoflop_design
 
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.cli.crossing import crossing
@@ -14,7 +15,6 @@ from mmfree_jax.experiments.cli.isoflop import isoflop
 from mmfree_jax.experiments.scaling.frame import NUMBERS, WORDS
 from mmfree_jax.experiments.scaling.laws import LAWS
 from mmfree_jax.experiments.scaling.output_files import write_csv
-from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 
 ONE = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}
 TWO = {"E": 1.8, "A": 300.0, "B": 1100.0, "alpha": 0.34, "beta": 0.35}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_runs import draw_runs, isoflop_design
 
 from mmfree_jax.experiments.scaling import paper
 from mmfree_jax.experiments.scaling.crossing import cross, curve, first_crossings, frontier
@@ -11,7 +12,6 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import make_frame
 from mmfree_jax.experiments.scaling.laws import LAWS
 from mmfree_jax.experiments.scaling.read import read_runs
-from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 ONE = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}

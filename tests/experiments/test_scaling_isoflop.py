@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from synthetic_runs import draw_runs
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import fit_law
@@ -13,7 +14,6 @@ from mmfree_jax.experiments.scaling.isoflop import (
     optimal_allocation,
     parametric,
 )
-from mmfree_jax.experiments.scaling.synthetic import draw_runs
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.28}
 A = 0.28 / 0.62

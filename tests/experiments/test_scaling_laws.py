@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from synthetic_runs import isoflop_design
 
 from mmfree_jax.experiments.scaling.descent import exact, huber_oracle
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.laws import LAWS, get_law
 from mmfree_jax.experiments.scaling.objectives import OBJECTIVES, Objective, log_likelihood
 from mmfree_jax.experiments.scaling.search import search
-from mmfree_jax.experiments.scaling.synthetic import isoflop_design
 
 TRUTH = {
     "chinchilla": (1.7, 400.0, 1500.0, 0.34, 0.36),

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
+from synthetic_runs import draw_runs, isoflop_design
 
 from mmfree_jax.experiments.scaling.descent import refit, typical_residual
 from mmfree_jax.experiments.scaling.laws import LAWS
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.search import search
-from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 from mmfree_jax.experiments.scaling.trust_region import step
 
 TRUTH = {"E": 1.82, "A": 482.0, "B": 2085.0, "alpha": 0.348, "beta": 0.366}

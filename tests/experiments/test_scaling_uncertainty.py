@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from synthetic_runs import draw_runs, isoflop_design
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import fit_law
 from mmfree_jax.experiments.scaling.frame import make_frame
 from mmfree_jax.experiments.scaling.objectives import Objective
-from mmfree_jax.experiments.scaling.synthetic import draw_runs, isoflop_design
 from mmfree_jax.experiments.scaling.uncertainty import clusters_of, groups_of, resampling_weights
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.35}
