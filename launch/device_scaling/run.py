@@ -20,6 +20,7 @@ from mmfree_jax.ranges import AboveZero, Count
 
 RESULTS = "results.jsonl"
 _IDLE_MIB = 2048.0
+_POLL_S = 0.05
 
 
 @dataclasses.dataclass
@@ -74,48 +75,25 @@ def run_study(
         say(f"in use by others and left out: GPU {', '.join(sorted({*all_gpus} - {*gpus}))}")
     # Simulated devices: as many as the largest case.
     slots = len(gpus) if all_gpus else max(case.devices for case in cases)
-    begin = clock()
-    end = begin + 60 * options.max_minutes if options.max_minutes else float("inf")
     options.out.mkdir(parents=True, exist_ok=True)
-    workers = [
-        _Worker(case, options.out / "cases" / f"{i:02d}-{case.name}")
-        for i, case in enumerate(cases)
-    ]
-    records: list[dict[str, Any]] = []
-
-    def record(worker: _Worker, values: dict[str, Any]) -> None:
-        worker.finished = True
-        entry = {
-            "name": worker.case.name,
-            "case": dataclasses.asdict(worker.case),
-            **values,
-            "at_s": round(clock() - begin, 1),
-        }
-        records.append(entry)
-        with (options.out / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        say(f"{entry['at_s']:6.1f} s  {worker.case.name:<32} {_summary(values)}")
-
-    def measure(worker: _Worker) -> None:
-        worker.compiled = True
-        _start(worker, "measure", gpus, options, environ)
-
-    too_large = [worker for worker in workers if worker.case.devices > slots]
-    for worker in too_large:
-        record(worker, {"error": f"not run: needs {worker.case.devices} GPUs, {slots} are idle"})
-    workers = [worker for worker in workers if worker not in too_large]
+    study = _Study(options, environ, gpus, clock, say)
+    for i, case in enumerate(cases):
+        worker = _Worker(case, options.out / "cases" / f"{i:02d}-{case.name}")
+        if case.devices > slots:
+            why = f"not run: needs {case.devices} GPUs, {slots} are idle"
+            study.record(worker, {"error": why})
+        else:
+            study.workers.append(worker)
     try:
-        _place(workers, slots)
-        _compile_all(workers, gpus, options, environ, begin, clock, measure, record, say)
-        _time_all(workers, end, options.case_minutes, clock, measure, record)
+        _place(study.workers, slots)
+        study.compile_all()
+        study.time_all()
     finally:
-        for worker in workers:
+        for worker in study.workers:
             if worker.process is not None:
                 worker.process.kill()  # does nothing to one that has ended
                 worker.process.wait()
-    return records
+    return study.records
 
 
 def idle_gpus(gpus: Sequence[str]) -> list[str]:
@@ -145,111 +123,139 @@ def _place(workers: list[_Worker], slots: int) -> None:
         at += count
 
 
-def _compile_all(workers, gpus, options, environ, begin, clock, measure, record, say) -> None:
-    """Starts the workers, some at a time, and waits until all have compiled or time is up."""
-    limit = options.parallel_compiles or max(1, (os.cpu_count() or 4) // 4)
-    deadline = begin + 60 * options.compile_minutes
-    pending = list(workers)
-    while True:
-        compiling = [w for w in workers if w.process and not w.compiled and not w.finished]
-        while pending and len(compiling) < limit:
-            worker = pending.pop(0)
-            _start(worker, "compile", gpus, options, environ)
-            compiling.append(worker)
-        for worker in compiling:
-            _look(worker, measure, record)
-        if not pending and not [w for w in compiling if not w.compiled and not w.finished]:
-            break
-        if clock() > deadline:
-            say(f"{clock() - begin:6.1f} s  timing begins; the rest go on compiling")
-            for worker in pending:
-                _start(worker, "compile", gpus, options, environ)
-            break
-        time.sleep(0.05)
-    say(f"{clock() - begin:6.1f} s  {sum(w.compiled for w in workers)} cases compiled")
+class _Study:
+    """The workers of a study, and what has been recorded of them."""
 
+    def __init__(
+        self,
+        options: Options,
+        environ: Mapping[str, str],
+        gpus: list[str],
+        clock: Callable[[], float],
+        say: Callable[[str], None],
+    ) -> None:
+        self.workers: list[_Worker] = []
+        self.records: list[dict[str, Any]] = []
+        self._options, self._environ, self._gpus = options, environ, gpus
+        self._clock, self._say, self._begin = clock, say, clock()
 
-def _start(
-    worker: _Worker, stage: str, gpus: list[str], options: Options, environ: Mapping[str, str]
-) -> None:
-    """Starts a stage of `mmfree_jax.launch.device_scaling.worker` in a process of its own."""
-    worker.folder.mkdir(parents=True, exist_ok=True)
-    if stage == "compile":
-        for name in ("go", "compiled.json", "result.json", "log.txt"):
-            (worker.folder / name).unlink(missing_ok=True)
-        write_case(worker.folder / "case.json", worker.case)
-    env = dict(environ)
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", str((options.out / "compiled").absolute()))
-    env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    env.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    # Several processes wait on one GPU: none may take all its memory beforehand.
-    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i] for i in worker.gpus)
-        env = with_overlap(env) if worker.case.overlap else env
-    else:
-        flags = [f for f in env.get("XLA_FLAGS", "").split() if "device_count" not in f]
-        flags.append(f"--xla_force_host_platform_device_count={worker.case.devices}")
-        env["XLA_FLAGS"] = " ".join(flags)
-    with (worker.folder / "log.txt").open("a") as log:
-        worker.process = subprocess.Popen(
-            [sys.executable, "-m", "mmfree_jax.launch.device_scaling.worker", stage,
-             str(worker.folder)],
-            env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+    def _seconds(self) -> float:
+        return self._clock() - self._begin
 
+    def record(self, worker: _Worker, values: dict[str, Any]) -> None:
+        """Keeps what came of a case."""
+        worker.finished = True
+        entry = {
+            "name": worker.case.name,
+            "case": dataclasses.asdict(worker.case),
+            **values,
+            "at_s": round(self._seconds(), 1),
+        }
+        self.records.append(entry)
+        with (self._options.out / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._say(f"{entry['at_s']:6.1f} s  {worker.case.name:<32} {_summary(values)}")
 
-def _look(
-    worker: _Worker,
-    measure: Callable[[_Worker], None],
-    record: Callable[[_Worker, dict[str, Any]], None],
-) -> None:
-    """Notices that a worker has compiled, finished or died; what compiled goes on to measure."""
-    assert worker.process is not None
-    status = worker.process.poll()
-    if status is None:
-        return
-    compiled, result = worker.folder / "compiled.json", worker.folder / "result.json"
-    if result.exists():
-        values = json.loads(result.read_text(encoding="utf-8"))
-        if worker.compiled:
-            values["compiled"] = json.loads(compiled.read_text(encoding="utf-8"))
-        record(worker, values)
-    elif status == 0 and not worker.compiled:
-        measure(worker)
-    else:
-        log = (worker.folder / "log.txt").read_text(errors="replace")
-        record(worker, {"error": reason(status, log)})
+    def compile_all(self) -> None:
+        """Starts the workers, some at a time, and waits until all have compiled or time is up."""
+        limit = self._options.parallel_compiles or max(1, (os.cpu_count() or 4) // 4)
+        pending = list(self.workers)
+        while True:
+            compiling = [w for w in self.workers if w.process and not w.compiled and not w.finished]
+            while pending and len(compiling) < limit:
+                worker = pending.pop(0)
+                self._start(worker, "compile")
+                compiling.append(worker)
+            for worker in compiling:
+                self._look(worker)
+            if not pending and not [w for w in compiling if not w.compiled and not w.finished]:
+                break
+            if self._seconds() > 60 * self._options.compile_minutes:
+                self._say(f"{self._seconds():6.1f} s  timing begins; the rest go on compiling")
+                for worker in pending:
+                    self._start(worker, "compile")
+                break
+            time.sleep(_POLL_S)
+        compiled = sum(w.compiled for w in self.workers)
+        self._say(f"{self._seconds():6.1f} s  {compiled} cases compiled")
 
+    def time_all(self) -> None:
+        """Gives the word to one worker after another, each on GPUs that no other is using."""
+        minutes, each = self._options.max_minutes, self._options.case_minutes
+        while left := [w for w in self.workers if not w.finished]:
+            for worker in left:
+                self._look(worker)
+            left = [w for w in left if not w.finished]
+            if minutes and self._seconds() > 60 * minutes:
+                for worker in left:
+                    self.record(worker, {"error": "not run to its end: max-minutes is over"})
+                return
+            for worker in left:
+                if worker.going and self._clock() - worker.going_since > 60 * each:
+                    assert worker.process is not None
+                    worker.process.kill()
+                    worker.process.wait()
+                    self.record(worker, {"error": f"not done in {each:g} minutes: ended"})
+            busy = {gpu for w in left if w.going and not w.finished for gpu in w.gpus}
+            for worker in [w for w in left if w.compiled and not w.going]:
+                if busy & set(worker.gpus):
+                    break  # it is its turn: nobody behind it may take its GPUs
+                worker.going, worker.going_since = True, self._clock()
+                busy |= set(worker.gpus)
+                (worker.folder / "go").touch()
+            time.sleep(_POLL_S)
 
-def _time_all(workers, end, case_minutes, clock, measure, record) -> None:
-    """Gives the word to one worker after another, each on GPUs that no other is using."""
-    while True:
-        waiting = [w for w in workers if not w.finished and not w.going]
-        running = [w for w in workers if not w.finished and w.going]
-        if not waiting and not running:
+    def _start(self, worker: _Worker, stage: str) -> None:
+        """Starts a stage of `launch.device_scaling.worker` in a process of its own."""
+        worker.folder.mkdir(parents=True, exist_ok=True)
+        if stage == "compile":
+            for name in ("go", "compiled.json", "result.json", "log.txt"):
+                (worker.folder / name).unlink(missing_ok=True)
+            write_case(worker.folder / "case.json", worker.case)
+        env = dict(self._environ)
+        cache = (self._options.out / "compiled").absolute()
+        env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        env.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        # Several processes wait on one GPU: none may take all its memory beforehand.
+        env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+        if self._gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[i] for i in worker.gpus)
+            env = with_overlap(env) if worker.case.overlap else env
+        else:
+            flags = [f for f in env.get("XLA_FLAGS", "").split() if "device_count" not in f]
+            flags.append(f"--xla_force_host_platform_device_count={worker.case.devices}")
+            env["XLA_FLAGS"] = " ".join(flags)
+        with (worker.folder / "log.txt").open("a") as log:
+            worker.process = subprocess.Popen(
+                [sys.executable, "-m", "mmfree_jax.launch.device_scaling.worker", stage,
+                 str(worker.folder)],
+                env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def _look(self, worker: _Worker) -> None:
+        """Notices that a worker has compiled, finished or died; what compiled goes on to measure.
+
+        A worker that has not been started is left alone.
+        """
+        status = None if worker.process is None else worker.process.poll()
+        if status is None:
             return
-        for worker in [*waiting, *running]:
-            _look(worker, measure, record)
-        if clock() > end:
-            for worker in [*waiting, *running]:
-                if not worker.finished:
-                    record(worker, {"error": "not run to its end: max-minutes is over"})
-            return
-        for worker in running:
-            if not worker.finished and clock() - worker.going_since > 60 * case_minutes:
-                worker.process.kill()
-                worker.process.wait()
-                record(worker, {"error": f"not done in {case_minutes:g} minutes: ended"})
-        busy = {gpu for w in workers if w.going and not w.finished for gpu in w.gpus}
-        for worker in [w for w in waiting if w.compiled and not w.finished]:
-            if busy & set(worker.gpus):
-                break  # it is its turn: nobody behind it may take its GPUs
-            worker.going, worker.going_since = True, clock()
-            busy |= set(worker.gpus)
-            (worker.folder / "go").touch()
-        time.sleep(0.05)
+        compiled, result = worker.folder / "compiled.json", worker.folder / "result.json"
+        if result.exists():
+            values = json.loads(result.read_text(encoding="utf-8"))
+            if worker.compiled:
+                values["compiled"] = json.loads(compiled.read_text(encoding="utf-8"))
+            self.record(worker, values)
+        elif status == 0 and not worker.compiled:
+            worker.compiled = True
+            self._start(worker, "measure")
+        else:
+            log = (worker.folder / "log.txt").read_text(errors="replace")
+            self.record(worker, {"error": reason(status, log)})
 
 
 def _summary(values: dict[str, Any]) -> str:

@@ -410,9 +410,9 @@ def test_the_commands_refuse_bad_input(tmp_path, data, monkeypatch):
     path = config_file(tmp_path, data)
     with pytest.raises(SweepError, match="device 'abacus' has no known peak rate"):
         cli.plan([str(path), "--device", "abacus"])
-    with pytest.raises(ConfigError, match="parallel is 0"):
+    with pytest.raises(ConfigError, match="--parallel is 0"):
         cli.plan([str(path), "--device", "H100", "--parallel", "0"])
-    with pytest.raises(ConfigError, match="max_minutes is -1"):
+    with pytest.raises(ConfigError, match="--max-minutes is -1"):
         cli.run([str(path), "--device", "H100", "--max-minutes", "-1"])
     with pytest.raises(DataError, match="does not exist"):
         cli.run([str(path), "--device", "H100", "--data", str(tmp_path / "none")])
