@@ -53,8 +53,7 @@ def read_manifest(folder):
 def load_session(folder, manifest, threads):
     """The graph in onnxruntime, if that is new enough for its two-bit weights."""
     needed = manifest["onnxruntime"].removeprefix(">=")
-    onnxruntime = package("onnxruntime")
-    found = onnxruntime.__version__
+    found = (onnxruntime := package("onnxruntime")).__version__
     if [int(n) for n in re.findall(r"\d+", found)[:3]] < [int(n) for n in needed.split(".")]:
         fail(f"onnxruntime is {found}; run pip install 'onnxruntime>={needed}'")
     options = onnxruntime.SessionOptions()

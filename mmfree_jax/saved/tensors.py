@@ -7,7 +7,6 @@ holds more than the model (where the devices are the host's own) and one stored 
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_spec
+from mmfree_jax.text_files import parse_json, read_text
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -129,7 +129,7 @@ class TensorFolder:
 def _read_index(file: Path) -> dict[str, set[str]]:
     """File names and the tensors in each, from an index whose names are checked."""
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(read_text(file))["weight_map"]
         items = [(str(name), str(target)) for name, target in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file} is damaged ({e}): fetch it again") from e

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmfree_jax.cli.generate import _read_prompts_file
+from mmfree_jax.cli.prompts import read_prompts_file
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator.isa import assemble
 from mmfree_jax.experiments.scaling.errors import ScalingError
@@ -60,10 +60,10 @@ def test_config_json(tmp_path):
 def test_prompts(encoding, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("Once, ü\r\n\r\nTwice\r\n".encode(encoding))
-    assert [p.text for p in _read_prompts_file(file)] == ["Once, ü", "Twice"]
+    assert [p.text for p in read_prompts_file(file)] == ["Once, ü", "Twice"]
     file = tmp_path / "prompts.jsonl"
     file.write_bytes('{"prompt": "ü"}\r\n'.encode(encoding))
-    assert [p.text for p in _read_prompts_file(file)] == ["ü"]
+    assert [p.text for p in read_prompts_file(file)] == ["ü"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -139,6 +140,7 @@ def test_a_prompt_in_the_exported_chat(tmp_path):
     encode, decode = chat.load_tokenizer(tmp_path, {"tokenizer": "tokenizer.json"})
     assert not {0, 1, 2, 3} & set(encode("a</s><s>"))
     assert decode(encode("a</s><s>")) == "a</s><s>"
+    assert len(Path(chat.__file__).read_text().splitlines()) < 150  # as the README says
 
 
 def test_what_spells_the_token():
