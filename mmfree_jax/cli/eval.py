@@ -221,10 +221,13 @@ def _held_out(
     from rich.progress import Progress
 
     from mmfree_jax.data.dataset import HELDOUT, open_dataset
+    from mmfree_jax.data.verification import verify
     from mmfree_jax.evaluate.batching import batch_rows
     from mmfree_jax.evaluate.perplexity import evaluate_held_out
+    from mmfree_jax.parallel import processes
 
     dataset = open_dataset(data, HELDOUT)
+    processes.first(lambda: verify([dataset]))
     hidden = not progress or jax.process_index() != 0
     total = dataset.num_predicted if max_documents is None else None
     with Progress(disable=hidden, transient=True) as bar:

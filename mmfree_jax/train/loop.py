@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
-from mmfree_jax.errors import CheckpointError, MMFreeError, OutputError, TrainingError
+from mmfree_jax.data.verification import Verification
+from mmfree_jax.errors import MMFreeError, OutputError, TrainingError
 from mmfree_jax.files import is_disk_error
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel import processes
@@ -37,6 +38,7 @@ from mmfree_jax.train.setup import (
     check_same_data,
     checkpoint_metadata,
     copy_tokenizer,
+    datasets_read,
     open_run,
     start_state,
 )
@@ -84,11 +86,14 @@ def train(
         watchdog = _watch(process_options, held)
         run = open_run(config)
         open_run_dir(run.run_dir, held)
+        verification = Verification(datasets_read(run))
 
         def look() -> Summary | None:
             check_run_dir(run.run_dir, config)
             check_same_data(run)
-            return finished_summary(run)
+            if (summary := finished_summary(run)) is None:
+                verification.start()
+            return summary
 
         if (summary := processes.first(look)) is not None:
             return summary
@@ -124,7 +129,15 @@ def train(
             stack.callback(_wait_quietly, checkpointer)
             try:
                 loop = _Loop(
-                    run, recorder, checkpointer, request, clock, sampler, on_step, watchdog
+                    run,
+                    recorder,
+                    checkpointer,
+                    verification,
+                    request,
+                    clock,
+                    sampler,
+                    on_step,
+                    watchdog,
                 )
                 stack.callback(loop.close)
                 return loop.run(state, start)
@@ -181,6 +194,7 @@ class _Loop:
         run: Run,
         recorder: Recorder,
         checkpointer: Checkpointer,
+        verification: Verification,
         request: StopRequest,
         clock: Callable[[], float],
         sampler: Sampler | None,
@@ -190,6 +204,7 @@ class _Loop:
         self._beat = watchdog.beat if watchdog else lambda place: None
         self._agree = Consensus(run.mesh, 4)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer
+        self._verification = verification
         self._request, self._clock, self._on_step = request, clock, on_step
         self._sampler = sampler or _default_sampler
         self._began = self._saved_at = clock()
@@ -283,14 +298,14 @@ class _Loop:
         out_of_time = bool(config.max_minutes) and now - self._began >= config.max_minutes * 60
         save_by_time = bool(minutes) and now - self._saved_at >= minutes * 60
         mine = signal.Signals[self._request.signal].value if self._request.signal else 0
-        signalled, out_of_time, save_by_time, save_failed = self._agree(
+        signalled, out_of_time, save_by_time, failed = self._agree(
             mine,
             is_first and out_of_time,
             is_first and save_by_time,
-            self._checkpointer.has_failed,
+            self._checkpointer.has_failed or self._verification.has_failed,
         )
-        if save_failed:
-            self._end_after_failed_save()
+        if failed:
+            self._end_in_failure()
         is_last = done == config.steps
         must_save = bool(is_last or signalled or out_of_time or save_by_time)
         must_save |= done % config.checkpoint.every_steps == 0
@@ -311,11 +326,12 @@ class _Loop:
             return signal.Signals(signalled).name
         return "max_minutes" if out_of_time and not is_last else None
 
-    def _end_after_failed_save(self) -> NoReturn:
+    def _end_in_failure(self) -> NoReturn:
+        self._verification.check()
         if self._checkpointer.has_failed:
             self._checkpointer.wait()
         self._checkpointer.abandon()  # it would wait for the process whose part failed
-        raise CheckpointError("another process could not save its part of a checkpoint")
+        raise TrainingError("another process has ended the run: see its message")
 
     def _save(self, state: TrainState, done: int) -> None:
         """Starts a checkpoint, once everything up to its step is on record."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
-from mmfree_jax.data.dataset import TokenDataset, check_compatible
+from mmfree_jax.data.dataset import HELDOUT, TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError
@@ -78,6 +78,12 @@ def open_run(config: TrainConfig) -> Run:
     run = processes.together(lambda: _open_run(config))
     processes.check_alike({"data": run.data_identity, "mesh": _arrangement(run.mesh)})
     return run
+
+
+def datasets_read(run: Run) -> tuple[TokenDataset, ...]:
+    """The splits that a run reads: what it trains on, and is evaluated on."""
+    held_out = open_mixture(run.config.data, HELDOUT) if run.eval_batches else []
+    return (*run.data, *held_out)
 
 
 def _arrangement(mesh: Mesh) -> dict[str, Any]:
