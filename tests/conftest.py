@@ -1,6 +1,7 @@
 """Shared fixtures: simulated devices, and the reference files where they are present."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,3 +79,19 @@ def byte_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {"train": _documents(0, 120), "heldout": _documents(1, 20)}
     writer.write_dataset(folder, splits, identity)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_model():
+    """Writes a model folder and opens it: (folder, config, params, tokenizer folder) -> model."""
+    from mmfree_jax.saved.model_folder import write_model
+    from mmfree_jax.saved.open_model import open_model
+
+    def save(folder, config, params, tokenizer=None):
+        folder.mkdir(parents=True)
+        write_model(folder, config, params)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, folder / "tokenizer")
+        return open_model(folder)
+
+    return save

@@ -145,19 +145,22 @@ def _whole(path: Path, make: Callable[[Path], None]) -> None:
 
 
 def _make_packed(path: Path, size: str) -> None:
-    from mmfree_jax.saved import packed as pack
+    from mmfree_jax.model.parameters import param_shapes
+    from mmfree_jax.saved.kinds import PACKED_FILE
+    from mmfree_jax.saved.pack import write_packed
 
     rng = np.random.default_rng(0)
-
-    def leaf(names: tuple[str, ...]) -> np.ndarray:
-        shape = shapes[names]
-        if names[-1] == "weight":
-            return 0.02 * rng.standard_normal(shape, dtype=np.float32)
-        return (np.zeros if names == ("lower_bounds",) else np.ones)(shape, np.float32)
-
     config = preset(size).model
-    shapes = pack.param_shapes(config)
-    pack.pack(config, leaf, path)
+    shapes = param_shapes(config)
+
+    def leaf(name: str) -> np.ndarray:
+        shape = shapes[name].shape
+        if name.endswith("/weight"):
+            return 0.02 * rng.standard_normal(shape, dtype=np.float32)
+        return (np.zeros if name == "lower_bounds" else np.ones)(shape, np.float32)
+
+    path.mkdir()
+    write_packed(path / PACKED_FILE, config, leaf)
 
 
 def _export(packed: Path, part: Path, grade: str) -> None:
@@ -176,10 +179,10 @@ def _make_float32(packed: Path, part: Path) -> None:
 
     from mmfree_jax.export.onnx_export import DATA, GRAPH, export_onnx
     from mmfree_jax.export.onnx_weights import DataFile
-    from mmfree_jax.export.source import open_source
+    from mmfree_jax.saved.open_model import open_model
 
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:
-        export_onnx(open_source(packed), Path(folder) / "fast", grade="fast", embedding="float32")
+        export_onnx(open_model(packed), Path(folder) / "fast", grade="fast", embedding="float32")
         model = onnx.load(Path(folder) / "fast" / GRAPH)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     part.mkdir()

@@ -29,11 +29,11 @@ from mmfree_jax.infer import decode
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
+from mmfree_jax.model.parameters import param_shapes
 from mmfree_jax.model.weights import Params, Ternary, Weights, is_ternary, packed_from_tree
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, plane_columns, unpack
 from mmfree_jax.presets import preset
-from mmfree_jax.saved import packed as pack
 
 
 def model_config(size: str, form: str) -> ModelConfig:
@@ -71,7 +71,8 @@ def random_weights(config: ModelConfig, form: str, seed: int = 0) -> Weights:
             tree = tree.setdefault(name, {})
         tree[path[-1]] = value
 
-    for path, shape in pack.param_shapes(config).items():
+    for name, leaf in param_shapes(config).items():
+        path, shape = tuple(name.split("/")), leaf.shape
         if is_ternary(config, path):
             words = _random_words(next(keys), (*shape[:-1], plane_columns(shape[-1]) // 4))
             tree = params if form == "packed" else ternary

@@ -104,16 +104,15 @@ def _block_input(quantized: Any, layer: int, tokens_BT: np.ndarray) -> np.ndarra
 
 
 def _load(path: Path) -> tuple[Any, Any]:
+    """A model in float32 and its trits."""
     from mmfree_jax.model.weights import as_weights
-    from mmfree_jax.saved.packed import is_packed, load_packed
-    from mmfree_jax.saved.pretrained import load_pretrained
+    from mmfree_jax.saved.open_model import open_model
 
-    if is_packed(path):
-        model, params = load_packed(path, compute_dtype="float32", keep_packed=False)
-    else:
-        model, params = load_pretrained(path, compute_dtype="float32")
+    saved = open_model(path)
+    model = saved.model("float32")
     config = dataclasses.replace(model.config, bitlinear="fused")
-    return type(model)(config), as_weights(params, config)
+    form = "ternary" if saved.kind == "packed" else "master"
+    return type(model)(config), as_weights(saved.weights(form), config)
 
 
 def run(

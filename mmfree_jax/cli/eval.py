@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmfree_jax.config import MeshConfig
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import write_text
 from mmfree_jax.ranges import Count, CountOrZero, Seed, TwoOrMore
 
@@ -75,13 +75,18 @@ def evaluate(
     from rich.console import Console
 
     from mmfree_jax.parallel.sharding import make_mesh
+    from mmfree_jax.saved.open_model import open_model
 
     devices = None
     if variants is not None and mesh != MeshConfig():
         raise ConfigError(f"--numerics is {numerics}: integers are evaluated on one device only")
     if variants is None and (jax.device_count() > 1 or mesh != MeshConfig()):
         devices = make_mesh(mesh)
-    language_model, params = _load(model, compute_dtype, devices)
+    saved = open_model(model)
+    language_model = saved.model(compute_dtype)
+    # A packed model's trits are what scoring reads; over a mesh all are laid out as master weights.
+    form = "ternary" if saved.kind == "packed" and devices is None else "master"
+    params = saved.weights(form, devices)
     folder = output / (model.resolve().name or "model")
     # Tables are wider than what is assumed where there is no terminal.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -118,11 +123,9 @@ def evaluate(
         return 0
 
     assert tasks is not None
-    from mmfree_jax.data.tokenizer import load_tokenizer
     from mmfree_jax.evaluate import harness, report
     from mmfree_jax.evaluate.tasks import PAPER_TASKS, default_tasks_dir
     from mmfree_jax.infer.text import check_tokenizer
-    from mmfree_jax.saved.convert import trained_length
     from mmfree_jax.saved.end_tokens import end_ids
 
     if not progress:
@@ -134,7 +137,9 @@ def evaluate(
         tasks_dir = default_tasks_dir() if default_tasks_dir().is_dir() else None
     elif not tasks_dir.is_dir():
         raise ConfigError(f"--tasks-dir {tasks_dir} is no folder: run `mmfree eval fetch-tasks`")
-    tokenizer = load_tokenizer(model)
+    tokenizer = saved.tokenizer()
+    if tokenizer is None:
+        raise DataError(f"model {model} has no tokenizer: put tokenizer.json into its folder")
     check_tokenizer(language_model, tokenizer)
     runs: list[tuple[str, Any, Any]] = [(compute_dtype or "trained", params, None)]
     if variants is not None:
@@ -146,7 +151,7 @@ def evaluate(
             arrays,
             tokenizer,
             mesh=devices,
-            max_length=_default_length(language_model, trained_length(model))
+            max_length=_default_length(language_model, saved.trained_length)
             if max_length is None
             else max_length,
             add_bos=add_bos,
@@ -186,15 +191,6 @@ def evaluate(
             say(f"limited to the first {limit} documents of each task", highlight=False)
         say(f"results: {harness.write_results(results, folder)}", highlight=False)
     return 0
-
-
-def _load(path: Path, compute_dtype: str | None, mesh: Any) -> tuple[Any, Any]:
-    from mmfree_jax.saved.packed import is_packed, load_packed
-    from mmfree_jax.saved.pretrained import load_pretrained
-
-    if is_packed(path) and mesh is None:  # its trits are what scoring reads
-        return load_packed(path, compute_dtype=compute_dtype, keep_packed=False)
-    return load_pretrained(path, compute_dtype=compute_dtype, mesh=mesh)
 
 
 def _default_length(model: Any, trained: int | None) -> int:

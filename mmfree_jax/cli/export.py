@@ -47,8 +47,8 @@ def export_onnx(argv: Sequence[str]) -> int:
     config = parse(OnnxConfig, argv, prog="mmfree export onnx")
     _require_onnx()
     from mmfree_jax.export import onnx_export
-    from mmfree_jax.export.source import open_source
     from mmfree_jax.files import check_target
+    from mmfree_jax.saved.open_model import open_model
 
     check_target(
         config.out,
@@ -57,7 +57,7 @@ def export_onnx(argv: Sequence[str]) -> int:
         overwrite=config.overwrite,
     )
     report = onnx_export.export_onnx(
-        open_source(config.model, step=config.step),
+        open_model(config.model, step=config.step),
         config.out,
         grade=config.grade,
         embedding=config.embedding,
@@ -122,7 +122,7 @@ def compare(
 
     from mmfree_jax.data.dataset import HELDOUT, open_dataset
     from mmfree_jax.export import agreement, onnx_session
-    from mmfree_jax.saved.load import load_model
+    from mmfree_jax.saved.pretrained import load_model
 
     held_out = open_dataset(data, HELDOUT)
     if not 2 <= length <= held_out.num_tokens or windows < 1 or continuations < 0 or new_tokens < 1:

@@ -107,10 +107,11 @@ def generate(argv: Sequence[str]) -> int:
         raise ConfigError("--stop is an empty string: give at least one character")
 
     # Heavy imports wait until the arguments are known to be good.
-    from mmfree_jax.saved.load import load_model
+    from mmfree_jax.saved.open_model import open_model
 
-    model, params = load_model(config.model)
-    tokenizer = _load_tokenizer(config, model, needed=_needs_tokenizer(config, prompts))
+    saved = open_model(config.model)
+    model, params = saved.model(), saved.weights()
+    tokenizer = _load_tokenizer(config, saved, needed=_needs_tokenizer(config, prompts))
     _run(config, model, params, tokenizer, prompts)
     return 0
 
@@ -315,23 +316,19 @@ def _needs_tokenizer(config: GenerateConfig, prompts: list[Prompt]) -> bool:
     return bool(config.stop) or any(p.text is not None for p in prompts)
 
 
-def _load_tokenizer(config: GenerateConfig, model: Any, *, needed: bool) -> Any:
+def _load_tokenizer(config: GenerateConfig, saved: Any, *, needed: bool) -> Any:
     """The tokenizer, or None where there is none and none is needed."""
-    from mmfree_jax.infer.text import check_tokenizer
-    from mmfree_jax.saved.load import find_tokenizer
-
-    path = Path(config.tokenizer) if config.tokenizer else find_tokenizer(config.model)
-    if path is None:
-        if needed:
-            raise DataError(
-                f"model {config.model} has no tokenizer: give --tokenizer, or --prompt-ids "
-                "without --stop"
-            )
-        return None
     from mmfree_jax.data.tokenizer import load_tokenizer
+    from mmfree_jax.infer.text import check_tokenizer
 
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(model, tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else saved.tokenizer()
+    if tokenizer is not None:
+        check_tokenizer(saved.model(), tokenizer)
+    elif needed:
+        raise DataError(
+            f"model {config.model} has no tokenizer: give --tokenizer, or --prompt-ids without "
+            "--stop"
+        )
     return tokenizer
 
 

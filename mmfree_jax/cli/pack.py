@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.errors import ConfigError
 from mmfree_jax.ranges import CountOrZero
 
 
@@ -41,28 +40,15 @@ def pack(argv: Sequence[str]) -> int:
       MMFreeError: bad input; the command line prints it and exits with 2.
     """
     config = parse(PackConfig, argv, prog="mmfree pack")
-    from mmfree_jax.saved import load
-    from mmfree_jax.saved import packed as packing
+    from mmfree_jax.saved.open_model import open_model
+    from mmfree_jax.saved.pack import pack as make_packed
 
-    if packing.is_packed(config.model):
-        raise ConfigError(
-            f"--model is {config.model}, a packed model: ternarising is not idempotent; pack the "
-            "trained model"
-        )
-    if load.is_run(config.model):
-        model_config, leaves = load.run_leaves(config.model, step=config.step)
-    elif config.step is not None:
-        raise ConfigError(f"--step is {config.step}, but {config.model} is not a training run")
-    else:
-        model_config, leaves = load.folder_leaves(config.model)
-    report = packing.pack(
-        model_config,
-        leaves,
+    report = make_packed(
+        open_model(config.model, step=config.step),
         config.out,
         bits=config.bits,
         int8_embedding=config.int8_embedding,
         dense_dtype=config.dense_dtype,
-        tokenizer=load.find_tokenizer(config.model),
     )
     print(
         f"{report.file}: {report.num_bytes / 2**20:.1f} MiB, {report.weights:,} ternary weights "

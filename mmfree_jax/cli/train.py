@@ -73,7 +73,7 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
     source = last_value(argv, "--init-from")
     if source is None:
         return base
-    from mmfree_jax.saved.pretrained import training_config  # imports JAX
+    from mmfree_jax.train.init_from import training_config  # imports JAX
 
     return dataclasses.replace(base, model=training_config(source, base.model))
 

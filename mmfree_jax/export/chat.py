@@ -6,7 +6,6 @@ python chat.py                                type, it goes on; the state, its m
 
 import argparse
 import hashlib
-import importlib
 import json
 import re
 import sys
@@ -17,16 +16,18 @@ from typing import NoReturn
 import numpy as np
 
 CHUNK = 64  # tokens of a prompt read at once
+FIELDS = {"files": dict, "graph": str, "onnxruntime": str, "state_shape": list, "start_ids": list}
+FIELDS |= dict.fromkeys(("bos_token_id", "eos_token_id"), (int, type(None)))
+FIELDS |= {"tokenizer": (str, type(None))}
 
 
 def fail(message) -> NoReturn:  # noqa: D103
     sys.exit(f"chat.py: error: {message}")
 
 
-def package(name):
-    """An installed package."""
+def package(name):  # noqa: D103
     try:
-        return importlib.import_module(name)
+        return __import__(name)
     except ImportError:
         fail(f"{name} is not installed: run pip install {name}")
 
@@ -37,6 +38,11 @@ def read_manifest(folder):
         manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         if manifest["format"] != "mmfree-onnx" or manifest["version"] > 1:
             fail(f"{folder} is a newer or another kind of export; use the chat.py inside it")
+        found = manifest.pop("sha256", None)  # older exports have none
+        text = json.dumps(manifest, sort_keys=True).encode()
+        wrong = [name for name, kinds in FIELDS.items() if not isinstance(manifest[name], kinds)]
+        if wrong or found not in (None, hashlib.sha256(text).hexdigest()):
+            raise ValueError(", ".join(wrong) or "it does not match its own checksum")
         for name, entry in manifest["files"].items():
             if (size := (folder / name).stat().st_size) != entry["bytes"]:
                 fail(f"{name} has {size} bytes, not {entry['bytes']}: copy it again")
@@ -45,20 +51,9 @@ def read_manifest(folder):
                     fail(f"{name} does not match its checksum: copy it again")
     except OSError as e:
         fail(f"{e.filename}: {e.strerror}; give --model the folder of `mmfree export onnx`")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         fail(f"{folder / 'export.json'} is damaged ({e}): copy it again")
     return manifest
-
-
-def load_session(folder, manifest, threads):
-    """The graph in onnxruntime, if that is new enough for its two-bit weights."""
-    needed = manifest["onnxruntime"].removeprefix(">=")
-    found = (onnxruntime := package("onnxruntime")).__version__
-    if [int(n) for n in re.findall(r"\d+", found)[:3]] < [int(n) for n in needed.split(".")]:
-        fail(f"onnxruntime is {found}; run pip install 'onnxruntime>={needed}'")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(folder / manifest["graph"], options)
 
 
 def load_tokenizer(folder, manifest):
@@ -120,8 +115,7 @@ def answer(session, manifest, decode, ids, state, args, random):
 
 def main():
     """Reads the arguments, loads the folder, and answers."""
-    parser = argparse.ArgumentParser(description="Talks to an exported MatMul-free model.")
-    flag = parser.add_argument
+    flag = (parser := argparse.ArgumentParser(description="Talks to a model.")).add_argument
     flag("--model", type=Path, default=Path(__file__).parent, help="exported folder")
     flag("--prompt", help="text to continue; without it, lines that you type")
     flag("--max-new-tokens", type=int, default=128)
@@ -132,7 +126,13 @@ def main():
     args = parser.parse_args()
     manifest = read_manifest(args.model)
     encode, decode = load_tokenizer(args.model, manifest)
-    session = load_session(args.model, manifest, args.threads)
+    onnxruntime, needed = package("onnxruntime"), manifest["onnxruntime"].removeprefix(">=")
+    found, least = (re.findall(r"\d+", v)[:3] for v in (onnxruntime.__version__, needed))
+    if list(map(int, found)) < list(map(int, least)):  # older ones are slow at two-bit weights
+        fail(f"onnxruntime is {onnxruntime.__version__}; run pip install 'onnxruntime>={needed}'")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    session = onnxruntime.InferenceSession(args.model / manifest["graph"], options)
     state, random = np.zeros(manifest["state_shape"], np.float32), np.random.default_rng(args.seed)
     first = [] if manifest["bos_token_id"] is None else [manifest["bos_token_id"]]
     prompts = iter(lambda: input("\n> "), None) if args.prompt is None else [args.prompt]

@@ -7,11 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.files import sha256_file
+from mmfree_jax.files import sha256_file, write_text
+from mmfree_jax.json_shape import digest, fault
 
 FILE = "export.json"
 FORMAT = "mmfree-onnx"
+STABLEHLO = "mmfree-stablehlo"
 VERSION = 1
+_SELF = "sha256"
+# The types of what programs read.
+_FIELDS: dict[str, Any] = {"files": dict, "state_shape": [int], "vocab_size": int}
+_TOKEN_ID = (int, type(None))
+_OF_FORMAT: dict[str, dict[str, Any]] = {
+    FORMAT: {
+        "onnxruntime": str,
+        "graph": str,
+        "tokenizer": (str, type(None)),
+        "bos_token_id": _TOKEN_ID,
+        "eos_token_id": _TOKEN_ID,
+        "start_ids": [int],
+    },
+    STABLEHLO: {"chunk": int, "jax": str},
+}
 # The first release whose CPU kernels read two-bit weights. Older ones unpack each matrix to float32
 # at every call: with 1.28.0 a token of 370M took 1,100 ms where 1.29.0 took 24.
 ONNXRUNTIME = "1.29.0"
@@ -22,6 +39,14 @@ def file_entry(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
+def write(folder: Path, file_format: str, values: dict[str, Any]) -> int:
+    """Writes the manifest, with a digest of itself; returns its size (bytes)."""
+    values = json.loads(json.dumps({"format": file_format, "version": VERSION, **values}))
+    text = json.dumps(values | {_SELF: digest(values)}, indent=2) + "\n"
+    write_text(folder / FILE, text)
+    return len(text.encode())
+
+
 def read(folder: str | os.PathLike[str], *, file_format: str = FORMAT) -> dict[str, Any]:
     """The manifest of an exported folder.
 
@@ -30,30 +55,36 @@ def read(folder: str | os.PathLike[str], *, file_format: str = FORMAT) -> dict[s
       file_format: that it must have.
 
     Raises:
-      CheckpointError: there is none, or it is damaged, of another format or too new.
+      CheckpointError: there is none, or it is damaged, of another format or too new. Earlier
+        exports have no digest; the types of what is read are checked in any.
     """
     path = Path(folder) / FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found, version = manifest["format"], int(manifest["version"])
-        for field in ("files", "state_shape", "vocab_size"):
-            if field not in manifest:
-                raise KeyError(field)
     except OSError as e:
         raise CheckpointError(
             f"{path}: {e.strerror}; give a folder that `mmfree export` wrote"
         ) from e
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged ({e}): export again") from e
-    if found != file_format:
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is damaged (not valid JSON): export again") from e
+    wrong = fault(manifest, {"format": str, "version": int})
+    if not wrong and manifest["format"] != file_format:
         raise CheckpointError(
-            f"{path} is of format {found!r}: give a folder of format {file_format!r}"
+            f"{path} is of format {manifest['format']!r}: give a folder of format {file_format!r}"
         )
-    if version > VERSION:
+    if not wrong and manifest["version"] > VERSION:
         raise CheckpointError(
-            f"{path} has version {version}: this program reads up to {VERSION}; install a newer "
-            "mmfree-jax"
+            f"{path} has version {manifest['version']}: this program reads up to {VERSION}; "
+            "install a newer mmfree-jax"
         )
+    wrong = wrong or fault(manifest, _FIELDS | _OF_FORMAT[file_format])
+    for name, entry in {} if wrong else manifest["files"].items():
+        wrong = wrong or fault(entry, {"bytes": int, "sha256": str}, name)
+    found = None if wrong else manifest.pop(_SELF, None)
+    if not wrong and found not in (None, digest(manifest)):
+        wrong = "it does not match its own checksum"
+    if wrong:
+        raise CheckpointError(f"{path} is damaged ({wrong}): export again")
     return manifest
 
 

@@ -8,7 +8,6 @@ chat.py           an example: Python, onnxruntime, numpy and the tokenizer
 tokenizer files
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.export import manifest, onnx_graph
 from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
-from mmfree_jax.export.source import Source
+from mmfree_jax.export.supported import check_supported
 from mmfree_jax.export.web_page import write_page
-from mmfree_jax.files import new_folder, write_bytes, write_text
+from mmfree_jax.files import new_folder, write_bytes
 from mmfree_jax.infer.text import start_tokens
+from mmfree_jax.saved.open_model import SavedModel
 
 COMMAND = "export onnx"
 Grade = Literal["exact", "fast"]
@@ -47,22 +47,22 @@ class ExportReport:
     embedding: Embedding
 
 
-def default_embedding(source: Source, grade: Grade) -> Embedding:
+def default_embedding(model: SavedModel, grade: Grade) -> Embedding:
     """int8 in the fast grade; in the exact one what the model itself reads.
 
     A model with a bfloat16 residual stream rounds its embedding to bfloat16, and a packed model
     may hold it so: nothing is lost.
     """
-    stored = source.dense(("embedding", "weight")).dtype.name
+    stored = model.leaf("embedding/weight").dtype.name
     if grade == "fast" or stored == "int8":
         return "int8"
-    if stored == "bfloat16" or source.config.residual_dtype == "bfloat16":
+    if stored == "bfloat16" or model.config.residual_dtype == "bfloat16":
         return "bfloat16"
     return "float32"
 
 
 def export_onnx(
-    source: Source,
+    model: SavedModel,
     out: str | os.PathLike[str],
     *,
     grade: Grade = "exact",
@@ -73,7 +73,7 @@ def export_onnx(
     """Writes an ONNX export.
 
     Args:
-      source: of the tensors.
+      model: to export.
       out: folder to make; it appears whole or not at all.
       grade: "exact": the integers of the training path; "fast": the runtime's own quantisation of
         the activations.
@@ -87,27 +87,27 @@ def export_onnx(
       CheckpointError: the source is damaged.
       DataError: the web page has no means for the model's tokenizer.
     """
-    c = source.config
+    check_supported(model.config)
+    c = model.config
     widest = max(c.hidden_size, c.state_size, c.glu_size)
     if grade == "exact" and widest >= _MOST_COLUMNS:
         raise ConfigError(
             f"the widest matrix has {widest} columns: sums are exact below {_MOST_COLUMNS}; use "
             "--grade fast"
         )
-    stored = embedding or default_embedding(source, grade)
-    sources = [source.folder] if source.folder else []
-    with new_folder(out, command=COMMAND, sources=sources, overwrite=overwrite) as folder:
+    stored = embedding or default_embedding(model, grade)
+    with new_folder(out, command=COMMAND, sources=[model.path], overwrite=overwrite) as folder:
         data = DataFile(folder / DATA)
-        write_weights(source, data, padded=grade == "exact", embedding=stored)
+        write_weights(model, data, padded=grade == "exact", embedding=stored)
         files: dict[str, Any] = {DATA: data.close()}
         products: dict[str, onnx_graph.Product] = {GRAPH: grade, WEB_GRAPH: "integer"}
         for name, product in products.items():
             graph = onnx_graph.language_model(
                 c, product=product, padded=grade == "exact", embedding=stored
             )
-            model = onnx_graph.to_model(graph, data.tensors)
-            write_bytes(folder / name, model.SerializeToString())
-        tokenizer = _copy_tokenizer(source.tokenizer, folder)
+            made = onnx_graph.to_model(graph, data.tensors)
+            write_bytes(folder / name, made.SerializeToString())
+        tokenizer = _copy_tokenizer(model.tokenizer_path, folder)
         shutil.copy2(CHAT, folder / CHAT.name)
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -115,28 +115,26 @@ def export_onnx(
                 files[name] = manifest.file_entry(path)
         # Not among the listed files: a page may be changed, or left out on a device.
         page = 0
-        if web and source.tokenizer is not None:
-            page = write_page(folder, load_tokenizer(source.tokenizer))
-        text = json.dumps(_manifest(source, grade, stored, tokenizer, files), indent=2) + "\n"
-        write_text(folder / manifest.FILE, text)
-    size = sum(entry["bytes"] for entry in files.values()) + len(text) + page
+        if web and model.tokenizer_path is not None:
+            page = write_page(folder, load_tokenizer(model.tokenizer_path))
+        values = _manifest(model, grade, stored, tokenizer, files)
+        written = manifest.write(folder, manifest.FORMAT, values)
+    size = sum(entry["bytes"] for entry in files.values()) + written + page
     return ExportReport(Path(out), size, stored)
 
 
 def _manifest(
-    source: Source,
+    model: SavedModel,
     grade: Grade,
     embedding: Embedding,
     tokenizer: dict[str, Any],
     files: dict[str, Any],
 ) -> dict[str, Any]:
-    c = source.config
+    c = model.config
     return {
-        "format": manifest.FORMAT,
-        "version": manifest.VERSION,
         "grade": grade,
         "model": {
-            "name": source.name,
+            "name": model.path.resolve().name,
             "hidden_size": c.hidden_size,
             "num_layers": c.num_layers,
             "glu_size": c.glu_size,

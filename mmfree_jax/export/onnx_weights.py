@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto
 
 from mmfree_jax.export.onnx_graph import BLOCK, ZERO_CODE, ones_name, padded_columns
-from mmfree_jax.export.source import Source
+from mmfree_jax.model.weights import lower_bounds
+from mmfree_jax.saved.open_model import SavedModel
+from mmfree_jax.saved.pack import quantize_rows
 
 Embedding = Literal["float32", "bfloat16", "int8"]
 
@@ -83,24 +87,25 @@ def two_bit_codes(trits_NK: np.ndarray, *, padded: bool) -> np.ndarray:
     return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
 
 
-def write_weights(source: Source, file: DataFile, *, padded: bool, embedding: Embedding) -> None:
+def write_weights(model: SavedModel, file: DataFile, *, padded: bool, embedding: Embedding) -> None:
     """Writes every tensor that the graphs of `onnx_graph` read, holding one parameter at a time."""
-    c = source.config
-    _write_embedding(source, file, embedding)
-    for layer, bound_E in enumerate(source.lower_bounds()):
+    c = model.config
+    _write_embedding(model, file, embedding)
+    raw_LD = model.leaf("lower_bounds") if c.use_lower_bound else None
+    for layer, bound_E in enumerate(np.asarray(jax.jit(lower_bounds, static_argnums=1)(raw_LD, c))):
         file.write(f"layers.{layer}.lower_bound", bound_E)
     for name, path in (
-        ("mixer_norm", ("blocks", "mixer_norm", "scale")),
-        ("glu_norm", ("blocks", "glu_norm", "scale")),
-        ("gate_norm", ("blocks", "mixer", "gate_norm", "scale")),
+        ("mixer_norm", "blocks/mixer_norm/scale"),
+        ("glu_norm", "blocks/glu_norm/scale"),
+        ("gate_norm", "blocks/mixer/gate_norm/scale"),
     ):
-        for layer, scale_D in enumerate(_float32(source.dense(path))):
+        for layer, scale_D in enumerate(_float32(model.leaf(path))):
             file.write(f"layers.{layer}.{name}", scale_D)
-    file.write("final_norm", _float32(source.dense(("final_norm", "scale"))))
+    file.write("final_norm", _float32(model.leaf("final_norm/scale")))
     shapes: set[tuple[int, int]] = set()
     for name, path in _linears():
-        trits, scales = source.trits((*path, "weight"))
-        norms = _float32(source.dense((*path, "norm_scale")))
+        trits, scales = model.ternary(f"{path}/weight")
+        norms = _float32(model.leaf(f"{path}/norm_scale"))
         N, K = trits.shape[-2:]
         trits, scales = trits.reshape(-1, N, K), scales.reshape(-1)
         names = [name] if name == "head" else [f"layers.{i}.{name}" for i in range(c.num_layers)]
@@ -115,37 +120,31 @@ def write_weights(source: Source, file: DataFile, *, padded: bool, embedding: Em
         file.write(name, np.ones(N * math.ceil(K / BLOCK), np.float32))
 
 
-def _linears() -> Iterator[tuple[str, tuple[str, ...]]]:
+def _linears() -> Iterator[tuple[str, str]]:
     for group, names in (("mixer", _MIXER), ("glu", _GLU)):
         for name in names:
-            yield name, ("blocks", group, name)
-    yield "head", ("head",)
+            yield name, f"blocks/{group}/{name}"
+    yield "head", "head"
 
 
-def _write_embedding(source: Source, file: DataFile, embedding: Embedding) -> None:
-    table_VD = source.dense(("embedding", "weight"))
+def _write_embedding(model: SavedModel, file: DataFile, embedding: Embedding) -> None:
+    table_VD = model.leaf("embedding/weight")
     if embedding == "int8":
         if table_VD.dtype == np.int8:
-            scale_V1 = source.embedding_scale()
+            scale_V1 = model.leaf("embedding/scale")
         else:
-            table_VD, scale_V1 = quantize_rows(_float32(table_VD))
+            table_VD, scale_V1 = map(np.asarray, quantize_rows(jnp.asarray(_float32(table_VD))))
         file.write("embedding.scale", scale_V1)
     elif embedding == "bfloat16":
-        table_VD = _float32_rows(source, table_VD).astype(ml_dtypes.bfloat16)
+        table_VD = _float32_rows(model, table_VD).astype(ml_dtypes.bfloat16)
     else:
-        table_VD = _float32_rows(source, table_VD)
+        table_VD = _float32_rows(model, table_VD)
     file.write("embedding", table_VD)
 
 
-def quantize_rows(table_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row to int8 by its largest magnitude, and the rows' scales [V, 1]; as `mmfree pack`."""
-    scale_V1 = np.maximum(np.abs(table_VD).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
-    return np.clip(np.rint(table_VD / scale_V1), -127, 127).astype(np.int8), scale_V1
-
-
-def _float32_rows(source: Source, table_VD: np.ndarray) -> np.ndarray:
+def _float32_rows(model: SavedModel, table_VD: np.ndarray) -> np.ndarray:
     if table_VD.dtype == np.int8:
-        return table_VD.astype(np.float32) * source.embedding_scale()
+        return table_VD.astype(np.float32) * model.leaf("embedding/scale")
     return _float32(table_VD)
 
 

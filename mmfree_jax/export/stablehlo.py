@@ -22,7 +22,6 @@ from the tensors' names to arrays.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -37,16 +36,17 @@ from jax import export as jax_export
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
-from mmfree_jax.export.source import check_supported
-from mmfree_jax.files import new_folder, write_bytes, write_text
+from mmfree_jax.export.supported import check_supported
+from mmfree_jax.files import new_folder, write_bytes
 from mmfree_jax.model import State, packed_model
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.model.weights import packed_from_tree
-from mmfree_jax.saved import load as loading
-from mmfree_jax.saved import packed as pack
+from mmfree_jax.saved.kinds import PACKED_FILE
+from mmfree_jax.saved.open_model import SavedModel, open_model
+from mmfree_jax.saved.pack import copy_tokenizer, write_packed
+from mmfree_jax.saved.packed import open_packed
 
 COMMAND = "export stablehlo"
-FORMAT = "mmfree-stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 STEP, PREFILL = "step.stablehlo", "prefill.stablehlo"
 CHUNK = 64
@@ -112,17 +112,19 @@ def export_stablehlo(
     """
     if chunk < 1:
         raise ConfigError(f"--chunk is {chunk}: set 1 or more")
+    saved = open_model(model, step=step)
+    check_supported(saved.config)
     with new_folder(out, command=COMMAND, sources=[model], overwrite=overwrite) as folder:
-        _write_weights(model, folder, step)
+        _write_weights(saved, folder)
         config, weights = _read_weights(folder)
         programs = lower(config, weights, chunk=chunk)
         for name, program in programs.items():
             write_bytes(folder / name, program.serialize())
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        text = json.dumps(
+        manifests.write(
+            folder,
+            manifests.STABLEHLO,
             {
-                "format": FORMAT,
-                "version": manifests.VERSION,
                 "vocab_size": config.vocab_size,
                 "state_shape": [config.num_layers, 1, config.state_size],
                 "chunk": chunk,
@@ -135,9 +137,7 @@ def export_stablehlo(
                 ],
                 "files": {name: manifests.file_entry(folder / name) for name in names},
             },
-            indent=2,
         )
-        write_text(folder / manifests.FILE, text + "\n")
     return Path(out)
 
 
@@ -197,7 +197,7 @@ def load(folder: str | os.PathLike[str], *, checksums: bool = True) -> Program:
         not read.
     """
     path = Path(folder)
-    manifest = manifests.read(path, file_format=FORMAT)
+    manifest = manifests.read(path, file_format=manifests.STABLEHLO)
     manifests.verify(path, manifest, checksums=checksums)
     _, weights = _read_weights(path)
     try:
@@ -214,30 +214,22 @@ def load(folder: str | os.PathLike[str], *, checksums: bool = True) -> Program:
     return Program(manifest, weights, programs)
 
 
-def _write_weights(model: str | os.PathLike[str], folder: Path, step: int | None) -> None:
-    if pack.is_packed(model):
-        _, config, bits = pack.open_packed(model)
-        check_supported(config)
+def _write_weights(model: SavedModel, folder: Path) -> None:
+    """The packed weights and the tokenizer."""
+    if model.kind == "packed":
+        bits = open_packed(model.path).bits
         if bits != "2":
             raise ConfigError(
-                f"--model {model} is packed at {bits} bits: pack the trained model at 2 bits"
+                f"--model {model.path} is packed at {bits} bits: pack the trained model at 2 bits"
             )
-        shutil.copy2(Path(model) / pack.FILE, folder / pack.FILE)
-        tokenizer = loading.find_tokenizer(model)
-        if tokenizer is not None and tokenizer.is_dir():
-            shutil.copytree(tokenizer, folder / tokenizer.name)
-        elif tokenizer is not None:
-            shutil.copy2(tokenizer, folder / tokenizer.name)
-        return
-    if loading.is_run(model):
-        config, leaves = loading.run_leaves(model, step=step)
+        shutil.copy2(model.path / PACKED_FILE, folder / PACKED_FILE)
     else:
-        config, leaves = loading.folder_leaves(model)
-    check_supported(config)
-    tokenizer = loading.find_tokenizer(model)
-    pack.pack(config, leaves, folder, dense_dtype="float32", tokenizer=tokenizer)
+        write_packed(folder / PACKED_FILE, model.config, model.leaf, dense_dtype="float32")
+    if model.tokenizer_path is not None:
+        copy_tokenizer(model.tokenizer_path, folder)
 
 
 def _read_weights(folder: Path) -> tuple[ModelConfig, Weights]:
-    reader, config, _ = pack.open_packed(folder)
-    return config, {name: jnp.asarray(reader.read(name)) for name in sorted(reader.names())}
+    file = open_packed(folder)
+    names = sorted(file.reader.names())
+    return file.config, {name: jnp.asarray(file.reader.read(name)) for name in names}

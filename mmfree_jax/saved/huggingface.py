@@ -1,23 +1,20 @@
-"""Hugging Face model folders: their config fields and tensor names, to ours and back.
+"""Hugging Face model folders: their config fields, to ours and back; names are `tensor_names`'.
 
 Read and written: `hgrn_bit` (the MatMul-free models as their authors release them) and `llama`
 (the Transformer++). A config value whose meaning is not implemented is refused by name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.saved.huggingface_fields import check_unread, rope_theta
-from mmfree_jax.saved.tensors import Slot, TensorMap
+from mmfree_jax.saved.kinds import HUGGINGFACE_CONFIG as CONFIG
 from mmfree_jax.text_files import parse_json, read_text
 
-CONFIG = "config.json"
 HGRN_BIT, LLAMA = "hgrn_bit", "llama"
 
 # What the authors' configuration class fills in for a field that config.json leaves out.
@@ -71,11 +68,6 @@ class HuggingFaceModel:
     config: ModelConfig
     tied: bool
     raw: dict[str, Any]
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Whether a folder has a config.json."""
-    return (folder / CONFIG).is_file()
 
 
 def read_config(folder: Path) -> HuggingFaceModel:
@@ -294,88 +286,3 @@ def write_config(
 def model_type_of(config: ModelConfig) -> str:
     """The Hugging Face architecture of a model that has one."""
     return HGRN_BIT if config.mixer == "mlgru" else LLAMA
-
-
-def tensor_map(config: ModelConfig, *, tied: bool = False) -> TensorMap:
-    """Stored names, and the part of our parameters that each one is.
-
-    Args:
-      config: of the model.
-      tied: the head is stored as the embedding alone.
-    """
-    slots: dict[str, tuple[Slot, ...]] = {}
-    width, vocab = config.hidden_size, config.vocab_size
-    hgrn = config.mixer == "mlgru"
-    embedding = "model.embeddings.weight" if hgrn else "model.embed_tokens.weight"
-    slots[embedding] = (Slot("embedding/weight", (vocab, width)),)
-    head = Slot("head/weight", (vocab, width))
-    if tied:
-        slots[embedding] += (head,)
-    else:
-        slots["lm_head.weight"] = (head,)
-    if config.head_linear.input_norm:
-        slots["lm_head.norm.weight"] = (Slot("head/norm_scale", (width,)),)
-    slots["model.norm.weight"] = (Slot("final_norm/scale", (width,)),)
-    if hgrn and config.use_lower_bound:
-        shape = (config.num_layers, width)
-        slots["model.lower_bounds"] = (Slot("lower_bounds", shape),)
-    block = list(_hgrn_block(config) if hgrn else _llama_block(config))
-    for layer in range(config.num_layers):
-        for name, path, shape, row in block:
-            slot = Slot(f"blocks/{path}", shape, layer, row)
-            slots[f"model.layers.{layer}.{name}"] = (slot,)
-    return slots
-
-
-_BlockRow = tuple[str, str, tuple[int, ...], int]
-
-
-def _hgrn_block(config: ModelConfig) -> Iterator[_BlockRow]:
-    width, m, inner = config.hidden_size, config.glu_size, config.state_size
-    yield "attn_norm.weight", "mixer_norm/scale", (width,), 0
-    yield "mlp_norm.weight", "glu_norm/scale", (width,), 0
-    yield "attn.g_norm.weight", "mixer/gate_norm/scale", (inner,), 0
-    if config.short_conv and config.share_short_conv:
-        yield "attn.h_conv1d.weight", "mixer/conv/kernel", (width, 1, config.short_conv), 0
-    elif config.short_conv:
-        for p in "if":
-            shape = (inner, 1, config.short_conv)
-            yield f"attn.{p}_conv1d.weight", f"mixer/{p}_conv/kernel", shape, 0
-    linears = [(f"attn.{p}_proj", f"mixer/{p}_proj", inner, width) for p in "ifg"]
-    linears.append(("attn.o_proj", "mixer/o_proj", width, inner))
-    linears.append(("mlp.gate_proj", "glu/gate_up_proj", 2 * m, width))
-    linears.append(("mlp.down_proj", "glu/down_proj", width, m))
-    for name, path, out_features, in_features in linears:
-        yield f"{name}.weight", f"{path}/weight", (out_features, in_features), 0
-        yield f"{name}.norm.weight", f"{path}/norm_scale", (in_features,), 0
-
-
-def _llama_block(config: ModelConfig) -> Iterator[_BlockRow]:
-    width, m = config.hidden_size, config.glu_size
-    keys = config.kv_heads * (width // config.attention_heads)
-    yield "input_layernorm.weight", "mixer_norm/scale", (width,), 0
-    yield "post_attention_layernorm.weight", "glu_norm/scale", (width,), 0
-    for p, out_features in (("q", width), ("k", keys), ("v", keys), ("o", width)):
-        yield f"self_attn.{p}_proj.weight", f"mixer/{p}_proj/weight", (out_features, width), 0
-    yield "mlp.gate_proj.weight", "glu/gate_up_proj/weight", (m, width), 0
-    yield "mlp.up_proj.weight", "glu/gate_up_proj/weight", (m, width), m
-    yield "mlp.down_proj.weight", "glu/down_proj/weight", (width, m), 0
-
-
-def known_extra(name: str, *, tied: bool) -> bool:
-    """Whether a stored tensor that we have no place for is known not to be a weight."""
-    # The authors' module creates q_conv1d where the convolutions are not shared, and never calls
-    # it.
-    return name.endswith(("rotary_emb.inv_freq", "attn.q_conv1d.weight")) or (
-        tied and name == "lm_head.weight"
-    )
-
-
-def stored_tensor(leaf: Any, slot: Slot) -> np.ndarray:
-    """The part of a parameter that a stored tensor holds."""
-    if slot.layer is not None:
-        leaf = leaf[slot.layer]
-    rows = slot.shape[0]
-    if leaf.shape[0] != rows:
-        leaf = leaf[slot.row : slot.row + rows]
-    return np.asarray(leaf).reshape(slot.shape)

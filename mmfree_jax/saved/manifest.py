@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.json_shape import digest, fault
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -49,7 +50,6 @@ class Manifest:
     meter: dict[str, Any] | None = None
 
 
-# The type of each value that is read; a one-element list: of all elements.
 _TYPES: dict[str, Any] = {
     "step": int,
     "config": dict,
@@ -58,29 +58,6 @@ _TYPES: dict[str, Any] = {
     "files": dict,
 }
 _METER: dict[str, Any] = {"window": dict, "skipped": int, "skipped_in_a_row": int}
-
-
-def _fault(value: Any, wanted: Any, name: str) -> str | None:
-    """What is wrong with a value read from JSON; None: it has the wanted type."""
-    if isinstance(wanted, dict):
-        if not isinstance(value, dict):
-            return f"{name or 'it'} is not a mapping"
-        for key, inner in wanted.items():
-            if key not in value:
-                return f"{name}{key} is missing"
-            if fault := _fault(value[key], inner, f"{name}{key}"):
-                return fault
-        return None
-    if isinstance(wanted, list):
-        if not isinstance(value, list):
-            return f"{name} is not a list"
-        return next((f for v in value if (f := _fault(v, wanted[0], name))), None)
-    right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-    return None if right else f"{name} is {value!r}"
-
-
-def _digest_of(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_text(step: int, metadata: dict[str, Any], unix_time: float, **parts: Any) -> str:
@@ -94,7 +71,7 @@ def manifest_text(step: int, metadata: dict[str, Any], unix_time: float, **parts
     """
     values = {"format": FORMAT, "step": step, "unix_time": unix_time, **metadata, **parts}
     values = json.loads(json.dumps(values))  # what a reader finds, tuples as lists
-    return json.dumps(values | {_SELF: _digest_of(values)}, indent=1)
+    return json.dumps(values | {_SELF: digest(values)}, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -114,10 +91,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise damaged("not valid JSON") from e
-    if fault := _fault(values, {"format": int}, ""):
-        raise damaged(fault)
+    if wrong := fault(values, {"format": int}):
+        raise damaged(wrong)
     found = values.pop(_SELF, None)
-    if found != _digest_of(values) and (found is not None or values["format"] > 1):
+    if found != digest(values) and (found is not None or values["format"] > 1):
         raise damaged("it does not match its own checksum")
     if values["format"] > FORMAT:
         raise CheckpointError(
@@ -125,9 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"up to {FORMAT}; install a newer mmfree-jax"
         )
     meter = values.get("meter")
-    fault = _fault(values, _TYPES, "") or (meter is not None and _fault(meter, _METER, "meter."))
-    if fault:
-        raise damaged(fault)
+    if wrong := fault(values, _TYPES) or (meter is not None and fault(meter, _METER, "meter")):
+        raise damaged(wrong)
     if str(values["step"]) != folder.name:
         raise damaged(f"step is {values['step']}, but the folder's name {folder.name}")
     try:
@@ -182,8 +158,8 @@ def verify(folder: Path) -> Manifest:
         found = digests(folder)
     except OSError as e:
         raise DamagedCheckpointError(f"checkpoint {folder}: {e.filename}: {e.strerror}") from e
-    for name, (_, digest) in manifest.files.items():
-        if name not in found or found[name][1] != digest:
+    for name, (_, sha) in manifest.files.items():
+        if name not in found or found[name][1] != sha:
             raise DamagedCheckpointError(f"checkpoint {folder}: {name} does not match its checksum")
     return manifest
 

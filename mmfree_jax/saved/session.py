@@ -2,12 +2,13 @@
 
 A file holds the state, the pending logits and which tokens have occurred; for a MatMul-free
 model it has the same size after any number of tokens. It is bound to its model by the
-architecture and by the mean magnitude of each weight matrix, which a packed model keeps as
-its scales: a session may be saved from the trained model and continued with the packed one.
+architecture and by a fingerprint of all weights (`fingerprint.py`): a session may be saved from
+the trained model and continued with the packed one.
 """
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,18 @@ import numpy as np
 from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError
-from mmfree_jax.model import Session, State
-from mmfree_jax.model.weights import Packed, Weights, matrix_scales
+from mmfree_jax.model import Session, State, init_state
+from mmfree_jax.model.weights import Packed, Weights, as_weights, matrix_scales
+from mmfree_jax.saved.fingerprint import Fingerprint, fingerprint
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 
 FORMAT = "mmfree-session"
-VERSION = 1
-
-# Sums over a matrix differ by this much between devices; a training step changes far more.
-_TOLERANCE = 1e-5
+VERSION = 2
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     values = {k: v for k, v in to_dict(config).items() if k not in NOT_THE_FUNCTION}
     return values | {"intermediate_size": config.glu_size}
-
-
-def fingerprint(weights: Weights) -> np.ndarray:
-    """float32 numbers that tell models apart: the scale of every ternary matrix.
-
-    A model without ternary layers: the mean magnitude of every matrix.
-    """
-    scales: list[Any] = matrix_scales(weights)
-    if not scales and not isinstance(weights, Packed):
-        matrices = [x for x in jax.tree.leaves(weights.params) if x.ndim >= 2]
-        scales = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(-2, -1)) for x in matrices]
-    return np.concatenate([np.asarray(scale, np.float32).ravel() for scale in scales])
 
 
 def save_session(
@@ -54,7 +41,7 @@ def save_session(
     Args:
       path: of the file.
       session: to save; all of its rows.
-      weights: of the model that made it (`as_weights`).
+      weights: of the model that made it.
       config: of that model.
 
     Raises:
@@ -64,9 +51,10 @@ def save_session(
         "position": np.asarray(session.state.position_B, np.int32),
         "logits": np.asarray(session.logits_BV, np.float32),
         "seen": np.packbits(np.asarray(session.seen_BV), axis=1),
-        "fingerprint": fingerprint(weights),
         **{f"layers/{name}": np.asarray(x) for name, x in session.state.layers.items()},
     }
+    found = fingerprint(weights, config).tensors()
+    arrays |= {f"weights/{name}": x for name, x in found.items()}
     with tensor_writer(
         Path(path),
         [(name, x.shape, x.dtype) for name, x in arrays.items()],
@@ -81,13 +69,16 @@ def save_session(
 def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelConfig) -> Session:
     """Reads a session for the model whose `weights` and `config` are given.
 
+    A file of version 1 knows its model by the scales of its matrices alone: it is loaded with a
+    warning.
+
     Raises:
       CheckpointError: the file is missing, damaged, or of another model.
     """
     reader = Reader(Path(path), file_format=FORMAT, version=VERSION)
     try:
-        saved = json.loads(reader.metadata["architecture"])
-    except (KeyError, ValueError) as e:
+        saved = dict(json.loads(reader.metadata["architecture"]))
+    except (KeyError, ValueError, TypeError) as e:
         raise CheckpointError(f"session file {path}: the header is damaged") from e
     wanted = _architecture(config)
     differing = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
@@ -97,21 +88,57 @@ def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelCo
             f"{saved.get(differing[0])!r} there, {wanted.get(differing[0])!r} here): load it with "
             "the model that saved it"
         )
-    found, here = reader.read("fingerprint"), fingerprint(weights)
-    if found.shape != here.shape or not np.allclose(found, here, rtol=_TOLERANCE, atol=0):
+    if not _same_weights(path, reader, weights, config):
         raise CheckpointError(
             f"session file {path} is of a model with other weights: load it with the model that "
             "saved it"
         )
+    return _read_session(path, reader, config)
+
+
+def _same_weights(
+    path: str | os.PathLike[str], reader: Reader, weights: Weights, config: ModelConfig
+) -> bool:
+    if reader.version > 1:
+        here: Fingerprint = fingerprint(weights, config)
+        return here.matches({name: reader.read(f"weights/{name}") for name in here.tensors()})
+    warnings.warn(
+        f"session file {path} is of an older version, which may take another model for its own: "
+        "save the session again",
+        stacklevel=3,
+    )
+    weights = as_weights(weights, config)
+    scales: list[Any] = matrix_scales(weights)
+    if not scales and not isinstance(weights, Packed):
+        matrices = [x for x in jax.tree.leaves(weights.params) if x.ndim >= 2]
+        scales = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(-2, -1)) for x in matrices]
+    means = np.concatenate([np.asarray(scale, np.float32).ravel() for scale in scales])
+    found = reader.read("fingerprint")
+    return found.shape == means.shape and np.allclose(found, means, rtol=1e-5, atol=0)
+
+
+def _read_session(path: str | os.PathLike[str], reader: Reader, config: ModelConfig) -> Session:
     position_B = reader.read("position")
     layers = {
-        name.partition("/")[2]: jnp.asarray(reader.read(name))
+        name.removeprefix("layers/"): reader.read(name)
         for name in reader.names()
         if name.startswith("layers/")
     }
-    seen_BV = np.unpackbits(reader.read("seen"), axis=1, count=config.vocab_size)
+    keys = layers.get("k")
+    places = keys.shape[2] if keys is not None and keys.ndim == 5 else 1
+    rows = position_B.size
+    wanted = jax.eval_shape(lambda: init_state(config, rows, places)).layers
+    shapes = {name: x.shape for name, x in layers.items()}
+    right = shapes == {name: x.shape for name, x in wanted.items()}
+    if not right or position_B.shape != (rows,) or (position_B < 0).any():
+        raise CheckpointError(
+            f"session file {path}: its state has not the shapes of the model's: it is damaged; "
+            "make it again"
+        )
+    seen = reader.read("seen", (rows, -(-config.vocab_size // 8)))
+    seen_BV = np.unpackbits(seen, axis=1, count=config.vocab_size)
     return Session(
-        State(jnp.asarray(position_B), layers),
-        jnp.asarray(reader.read("logits", (len(position_B), config.vocab_size))),
+        State(jnp.asarray(position_B), {name: jnp.asarray(x) for name, x in layers.items()}),
+        jnp.asarray(reader.read("logits", (rows, config.vocab_size))),
         jnp.asarray(seen_BV.astype(bool)),
     )

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -88,8 +88,37 @@ def tensor_writer(
         file.write(header())
 
 
+class _Entry(NamedTuple):
+    """Where a tensor lies in the file (bytes behind the header)."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def _entry(value: Any) -> _Entry:
+    """A tensor's entry in the header.
+
+    Raises:
+      ValueError, KeyError, TypeError: it is malformed.
+    """
+    shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
+    dtype = _DTYPES[value["dtype"]]
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+        raise ValueError("a size or an offset is no whole number")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError("the offsets do not fit the shape")
+    return _Entry(dtype, shape, start, end)
+
+
 class Reader:
-    """Opens such a file and reads its tensors one at a time, checking each."""
+    """Opens such a file and reads its tensors one at a time, checking each.
+
+    Attributes:
+      metadata: what the writer added.
+      version: of the file's format.
+    """
 
     def __init__(self, path: Path, *, file_format: str, version: int) -> None:
         """Reads the header.
@@ -109,29 +138,21 @@ class Reader:
         try:
             header = json.loads(text)
             self.metadata: dict[str, str] = header.pop("__metadata__")
-            self._entries: dict[str, tuple[np.dtype, tuple[int, ...], int, int]] = {
-                name: (
-                    _DTYPES[entry["dtype"]],
-                    tuple(map(int, entry["shape"])),
-                    int(entry["data_offsets"][0]),
-                    int(entry["data_offsets"][1]),
-                )
-                for name, entry in header.items()
-            }
-            found, found_version = self.metadata["format"], int(self.metadata["version"])
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            self._entries = {name: _entry(value) for name, value in header.items()}
+            found, self.version = self.metadata["format"], int(self.metadata["version"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(
                 f"{self._what} has no readable header: it is damaged, or not a {file_format} file"
             ) from e
         if found != file_format:
             raise CheckpointError(f"{path} is a {found!r} file: give a {file_format!r} file")
-        if found_version > version:
+        if self.version > version:
             raise CheckpointError(
-                f"{self._what} has version {found_version}: this program reads up to {version}; "
+                f"{self._what} has version {self.version}: this program reads up to {version}; "
                 "install a newer mmfree-jax"
             )
         self._start = 8 + length
-        end = self._start + max((entry[3] for entry in self._entries.values()), default=0)
+        end = self._start + max((entry.end for entry in self._entries.values()), default=0)
         if size != end:
             raise CheckpointError(
                 f"{self._what} has {size} bytes, not {end}: it is truncated or damaged; copy or "
@@ -157,18 +178,18 @@ class Reader:
         """
         if name not in self._entries:
             raise CheckpointError(f"{self._what} has no tensor {name}: make it again")
-        dtype, found, start, end = self._entries[name]
-        if math.prod(found) * dtype.itemsize != end - start or shape not in (None, found):
+        entry = self._entries[name]
+        if shape not in (None, entry.shape):
             raise CheckpointError(
-                f"{self._what}: {name} has shape {found}, not {shape}: it is of another model, or "
-                "damaged"
+                f"{self._what}: {name} has shape {entry.shape}, not {shape}: it is of another "
+                "model, or damaged"
             )
         with self._path.open("rb") as file:
-            file.seek(self._start + start)
-            data = bytearray(end - start)
+            file.seek(self._start + entry.start)
+            data = bytearray(entry.end - entry.start)
             file.readinto(data)
         if sha256(data) != self.metadata.get(_CHECKSUM + name):
             raise CheckpointError(
                 f"{self._what}: {name} does not match its checksum; copy or make the file again"
             )
-        return np.frombuffer(data, dtype).reshape(found)
+        return np.frombuffer(data, entry.dtype).reshape(entry.shape)

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_spec
+from mmfree_jax.saved.kinds import PICKLED
 from mmfree_jax.text_files import parse_json, read_text
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -152,26 +152,13 @@ def _read_index(file: Path) -> dict[str, set[str]]:
 
 
 def _nothing_found(folder: Path, stem: str) -> str:
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
     if pickled:
         return (
             f"{folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code "
             "when they are read: convert them to safetensors first"
         )
     return f"{folder} has no {stem}.safetensors and no {stem}.safetensors.index.json"
-
-
-def refuse_pickled(path: Path) -> None:
-    """Refuses a path that names a file of pickled weights.
-
-    Raises:
-      CheckpointError: it does.
-    """
-    if path.suffix in _PICKLED and path.is_file():
-        raise CheckpointError(
-            f"{path} is pickled, which can run code when it is read: convert it to safetensors "
-            "and give its folder"
-        )
 
 
 def read_params(

@@ -24,6 +24,7 @@ from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_row
 from mmfree_jax.saved.checkpoint import Restored, restore_newest
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
+from mmfree_jax.train.init_from import initial_params
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 from mmfree_jax.train.step import TrainState, init_sharded, state_shapes
 
@@ -171,8 +172,6 @@ def start_state(run: Run) -> tuple[TrainState, Restored | None, list[str]]:
         return restored.state, restored, messages
     state = init_sharded(run.config, run.optimizer, run.mesh)
     if run.config.init_from is not None:
-        from mmfree_jax.saved.pretrained import initial_params
-
         params = initial_params(run.config.init_from, run.config, run.mesh)
         state = dataclasses.replace(state, params=params)
     return state, None, messages

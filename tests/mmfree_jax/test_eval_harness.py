@@ -17,9 +17,7 @@ from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate import tasks
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.parameters import flatten
-from mmfree_jax.saved.pretrained import MODEL_CONFIG, model_folder_config
-from mmfree_jax.saved.writing import write_tensors
+from mmfree_jax.saved.model_folder import write_model
 
 pytest.importorskip("lm_eval")
 
@@ -304,14 +302,7 @@ def oracle_folder(tmp_path):
     folder = tmp_path / "oracle"
     folder.mkdir()
     _, params = _oracle_params(_bigram_logits())
-    (folder / MODEL_CONFIG).write_text(model_folder_config(CONFIG))
-    leaves = flatten(params)
-    write_tensors(
-        folder,
-        ((name, x.shape, lambda x=x: np.asarray(x)) for name, x in leaves.items()),
-        itemsize=4,
-        stem="params",
-    )
+    write_model(folder, CONFIG, params)
     ByteTokenizer().save(folder / "tokenizer")
     return folder
 

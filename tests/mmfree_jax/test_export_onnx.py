@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
-from mmfree_jax.export import agreement, manifest, onnx_export, onnx_graph, onnx_session, source
+from mmfree_jax.export import agreement, manifest, onnx_export, onnx_graph, onnx_session
 from mmfree_jax.export.onnx_weights import two_bit_codes
+from mmfree_jax.export.supported import check_supported
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8
 from mmfree_jax.presets import preset
-from mmfree_jax.saved import packed as pack
+from mmfree_jax.saved.pack import pack
 
 TINY = preset("tiny").model
 # Widths that no block divides, and a state that is wider than the residual stream.
@@ -78,12 +80,18 @@ def tokenizer_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exports(trained, tokenizer_folder, tmp_path_factory):
+def saved(trained, tokenizer_folder, tmp_path_factory, save_model):
+    """The trained model on disk."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    return save_model(folder, TINY, trained[1], tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def exports(saved, tmp_path_factory):
     """The folders of both grades."""
-    leaves, out = pack.leaves_of(trained[1]), tmp_path_factory.mktemp("exports")
-    tensors = source.from_leaves(TINY, leaves, name="tiny", tokenizer=tokenizer_folder)
+    out = tmp_path_factory.mktemp("exports")
     for grade in ("exact", "fast"):
-        onnx_export.export_onnx(tensors, out / grade, grade=grade)
+        onnx_export.export_onnx(saved, out / grade, grade=grade)
     return out
 
 
@@ -213,10 +221,10 @@ def test_agreement_with_the_model_is_close_and_is_measured(trained, exports, exa
         agreement.compare(*trained, exact, np.array([[1, 9999]]))
 
 
-def test_widths_that_no_block_divides(tmp_path):
+def test_widths_that_no_block_divides(tmp_path, save_model):
     model = LanguageModel(ODD)
     params = jax.jit(model.init)(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))["params"]
-    tensors = source.from_leaves(ODD, pack.leaves_of(params))
+    tensors = save_model(tmp_path / "odd", ODD, params)
     tokens_WT = np.random.default_rng(3).integers(0, 61, (4, 9))
     for grade, most in (("exact", 1e-5), ("fast", 1e-3)):
         out = tmp_path / grade
@@ -229,9 +237,8 @@ def test_widths_that_no_block_divides(tmp_path):
             np.testing.assert_array_equal(web.step(tokens_WT, web.start(4))[0], want)
 
 
-def test_a_packed_model_gives_the_same_files_as_its_run(trained, exports, tmp_path):
-    _, params = trained
-    pack.pack(TINY, pack.leaves_of(params), tmp_path / "packed", dense_dtype="float32", bits="1.6")
+def test_a_packed_model_gives_the_same_files_as_its_run(saved, exports, tmp_path):
+    pack(saved, tmp_path / "packed", dense_dtype="float32", bits="1.6")
     assert main(
         ["export", "onnx", "--model", str(tmp_path / "packed"), "--out", str(tmp_path / "out")]
     ) == 0  # fmt: skip
@@ -244,9 +251,8 @@ def test_a_packed_model_gives_the_same_files_as_its_run(trained, exports, tmp_pa
 
 
 @pytest.mark.parametrize("embedding", ["bfloat16", "int8"])
-def test_the_embedding_is_stored_as_asked(embedding, trained, exact, tmp_path):
-    tensors = source.from_leaves(TINY, pack.leaves_of(trained[1]))
-    onnx_export.export_onnx(tensors, tmp_path / "out", embedding=embedding)
+def test_the_embedding_is_stored_as_asked(embedding, saved, exact, tmp_path):
+    onnx_export.export_onnx(saved, tmp_path / "out", embedding=embedding)
     export = onnx_session.load(tmp_path / "out", threads=1)
     size = export.manifest["files"]["model.onnx.data"]["bytes"]
     assert size < exact.manifest["files"]["model.onnx.data"]["bytes"]
@@ -267,25 +273,25 @@ def test_the_embedding_is_stored_as_asked(embedding, trained, exact, tmp_path):
 def test_an_unsupported_config_is_refused_by_name(change, match):
     config = dataclasses.replace(TINY, **change)
     with pytest.raises(ConfigError, match=match):
-        source.from_leaves(config, lambda path: None)
+        check_supported(config)
 
 
-def test_sums_that_float32_cannot_hold_are_refused(tmp_path):
+def test_sums_that_float32_cannot_hold_are_refused(saved, tmp_path):
     config = ModelConfig(hidden_size=8, num_layers=1, intermediate_size=140_000)
-    tensors = source.from_leaves(config, lambda path: np.zeros((1, 8), np.float32))
+    tensors = dataclasses.replace(saved, config=config)
     with pytest.raises(ConfigError, match="140000 columns"):
         onnx_export.export_onnx(tensors, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_export_leaves_nothing(trained, tmp_path):
-    def leaf(path):
-        if path[0] == "head":
+def test_a_failed_export_leaves_nothing(saved, tmp_path):
+    def read(shapes, mesh):
+        if any(name.startswith("head") for name in shapes):
             raise CheckpointError("the head is damaged")
-        return pack.leaves_of(trained[1])(path)
+        return saved._read(shapes, mesh)
 
     with pytest.raises(CheckpointError, match="damaged"):
-        onnx_export.export_onnx(source.from_leaves(TINY, leaf), tmp_path / "out")
+        onnx_export.export_onnx(dataclasses.replace(saved, _read=read), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,7 +317,25 @@ def damage(kind, folder):
     elif kind == "newer":
         text.write_text(json.dumps(json.loads(text.read_text()) | {"version": 9}))
     elif kind == "runtime":
-        text.write_text(json.dumps(json.loads(text.read_text()) | {"onnxruntime": ">=99.1"}))
+        rewrite(text, onnxruntime=">=99.1")
+    elif kind == "bos":
+        text.write_text(re.sub(r'"bos_token_id": \d+', '"bos_token_id": 7', text.read_text()))
+    elif kind == "unsigned bos":
+        rewrite(text, sign=False, bos_token_id="7")
+    elif kind == "unsigned files":
+        rewrite(text, sign=False, files=0)
+    elif kind == "unsigned entry":
+        rewrite(text, sign=False, files={"model.onnx": {"sha256": "0"}})
+    elif kind == "a list":
+        text.write_text("[1]")
+
+
+def rewrite(path, sign=True, **changes):
+    """Changes export.json and signs it anew, or leaves it unsigned as older versions did."""
+    values = json.loads(path.read_text()) | changes
+    del values["sha256"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(values | {"sha256": digest} if sign else values))
 
 
 DAMAGE = {
@@ -321,6 +345,11 @@ DAMAGE = {
     "manifest": "export.json",
     "newer": "newer",
     "runtime": "99.1",
+    "bos": "own checksum",
+    "unsigned bos": "bos_token_id",
+    "unsigned files": "files",
+    "unsigned entry": "bytes",
+    "a list": "export.json",
 }
 
 
@@ -365,6 +394,14 @@ def chat(folder, *arguments, typed=""):
         text=True,
         timeout=120,
     )
+
+
+def test_an_export_of_an_older_version_loads(exports, tmp_path):
+    folder = shutil.copytree(exports / "exact", tmp_path / "copy")
+    rewrite(folder / "export.json", sign=False)
+    onnx_session.load(folder)
+    answer = chat(folder, "--prompt", "We hold", "--max-new-tokens", "3")
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_the_example_is_short():

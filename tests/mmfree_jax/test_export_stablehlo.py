@@ -14,7 +14,8 @@ from mmfree_jax.export import manifest, stablehlo
 from mmfree_jax.infer import load_model, prefill
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.presets import preset
-from mmfree_jax.saved import packed as pack
+from mmfree_jax.saved.open_model import open_model
+from mmfree_jax.saved.pack import pack
 
 TINY = preset("tiny").model
 PROMPTS = [[65, 66, 67, 68, 69, 70, 71], [80, 81]]
@@ -27,9 +28,10 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def packed(params, tmp_path_factory):
-    out = tmp_path_factory.mktemp("packed") / "model"
-    pack.pack(TINY, pack.leaves_of(params), out, dense_dtype="float32")
+def packed(params, tmp_path_factory, save_model):
+    folder = tmp_path_factory.mktemp("packed")
+    out = folder / "model"
+    pack(save_model(folder / "master", TINY, params), out, dense_dtype="float32")
     return out
 
 
@@ -92,8 +94,8 @@ def test_damaged_files_are_refused(name, folder, tmp_path):
         stablehlo.load(copy)
 
 
-def test_what_cannot_be_exported_is_refused(params, packed, folder, tmp_path, capsys):
-    pack.pack(TINY, pack.leaves_of(params), tmp_path / "dense", bits="1.6")
+def test_what_cannot_be_exported_is_refused(packed, folder, tmp_path, capsys):
+    pack(open_model(packed.parent / "master"), tmp_path / "dense", bits="1.6")
     with pytest.raises(ConfigError, match=r"1\.6 bits"):
         stablehlo.export_stablehlo(tmp_path / "dense", tmp_path / "out")
     assert main(["export", "stablehlo", "--model", str(packed), "--out", str(folder)]) == 2

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel, ternary_weights
 from mmfree_jax.model.parameters import unflatten
-from mmfree_jax.saved.huggingface import tensor_map
+from mmfree_jax.saved.tensor_names import tensor_map
 from mmfree_jax.train.loss import loss_sums
 
 

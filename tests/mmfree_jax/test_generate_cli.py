@@ -12,7 +12,7 @@ from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.infer import api
 from mmfree_jax.presets import preset
 from mmfree_jax.saved.checkpoint import Checkpointer
-from mmfree_jax.saved.load import load_run
+from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.saved.run_directory import write_config
 from mmfree_jax.train.optimizer import make_optimizer
 from mmfree_jax.train.step import init_state
@@ -43,15 +43,16 @@ def run_main(capsys, *args):
     return code, captured.out, captured.err
 
 
-def test_load_run_reads_the_newest_parameters(run):
+def test_a_run_gives_the_newest_parameters(run):
     path, params = run
-    model, loaded = load_run(path)
-    assert model.config.intermediate_size == 64
+    saved = open_model(path)
+    assert (saved.kind, saved.config.intermediate_size) == ("run", 64)
+    loaded = saved.weights("master").params
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, params))
 
 
-def test_load_run_falls_back_from_a_damaged_checkpoint(run, tmp_path):
+def test_a_run_falls_back_from_a_damaged_checkpoint(run, tmp_path):
     import shutil
 
     path = tmp_path / "copy"
@@ -59,8 +60,8 @@ def test_load_run_falls_back_from_a_damaged_checkpoint(run, tmp_path):
     victim = max((path / "checkpoints" / "2" / "state").rglob("*"), key=lambda p: p.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-3] + b"xyz")
     with pytest.warns(UserWarning, match="falling back"):
-        _, loaded = load_run(path)
-    _, older = load_run(run[0], step=1)
+        loaded = open_model(path).weights("master").params
+    older = open_model(run[0], step=1).weights("master").params
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, older))
 
 
@@ -70,8 +71,10 @@ def test_ids_in_ids_out(run, capsys):
         "--temperature", 0,
     )  # fmt: skip
     assert code == 0, err
-    model, params = load_run(run[0])
-    expected = api.generate(model, params, [[1, 2, 3]], max_new_tokens=5, temperature=0).tokens[0]
+    saved = open_model(run[0])
+    expected = api.generate(
+        saved.model(), saved.weights(), [[1, 2, 3]], max_new_tokens=5, temperature=0
+    ).tokens[0]
     assert out == ",".join(map(str, expected)) + "\n"
     assert "tokens/s" in err
 

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.parameters import flatten
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.convert import export_hf, import_hf
 from mmfree_jax.saved.end_tokens import end_ids
-from mmfree_jax.saved.pretrained import MODEL_CONFIG, load_pretrained, model_folder_config
-from mmfree_jax.saved.writing import write_tensors
+from mmfree_jax.saved.model_folder import write_model
+from mmfree_jax.saved.pretrained import load_pretrained
+from mmfree_jax.saved.tensor_names import tensor_map
 
 HGRN = {
     "model_type": "hgrn_bit",
@@ -45,7 +45,7 @@ def _write_folder(folder, config, *, dtype=np.float32, seed=0, shards=1):
     """A Hugging Face folder of random weights; returns the tensors."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    names = huggingface.tensor_map(huggingface.read_config(folder).config)
+    names = tensor_map(huggingface.read_config(folder).config)
     rng = np.random.default_rng(seed)
     tensors = {
         name: (rng.normal(size=slot.shape) * 0.3 + (len(slot.shape) == 1)).astype(dtype)
@@ -362,7 +362,7 @@ def test_damaged_files(tmp_path):
     file.unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_pretrained(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         load_pretrained(tmp_path / "nowhere")
 
 
@@ -489,15 +489,8 @@ def test_export_refuses_what_no_package_computes(tmp_path):
         vocab_size=8, hidden_size=16, num_layers=1, intermediate_size=16, glu_linear=DENSE
     )
     params = LanguageModel(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves = flatten(params)
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / MODEL_CONFIG).write_text(model_folder_config(config))
-    write_tensors(
-        tmp_path / "m",
-        ((k, v.shape, lambda v=v: np.asarray(v)) for k, v in leaves.items()),
-        dtype=np.float32,
-        stem="params",
-    )
+    write_model(tmp_path / "m", config, params)
     model, loaded = load_pretrained(tmp_path / "m")
     assert model.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded, params)

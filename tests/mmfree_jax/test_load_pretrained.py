@@ -17,7 +17,7 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.saved import huggingface
-from mmfree_jax.saved.pretrained import initial_params, training_config
+from mmfree_jax.train.init_from import initial_params, training_config
 
 
 @pytest.fixture

@@ -20,11 +20,16 @@ from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import EmbeddingTable, as_weights, in_words
 from mmfree_jax.model.weights import pack as pack_in_memory
 from mmfree_jax.pallas_kernels.decode.api import Cut
-from mmfree_jax.saved import load
+from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved import packed as pack
 from mmfree_jax.saved.convert import export_hf
-from mmfree_jax.saved.pretrained import model_folder_config
+from mmfree_jax.saved.kinds import PACKED_FILE
+from mmfree_jax.saved.model_folder import write_model
+from mmfree_jax.saved.open_model import open_model
+from mmfree_jax.saved.pack import quantize_rows, write_packed
+from mmfree_jax.saved.pretrained import load_model
 from mmfree_jax.saved.session import load_session, save_session
+from mmfree_jax.saved.tensor_file import Reader
 
 # Widths that neither 4 nor 5 divides.
 BASE = ModelConfig(
@@ -57,7 +62,9 @@ def build(config):
 
 
 def write(config, out, **options):
-    return pack.pack(config, pack.leaves_of(build(config)[1]), out, **options)
+    out.mkdir(exist_ok=True)
+    leaf = flatten(build(config)[1]).__getitem__
+    return write_packed(out / PACKED_FILE, config, leaf, **options)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,7 @@ def packed(tmp_path_factory):
 def test_unpacking_gives_the_exact_trits_scales_and_norms(bits, tmp_path):
     write(BASE, tmp_path / "p", bits=bits, dense_dtype="float32")
     _, params = build(BASE)
-    _, weights = pack.load_packed(tmp_path / "p", keep_packed=False)
+    weights = open_model(tmp_path / "p").weights("ternary")
     expected = jax.jit(ternary_weights, static_argnums=1)(params, BASE)
     assert jax.tree.structure(weights.ternary) == jax.tree.structure(expected)
     for found, want in zip(
@@ -91,8 +98,8 @@ def test_greedy_streams_are_identical_packed_unpacked_and_full(packed):
     streams = {}
     for name, weights in {
         "master": params,
-        "packed": pack.load_packed(packed[0], keep_packed=True)[1],
-        "trits": pack.load_packed(packed[0], keep_packed=False)[1],
+        "packed": open_model(packed[0]).weights("packed"),
+        "trits": open_model(packed[0]).weights("ternary"),
         "packed in memory": pack_in_memory(as_weights(params, BASE), BASE),
     }.items():
         streams[name] = api.generate(model, weights, PROMPTS, max_new_tokens=30, temperature=0)
@@ -128,7 +135,7 @@ def test_integer_sums_are_identical_packed_and_unpacked():
         rows = matrix.reshape(-1, *matrix.shape[-2:])
         for t, p in zip(matrices, rows, strict=True):
             x = jnp.asarray(rng.integers(-128, 128, (3, t.shape[1])), jnp.int8)
-            found = pack.packed_matmul.packed_matmul(x, p)
+            found = packed_matmul.packed_matmul(x, p)
             assert found.dtype == jnp.int32
             np.testing.assert_array_equal(
                 found, np.asarray(x, np.int32) @ np.asarray(t, np.int32).T
@@ -142,7 +149,7 @@ def test_sizes_are_two_bits_a_weight_and_less(tmp_path):
     sizes = {}
     for bits in ("2", "1.6"):
         report = write(config, tmp_path / bits, bits=bits)
-        reader, _, _ = pack.open_packed(tmp_path / bits)
+        reader = pack.open_packed(tmp_path / bits).reader
         sizes[bits] = sum(
             reader.read(name).nbytes for name in reader.names() if name.endswith("/packed")
         )
@@ -165,12 +172,15 @@ def test_bfloat16_and_int8_embedding_report_their_error(tmp_path):
     small = write(config, tmp_path / "small", int8_embedding=True)
     assert 1e-4 < half.embedding_error < 4e-3
     assert 1e-3 < small.embedding_error < 2e-2
-    model, weights = pack.load_packed(tmp_path / "small", keep_packed=True)
+    model, weights = (
+        open_model(tmp_path / "small").model(),
+        open_model(tmp_path / "small").weights("packed"),
+    )
     embedding = weights.embedding
     assert embedding.table_VD.dtype == jnp.int8
     stored = np.asarray(embedding.table_VD, np.float32) * np.asarray(embedding.row_scale_V1)
     np.testing.assert_allclose(stored, table, atol=np.abs(table).max() / 127)
-    _, trits = pack.load_packed(tmp_path / "small", keep_packed=False)
+    trits = open_model(tmp_path / "small").weights("ternary")
     np.testing.assert_allclose(trits.params["embedding"]["weight"], stored, rtol=1e-6)
     outputs = [
         api.generate(model, v, PROMPTS, max_new_tokens=12, temperature=0).tokens
@@ -191,14 +201,14 @@ HYBRID = dataclasses.replace(
 def test_a_hybrid_model_packs_and_runs_on_trits(tmp_path):
     model, params = build(HYBRID)
     write(HYBRID, tmp_path / "p", dense_dtype="float32")
-    loaded, weights = pack.load_packed(tmp_path / "p")
+    loaded, weights = load_model(tmp_path / "p")
     assert isinstance(weights, Ternary)
     assert loaded.config.glu_linear == DENSE
     expected = api.generate(model, params, PROMPTS, max_new_tokens=10, temperature=0)
     found = api.generate(loaded, weights, PROMPTS, max_new_tokens=10, temperature=0)
     assert found.tokens == expected.tokens
     with pytest.raises(ConfigError, match="hybrid"):
-        pack.load_packed(tmp_path / "p", keep_packed=True)
+        open_model(tmp_path / "p").weights("packed")
 
 
 def test_a_dense_model_is_refused(tmp_path):
@@ -207,26 +217,21 @@ def test_a_dense_model_is_refused(tmp_path):
         write(dense, tmp_path / "p")
 
 
-def test_an_existing_pack_is_not_overwritten(packed):
-    with pytest.raises(ConfigError, match="holds a packed model"):
-        write(BASE, packed[0])
-
-
 def test_a_failed_write_leaves_nothing(tmp_path):
-    def load(path):
-        if path[0] == "head":
+    def leaf(name):
+        if name.startswith("head"):
             raise OSError(28, "No space left on device")
-        return pack.leaves_of(build(BASE)[1])(path)
+        return flatten(build(BASE)[1])[name]
 
     with pytest.raises(OutputError, match="No space left"):
-        pack.pack(BASE, load, tmp_path / "p")
-    assert list((tmp_path / "p").iterdir()) == []
+        write_packed(tmp_path / PACKED_FILE, BASE, leaf)
+    assert list(tmp_path.iterdir()) == []
 
 
 def damaged(packed, tmp_path, change):
     folder = tmp_path / "damaged"
     folder.mkdir()
-    (folder / pack.FILE).write_bytes(change((packed[0] / pack.FILE).read_bytes()))
+    (folder / PACKED_FILE).write_bytes(change((packed[0] / PACKED_FILE).read_bytes()))
     return folder
 
 
@@ -254,18 +259,18 @@ def flip(at):
 )
 def test_damage_is_found_and_named(packed, tmp_path, change, match):
     with pytest.raises(CheckpointError, match=match) as error:
-        pack.load_packed(damaged(packed, tmp_path, change))
+        open_model(damaged(packed, tmp_path, change)).weights("ternary")
     assert "\n" not in str(error.value)
 
 
 def test_every_tensor_is_covered_by_a_checksum(packed, tmp_path):
-    data = (packed[0] / pack.FILE).read_bytes()
+    data = (packed[0] / PACKED_FILE).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        reader, _, _ = pack.open_packed(packed[0])
+        reader = pack.open_packed(packed[0]).reader
         reader.read(name)
         at = 8 + length + entry["data_offsets"][0]
         reader._path = tmp_path / "flipped"
@@ -277,7 +282,7 @@ def test_every_tensor_is_covered_by_a_checksum(packed, tmp_path):
 def test_a_session_survives_the_disk_and_serves_packed_and_unpacked(packed, tmp_path):
     model, params = build(BASE)
     weights = as_weights(params, BASE)
-    _, packed_weights = pack.load_packed(packed[0], keep_packed=True)
+    packed_weights = open_model(packed[0]).weights("packed")
     options = {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2}
     whole = api.generate(model, weights, PROMPTS, max_new_tokens=20, **options)
     first = api.generate(model, weights, PROMPTS, max_new_tokens=8, **options)
@@ -307,7 +312,7 @@ def test_a_session_of_another_model_is_refused(config, tmp_path):
     with pytest.raises(CheckpointError, match="norm_eps"):
         load_session(tmp_path / "s", weights, deeper)
     with pytest.raises(CheckpointError, match="mmfree-session"):
-        pack.Reader(tmp_path / "s", file_format=pack.FORMAT, version=1)
+        Reader(tmp_path / "s", file_format=pack.FORMAT, version=1)
 
 
 def test_a_prompt_cache_is_one_small_file(tmp_path):
@@ -404,7 +409,7 @@ def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
 @pytest.mark.slow
 def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     tree, _, _ = words
-    table, scale = pack._quantize_rows(np.asarray(tree.embedding.table_VD, np.float32))
+    table, scale = quantize_rows(tree.embedding.table_VD)
     tree = tree.replace(embedding=EmbeddingTable(jnp.asarray(table), jnp.asarray(scale)))
     cut = Cut(programs=3, warps=4, tile=8, depth=1, copies=2)
     steps = 4
@@ -474,22 +479,21 @@ def test_a_huggingface_folder_packs_one_parameter_at_a_time(tmp_path, capsys):
     _, params = build(BASE)
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "model.yaml").write_text(model_folder_config(BASE))
+    write_model(folder, BASE, params)
     flat = {k: np.asarray(v) for k, v in flatten(params).items()}
-    save_file(flat, folder / "params.safetensors")
     export_hf(folder, tmp_path / "hf")
     for name in ("model", "hf"):
-        _, leaves = load.folder_leaves(tmp_path / name)
-        np.testing.assert_array_equal(leaves(("head", "weight")), params["head"]["weight"])
+        leaf = open_model(tmp_path / name).leaf("head/weight")
+        np.testing.assert_array_equal(leaf, params["head"]["weight"])
         assert main(["pack", "--model", str(tmp_path / name), "--out", str(tmp_path / f"{name}-p"),
                      "--dense-dtype", "float32"]) == 0  # fmt: skip
     write(BASE, tmp_path / "direct", dense_dtype="float32")
-    direct = pack.load_packed(tmp_path / "direct", keep_packed=False)[1]
+    direct = open_model(tmp_path / "direct").weights("ternary")
     for name in ("model-p", "hf-p"):
-        found = pack.load_packed(tmp_path / name, keep_packed=False)[1]
+        found = open_model(tmp_path / name).weights("ternary")
         jax.tree.map(np.testing.assert_array_equal, found, direct)
     del flat["head/weight"]
     save_file(flat, folder / "params.safetensors")
     assert main(["pack", "--model", str(folder), "--out", str(tmp_path / "q")]) == 2
     assert "head/weight" in capsys.readouterr().err
-    assert not (tmp_path / "q" / pack.FILE).exists()
+    assert not (tmp_path / "q" / PACKED_FILE).exists()

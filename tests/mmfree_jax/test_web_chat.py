@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,7 @@ from mmfree_jax.experiments.bench.browser import (
     wait,
 )
 from mmfree_jax.export import onnx_export, onnx_session, web_page, web_tokenizer
-from mmfree_jax.export.source import from_leaves
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.saved.packed import leaves_of
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -129,7 +128,7 @@ def test_every_file_of_the_page_is_copied():
 # ---- the browser
 
 
-def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer) -> Path:
+def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer, save_model: Any) -> Path:
     """An export of a model with random weights."""
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -142,17 +141,17 @@ def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer) -> Path:
     )
     params = LanguageModel(config).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
     tokenizer.save(folder / "tokenizer")
-    source = from_leaves(config, leaves_of(params), name="random", tokenizer=folder / "tokenizer")
+    source = save_model(folder / "random", config, params, folder / "tokenizer")
     onnx_export.export_onnx(source, folder / "export")
     return folder / "export"
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory, save_model):
     """An export with its page as `npm ci && npm run build` leave it."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: apt-get install npm")
-    folder = _export(tmp_path_factory.mktemp("web"), make_tokenizers()["sentencepiece"])
+    folder = _export(tmp_path_factory.mktemp("web"), make_tokenizers()["sentencepiece"], save_model)
     build_page(folder / "web")
     with Site(folder, folder) as site:
         yield site

@@ -27,7 +27,7 @@ from mmfree_jax.experiments.accelerator.quantized import check_supported, quanti
 from mmfree_jax.model import LanguageModel, init_state
 from mmfree_jax.model.weights import as_weights
 from mmfree_jax.presets import preset
-from mmfree_jax.saved.packed import leaves_of, pack
+from mmfree_jax.saved.pack import pack
 
 from .conftest import CONFIG, random_params
 
@@ -135,11 +135,11 @@ def test_scoring_carries_the_integer_state(float_model):
     assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
-def test_command_line_reports_every_step(tmp_path, byte_data, capsys):
+def test_command_line_reports_every_step(tmp_path, byte_data, capsys, save_model):
     # One switch beside fixed point itself: three programs to compile.
     spec = "fixed:w16a16,eps=model,norms=double,rsqrt=exact"
     params = random_params(CONFIG)
-    pack(CONFIG, leaves_of(params), tmp_path / "model", dense_dtype="float32")
+    pack(save_model(tmp_path / "master", CONFIG, params), tmp_path / "model", dense_dtype="float32")
     arguments = ["eval", "--model", str(tmp_path / "model"), "--data", str(byte_data)]
     arguments += ["--limit", "2", "--window", "16", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--numerics", spec]) == 0

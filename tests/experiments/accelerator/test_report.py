@@ -11,7 +11,7 @@ from mmfree_jax.experiments.accelerator.compile import fitting, shape_program
 from mmfree_jax.experiments.accelerator.machine import Machine, timeline
 from mmfree_jax.experiments.accelerator.performance import estimate, machines
 from mmfree_jax.presets import preset
-from mmfree_jax.saved.packed import leaves_of, pack
+from mmfree_jax.saved.pack import pack
 
 from .conftest import CONFIG, random_params
 
@@ -101,8 +101,9 @@ def test_report_command(capsys):
     assert "the model is a transformer" in capsys.readouterr().err
 
 
-def test_compile_and_run_commands(tmp_path, capsys):
-    pack(CONFIG, leaves_of(random_params(CONFIG)), tmp_path / "model", dense_dtype="float32")
+def test_compile_and_run_commands(tmp_path, capsys, save_model):
+    saved = save_model(tmp_path / "master", CONFIG, random_params(CONFIG))
+    pack(saved, tmp_path / "model", dense_dtype="float32")
     program = tmp_path / "program"
     arguments = ["hardware", "compile", "--model", str(tmp_path / "model"), "--out", str(program)]
     assert main(arguments) == 0

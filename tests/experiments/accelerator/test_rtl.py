@@ -25,7 +25,7 @@ from mmfree_jax.experiments.accelerator.rtl.simulation import simulate
 from mmfree_jax.experiments.accelerator.rtl.verilog import cell_counts, run_icarus
 from mmfree_jax.experiments.accelerator.simulate import run
 from mmfree_jax.experiments.cli import accelerator as cli
-from mmfree_jax.saved.packed import leaves_of, pack
+from mmfree_jax.saved.pack import pack
 
 from .conftest import CONFIG, random_params
 
@@ -180,9 +180,10 @@ def test_the_ternary_unit_has_no_wide_multiplier_and_grows_with_lanes(tmp_path):
     assert [c.memory_bits for c in cells] == [0, 0]
 
 
-def test_run_command_compares_the_rtl_with_the_simulator(tmp_path, capsys, monkeypatch):
+def test_run_command_compares_the_rtl_with_the_simulator(tmp_path, capsys, monkeypatch, save_model):
     config = dataclasses.replace(CONFIG, hidden_size=10, intermediate_size=14)
-    pack(config, leaves_of(random_params(config)), tmp_path / "model", dense_dtype="float32")
+    saved = save_model(tmp_path / "master", config, random_params(config))
+    pack(saved, tmp_path / "model", dense_dtype="float32")
     program = tmp_path / "block"
     arguments = ["hardware", "compile", "--model", str(tmp_path / "model"), "--layer", "1"]
     assert main([*arguments, "--out", str(program)]) == 0

@@ -1,0 +1,28 @@
+"""Which models are exported."""
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.model.weights import can_pack
+
+
+def check_supported(config: ModelConfig) -> None:
+    """Refuses what is not exported.
+
+    Raises:
+      ConfigError: names the setting.
+    """
+    if config.mixer != "mlgru":
+        raise ConfigError(
+            f"model.mixer is {config.mixer!r}: only MatMul-free models (mixer mlgru) are exported; "
+            "for a Transformer++ use `mmfree export-hf` and its own tools"
+        )
+    if config.short_conv:
+        raise ConfigError(
+            f"model.short_conv is {config.short_conv}: models with short convolutions are not "
+            "exported; train one without"
+        )
+    if not can_pack(config):
+        raise ConfigError(
+            f"the model is a {config.family} whose linear layers are not all BitLinear: only "
+            "models that are MatMul-free throughout are exported"
+        )

@@ -1,0 +1,167 @@
+"""Numbers that tell models apart, the same for trained, ternary and packed weights.
+
+A digest would do if ternarising gave the same bits everywhere. It does not: a matrix's scale is a
+sum over all of it, which devices order differently, and a weight that lies on a boundary to within
+a last bit then gets another trit, one in ten million or so. So trits are compared by sums, with
+that much slack. What is not ternary is compared exactly as bfloat16, which is what packed files
+keep by default; a model packed with an int8 embedding is therefore another model.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.model.parameters import flatten
+from mmfree_jax.model.weights import (
+    Packed,
+    PackedLinear,
+    Params,
+    Ternary,
+    Weights,
+    as_weights,
+    lower_bounds,
+)
+
+_SUMS = 8
+# Relative, of scales and lower bounds; a training step changes far more.
+_TOLERANCE = 1e-5
+# Share of a matrix's trits that two devices may see differently.
+_FLIPPED = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What tells a model from others.
+
+    Attributes:
+      scales: float32, of every ternary matrix, and the forget gates' lower bounds.
+      sums: int32 [matrices, 8], of each matrix's trits, with random signs by row and column.
+      slack: int32 [matrices], by how much the sums of one model may differ.
+      others: SHA-256 of all other parameters in bfloat16, uint8 [32].
+    """
+
+    scales: np.ndarray
+    sums: np.ndarray
+    slack: np.ndarray
+    others: np.ndarray
+
+    def matches(self, tensors: Mapping[str, np.ndarray]) -> bool:
+        """Whether `tensors` are of the same model."""
+        found = [tensors[name] for name in ("scales", "sums", "others")]
+        wanted = (self.scales, self.sums, self.others)
+        if any(a.shape != b.shape for a, b in zip(found, wanted, strict=True)):
+            return False
+        difference = np.abs(found[1].astype(np.int64) - self.sums)
+        return bool(
+            np.allclose(found[0], self.scales, rtol=_TOLERANCE, atol=1e-7)
+            and (difference <= self.slack[:, None]).all()
+            and (found[2] == self.others).all()
+        )
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file keeps of it."""
+        return {"scales": self.scales, "sums": self.sums, "others": self.others}
+
+
+def fingerprint(weights: Weights, config: ModelConfig) -> Fingerprint:
+    """The fingerprint of a model's weights, in any form."""
+    weights = as_weights(weights, dataclasses.replace(config, bitlinear="fused"))
+    if isinstance(weights, Packed):
+        matrices, others = _parts_of_packed(weights)
+        bounds = weights.mixer.lower_bound
+    else:
+        assert isinstance(weights, Ternary)
+        matrices, others = _parts_of_ternary(weights)
+        raw = others.pop("lower_bounds", None)
+        bounds = lower_bounds(raw, config) if config.mixer == "mlgru" else jnp.zeros(0)
+    scales = [scale for _, scale in (matrices[name] for name in sorted(matrices))] + [bounds]
+    sums, slack = [np.zeros((0, _SUMS), np.int32)], []
+    for name in sorted(matrices):
+        stack, scale = matrices[name]
+        shape = _shape(stack)
+        sums.append(np.asarray(_signed_sums(stack, *_signs(*shape[-2:]))))
+        slack += [int(_FLIPPED * shape[-2] * shape[-1])] * scale.size
+    digest = hashlib.sha256()
+    for name in sorted(others):
+        digest.update(np.ascontiguousarray(others[name].astype(jnp.bfloat16)).tobytes())
+    return Fingerprint(
+        np.concatenate([np.asarray(x, np.float32).ravel() for x in scales]),
+        np.concatenate(sums),
+        np.array(slack, np.int32),
+        np.frombuffer(digest.digest(), np.uint8),
+    )
+
+
+_Matrices = dict[str, tuple[jax.Array | PackedLinear, jax.Array]]
+
+
+def _parts_of_ternary(weights: Ternary) -> tuple[_Matrices, Params]:
+    """Stacks of trits with their scales, and all other parameters, by path."""
+    ternary = flatten(weights.ternary)
+    layers = [name.removesuffix("/trits") for name in ternary if name.endswith("/trits")]
+    matrices: _Matrices = {}
+    for layer in layers:
+        trits = ternary[f"{layer}/trits"]
+        matrices[layer] = trits.reshape(-1, *trits.shape[-2:]), ternary[f"{layer}/scale"]
+    # In training the master weights are there too.
+    masters = {f"{layer}/weight" for layer in layers}
+    others = {name: x for name, x in flatten(weights.params).items() if name not in masters}
+    return matrices, others
+
+
+def _parts_of_packed(weights: Packed) -> tuple[_Matrices, Params]:
+    mixer, glu = weights.mixer, weights.glu
+    linears = {f"blocks/mixer/{name}": getattr(mixer, name) for name in mixer._fields}
+    linears |= {f"blocks/glu/{name}": getattr(glu, name) for name in glu._fields}
+    linears = {name: x for name, x in linears.items() if isinstance(x, PackedLinear)}
+    embedding = weights.embedding.table_VD
+    if weights.embedding.row_scale_V1 is not None:
+        embedding = embedding.astype(jnp.float32) * weights.embedding.row_scale_V1
+    others: dict[str, Any] = {
+        "embedding/weight": embedding,
+        "blocks/mixer_norm/scale": mixer.norm,
+        "blocks/mixer/gate_norm/scale": mixer.gate_norm,
+        "blocks/glu_norm/scale": glu.norm,
+        "final_norm/scale": weights.final_norm_D,
+        "head/norm_scale": weights.head.norm_scale,
+    }
+    others |= {f"{name}/norm_scale": linear.norm_scale for name, linear in linears.items()}
+    linears["head"] = weights.head_stack()
+    return {name: (linear, linear.scale) for name, linear in linears.items()}, others
+
+
+def _shape(stack: jax.Array | PackedLinear) -> tuple[int, ...]:
+    if isinstance(stack, PackedLinear):
+        return jax.eval_shape(lambda: stack.trits()).shape
+    return stack.shape
+
+
+def _signs(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fixed random signs: float32 [N, 8] and [K, 8]."""
+
+    def signs(seed: bytes, count: int) -> np.ndarray:
+        bits = np.unpackbits(np.frombuffer(hashlib.shake_256(seed).digest(count), np.uint8))
+        return 2.0 * bits.reshape(count, _SUMS).astype(np.float32) - 1
+
+    return signs(b"rows", rows), signs(b"columns", columns)
+
+
+@jax.jit
+def _signed_sums(
+    stack: jax.Array | PackedLinear, rows_NS: jax.Array, columns_KS: jax.Array
+) -> jax.Array:
+    """sum_nk r_n t_nk c_k for each matrix and each pair of signs: exact, int32 [matrices, 8]."""
+
+    def one(layer: jax.Array | PackedLinear) -> jax.Array:
+        trits_NK = layer.trits() if isinstance(layer, PackedLinear) else layer
+        # Float32 is exact here: at most K, which is below 2^24.
+        sums_NS = jnp.dot(trits_NK.astype(jnp.float32), columns_KS, precision="highest")
+        return jnp.sum((sums_NS * rows_NS).astype(jnp.int32), axis=0)
+
+    return jax.lax.map(one, stack)

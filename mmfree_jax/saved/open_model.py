@@ -1,0 +1,244 @@
+"""The one door to a model on disk: `open_model` says what a folder is and reads from it."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import flatten, param_shapes
+from mmfree_jax.model.weights import Master, Packed, Ternary, Weights, as_weights, can_pack, pack
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+from mmfree_jax.parallel.sharding import param_shardings
+from mmfree_jax.saved import huggingface, model_folder, packed, run_model
+from mmfree_jax.saved.kinds import Kind, kind_of
+from mmfree_jax.saved.run_directory import TOKENIZER, load_config
+from mmfree_jax.saved.tensor_names import known_extra, tensor_map
+from mmfree_jax.saved.tensors import Slot, TensorFolder, TensorMap, read_params
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Form = Literal["master", "ternary", "packed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model in a folder. Its weights are read, and checked, when they are asked for.
+
+    Attributes:
+      path: the folder.
+      kind: what it is.
+      config: of the model.
+      trained_length: of the rows that it was trained on (tokens); None: the folder does not say.
+    """
+
+    path: Path
+    kind: Kind
+    config: ModelConfig
+    trained_length: int | None
+    _read: Callable[[Shapes, Mesh | None], dict[str, Any]]
+    _packed: packed.PackedFile | None = None
+
+    def model(self, compute_dtype: Any = None) -> LanguageModel:
+        """The model, its weights apart.
+
+        Args:
+          compute_dtype: of activations: float32, bfloat16 or float16; None: as trained, float32
+            for Hugging Face folders.
+
+        Raises:
+          ConfigError: another dtype.
+        """
+        return LanguageModel(_with_dtype(self.config, compute_dtype))
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Where the tokenizer is: the folder `tokenizer/`, or a file beside the weights."""
+        for name in (TOKENIZER, "tokenizer.json", "tokenizer.model"):
+            if (self.path / name).exists():
+                return self.path / name
+        models = list(self.path.glob("*.model"))
+        return models[0] if len(models) == 1 else None
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None if it has none.
+
+        Raises:
+          DataError: it is damaged.
+        """
+        path = self.tokenizer_path
+        return None if path is None else load_tokenizer(path)
+
+    def leaf(self, name: str) -> np.ndarray:
+        """One parameter as it is kept; of a packed model, one tensor of its file.
+
+        Args:
+          name: of the parameter, for example "blocks/glu/down_proj/weight".
+
+        Raises:
+          CheckpointError: it is missing, misshapen or damaged.
+        """
+        if self._packed is not None:
+            return self._packed.reader.read(name)
+        shape = param_shapes(self.config)[name]
+        return np.asarray(flatten(self._read({name: shape}, None))[name])
+
+    def ternary(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """One ternary weight: trits [.., N, K] int8 and scales [.., 1, 1] float32.
+
+        A packed model's are taken as they are; master weights are ternarised. Errors as `leaf`.
+        """
+        if self._packed is not None:
+            return self._packed.ternary(name, param_shapes(self.config)[name].shape)
+        trits, scale = _ternarize(jnp.asarray(self.leaf(name)))
+        return np.asarray(trits), np.asarray(scale)
+
+    def weights(self, form: Form | None = None, mesh: Mesh | None = None) -> Weights:
+        """All weights, in whatever form they are kept.
+
+        Args:
+          form: "master": a packed model has none and gives weights that ternarise to its trits and
+            scales; "ternary": ternarised once (still `Master` where the model is set to ternarise
+            in its own program, `bitlinear: plain`); "packed": at 2 bits, on one device. None: what
+            decoding on this device reads: packed if the model is kept so, except on a CPU, where
+            int8 trits are faster; otherwise ternary.
+          mesh: to lay them out on by the sharding table, each device reading only its part; None:
+            the default device.
+
+        Raises:
+          CheckpointError: they are missing or damaged, or do not fit the config.
+          ConfigError: "packed" for a model that is not MatMul-free throughout, or with a mesh.
+        """
+        file = self._packed
+        if form is None:
+            keeps = file is not None and can_pack(self.config) and jax.default_backend() != "cpu"
+            form = "packed" if keeps and mesh is None else "ternary"
+        if form == "packed":
+            return self._at_two_bits(mesh)
+        if file is not None and form == "ternary" and mesh is None:
+            return packed.read_ternary(file)
+        params = self._read(param_shapes(self.config), mesh)
+        return Master(params) if form == "master" else as_weights(params, self.config)
+
+    def _at_two_bits(self, mesh: Mesh | None) -> Packed:
+        if mesh is not None:
+            raise ConfigError("packed weights are kept on one device: ask for another form")
+        if self._packed is not None:
+            return packed.read_packed(self._packed)
+        config = dataclasses.replace(self.config, bitlinear="fused")
+        weights = as_weights(self._read(param_shapes(config), None), config)
+        assert isinstance(weights, Ternary)
+        return pack(weights, config)
+
+
+_ternarize = jax.jit(lambda master: ternarize(master))
+
+
+def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> SavedModel:
+    """Opens the model in a folder: a training run, a packed model, a model folder of `mmfree
+    import-hf`, or a Hugging Face folder (hgrn_bit or llama, in safetensors).
+
+    What a folder is, one file in it says (`kinds.py`); with two such files it is refused.
+
+    Args:
+      path: the folder.
+      step: of a run's checkpoint; None: the newest that is whole.
+
+    Raises:
+      CheckpointError: it is no folder, or holds no model or two; a packed file is damaged.
+      ConfigError: its config is missing, malformed or asks for something that is not implemented;
+        or `step` for what is not a training run.
+    """
+    folder = Path(path)
+    kind = kind_of(folder)
+    if kind == "run":
+        return _open_run(folder, step)
+    if step is not None:
+        raise ConfigError(f"--step is {step}, but {folder} is not a training run")
+    if kind == "packed":
+        return _open_packed(folder)
+    if kind == "model folder":
+        config = model_folder.read_config(folder)
+        slots = {name: (Slot(name, x.shape),) for name, x in param_shapes(config).items()}
+        return SavedModel(
+            folder, kind, config, None, _reader(folder, model_folder.PARAMS, slots, lambda _: False)
+        )
+    found = huggingface.read_config(folder)
+    length = found.raw.get("max_position_embeddings")
+    return SavedModel(
+        folder,
+        kind,
+        found.config,
+        length if isinstance(length, int) and length > 1 else None,
+        _reader(
+            folder,
+            "model",
+            tensor_map(found.config, tied=found.tied),
+            functools.partial(known_extra, tied=found.tied),
+        ),
+    )
+
+
+def _open_run(folder: Path, step: int | None) -> SavedModel:
+    config = load_config(folder)
+    # Found when first read from: its files are then all compared with their checksums.
+    checkpoint = functools.cache(lambda: run_model.find_checkpoint(folder, step))
+
+    def read(shapes: Shapes, mesh: Mesh | None) -> dict[str, Any]:
+        return run_model.read_params(checkpoint(), shapes, mesh)
+
+    return SavedModel(folder, "run", config.model, config.data.seq_len, read)
+
+
+def _open_packed(folder: Path) -> SavedModel:
+    file = packed.open_packed(folder)
+
+    def read(shapes: Shapes, mesh: Mesh | None) -> dict[str, Any]:
+        params = packed.read_master(file)
+        return params if mesh is None else jax.device_put(params, param_shardings(mesh, params))
+
+    return SavedModel(folder, "packed", file.config, None, read, file)
+
+
+def _reader(
+    folder: Path, stem: str, slots: TensorMap, is_extra: Callable[[str], bool]
+) -> Callable[[Shapes, Mesh | None], dict[str, Any]]:
+    """Reads some or all parameters from safetensors files."""
+
+    def read(shapes: Shapes, mesh: Mesh | None) -> dict[str, Any]:
+        wanted = {
+            name: tuple(s for s in found if s.path in shapes) for name, found in slots.items()
+        }
+        with TensorFolder(folder, stem) as tensors:
+            return read_params(
+                tensors,
+                {name: found for name, found in wanted.items() if found},
+                shapes,
+                mesh=mesh,
+                ignore=lambda name: name in slots or is_extra(name),
+            )
+
+    return read
+
+
+def _with_dtype(config: ModelConfig, compute_dtype: Any) -> ModelConfig:
+    if compute_dtype is None:
+        return config
+    try:
+        name = jnp.dtype(compute_dtype).name
+    except TypeError:
+        name = str(compute_dtype)
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(
+            f"compute_dtype is {name!r}: choose one of float32, bfloat16, float16, or None"
+        )
+    return dataclasses.replace(config, compute_dtype=name, residual_dtype=name)  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""Writing a packed model, once, from trained weights: ternarising again would change the trits."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.config_io import to_dict
+from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.files import new_folder
+from mmfree_jax.model.parameters import param_shapes
+from mmfree_jax.model.weights import is_ternary
+from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
+from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+from mmfree_jax.saved.kinds import PACKED_FILE
+from mmfree_jax.saved.open_model import SavedModel
+from mmfree_jax.saved.packed import FORMAT, VERSION
+from mmfree_jax.saved.tensor_file import tensor_writer
+
+EMBEDDING = "embedding/weight"
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` made.
+
+    Attributes:
+      file: the packed file.
+      num_bytes: of the file.
+      weights: ternary weights in it.
+      embedding_error: relative RMS error of the stored embedding against the master's.
+    """
+
+    file: Path
+    num_bytes: int
+    weights: int
+    embedding_error: float
+
+
+def pack(
+    model: SavedModel,
+    out: str | os.PathLike[str],
+    *,
+    bits: Literal["2", "1.6"] = "2",
+    int8_embedding: bool = False,
+    dense_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> PackReport:
+    """Makes a packed model of a trained one, holding one parameter at a time.
+
+    Args:
+      model: with master weights.
+      out: folder to make; it appears whole or not at all.
+      bits, int8_embedding, dense_dtype: see `write_packed`.
+
+    Raises:
+      ConfigError: the model is packed already, or has no ternary layer.
+      CheckpointError: its weights are damaged, or of another model.
+      OutputError: `out` is, holds or lies in the model's folder, holds something, or cannot be
+        written.
+    """
+    if model.kind == "packed":
+        raise ConfigError(
+            f"{model.path} is a packed model: ternarising is not idempotent; pack the trained model"
+        )
+    with new_folder(out, command="pack", sources=[model.path]) as folder:
+        report = write_packed(
+            folder / PACKED_FILE,
+            model.config,
+            model.leaf,
+            bits=bits,
+            int8_embedding=int8_embedding,
+            dense_dtype=dense_dtype,
+        )
+        if model.tokenizer_path is not None:
+            copy_tokenizer(model.tokenizer_path, folder)
+    return dataclasses.replace(report, file=Path(out) / PACKED_FILE)
+
+
+def write_packed(
+    file: Path,
+    config: ModelConfig,
+    leaf: Callable[[str], Any],
+    *,
+    bits: Literal["2", "1.6"] = "2",
+    int8_embedding: bool = False,
+    dense_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> PackReport:
+    """Writes the file of a packed model.
+
+    Args:
+      file: to write, in a folder that exists.
+      config: of the model.
+      leaf: gives the master parameter of a name, for example "blocks/glu/down_proj/weight".
+      bits: a weight: "2", which kernels read directly, or "1.6", a fifth smaller on disk.
+      int8_embedding: store the embedding in int8 with one scale a row.
+      dense_dtype: of the norms and the embedding; float32 keeps them exactly.
+
+    Raises:
+      ConfigError: the model has no ternary layer.
+      CheckpointError: a parameter has not the config's shape.
+      OutputError: the file cannot be written.
+    """
+    if bits not in packed_matmul.FORMATS:
+        raise ConfigError(f"bits is {bits!r}: choose one of {', '.join(packed_matmul.FORMATS)}")
+    shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
+    ternary = {name for name in shapes if is_ternary(config, tuple(name.split("/")))}
+    if not ternary:
+        raise ConfigError("the model has no ternary layer: there is nothing to pack")
+
+    def stored(name: str, master: Any) -> dict[str, jax.Array]:
+        """The tensors that stand for a parameter."""
+        layer = name.rpartition("/")[0]
+        if name in ternary:
+            trits, scale = _ternarize(master)
+            return {f"{layer}/packed": _pack(trits, bits=bits), f"{layer}/scale": scale}
+        if name == EMBEDDING and int8_embedding:
+            values, scale = quantize_rows(master)
+            return {name: values, f"{layer}/scale": scale}
+        return {name: master.astype("float32" if name == "lower_bounds" else dense_dtype)}
+
+    # The header comes first in the file: names and shapes are needed before there is a value.
+    tensors = []
+    for param, shape in shapes.items():
+        master = jax.ShapeDtypeStruct(shape, jnp.float32)
+        made = jax.eval_shape(functools.partial(stored, param), master)
+        tensors += [(name, x.shape, x.dtype) for name, x in sorted(made.items())]
+    metadata = {"bits": bits, "model": json.dumps(to_dict(config))}
+    error = 0.0
+    with tensor_writer(
+        file, tensors, file_format=FORMAT, version=VERSION, metadata=metadata
+    ) as write:
+        for param, shape in shapes.items():
+            master = jnp.asarray(leaf(param), jnp.float32)
+            if master.shape != shape:
+                raise CheckpointError(
+                    f"parameter {param} has shape {master.shape}, but the config needs {shape}: "
+                    "the weights are of another model"
+                )
+            values = stored(param, master)
+            if param == EMBEDDING:
+                error = _relative_error(values, np.asarray(master))
+            for name, value in sorted(values.items()):
+                write(name, np.asarray(value))
+    count = sum(math.prod(shapes[name]) for name in ternary)
+    return PackReport(file, file.stat().st_size, count, error)
+
+
+_ternarize = jax.jit(lambda master: ternarize(master))
+_pack = jax.jit(packed_matmul.pack, static_argnames="bits")
+
+
+@jax.jit
+def quantize_rows(table_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row to int8 by its largest magnitude, and the rows' scales [V, 1] float32."""
+    largest_V1 = jnp.max(jnp.abs(table_VD.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale_V1 = jnp.maximum(largest_V1, 1e-12) / 127
+    return jnp.clip(jnp.rint(table_VD / scale_V1), -127, 127).astype(jnp.int8), scale_V1
+
+
+def _relative_error(stored: dict[str, Any], master: np.ndarray) -> float:
+    table = np.asarray(stored[EMBEDDING]).astype(np.float32)
+    if len(stored) > 1:
+        table = table * np.asarray(stored["embedding/scale"])
+    size = float(np.sqrt(np.mean(np.square(master))))
+    return float(np.sqrt(np.mean(np.square(table - master)))) / size if size else 0.0
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Puts a tokenizer, a file or a folder of files, into a model's folder."""
+    if source.is_dir():
+        shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
+    else:
+        shutil.copy2(source, folder / source.name)

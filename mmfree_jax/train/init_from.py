@@ -1,0 +1,64 @@
+"""Starting a run from a model in any folder (`--init-from`)."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig, TrainConfig
+from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.model.weights import Master
+from mmfree_jax.saved.open_model import open_model
+
+
+def training_config(path: str | os.PathLike[str], base: ModelConfig) -> ModelConfig:
+    """The config to train a model on from a folder: the model there, run and kept as in `base`.
+
+    Raises:
+      ConfigError, CheckpointError: as `open_model`.
+    """
+    kept = {name: getattr(base, name) for name in NOT_THE_FUNCTION}
+    return dataclasses.replace(open_model(path).config, **kept)
+
+
+def initial_params(
+    path: str | os.PathLike[str], config: TrainConfig, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Parameters with which to start training from a model in any folder.
+
+    Args:
+      path: as `open_model` takes it; not a packed model, which has no master weights.
+      config: of the new run; its model must have the loaded model's parameters.
+      mesh: of the new run.
+
+    Raises:
+      ConfigError: the two models differ; the message names the fields.
+      CheckpointError: as `open_model`, or a packed model.
+    """
+    saved = open_model(path)
+    if saved.kind == "packed":
+        raise CheckpointError(
+            f"init_from {path} is a packed model, which has no master weights: give the run or "
+            "model folder that it was made from"
+        )
+    differing = []
+    for field in dataclasses.fields(ModelConfig):
+        old, new = getattr(saved.config, field.name), getattr(config.model, field.name)
+        if field.name == "intermediate_size":
+            old, new = saved.config.glu_size, config.model.glu_size
+        elif field.name == "num_heads" and config.model.mixer == "attention":
+            old, new = saved.config.attention_heads, config.model.attention_heads
+        if field.name not in NOT_THE_FUNCTION and old != new:
+            differing.append(f"model.{field.name} is {new!r}, there {old!r}")
+    if differing:
+        raise ConfigError(
+            f"init_from {path} holds another model ({'; '.join(differing)}): set these fields "
+            "as they are there"
+        )
+    weights = saved.weights("master", mesh)
+    assert isinstance(weights, Master)
+    dtype = jnp.dtype(config.model.param_dtype)
+    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), weights.params)
