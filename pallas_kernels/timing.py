@@ -38,7 +38,7 @@ def median_ms(
 
 
 @jax.jit
-def _relative(a, b):
+def _relative(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.maximum(jnp.mean(b**2), 1e-30))
 

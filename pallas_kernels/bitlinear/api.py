@@ -14,6 +14,7 @@ in int8 (`BACKWARDS`, int8_backward.py).
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..norm_quant import api as norm_quant
 from ..norm_quant import xla as norm_xla
+from ..norm_quant.api import Statistics
 from ..over_tokens import TOKENS, WHOLE, over_tokens
 from ..ternary_matmul import api as ternary_matmul
 from . import int8_backward, pallas_tpu
@@ -215,11 +217,29 @@ def bitlinear_many(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bitlinears(options, x, times_silu, outer_weight, norm_weights, ws, trits, w_scales):
+def _bitlinears(
+    options: _Options,
+    x: jax.Array,
+    times_silu: jax.Array | None,
+    outer_weight: jax.Array | None,
+    norm_weights: tuple[jax.Array | None, ...],
+    ws: tuple[jax.Array | None, ...],
+    trits: tuple[jax.Array, ...],
+    w_scales: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
     return _forward(options, x, times_silu, outer_weight, norm_weights, ws, trits, w_scales)[0]
 
 
-def _forward(options, x, times_silu, outer_weight, norm_weights, ws, trits, w_scales):
+def _forward(
+    options: _Options,
+    x: jax.Array,
+    times_silu: jax.Array | None,
+    outer_weight: jax.Array | None,
+    norm_weights: tuple[jax.Array | None, ...],
+    ws: tuple[jax.Array | None, ...],
+    trits: tuple[jax.Array, ...],
+    w_scales: tuple[jax.Array, ...],
+) -> tuple[tuple[jax.Array, ...], Any]:
     del ws  # The forward sees only the trits.
     distinct = _distinct(norm_weights)
     if options.int8_activations and options.implementation == "pallas_tpu":
@@ -277,10 +297,25 @@ def _forward(options, x, times_silu, outer_weight, norm_weights, ws, trits, w_sc
     return (*outputs, x) if options.skip else outputs, residuals
 
 
-def _forward_tpu(options, x, times_silu, outer_weight, norm_weights, trits, w_scales):
+def _forward_tpu(
+    options: _Options,
+    x: jax.Array,
+    times_silu: jax.Array | None,
+    outer_weight: jax.Array | None,
+    norm_weights: tuple[jax.Array | None, ...],
+    trits: tuple[jax.Array, ...],
+    w_scales: tuple[jax.Array, ...],
+) -> tuple[tuple[jax.Array, ...], Statistics]:
     """Each layer as one kernel, which makes its own quantised input."""
 
-    def local(x, times_silu, outer_weight, norm_weights, trits, w_scales):
+    def local(
+        x: jax.Array,
+        times_silu: jax.Array | None,
+        outer_weight: jax.Array | None,
+        norm_weights: tuple[jax.Array | None, ...],
+        trits: tuple[jax.Array, ...],
+        w_scales: tuple[jax.Array, ...],
+    ) -> tuple[tuple[jax.Array, ...], Statistics]:
         h = _ungated(options, x)
         results = [
             pallas_tpu.bitlinear(
@@ -305,10 +340,12 @@ def _forward_tpu(options, x, times_silu, outer_weight, norm_weights, trits, w_sc
     return split(x, times_silu, outer_weight, norm_weights, trits, w_scales)
 
 
-def _backward(options, residuals, d_outputs):
+def _backward(
+    options: _Options, residuals: Any, cotangents: tuple[jax.Array, ...]
+) -> tuple[Any, ...]:
     x, times_silu, outer_weight, norm_weights, trits, w_scales, stats = residuals
     distinct = _distinct(norm_weights)
-    *d_outputs, d_skip = d_outputs if options.skip else (*d_outputs, None)
+    *d_outputs, d_skip = cotangents if options.skip else (*cotangents, None)
     d_outputs = [d.astype(x.dtype) for d in d_outputs]
     any_weight = any(dtype is not None for dtype in options.weight_dtypes)
 
@@ -372,17 +409,17 @@ def _backward(options, residuals, d_outputs):
 _bitlinears.defvjp(_forward, _backward)
 
 
-def _as(weight, gradient):
+def _as(weight: jax.Array | None, gradient: Any) -> jax.Array | None:
     """The gradient in its weight's dtype; None for a weight that is not there."""
     return None if weight is None else gradient.astype(weight.dtype)
 
 
-def _distinct(norm_weights):
+def _distinct(norm_weights: tuple[jax.Array | None, ...]) -> tuple[jax.Array | None, ...]:
     """The norm weights that give different inputs: without own norms all share one."""
     return norm_weights if norm_weights[0] is not None else (None,)
 
 
-def _norm_implementation(options):
+def _norm_implementation(options: _Options) -> str | None:
     """The norm's program that goes with the product's."""
     if options.implementation is None:
         return None
@@ -391,18 +428,24 @@ def _norm_implementation(options):
     return "pallas_tpu" if options.implementation == "pallas_tpu" else "pallas_triton"
 
 
-def _ungated(options, x):
+def _ungated(options: _Options, x: jax.Array) -> jax.Array:
     """What is normalised: x, or the gated linear unit of its halves, in x's dtype."""
     return norm_xla.glu(x).astype(x.dtype) if options.gated else x
 
 
-def _unquantized(x, norm_weights, outer_weight, stats, times_silu):
+def _unquantized(
+    x: jax.Array,
+    norm_weights: tuple[jax.Array | None, ...],
+    outer_weight: jax.Array | None,
+    stats: Statistics,
+    times_silu: jax.Array | None,
+) -> list[jax.Array]:
     """The normalised inputs in x's dtype, for the study without int8."""
     _, v = norm_xla.normalize(x, outer_weight, stats, times_silu)
     return [norm_xla.weigh(v, b).astype(x.dtype) for b in norm_weights]
 
 
-def _each(inputs, consumers):
+def _each(inputs: Sequence[Any], consumers: Sequence[Any]) -> Sequence[Any]:
     """One input for each consumer."""
     return inputs if len(inputs) == len(consumers) else [inputs[0]] * len(consumers)
 

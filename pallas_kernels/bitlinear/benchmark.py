@@ -5,6 +5,7 @@ python -m mmfree_jax.pallas_kernels.bitlinear.benchmark
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,15 @@ MODEL_LAYERS = (
 )
 
 
-def _fused(x, norms, ws, ternary, outer, *, implementation):
+def _fused(
+    x: jax.Array,
+    norms: tuple[jax.Array, ...],
+    ws: tuple[jax.Array, ...],
+    ternary: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+    outer: jax.Array | None,
+    *,
+    implementation: str,
+) -> tuple[jax.Array, ...]:
     trits, scales = ternary
     return bitlinear_many(
         x,
@@ -40,7 +49,13 @@ def _fused(x, norms, ws, ternary, outer, *, implementation):
     )
 
 
-def _plain(x, norms, ws, ternary, outer):
+def _plain(
+    x: jax.Array,
+    norms: tuple[jax.Array, ...],
+    ws: tuple[jax.Array, ...],
+    ternary: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+    outer: jax.Array | None,
+) -> tuple[jax.Array, ...]:
     """The textbook program: fake quantisation, bf16 product, JAX's own differentiation."""
     h = x if outer is None else rms_norm(x, outer, eps=1e-6)
     outputs = []
@@ -53,7 +68,15 @@ def _plain(x, norms, ws, ternary, outer):
     return tuple(outputs)
 
 
-def _training(forward: Callable, x, norms, ws, ternary, outer, cotangents):
+def _training(
+    forward: Callable,
+    x: jax.Array,
+    norms: tuple[jax.Array, ...],
+    ws: tuple[jax.Array, ...],
+    ternary: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+    outer: jax.Array | None,
+    cotangents: tuple[jax.Array, ...],
+) -> tuple[Any, Any]:
     outputs, vjp = jax.vjp(lambda x, b, w, a: forward(x, b, w, ternary, a), x, norms, ws, outer)
     return outputs, vjp(cotangents)
 

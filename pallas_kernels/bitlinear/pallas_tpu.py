@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..norm_quant.reference import inverse_rms, round_to_int8, token_absmax
 from ..norm_quant.xla import Statistics
+from ..refs import Ref
 
 _VMEM_BYTES = 64 << 20
 _BLOCK_ELEMENTS = 1 << 20
@@ -87,8 +88,18 @@ def bitlinear(
     return y, Statistics(rest[0] if outer else None, rest[-1] if own else None, (absmax,))
 
 
-def _kernel(x_ref, t_ref, w_scale_ref, *refs, own, outer, modulated, eps, outer_eps):
-    refs = list(refs)
+def _kernel(
+    x_ref: Ref,
+    t_ref: Ref,
+    w_scale_ref: Ref,
+    *all_refs: Ref,
+    own: bool,
+    outer: bool,
+    modulated: bool,
+    eps: float,
+    outer_eps: float,
+) -> None:
+    refs = list(all_refs)
     silu_ref = refs.pop(0) if modulated else None
     outer_ref = refs.pop(0) if outer else None
     weight_ref = refs.pop(0) if own else None
@@ -96,7 +107,7 @@ def _kernel(x_ref, t_ref, w_scale_ref, *refs, own, outer, modulated, eps, outer_
     q_ref, scale_ref = refs[-2:]
 
     @pl.when(pl.program_id(1) == 0)
-    def _quantize():
+    def _quantize() -> None:
         v = x_ref[...].astype(jnp.float32)
         if outer_ref is not None:
             inverse = inverse_rms(v, eps=outer_eps)

@@ -161,7 +161,15 @@ def _resolve(implementation: str | None, token_axes: Sequence[str]) -> str:
     return implementation
 
 
-def _how(x_ND, w_VD, targets_N, z_loss, chunk_size, token_axes, implementation) -> "_How":
+def _how(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    z_loss: float,
+    chunk_size: int | None,
+    token_axes: Sequence[str],
+    implementation: str | None,
+) -> "_How":
     """Checks what both heads share, and gathers the static part."""
     if x_ND.ndim != 2 or w_VD.ndim != 2 or x_ND.shape[1] != w_VD.shape[1] or 0 in x_ND.shape:
         raise ValueError(f"x_ND {x_ND.shape} and w_VD {w_VD.shape} must be [N, D] and [V, D]")
@@ -174,7 +182,9 @@ def _how(x_ND, w_VD, targets_N, z_loss, chunk_size, token_axes, implementation) 
     return _How(_resolve(implementation, token_axes), float(z_loss), chunk_size, tuple(token_axes))
 
 
-def _check_ternary(w_VD, trits_VD, w_scale) -> jax.Array:
+def _check_ternary(
+    w_VD: jax.Array, trits_VD: jax.Array, w_scale: jax.typing.ArrayLike
+) -> jax.Array:
     """Checks the ternary weights; returns the scale as a float32 scalar."""
     if trits_VD.shape != w_VD.shape:
         raise ValueError(f"trits_VD {trits_VD.shape} must have the shape of w_VD {w_VD.shape}")
@@ -194,7 +204,7 @@ class _How(NamedTuple):
     chunk_size: int | None
     token_axes: tuple[str, ...]
 
-    def call(self, name: str, *args):
+    def call(self, name: str, *args: Any) -> Any:
         """A function of the implementation, on each device's own tokens where axes are named.
 
         Arrays that start with N tokens stay apart; weight gradients are summed over devices.
@@ -212,7 +222,7 @@ class _How(NamedTuple):
         with_gradient = name != "forward"
         outputs = {"forward": 3, "backward": 2, "forward_with_gradients": 5}[name]
 
-        def local(*args):
+        def local(*args: Any) -> Any:
             results = function(*args)
             if with_gradient:
                 results = (*results[:-1], jax.lax.psum(results[-1], self.token_axes))
@@ -228,17 +238,31 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(how: _How, x_ND, w_VD, weights_VD, w_scale, targets_N) -> CrossEntropy:
+def _cross_entropy(
+    how: _How,
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
+) -> CrossEntropy:
     del w_VD  # only its gradient matters
     return CrossEntropy(*how.call("forward", x_ND, weights_VD, w_scale, targets_N))
 
 
-def _cross_entropy_forward(how, x_ND, w_VD, weights_VD, w_scale, targets_N):
+def _cross_entropy_forward(
+    how: _How,
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
+) -> tuple[CrossEntropy, tuple[Any, ...]]:
     result = CrossEntropy(*how.call("forward", x_ND, weights_VD, w_scale, targets_N))
     return result, (x_ND, w_VD, weights_VD, w_scale, targets_N, result.lse_N)
 
 
-def _cross_entropy_backward(how, residuals, cotangents):
+def _cross_entropy_backward(how: _How, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     x_ND, w_VD, *operands = residuals
     dx_ND, dw_VD = how.call("backward", x_ND, *operands, cotangents.loss_N, cotangents.lse_N)
     return dx_ND, dw_VD.astype(w_VD.dtype), None, None, None
@@ -249,20 +273,32 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy_sum(
-    how: _How, x_ND, w_VD, weights_VD, w_scale, targets_N
+    how: _How,
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
 ) -> tuple[jax.Array, CrossEntropy]:
     del w_VD
     result = CrossEntropy(*how.call("forward", x_ND, weights_VD, w_scale, targets_N))
     return jnp.sum(result.loss_N), result
 
 
-def _cross_entropy_sum_forward(how, x_ND, w_VD, weights_VD, w_scale, targets_N):
+def _cross_entropy_sum_forward(
+    how: _How,
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
+) -> tuple[tuple[jax.Array, CrossEntropy], tuple[jax.Array, ...]]:
     *result, dx_ND, dw_VD = how.call("forward_with_gradients", x_ND, weights_VD, w_scale, targets_N)
     result = CrossEntropy(*result)
     return (jnp.sum(result.loss_N), result), (dx_ND, dw_VD, w_VD)
 
 
-def _cross_entropy_sum_backward(how, residuals, cotangents):
+def _cross_entropy_sum_backward(how: _How, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     dx_ND, dw_VD, w_VD = residuals
     dtotal = cotangents[0]  # the per-token results come with their gradients stopped
     dx_ND = (dx_ND.astype(dtotal.dtype) * dtotal).astype(dx_ND.dtype)

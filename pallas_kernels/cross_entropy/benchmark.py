@@ -5,6 +5,7 @@ python -m mmfree_jax.pallas_kernels.cross_entropy.benchmark
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,32 @@ def variants(chunks: Iterable[int] = CHUNKS) -> dict[str, tuple[Callable, int]]:
     for chunk in chunks:
         options = {"chunk_size": chunk}
 
-        def loss(x, w, trits, targets, options=options):
+        def loss(
+            x: jax.Array,
+            w: jax.Array,
+            trits: jax.Array,
+            targets: jax.Array,
+            options: dict[str, Any] = options,
+        ) -> jax.Array:
             return api.ternary_linear_cross_entropy(x, w, trits, 0.02, targets, **options).loss_N
 
-        def recomputed(x, w, trits, targets, loss=loss):
+        def recomputed(
+            x: jax.Array,
+            w: jax.Array,
+            trits: jax.Array,
+            targets: jax.Array,
+            loss: Callable[..., jax.Array] = loss,
+        ) -> Any:
             return jax.grad(lambda x, w: loss(x, w, trits, targets).sum(), (0, 1))(x, w)
 
-        def at_once(x, w, trits, targets, options=options):
-            def total(x, w):
+        def at_once(
+            x: jax.Array,
+            w: jax.Array,
+            trits: jax.Array,
+            targets: jax.Array,
+            options: dict[str, Any] = options,
+        ) -> Any:
+            def total(x: jax.Array, w: jax.Array) -> jax.Array:
                 results = api.ternary_linear_cross_entropy_sum(
                     x, w, trits, 0.02, targets, **options
                 )
@@ -40,8 +59,14 @@ def variants(chunks: Iterable[int] = CHUNKS) -> dict[str, tuple[Callable, int]]:
 
         through_xla = functools.partial(at_once, options=options | {"implementation": "xla"})
 
-        def plain(x, w, trits, targets, options=options):
-            def total(x, w):
+        def plain(
+            x: jax.Array,
+            w: jax.Array,
+            trits: jax.Array,
+            targets: jax.Array,
+            options: dict[str, Any] = options,
+        ) -> Any:
+            def total(x: jax.Array, w: jax.Array) -> jax.Array:
                 return api.linear_cross_entropy_sum(x, w.astype(x.dtype), targets, **options)[0]
 
             return jax.grad(total, (0, 1))(x, w)

@@ -6,6 +6,8 @@ by then from the cache, to write the gradient.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
+from ..refs import Ref
 from ..ternary_matmul.api import ternary_matmul
 from . import xla
 
@@ -20,12 +23,14 @@ _BLOCK = 4096  # Columns at a time; a row in one piece would leave no registers 
 _LEAST = -1e30  # Below any logit, and finite: differences of it are no NaN.
 
 
-def forward(*args, interpret: bool = False, **options):
+def forward(*args: Any, interpret: bool = False, **options: Any) -> tuple[jax.Array, ...]:
     """See `xla.forward`."""
     return xla.forward(*args, **options, **_kernels(interpret))
 
 
-def forward_with_gradients(*args, interpret: bool = False, **options):
+def forward_with_gradients(
+    *args: Any, interpret: bool = False, **options: Any
+) -> tuple[jax.Array, ...]:
     """See `xla.forward_with_gradients`."""
     return xla.forward_with_gradients(*args, **options, **_kernels(interpret))
 
@@ -33,11 +38,13 @@ def forward_with_gradients(*args, interpret: bool = False, **options):
 backward = xla.backward
 
 
-def _kernels(interpret):
+def _kernels(interpret: bool) -> dict[str, Callable[..., Any]]:
     return {"logits": _logits, "rows": functools.partial(softmax_rows, interpret=interpret)}
 
 
-def _logits(left_PD, scale_P1, weights_VD, w_scale):
+def _logits(
+    left_PD: jax.Array, scale_P1: jax.Array, weights_VD: jax.Array, w_scale: jax.Array | None
+) -> jax.Array:
     if w_scale is None:
         return xla._logits(left_PD, scale_P1, weights_VD, w_scale)
     return ternary_matmul(
@@ -83,22 +90,31 @@ def softmax_rows(
     return loss_P, correct_P != 0, lse_P, *gradient
 
 
-def _kernel(logits_ref, target_ref, loss_ref, correct_ref, lse_ref, *gradient_refs, z_loss, block):
+def _kernel(
+    logits_ref: Ref,
+    target_ref: Ref,
+    loss_ref: Ref,
+    correct_ref: Ref,
+    lse_ref: Ref,
+    *gradient_refs: Ref,
+    z_loss: float,
+    block: int,
+) -> None:
     row, V = pl.program_id(0), logits_ref.shape[1]
     lane = jnp.arange(block)
     blocks = pl.cdiv(V, block)
 
-    def at(ref, i):
+    def at(ref: Ref, i: Any) -> Ref:
         return ref.at[row, pl.ds(i * block, block)]
 
-    def inside(i):
+    def inside(i: Any) -> jax.Array | None:
         return None if V % block == 0 else i * block + lane < V
 
-    def load(i):
+    def load(i: Any) -> jax.Array:
         mask = inside(i)
         return pltriton.load(at(logits_ref, i), mask=mask, other=None if mask is None else _LEAST)
 
-    def accumulate(i, carry):
+    def accumulate(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # For each lane its largest value, where it stood, and the sum of exponentials below it.
         largest, where, total = carry
         x = load(i)
@@ -126,7 +142,9 @@ def _kernel(logits_ref, target_ref, loss_ref, correct_ref, lse_ref, *gradient_re
     for gradient_ref in gradient_refs:
         weight = 1.0 + 2.0 * z_loss * lse
 
-        def differentiate(i, carry, gradient_ref=gradient_ref, weight=weight):
+        def differentiate(
+            i: jax.Array, carry: Any, gradient_ref: Ref = gradient_ref, weight: jax.Array = weight
+        ) -> Any:
             one = jnp.where(i * block + lane == target, 1.0, 0.0)
             gradient = jnp.where(valid, jnp.exp(load(i) - lse) * weight - one, 0.0)
             gradient = gradient.astype(gradient_ref.dtype)

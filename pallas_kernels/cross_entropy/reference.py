@@ -20,12 +20,22 @@ def cross_entropy(
     return loss_N, valid_N & (jnp.argmax(logits_NV, axis=-1) == targets_N), lse_N
 
 
-def linear_cross_entropy(x_ND, w_VD, targets_N, *, z_loss=0.0):
+def linear_cross_entropy(
+    x_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, *, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`cross_entropy(x @ w^T)` with all logits in memory, in the inputs' own precision."""
     return cross_entropy(x_ND @ w_VD.T, targets_N, z_loss=z_loss)
 
 
-def ternary_linear_cross_entropy(x_ND, w_VD, trits_VD, w_scale, targets_N, *, z_loss=0.0):
+def ternary_linear_cross_entropy(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    trits_VD: jax.Array,
+    w_scale: jax.typing.ArrayLike,
+    targets_N: jax.Array,
+    *,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`cross_entropy(Q8(x) @ (trits * w_scale)^T)`, straight through both quantisers.
 
     Straight through means that the gradients reach x and w as if Q8 and the ternarisation were

@@ -8,6 +8,9 @@ which operands make the logits, what the gradient of w multiplies, and dx's fact
 `pallas_gpu` puts kernels in place of `_logits` and `_rows`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,13 +33,23 @@ def number_of_chunks(N: int, V: int, chunk_size: int | None) -> int:
     return next((c for c in range(fewest, min(2 * fewest, N) + 1) if N % c == 0), fewest)
 
 
-def forward(x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size, logits=None, rows=None):
+def forward(
+    x_ND: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
+    *,
+    z_loss: float,
+    chunk_size: int | None,
+    logits: Callable[..., jax.Array] | None = None,
+    rows: Callable[..., Any] | None = None,
+) -> tuple[jax.Array, ...]:
     """(loss_N, correct_N, lse_N); weights_VD holds trits when w_scale is not None."""
     logits, rows = logits or _logits, rows or _rows
     operands = _operands(x_ND, w_scale)
     chunks, (*operands_PC, targets_PC) = _split(weights_VD, chunk_size, *operands, targets_N)
 
-    def one(carry, c):
+    def one(carry: Any, c: Any) -> tuple[Any, Any]:
         left, scale, _ = (y_PC[:, c] for y_PC in operands_PC)
         logits_PV = logits(left, scale, weights_VD, w_scale)
         return carry, rows(logits_PV, targets_PC[:, c], z_loss, None)[:3]
@@ -46,15 +59,23 @@ def forward(x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size, logits=
 
 
 def forward_with_gradients(
-    x_ND, weights_VD, w_scale, targets_N, *, z_loss, chunk_size, logits=None, rows=None
-):
+    x_ND: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
+    *,
+    z_loss: float,
+    chunk_size: int | None,
+    logits: Callable[..., jax.Array] | None = None,
+    rows: Callable[..., Any] | None = None,
+) -> tuple[jax.Array, ...]:
     """`forward`, then dx_ND in x's dtype and dw_VD in float32 of sum(loss_N): logits once."""
     logits, rows = logits or _logits, rows or _rows
     operands = _operands(x_ND, w_scale)
     chunks, (*operands_PC, targets_PC) = _split(weights_VD, chunk_size, *operands, targets_N)
     wide_VD = weights_VD.astype(x_ND.dtype)  # once, not once a chunk
 
-    def one(dw_VD, c):
+    def one(dw_VD: jax.Array, c: Any) -> tuple[Any, Any]:
         left, scale, right = (y_PC[:, c] for y_PC in operands_PC)
         logits_PV = logits(left, scale, weights_VD, w_scale)
         *losses, dlogits_PV = rows(logits_PV, targets_PC[:, c], z_loss, x_ND.dtype)
@@ -67,13 +88,24 @@ def forward_with_gradients(
     return *losses, _scaled(dx_ND, w_scale), dw_VD
 
 
-def backward(x_ND, weights_VD, w_scale, targets_N, lse_N, dloss_N, dlse_N, *, z_loss, chunk_size):
+def backward(
+    x_ND: jax.Array,
+    weights_VD: jax.Array,
+    w_scale: jax.Array | None,
+    targets_N: jax.Array,
+    lse_N: jax.Array,
+    dloss_N: jax.Array,
+    dlse_N: jax.Array,
+    *,
+    z_loss: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
     """(dx_ND in x's dtype, dw_VD in float32), the logits computed anew chunk by chunk."""
     per_token_N = (*_operands(x_ND, w_scale), targets_N, lse_N, dloss_N, dlse_N)
     chunks, per_token_PC = _split(weights_VD, chunk_size, *per_token_N)
     wide_VD = weights_VD.astype(x_ND.dtype)
 
-    def one(dw_VD, c):
+    def one(dw_VD: jax.Array, c: Any) -> tuple[Any, Any]:
         left, scale, right, targets_P, *cotangents = (y_PC[:, c] for y_PC in per_token_PC)
         lse_P, dloss_P, dlse_P = cotangents
         logits_PV = _logits(left, scale, weights_VD, w_scale)
@@ -86,7 +118,7 @@ def backward(x_ND, weights_VD, w_scale, targets_N, lse_N, dloss_N, dlse_N, *, z_
     return _scaled(_join(dx_CPD, x_ND.shape[0]), w_scale), dw_VD
 
 
-def _operands(x_ND, w_scale):
+def _operands(x_ND: jax.Array, w_scale: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The logits' left operand, its scale [N, 1], and what the gradient of w multiplies."""
     if w_scale is None:
         return x_ND, jnp.ones((x_ND.shape[0], 1), _accumulator(x_ND)), x_ND
@@ -94,24 +126,26 @@ def _operands(x_ND, w_scale):
     return q_ND, scale_N1, (q_ND * scale_N1).astype(x_ND.dtype)
 
 
-def _scaled(dx_ND, w_scale):
+def _scaled(dx_ND: jax.Array, w_scale: jax.Array | None) -> jax.Array:
     """The ternary head's dx still lacks the weights' scale."""
     if w_scale is None:
         return dx_ND
     return (dx_ND.astype(_accumulator(dx_ND)) * w_scale).astype(dx_ND.dtype)
 
 
-def _accumulator(x):
+def _accumulator(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _split(weights_VD, chunk_size, *arrays):
+def _split(
+    weights_VD: jax.Array, chunk_size: int | None, *arrays: jax.Array
+) -> tuple[int, list[jax.Array]]:
     """[N, ...] -> [N / C, C, ...], padded at the end where C does not divide N."""
     N = arrays[0].shape[0]
     chunks = number_of_chunks(N, weights_VD.shape[0], chunk_size)
     pad = -N % chunks
 
-    def split(y):
+    def split(y: jax.Array) -> jax.Array:
         # Padding tokens get target -1: no loss, no gradient.
         fill = -1 if y.dtype == jnp.int32 else 0
         y = jnp.pad(y, ((0, pad),) + ((0, 0),) * (y.ndim - 1), constant_values=fill)
@@ -120,7 +154,7 @@ def _split(weights_VD, chunk_size, *arrays):
     return chunks, [split(y) for y in arrays]
 
 
-def _scan(body, carry, chunks):
+def _scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, chunks: int) -> tuple[Any, Any]:
     """`lax.scan` over the chunks' numbers, without a loop where there is one chunk."""
     if chunks > 1:
         return lax.scan(body, carry, jnp.arange(chunks))
@@ -128,11 +162,13 @@ def _scan(body, carry, chunks):
     return carry, jax.tree.map(lambda y: y[None], outputs)
 
 
-def _join(y_CP, N):
+def _join(y_CP: jax.Array, N: int) -> jax.Array:
     return y_CP.swapaxes(0, 1).reshape(-1, *y_CP.shape[2:])[:N]
 
 
-def _logits(left_PD, scale_P1, weights_VD, w_scale):
+def _logits(
+    left_PD: jax.Array, scale_P1: jax.Array, weights_VD: jax.Array, w_scale: jax.Array | None
+) -> jax.Array:
     """logits_PV in float32."""
     if w_scale is None:
         return _dot(left_PD, weights_VD.astype(left_PD.dtype), (1, 1), _accumulator(left_PD))
@@ -146,7 +182,9 @@ def _logits(left_PD, scale_P1, weights_VD, w_scale):
     return sums_PV * (scale_P1 * w_scale)
 
 
-def _rows(logits_PV, targets_P, z_loss, dtype):
+def _rows(
+    logits_PV: jax.Array, targets_P: jax.Array, z_loss: float, dtype: jax.typing.DTypeLike | None
+) -> tuple[jax.Array, ...]:
     """(loss, correct, lse) of one chunk, and the gradient of the losses' sum in `dtype`."""
     losses = _losses(logits_PV, targets_P, z_loss)
     if dtype is None:
@@ -156,7 +194,9 @@ def _rows(logits_PV, targets_P, z_loss, dtype):
     return *losses, d_PV.astype(dtype)
 
 
-def _losses(logits_PV, targets_P, z_loss):
+def _losses(
+    logits_PV: jax.Array, targets_P: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(loss, correct, lse) of one chunk; argmax takes the first of equals, as jnp.argmax does."""
     V = logits_PV.shape[1]
     column_1V = lax.broadcasted_iota(jnp.int32, (1, V), 1)
@@ -170,7 +210,14 @@ def _losses(logits_PV, targets_P, z_loss):
     return jnp.where(valid_P, loss_P, 0), valid_P & (argmax_P == targets_P), lse_P
 
 
-def _logit_gradients(logits_PV, targets_P, lse_P, dloss_P, dlse_P, z_loss):
+def _logit_gradients(
+    logits_PV: jax.Array,
+    targets_P: jax.Array,
+    lse_P: jax.Array,
+    dloss_P: jax.Array,
+    dlse_P: jax.Array,
+    z_loss: float,
+) -> jax.Array:
     """d/dlogits = dloss (softmax (1 + 2 z lse) - onehot) + dlse softmax; zero loss if no target."""
     dloss_P = jnp.where(targets_P >= 0, dloss_P, 0)
     column_1V = lax.broadcasted_iota(jnp.int32, (1, logits_PV.shape[1]), 1)
@@ -180,12 +227,16 @@ def _logit_gradients(logits_PV, targets_P, lse_P, dloss_P, dlse_P, z_loss):
     return softmax_PV * weight_P[:, None] - jnp.where(onehot_PV, dloss_P[:, None], 0)
 
 
-def _pull_back(dlogits_PV, right_PD, wide_VD):
+def _pull_back(
+    dlogits_PV: jax.Array, right_PD: jax.Array, wide_VD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """dx_PD in x's dtype, but for the weights' scale, and dw_VD in float32."""
     dw_VD = _dot(dlogits_PV, right_PD, (0, 0), _accumulator(right_PD))
     return _dot(dlogits_PV, wide_VD, (1, 0), right_PD.dtype), dw_VD
 
 
-def _dot(a, b, axes, dtype):
+def _dot(
+    a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: jax.typing.DTypeLike
+) -> jax.Array:
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=dtype)

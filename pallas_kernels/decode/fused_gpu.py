@@ -15,7 +15,7 @@ nothing is sliced in memory and all layers share one program. The integers are e
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,6 +26,7 @@ from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
 from ..packed_matmul.linears import Linears
 from ..packed_matmul.words import plane_columns
+from ..refs import Ref
 from .dot4 import dot4, round_half_even
 from .model import Arithmetic, Model
 from .reference import embed
@@ -126,11 +127,12 @@ def mixer_in(
       g [M, D] in dtype, and the layer's new state [M, D] float32.
     """
     m, width = x.shape[0], weights.words[0].shape[1]
-    return _call(
+    g, new = _call(
         x, layer, weights, outer_norm, [lower_bound, h], "mlgru",
         [((m, width), jnp.dtype(dtype)), ((m, width), jnp.float32)],
         eps=eps, outer_eps=outer_eps, dtype=dtype, interpret=interpret,
     )  # fmt: skip
+    return g, new
 
 
 def mixer_out(
@@ -225,9 +227,20 @@ def _tile(outputs: int, words: int, matrices: int) -> tuple[int, int]:
 
 
 def _call(
-    x, layer, weights, outer_norm, extras, epilogue, outputs, *, eps, outer_eps, dtype, interpret,
-    state=None,
-):  # fmt: skip
+    x: jax.Array,
+    layer: jax.Array,
+    weights: Linears,
+    outer_norm: jax.Array | None,
+    extras: list[jax.Array],
+    epilogue: str,
+    outputs: list[tuple[tuple[int, ...], jax.typing.DTypeLike]],
+    *,
+    eps: float,
+    outer_eps: float,
+    dtype: jax.typing.DTypeLike,
+    interpret: bool,
+    state: jax.Array | None = None,
+) -> list[jax.Array]:
     batch, columns = x.shape
     if batch > MAX_ROWS:
         raise ValueError(f"x has {batch} rows: the decode kernels take at most {MAX_ROWS}")
@@ -262,8 +275,8 @@ def _call(
     )
 
 
-def _kernel(layer_ref, x_ref, *refs, plan: _Plan):
-    refs = list(refs)
+def _kernel(layer_ref: Ref, x_ref: Ref, *all_refs: Ref, plan: _Plan) -> None:
+    refs = list(all_refs)
     outer_ref = refs.pop(0) if plan.outer else None
     state_ref = refs.pop(0) if plan.gate else None
     norm_refs = [refs.pop(0) for _ in range(plan.matrices)]
@@ -298,7 +311,7 @@ def _kernel(layer_ref, x_ref, *refs, plan: _Plan):
     _finish(plan, refs, results, layer, m, n, inside)
 
 
-def _columns(plan: _Plan, words: int):
+def _columns(plan: _Plan, words: int) -> list[tuple[jax.Array, jax.Array]]:
     """Column numbers [padded, 4] of each plane's words, and which exist."""
     padded = pl.next_power_of_2(words)
     word, byte = jnp.arange(padded)[:, None], jnp.arange(4)[None, :]
@@ -306,17 +319,25 @@ def _columns(plan: _Plan, words: int):
     return [(c, (word < words) & (c < plan.columns)) for c in planes]
 
 
-def _load(ref, index, mask):
+def _load(ref: Ref, index: tuple[Any, ...], mask: jax.Array) -> jax.Array:
     return pltriton.load(ref.at[index], mask=mask, other=0.0).astype(jnp.float32)
 
 
-def _mean_square(plan: _Plan, planes):
+def _mean_square(plan: _Plan, planes: list[jax.Array]) -> jax.Array:
     # Planes are combined first: a reduction over threads costs more than three additions.
     squares = functools.reduce(jnp.add, [v * v for v in planes])
     return jnp.sum(jnp.sum(squares, axis=1)) * (1.0 / plan.columns)
 
 
-def _inputs(plan, m, layer, x_ref, outer_ref, state_ref, words):
+def _inputs(
+    plan: _Plan,
+    m: jax.Array,
+    layer: jax.Array,
+    x_ref: Ref,
+    outer_ref: Ref | None,
+    state_ref: Ref | None,
+    words: int,
+) -> list[jax.Array]:
     """The input after all norms but the BitLinears' own weights: four planes [padded, 4]."""
     columns = _columns(plan, words)
     values = [_load(x_ref, (m, c), mask) for c, mask in columns]
@@ -336,7 +357,15 @@ def _inputs(plan, m, layer, x_ref, outer_ref, state_ref, words):
     return [v * inverse for v in values]
 
 
-def _product(plan, layer, values, norm_ref, scale_ref, tile, words):
+def _product(
+    plan: _Plan,
+    layer: jax.Array,
+    values: list[jax.Array],
+    norm_ref: Ref,
+    scale_ref: Ref,
+    tile: list[jax.Array],
+    words: int,
+) -> list[jax.Array]:
     """One matrix's outputs for one row of the batch, [rows] float32 for each half."""
     columns = _columns(plan, words)
     normalized = [
@@ -367,11 +396,19 @@ def _product(plan, layer, values, norm_ref, scale_ref, tile, words):
     return outputs
 
 
-def _silu(x):
+def _silu(x: jax.Array) -> jax.Array:
     return x / (1.0 + jnp.exp(-x))
 
 
-def _finish(plan, refs, results, layer, m, n, inside):
+def _finish(
+    plan: _Plan,
+    refs: list[Ref],
+    results: list[list[jax.Array]],
+    layer: jax.Array,
+    m: jax.Array,
+    n: jax.Array,
+    inside: jax.Array,
+) -> None:
     """Writes the outputs; `results` is [matrix][half]."""
     rounded = [[y.astype(plan.dtype).astype(jnp.float32) for y in halves] for halves in results]
     if plan.epilogue == "mlgru":

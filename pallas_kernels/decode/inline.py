@@ -18,6 +18,8 @@ from jax._src.lib.triton import dialect as triton_dialect
 from jax._src.pallas.triton import lowering
 from jax.interpreters import mlir
 
+from ..refs import Ref
+
 # Bits of a place where nothing has been written, in words and in each half of a word. A NaN
 # that arithmetic never makes.
 EMPTY = -1
@@ -29,14 +31,32 @@ _asm_p.multiple_results = True
 
 
 @_asm_p.def_effectful_abstract_eval
-def _(ref, first, *args, asm, constraints, count, results, writes):
+def _(
+    ref: Ref,
+    first: Any,
+    *args: Any,
+    asm: str,
+    constraints: str,
+    count: int,
+    results: int,
+    writes: bool,
+) -> tuple[list[Any], set[Any]]:
     del ref, args, asm, constraints, count
     effect = state.WriteEffect(0) if writes else state.ReadEffect(0)
     return [jax_core.ShapedArray(first.shape, jnp.dtype("int32"))] * results, {effect}
 
 
 @lowering.register_lowering(_asm_p)
-def _(ctx, pointer, *args, asm, constraints, count, results, writes):
+def _(
+    ctx: Any,
+    pointer: Any,
+    *args: Any,
+    asm: str,
+    constraints: str,
+    count: int,
+    results: int,
+    writes: bool,
+) -> list[Any]:
     del results, writes
     shape = ctx.avals_in[1].shape
     address = ir.RankedTensorType.get(shape, ir.IntegerType.get_signless(64))

@@ -38,6 +38,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..packed_matmul.linears import Linears
 from ..packed_matmul.words import plane_columns
+from ..refs import Ref
 from . import token_board, token_choice, token_step
 from .inline import EMPTY
 from .model import Arithmetic, Model
@@ -110,7 +111,7 @@ def decode_tokens(
         "board": jnp.full(token_board.board_size(plan), EMPTY, jnp.int32),
     }
 
-    def kernel(*refs):
+    def kernel(*refs: Ref) -> None:
         names = [*operands, *(f"{name} before" for name in begun), *begun]
         _kernel(dict(zip(names, refs, strict=True)), plan, steps)
 
@@ -204,7 +205,7 @@ def _note(refs: dict[str, Any], plan: Plan, step: jax.Array, token: jax.Array) -
     """Writes down a token that is read."""
 
     @pl.when(refs["program"] == 0)
-    def _():
+    def _() -> None:
         refs["tokens"][step] = token
 
 
@@ -225,7 +226,7 @@ def _emulate(
     patience = jnp.ones(places(plan).shape, jnp.int32)
 
     @pl.when(phase == 0)
-    def _():
+    def _() -> None:
         before = refs | {"step": jnp.maximum(step - 1, 0)}
         token = refs["first"][0]
         if steps > 1:
@@ -233,7 +234,7 @@ def _emulate(
         read = refs["tokens"][jnp.maximum(step - 1, 0)] >= 0
 
         @pl.when(goes_on(step, token) & ((step == 0) | read))
-        def _():
+        def _() -> None:
             _note(refs, plan, step, token)
             token_choice.embed(refs, plan, token, patience)
 
@@ -245,7 +246,7 @@ def _emulate(
         now = last if name == "head" else (phase > 0) & ((phase - 1) % 4 == number) & ~last
 
         @pl.when(now & on)
-        def _(name=name, at=at):
+        def _(name: str = name, at: Any = at) -> None:
             bundle = token_step.prefetch(refs, plan, name, at)
             _, _, best = token_step.run(refs, plan, name, at, bundle, lambda: None, patience)
             if name == "head" and steps > 1:

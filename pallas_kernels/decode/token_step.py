@@ -92,7 +92,7 @@ def _load_tile(refs: Refs, plan: Plan, step: Step, layer: Any, tile: Any) -> _Ti
     certain = step.rows // plan.cut.programs  # rows that every share has
     threads = places(plan).size // groups(plan, step.columns)
 
-    def row(matrix, first_row, number):
+    def row(matrix: int, first_row: int, number: Any) -> list[jax.Array]:
         number = number + each * (places(plan) // threads)
         last = tile * rows + rows - 1 if isinstance(tile, int) else certain
         out = []

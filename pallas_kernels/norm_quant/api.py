@@ -6,6 +6,7 @@ write their own VJP (the op `bitlinear` does): neither is differentiable itself.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,13 @@ def norm_quant(
     if gated:
         kernel = functools.partial(kernel, gated=True)
 
-    def local(x, residual, times_silu, weights, outer_weight):
+    def local(
+        x: jax.Array,
+        residual: jax.Array | None,
+        times_silu: jax.Array | None,
+        weights: tuple[jax.Array | None, ...],
+        outer_weight: jax.Array | None,
+    ) -> tuple[Any, ...]:
         shape = x.shape
         x, residual, times_silu = jax.tree.map(_matrix, (x, residual, times_silu))
         results = kernel(
@@ -195,7 +202,16 @@ def norm_backward(
         kernel = functools.partial(kernel, gated=True)
     split_over_mesh = bool(token_axes) and devices_in_mesh() > 1
 
-    def local(x, times_silu, d_skip, stats, gradients, weights, outer_weight, gradient_scales):
+    def local(
+        x: jax.Array,
+        times_silu: jax.Array | None,
+        d_skip: jax.Array | None,
+        stats: Statistics,
+        gradients: tuple[jax.Array, ...],
+        weights: tuple[jax.Array | None, ...],
+        outer_weight: jax.Array | None,
+        gradient_scales: tuple[jax.Array, ...],
+    ) -> tuple[Any, ...]:
         shape = gradients[0].shape
         d_x, *sums, inputs, d_s = kernel(
             _matrix(x), weights, outer_weight, jax.tree.map(_matrix, stats),

@@ -40,8 +40,13 @@ def variants(
     kernel = {"gpu": ("pallas_triton",), "tpu": ("pallas_tpu",)}
     names = names or ("xla", *kernel.get(jax.default_backend(), ()))
 
-    def pair(name):
-        def forward(x, weights, outer, **options):
+    def pair(name: str) -> tuple[Callable, Callable]:
+        def forward(
+            x: jax.Array,
+            weights: tuple[jax.Array | None, ...],
+            outer: jax.Array | None,
+            **options: Any,
+        ) -> tuple[Any, ...]:
             results = api.norm_quant(x, weights, outer, eps=1e-6, implementation=name, **options)
             return results[1:]  # Without x, which a program would copy.
 

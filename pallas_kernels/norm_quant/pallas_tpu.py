@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from ..refs import Ref
 from .reference import round_to_int8, token_absmax
 from .xla import Statistics, silu_slope
 
@@ -142,12 +143,22 @@ def norm_backward(
     return d_x, d_weights, totals[-1] if outer else None, inputs, d_times_silu
 
 
-def _inverse_rms(x, eps):
+def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
     return lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def _forward_kernel(x_ref, *refs, count, outer, own, add, modulated, eps, outer_eps):
-    refs = list(refs)
+def _forward_kernel(
+    x_ref: Ref,
+    *all_refs: Ref,
+    count: int,
+    outer: bool,
+    own: bool,
+    add: bool,
+    modulated: bool,
+    eps: float,
+    outer_eps: float,
+) -> None:
+    refs = list(all_refs)
     residual_ref = refs.pop(0) if add else None
     silu_ref = refs.pop(0) if modulated else None
     outer_ref = refs.pop(0) if outer else None
@@ -179,8 +190,18 @@ def _forward_kernel(x_ref, *refs, count, outer, own, add, modulated, eps, outer_
         q_refs[j][...] = round_to_int8(n, absmax)
 
 
-def _backward_kernel(x_ref, *refs, m, rows, count, outer, own, modulated, requantize):
-    refs = list(refs)
+def _backward_kernel(
+    x_ref: Ref,
+    *all_refs: Ref,
+    m: int,
+    rows: int,
+    count: int,
+    outer: bool,
+    own: bool,
+    modulated: bool,
+    requantize: bool,
+) -> None:
+    refs = list(all_refs)
     silu_ref = refs.pop(0) if modulated else None
     gradient_refs = [refs.pop(0) for _ in range(count)]
     scale_refs = [refs.pop(0) for _ in range(count)]
@@ -196,21 +217,21 @@ def _backward_kernel(x_ref, *refs, m, rows, count, outer, own, modulated, requan
     # The last block may reach beyond the end, where the refs hold anything at all.
     inside = index * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < m
 
-    def read(ref):
+    def read(ref: Ref) -> jax.Array:
         return jnp.where(inside, ref[...].astype(jnp.float32), 0.0)
 
-    def through_norm(d, x_hat, inverse):
+    def through_norm(d: jax.Array, x_hat: jax.Array, inverse: jax.Array) -> jax.Array:
         return inverse * (d - x_hat * jnp.mean(d * x_hat, axis=-1, keepdims=True))
 
-    def add_up(ref, terms):
+    def add_up(ref: Ref, terms: jax.Array) -> None:
         total = jnp.sum(terms, axis=0, keepdims=True)
 
         @pl.when(index == 0)
-        def _():
+        def _() -> None:
             ref[...] = total
 
         @pl.when(index > 0)
-        def _():
+        def _() -> None:
             ref[...] += total
 
     x_hat = read(x_ref)

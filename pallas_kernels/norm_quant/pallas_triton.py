@@ -15,7 +15,8 @@ summed in registers as the program walks; the programs' partial sums are added o
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,6 +25,7 @@ from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
 from ..keep_nan import at_least, largest_magnitude
+from ..refs import Ref
 from .reference import MIN_ABSMAX
 from .xla import Statistics
 
@@ -213,41 +215,49 @@ def _flat(scalars: jax.Array | None) -> jax.Array:
 class _Columns:
     """Loads and stores of whole rows, masked beyond K."""
 
-    def __init__(self, k: int, padded: int):
+    def __init__(self, k: int, padded: int) -> None:
         self.slice = pl.ds(0, padded)
         self.mask = None if k == padded else jnp.arange(padded) < k
         self.other = None if k == padded else 0.0
 
-    def load(self, ref, row=None):
+    def load(self, ref: Ref, row: Any = None) -> jax.Array:
         """One row, in its own dtype."""
         ref = ref.at[self.slice] if row is None else ref.at[row, self.slice]
         return pltriton.load(ref, mask=self.mask, other=self.other)
 
-    def weight(self, ref):
+    def weight(self, ref: Ref) -> jax.Array:
         """A vector of weights, in float32."""
         return self.load(ref).astype(jnp.float32)
 
-    def store(self, ref, value, row):
+    def store(self, ref: Ref, value: jax.Array, row: Any) -> None:
         pltriton.store(ref.at[row, self.slice], value.astype(ref.dtype), mask=self.mask)
 
 
-def _walk(load, body, init, *, m: int, programs: int, ahead: bool):
+def _walk(
+    load: Callable[[Any], Any],
+    body: Callable[[Any, Any, Any], Any],
+    init: Any,
+    *,
+    m: int,
+    programs: int,
+    ahead: bool,
+) -> Any:
     """Folds `body(row, load(row), carry)` over this program's rows, `ahead` by one load or not."""
     program = pl.program_id(0)
     steps = (m - program + programs - 1) // programs
 
-    def wide(loaded):
+    def wide(loaded: Any) -> Any:
         # Not in `load`: what waits for its turn takes half the registers in bf16.
         return jax.tree.map(lambda a: a.astype(jnp.float32), loaded)
 
-    def at_once(i, carry):
+    def at_once(i: jax.Array, carry: Any) -> Any:
         row = program + i * programs
         return body(row, wide(load(row)), carry)
 
     if not ahead:
         return lax.fori_loop(0, steps, at_once, init)
 
-    def step(i, state):
+    def step(i: jax.Array, state: Any) -> Any:
         loaded, carry = state
         row = program + i * programs
         # After the last row it is read once more, for nothing.
@@ -257,21 +267,33 @@ def _walk(load, body, init, *, m: int, programs: int, ahead: bool):
     return lax.fori_loop(0, steps, step, (load(program), init))[1]
 
 
-def _product(*factors):
+def _product(*factors: jax.Array | None) -> Any:
     """The product of those factors that are there; None of none."""
     present = [f for f in factors if f is not None]
     return functools.reduce(lambda a, b: a * b, present) if present else None
 
 
-def _rounded(value):
+def _rounded(value: jax.Array) -> jax.Array:
     """Halves to even, as an int32 whose low byte is the integer."""
     return lax.bitcast_convert_type(value + _ROUNDER, jnp.int32)
 
 
 def _forward_kernel(
-    x_ref, *refs, count, outer, own, add, modulated, gated, eps, outer_eps, padded, programs, ahead
-):  # fmt: skip
-    refs = list(refs)
+    x_ref: Ref,
+    *all_refs: Ref,
+    count: int,
+    outer: bool,
+    own: bool,
+    add: bool,
+    modulated: bool,
+    gated: bool,
+    eps: float,
+    outer_eps: float,
+    padded: int,
+    programs: int,
+    ahead: bool,
+) -> None:
+    refs = list(all_refs)
     residual_ref = refs.pop(0) if add else None
     silu_ref = refs.pop(0) if modulated else None
     outer_ref = refs.pop(0) if outer else None
@@ -284,13 +306,13 @@ def _forward_kernel(
     a = None if outer_ref is None else columns.weight(outer_ref)
     weights = [_product(a, None if r is None else columns.weight(r)) for r in weight_refs]
 
-    def load(row):
+    def load(row: Any) -> Any:
         if gated:
             return columns.load(x_ref, 2 * row), columns.load(x_ref, 2 * row + 1)
         beside = (residual_ref, silu_ref)
         return columns.load(x_ref, row), *(columns.load(r, row) for r in beside if r is not None)
 
-    def body(row, loaded, carry):
+    def body(row: Any, loaded: Any, carry: Any) -> Any:
         x, *beside = loaded
         if gated:
             x = x * jax.nn.sigmoid(x) * beside.pop()
@@ -326,10 +348,21 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    x_ref, *refs, count, outer, own, modulated, gated, eps, padded, programs, requantize, ahead,
-    skip,
-):  # fmt: skip
-    refs = list(refs)
+    x_ref: Ref,
+    *all_refs: Ref,
+    count: int,
+    outer: bool,
+    own: bool,
+    modulated: bool,
+    gated: bool,
+    eps: float,
+    padded: int,
+    programs: int,
+    requantize: bool,
+    ahead: bool,
+    skip: bool,
+) -> None:
+    refs = list(all_refs)
     silu_ref = refs.pop(0) if modulated else None
     skip_ref = refs.pop(0) if skip else None
     gradient_refs = [refs.pop(0) for _ in range(count)]
@@ -348,7 +381,7 @@ def _backward_kernel(
     b = [None if ref is None else columns.weight(ref) for ref in weight_refs]
     a = None if outer_ref is None else columns.weight(outer_ref)
 
-    def load(row):
+    def load(row: Any) -> Any:
         rows = (2 * row, 2 * row + 1) if gated else (row,)
         x = [columns.load(x_ref, r) for r in rows]
         added = [columns.load(r, row) for r in (silu_ref, skip_ref) if r is not None]
@@ -358,7 +391,7 @@ def _backward_kernel(
         ]
         return x, added, gradients, stats, [pltriton.load(r.at[row]) for r in absmax_refs]
 
-    def body(row, loaded, sums):
+    def body(row: Any, loaded: Any, sums: Any) -> Any:
         (x, *beside), added, gradients, (outer_inverse, inverse), absmaxes = loaded
         sums = list(sums)
         if gated:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
+from ..refs import Ref
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -77,7 +79,15 @@ def scaled_matmul(
     return _call(x_q, packed, layer.reshape(1), scales, out_dtype, config, interpret)
 
 
-def _call(x_q, packed, layer, scales, out_dtype, config, interpret):
+def _call(
+    x_q: jax.Array,
+    packed: jax.Array,
+    layer: jax.Array,
+    scales: tuple[jax.Array, ...],
+    out_dtype: jax.typing.DTypeLike,
+    config: Config | None,
+    interpret: bool,
+) -> jax.Array:
     m, n = x_q.shape[0], packed.shape[1]
     if config is None:
         config = choose_config(m)
@@ -91,7 +101,9 @@ def _call(x_q, packed, layer, scales, out_dtype, config, interpret):
     )(layer, x_q, packed, *scales)
 
 
-def _kernel(layer_ref, x_ref, w_ref, *refs, config: Config, emulate: bool):
+def _kernel(
+    layer_ref: Ref, x_ref: Ref, w_ref: Ref, *refs: Ref, config: Config, emulate: bool
+) -> None:
     *scale_refs, out_ref = refs
     m, columns = x_ref.shape
     _, n, size = w_ref.shape
@@ -101,7 +113,7 @@ def _kernel(layer_ref, x_ref, w_ref, *refs, config: Config, emulate: bool):
     in_rows = None if m % config.tile_m == 0 else (rows < m)[:, None]
     in_outputs = None if n % config.tile_n == 0 else (outputs < n)[:, None]
 
-    def step(i, sums):
+    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
         place = (i * config.tile_k + jnp.arange(config.tile_k))[None, :]
         in_place = None if size % config.tile_k == 0 else place < size
         packed = _load(w_ref.at[layer, outputs[:, None], place], in_outputs, in_place)
@@ -127,11 +139,11 @@ def _kernel(layer_ref, x_ref, w_ref, *refs, config: Config, emulate: bool):
     pltriton.store(out, y.astype(out_ref.dtype), mask=inside)
 
 
-def _load(ref, *masks):
-    masks = [mask for mask in masks if mask is not None]
-    if not masks:
+def _load(ref: Ref, *masks: jax.Array | None) -> jax.Array:
+    given = [mask for mask in masks if mask is not None]
+    if not given:
         return pltriton.load(ref)
-    return pltriton.load(ref, mask=functools.reduce(jnp.logical_and, masks), other=0)
+    return pltriton.load(ref, mask=functools.reduce(jnp.logical_and, given), other=0)
 
 
 def _trits(packed: jax.Array, plane: int, *, emulate: bool) -> jax.Array:
@@ -187,7 +199,7 @@ def unpack_many(
     )(layer.reshape(1), *stacks)
 
 
-def _unpack_kernel(layer_ref, *refs, emulate: bool):
+def _unpack_kernel(layer_ref: Ref, *refs: Ref, emulate: bool) -> None:
     pairs = list(zip(refs[: len(refs) // 2], refs[len(refs) // 2 :], strict=True))
     n, columns = pairs[0][1].shape
     size = pairs[0][0].shape[2]

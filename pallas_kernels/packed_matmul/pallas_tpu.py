@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from ..refs import Ref
+
 _TILE_M, _TILE_N, _TILE_K = 128, 256, 512
 
 
@@ -43,9 +45,9 @@ def packed_matmul(x_q: jax.Array, packed: jax.Array, *, interpret: bool = False)
     return out[:m, :n]
 
 
-def _kernel(x_ref, w_ref, out_ref):
+def _kernel(x_ref: Ref, w_ref: Ref, out_ref: Ref) -> None:
     @pl.when(pl.program_id(2) == 0)
-    def _():
+    def _() -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
 
     packed = w_ref[...].astype(jnp.int32)

@@ -5,6 +5,7 @@ layer's number as an operand, so that a loop over layers slices nothing.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,6 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
+from ..refs import Ref
 
 
 def quantize_rows(
@@ -62,8 +64,8 @@ def quantize_rows(
     if residual is not None:
         out_shape.append(jax.ShapeDtypeStruct((m, columns), x.dtype))
 
-    def kernel(*refs):
-        refs = list(refs)
+    def kernel(*all_refs: Ref) -> None:
+        refs = list(all_refs)
         layer_ref, x_ref = refs[:2]
         del refs[:2]
         norm_refs = [refs.pop(0) for _ in norms]
@@ -75,17 +77,17 @@ def quantize_rows(
         scale_refs = [refs.pop(0) for _ in norms]
         at, row = layer_ref[0], pl.program_id(0)
 
-        def places(start):
+        def places(start: int) -> tuple[jax.Array, jax.Array | None]:
             c = start + jnp.arange(piece)
             return c, None if start + piece <= columns else c < columns
 
-        def load(ref, row, start, offset=0):
+        def load(ref: Ref, row: Any, start: int, offset: int = 0) -> jax.Array:
             c, mask = places(start)
             other = None if mask is None else 0.0
             value = pltriton.load(ref.at[row, offset + c], mask=mask, other=other)
             return value.astype(jnp.float32)
 
-        def store(ref, value, start):
+        def store(ref: Ref, value: jax.Array, start: int) -> None:
             c, mask = places(start)
             pltriton.store(ref.at[row, c], value, mask=mask)
 

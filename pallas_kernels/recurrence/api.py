@@ -112,7 +112,7 @@ def mlgru_recurrence(
     return _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT)
 
 
-def _held_open(f_BTD, padding_BT):
+def _held_open(f_BTD: jax.Array, padding_BT: jax.Array) -> jax.Array:
     """A gate fully open keeps the state, and closes the input."""
     return jnp.where(padding_BT[..., None], jnp.asarray(_OPEN, f_BTD.dtype), f_BTD)
 
@@ -125,7 +125,7 @@ class _How(NamedTuple):
     partition: PartitionSpec | None
 
     @property
-    def module(self):
+    def module(self) -> Any:
         return _IMPLEMENTATIONS[self.implementation]
 
     @property
@@ -134,7 +134,7 @@ class _How(NamedTuple):
         return self.mesh is None and getattr(self.module, "TAKES_HELD", False)
 
 
-def _resolve(implementation: str | None, x_BTD: jax.Array, partition) -> str:
+def _resolve(implementation: str | None, x_BTD: jax.Array, partition: PartitionSpec | None) -> str:
     if implementation is None:
         kind, dtype = jax.devices()[0].device_kind, x_BTD.dtype.name
         best = measured_best("recurrence", x_BTD.shape, device_kind=kind, dtype=dtype) or "xla"
@@ -152,7 +152,9 @@ def _resolve(implementation: str | None, x_BTD: jax.Array, partition) -> str:
     return implementation
 
 
-def _mesh_for(mesh, partition, shape):
+def _mesh_for(
+    mesh: Mesh | AbstractMesh | None, partition: PartitionSpec | None, shape: tuple[int, ...]
+) -> Mesh | AbstractMesh | None:
     """The mesh to shard over, or None where the compiler partitions."""
     if partition is None:
         if mesh is not None:
@@ -171,7 +173,13 @@ def _mesh_for(mesh, partition, shape):
     return mesh
 
 
-def _check(name, f_BTD, x_BTD, reset_BT, h0_BD) -> None:
+def _check(
+    name: str,
+    f_BTD: jax.Array,
+    x_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+) -> None:
     if x_BTD.ndim != 3 or f_BTD.shape != x_BTD.shape or 0 in x_BTD.shape:
         raise ValueError(
             f"f_BTD {f_BTD.shape} and {name} {x_BTD.shape} must have the same non-empty "
@@ -183,7 +191,7 @@ def _check(name, f_BTD, x_BTD, reset_BT, h0_BD) -> None:
         raise ValueError(f"h0_BD has shape {h0_BD.shape}; it must be {(B, D)}")
 
 
-def _check_mask(name, mask_BT, shape) -> None:
+def _check_mask(name: str, mask_BT: jax.Array | None, shape: tuple[int, ...]) -> None:
     if mask_BT is None:
         return
     if mask_BT.shape != shape[:2]:
@@ -193,15 +201,27 @@ def _check_mask(name, mask_BT, shape) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(how, f_BTD, x_BTD, reset_BT, h0_BD):
+def _linear(
+    how: _How,
+    f_BTD: jax.Array,
+    x_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     return _linear_forward(how, f_BTD, x_BTD, reset_BT, h0_BD)[0]
 
 
-def _linear_decay(f_BTD, *_):
+def _linear_decay(f_BTD: jax.Array, *_: Any) -> jax.Array:
     return f_BTD.astype(xla.carry_dtype(f_BTD))
 
 
-def _linear_forward(how, f_BTD, x_BTD, reset_BT, h0_BD):
+def _linear_forward(
+    how: _How,
+    f_BTD: jax.Array,
+    x_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     if how.mesh is None:
         h_BTD, h_last_BD = how.module.forward(f_BTD, x_BTD, reset_BT, h0_BD)
         start = h0_BD
@@ -218,7 +238,7 @@ def _linear_forward(how, f_BTD, x_BTD, reset_BT, h0_BD):
     return (h_BTD, h_last_BD), (f_BTD, h_BTD, reset_BT, h0_BD, start)
 
 
-def _linear_backward(how, residuals, cotangents):
+def _linear_backward(how: _How, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     f_BTD, h_BTD, reset_BT, h0_BD, start = residuals
     if how.mesh is None:
         df_BTD, dx_BTD, dh0_BD = how.module.backward(f_BTD, h_BTD, reset_BT, h0_BD, *cotangents)
@@ -242,22 +262,38 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT):
+def _mlgru(
+    how: _How,
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    padding_BT: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     return _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT)[0]
 
 
-def _mlgru_decay(i_BTD, f_BTD, lower_bound_D):
+def _mlgru_decay(i_BTD: jax.Array, f_BTD: jax.Array, lower_bound_D: jax.Array | None) -> jax.Array:
     dtype = xla.carry_dtype(f_BTD)
     return gate_values(i_BTD.astype(dtype), f_BTD.astype(dtype), lower_bound_D).forget
 
 
-def _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT):
+def _mlgru_forward(
+    how: _How,
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    padding_BT: jax.Array | None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     operands = (i_BTD, f_BTD, lower_bound_D)
     if how.mesh is None:
         held = {} if padding_BT is None else {"held_BT": padding_BT}
         h_BTD, h_last_BD = how.module.mlgru_forward(*operands, reset_BT, h0_BD, **held)
         start = h0_BD
-        if held:  # The backward sees the padding in the gates.
+        if padding_BT is not None:  # The backward sees it in the gates.
             operands = (i_BTD, _held_open(f_BTD, padding_BT), lower_bound_D)
     else:
         forward = how.module.mlgru_forward
@@ -268,7 +304,7 @@ def _mlgru_forward(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT
     return (h_BTD, h_last_BD), (operands, h_BTD, reset_BT, h0_BD, start)
 
 
-def _mlgru_backward(how, residuals, cotangents):
+def _mlgru_backward(how: _How, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     operands, h_BTD, reset_BT, h0_BD, start = residuals
     lower_bound_D = operands[2]
     if how.mesh is None:
@@ -293,5 +329,5 @@ def _mlgru_backward(how, residuals, cotangents):
 _mlgru.defvjp(_mlgru_forward, _mlgru_backward)
 
 
-def _like(gradient, primal):
+def _like(gradient: Any, primal: jax.Array | None) -> jax.Array | None:
     return None if primal is None else gradient.astype(primal.dtype)

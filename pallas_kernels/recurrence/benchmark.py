@@ -57,7 +57,9 @@ def benchmark(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _arguments(shape, seed, dtype, reset_BT) -> dict[str, tuple]:
+def _arguments(
+    shape: tuple[int, ...], seed: int, dtype: jax.typing.DTypeLike, reset_BT: jax.Array | None
+) -> dict[str, tuple]:
     """The arguments of every pass; gates spread over (0, 1) as in a trained model."""
     B, _, D = shape
     keys = jax.random.split(jax.random.key(seed), 6)

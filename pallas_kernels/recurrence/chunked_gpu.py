@@ -17,6 +17,7 @@ The result does not depend on timing.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ..refs import Ref
 from .steps import Row, Steps
 
 _CARRY_READY = 30  # bit of a group's flag word: the state at the group's start is published
@@ -51,7 +53,7 @@ class Config:
     group: int = 16
     reload: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("unroll", "block_d"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
@@ -82,7 +84,7 @@ def scan(
     held_BT: jax.Array | None = None,
     config: Config,
     interpret: bool = False,
-):
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
     """Runs `steps` over time; see steps.py for arguments and results."""
     B, T, D = next(iter(rows.values())).shape
     chunks = pl.cdiv(T, config.unroll * config.blocks)
@@ -115,7 +117,7 @@ def scan(
     if chunks > 1:
         aliases[names_in.index("flags_in")] = names_out.index("flags")
 
-    def kernel(*refs):
+    def kernel(*refs: Ref) -> None:
         named = dict(zip(names_in + names_out, refs, strict=True))
         _kernel(named, steps, config, (B, T, D), interpret)
 
@@ -134,7 +136,9 @@ def scan(
     return outputs, by_name["last"], sums
 
 
-def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
+def _kernel(
+    refs: dict[str, Ref], steps: Steps, config: Config, shape: tuple[int, int, int], interpret: bool
+) -> None:
     B, T, D = shape
     block_d, unroll = config.block_d, config.unroll
     chunk = unroll * config.blocks
@@ -146,20 +150,22 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
     d = pl.ds(d0, block_d)
     in_d = None if D % block_d == 0 else d0 + jnp.arange(block_d) < D
 
-    def both(mask):
+    def both(mask: Any) -> jax.Array | None:
         """`mask`, a scalar or None, and in_d, as one vector or None."""
         if mask is None:
             return in_d
         mask = jnp.broadcast_to(mask, (block_d,))
         return mask if in_d is None else mask & in_d
 
-    def load(ref, *index, mask=None, other=0.0, **options):
+    def load(
+        ref: Ref, *index: Any, mask: Any = None, other: float = 0.0, **options: Any
+    ) -> jax.Array:
         mask = both(mask)
-        other = None if mask is None else other
-        value = plgpu.load(ref.at[(*index, d)], mask=mask, other=other, **options)
+        instead = None if mask is None else other
+        value = plgpu.load(ref.at[(*index, d)], mask=mask, other=instead, **options)
         return value.astype(jnp.float32)
 
-    def store(ref, value, *index, mask=None):
+    def store(ref: Ref, value: jax.Array, *index: Any, mask: Any = None) -> None:
         plgpu.store(ref.at[(*index, d)], value.astype(ref.dtype), mask=both(mask))
 
     lanes = {
@@ -168,7 +174,7 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
         if name.startswith("lane:")
     }
 
-    def load_block(block) -> list[Row]:
+    def load_block(block: Any) -> list[Row]:
         """The rows of one unrolled block in the order in which they are walked."""
         position = config.blocks - 1 - block if steps.reverse else block
         first = t0 + position * unroll
@@ -197,7 +203,7 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
             rows.append(row)
         return rows
 
-    def coefficients(row):
+    def coefficients(row: Row) -> tuple[jax.Array, jax.Array]:
         a, s = steps.coefficients(row)
         if row["held"] is not None:
             a, s = jnp.where(row["held"], 1.0, a), jnp.where(row["held"], 0.0, s)
@@ -209,14 +215,14 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
             a, s = jnp.where(row["inside"], a, 1.0), jnp.where(row["inside"], s, 0.0)
         return a, s
 
-    def for_each_block(body, carry):
+    def for_each_block(body: Callable[[Any, Any], Any], carry: Any) -> Any:
         if config.blocks == 1:
             return body(0, carry)
         return jax.lax.fori_loop(0, config.blocks, body, carry)
 
     kept = None if config.reload else load_block(0)
 
-    def reduce_block(block, carry):
+    def reduce_block(block: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         product, state = carry
         for row in load_block(block) if kept is None else kept:
             a, s = coefficients(row)
@@ -232,7 +238,7 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
         where, reduced = (k, lane, b), (product, state)
         carry = _look_back(refs, config, chunks, where, reduced, initial, load, store, interpret)
 
-    def walk_block(block, carry):
+    def walk_block(block: Any, carry: Any) -> Any:
         state, sums = carry
         for row in load_block(block) if kept is None else kept:
             a, s = coefficients(row)
@@ -253,7 +259,17 @@ def _kernel(refs, steps: Steps, config: Config, shape, interpret: bool) -> None:
         store(refs[f"sum:{i}"], total, k, b)
 
 
-def _look_back(refs, config: Config, chunks: int, where, reduced, initial, load, store, interpret):
+def _look_back(
+    refs: dict[str, Ref],
+    config: Config,
+    chunks: int,
+    where: tuple[jax.Array, jax.Array, jax.Array],
+    reduced: tuple[jax.Array, jax.Array],
+    initial: jax.Array | None,
+    load: Callable[..., jax.Array],
+    store: Callable[..., None],
+    interpret: bool,
+) -> jax.Array:
     """Publishes (product, state) of this chunk; returns the state at its start."""
     k, lane, b = where
     product, state = reduced
@@ -261,7 +277,7 @@ def _look_back(refs, config: Config, chunks: int, where, reduced, initial, load,
     g, j = k // group, k % group
     flags = refs["flags"]
 
-    def publish(word, bit):
+    def publish(word: Any, bit: Any) -> None:
         if not interpret:  # the interpreter is sequential and does not know barriers
             plgpu.debug_barrier()  # every thread's stores come before the flag
         plgpu.atomic_add(flags, (lane, word), jnp.int32(1) << bit)  # each bit is added once
@@ -273,10 +289,10 @@ def _look_back(refs, config: Config, chunks: int, where, reduced, initial, load,
     needed = (jnp.int32(1) << j) - 1
     needed = jnp.where(g > 0, needed | (1 << _CARRY_READY), needed)
 
-    def poll():
+    def poll() -> jax.Array:
         return plgpu.atomic_add(flags, (lane, g), jnp.zeros((), jnp.int32))
 
-    def waiting(carry):
+    def waiting(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         seen, polls = carry
         return ((seen & needed) != needed) & (polls < _MAX_POLLS)
 
@@ -298,7 +314,7 @@ def _look_back(refs, config: Config, chunks: int, where, reduced, initial, load,
     carry = jnp.where((seen & needed) == needed, carry, jnp.nan)
 
     @pl.when((j == group - 1) & (k < chunks - 1))
-    def _publish_carry():
+    def _publish_carry() -> None:
         store(refs["carries"], product * carry + state, g + 1, b)
         publish(g + 1, _CARRY_READY)
 

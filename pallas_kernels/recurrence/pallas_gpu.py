@@ -5,11 +5,13 @@ and [1, 16384, 2048] bfloat16 (`python -m mmfree_jax.pallas_kernels.recurrence.b
 """
 
 import functools
+from typing import Any
 
 import jax
 
 from . import steps
 from .chunked_gpu import Config, scan
+from .steps import Scan
 
 FORWARD = Config(unroll=32, block_d=64, num_warps=2)
 BACKWARD = Config(unroll=16, block_d=128, num_warps=2)
@@ -26,19 +28,27 @@ _WIDE = 8192  # rows times channels from which a chunk fills the chip
 _PROMPT = 4096  # most tokens of a prompt
 
 
-def forward(*args, config: Config = FORWARD, interpret: bool = False):
+def forward(
+    *args: Any, config: Config = FORWARD, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """`steps.forward` as one kernel."""
     return steps.forward(_bind(config, interpret), *args)
 
 
-def backward(*args, config: Config = BACKWARD, interpret: bool = False):
+def backward(
+    *args: Any, config: Config = BACKWARD, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`steps.backward` as one kernel."""
     return steps.backward(_bind(config, interpret), *args)
 
 
 def mlgru_forward(
-    i_BTD, *args, config: Config | None = None, interpret: bool = False, **held: jax.Array | None
-):
+    i_BTD: jax.Array,
+    *args: Any,
+    config: Config | None = None,
+    interpret: bool = False,
+    **held: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """`steps.mlgru_forward` as one kernel."""
     if config is None:
         B, T, D = i_BTD.shape
@@ -48,10 +58,12 @@ def mlgru_forward(
     return steps.mlgru_forward(_bind(config, interpret), i_BTD, *args, **held)
 
 
-def mlgru_backward(*args, config: Config = MLGRU_BACKWARD, interpret: bool = False):
+def mlgru_backward(
+    *args: Any, config: Config = MLGRU_BACKWARD, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """`steps.mlgru_backward` as one kernel and a small sum."""
     return steps.mlgru_backward(_bind(config, interpret), *args)
 
 
-def _bind(config, interpret):
+def _bind(config: Config, interpret: bool) -> Scan:
     return functools.partial(scan, config=config, interpret=interpret)

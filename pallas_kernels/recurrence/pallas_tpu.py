@@ -7,14 +7,16 @@ scanned in log2(16) rolls over sublanes, and the state passes from tile to tile.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..refs import Ref
 from . import steps as _steps
-from .steps import Row, Steps
+from .steps import Row, Scan, Steps
 
 _TILE = 16
 
@@ -26,32 +28,40 @@ class Config:
     block_t: int = 256
     block_d: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block_t % _TILE or self.block_t < _TILE:
             raise ValueError(f"block_t={self.block_t} must be a multiple of {_TILE}")
 
 
-def forward(*args, config: Config = Config(), interpret: bool = False):
+def forward(
+    *args: Any, config: Config = Config(), interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """`steps.forward` as one kernel."""
     return _steps.forward(_bind(config, interpret), *args)
 
 
-def backward(*args, config: Config = Config(), interpret: bool = False):
+def backward(
+    *args: Any, config: Config = Config(), interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`steps.backward` as one kernel."""
     return _steps.backward(_bind(config, interpret), *args)
 
 
-def mlgru_forward(*args, config: Config = Config(), interpret: bool = False):
+def mlgru_forward(
+    *args: Any, config: Config = Config(), interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """`steps.mlgru_forward` as one kernel."""
     return _steps.mlgru_forward(_bind(config, interpret), *args)
 
 
-def mlgru_backward(*args, config: Config = Config(), interpret: bool = False):
+def mlgru_backward(
+    *args: Any, config: Config = Config(), interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """`steps.mlgru_backward` as one kernel and a small sum."""
     return _steps.mlgru_backward(_bind(config, interpret), *args)
 
 
-def _bind(config, interpret):
+def _bind(config: Config, interpret: bool) -> Scan:
     return functools.partial(scan, config=config, interpret=interpret)
 
 
@@ -66,14 +76,14 @@ def scan(
     reset_BT: jax.Array | None = None,
     config: Config,
     interpret: bool = False,
-):
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
     """Runs `steps` over time; see steps.py for arguments and results."""
     B, T, D = next(iter(rows.values())).shape
     block_t = min(config.block_t, pl.cdiv(T, _TILE) * _TILE)
     block_d = min(config.block_d, D)
     blocks_t = pl.cdiv(T, block_t)
 
-    def when(t):
+    def when(t: Any) -> Any:
         return blocks_t - 1 - t if steps.reverse else t
 
     time_spec = pl.BlockSpec((None, block_t, block_d), lambda b, d, t: (b, when(t), d))
@@ -104,7 +114,7 @@ def scan(
     outputs |= {f"sum:{i}": ((B, 1, D), f32, state_spec) for i in range(steps.sums)}
     names = [*inputs, *outputs, "state", *(f"total:{i}" for i in range(steps.sums))]
 
-    def kernel(*refs):
+    def kernel(*refs: Ref) -> None:
         named = dict(zip(names, refs, strict=True))
         _kernel(named, steps, when(pl.program_id(2)) * block_t, block_t, block_d, T, blocks_t)
 
@@ -129,7 +139,15 @@ def scan(
     )
 
 
-def _kernel(refs, steps: Steps, t0, block_t: int, block_d: int, T: int, blocks_t: int) -> None:
+def _kernel(
+    refs: dict[str, Ref],
+    steps: Steps,
+    t0: jax.Array,
+    block_t: int,
+    block_d: int,
+    T: int,
+    blocks_t: int,
+) -> None:
     tiles = block_t // _TILE
     step = jax.lax.broadcasted_iota(jnp.int32, (_TILE, block_d), 0)
     state_ref = refs["state"]
@@ -141,13 +159,13 @@ def _kernel(refs, steps: Steps, t0, block_t: int, block_d: int, T: int, blocks_t
     }
 
     @pl.when(first_block)
-    def _():
+    def _() -> None:
         zero = jnp.zeros((1, block_d), jnp.float32)
         state_ref[...] = refs["initial"][...] if "initial" in refs else zero
         for i in range(steps.sums):
             refs[f"total:{i}"][...] = zero
 
-    def rows_of(tile) -> Row:
+    def rows_of(tile: Any) -> Row:
         at = pl.ds(pl.multiple_of(tile * _TILE, _TILE), _TILE)
         row: Row = dict(lanes)
         for name, ref in refs.items():
@@ -161,7 +179,7 @@ def _kernel(refs, steps: Steps, t0, block_t: int, block_d: int, T: int, blocks_t
                 row["previous"] = jnp.where(row["keep"], row["previous"], 0.0)
         return row
 
-    def previous_rows(tile, at):
+    def previous_rows(tile: Any, at: Any) -> jax.Array:
         """Row t - 1 for each t of the tile: a roll, with the first row from the tile before."""
         earlier = pl.ds(pl.multiple_of(jnp.maximum(tile - 1, 0) * _TILE, _TILE), _TILE)
         inner = refs["previous"][earlier, :].astype(jnp.float32)[_TILE - 1 :]
@@ -172,7 +190,7 @@ def _kernel(refs, steps: Steps, t0, block_t: int, block_d: int, T: int, blocks_t
         rolled = pltpu.roll(refs["previous"][at, :].astype(jnp.float32), 1, 0)
         return jnp.where(step == 0, first, rolled)
 
-    def walk(n, carry):
+    def walk(n: Any, carry: Any) -> Any:
         state, totals = carry
         tile = tiles - 1 - n if steps.reverse else n
         row = rows_of(tile)
@@ -206,16 +224,18 @@ def _kernel(refs, steps: Steps, t0, block_t: int, block_d: int, T: int, blocks_t
         refs[f"total:{i}"][...] = total
 
     @pl.when(last_block)
-    def _():
+    def _() -> None:
         refs["last"][...] = state_ref[...]
         for i in range(steps.sums):
             refs[f"sum:{i}"][...] = refs[f"total:{i}"][...]
 
 
-def _scan_tile(a, s, state, step, reverse: bool):
+def _scan_tile(
+    a: jax.Array, s: jax.Array, state: jax.Array, step: jax.Array, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
     """States before and after each of a tile's steps, by doubling over sublanes."""
 
-    def shifted(value, by, fill):
+    def shifted(value: jax.Array, by: int, fill: jax.typing.ArrayLike) -> jax.Array:
         amount, exists = (_TILE - by, step < _TILE - by) if reverse else (by, step >= by)
         return jnp.where(exists, pltpu.roll(value, amount, 0), fill)
 

@@ -30,7 +30,7 @@ def linear_recurrence(
     if h0_BD is None:
         h0_BD = jnp.zeros((B, D), x_BTD.dtype)
 
-    def step(h_BD, inputs):
+    def step(h_BD: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         f_BD, x_BD, reset_B = inputs
         h_BD = f_BD * jnp.where(reset_B[:, None], 0, h_BD) + x_BD
         return h_BD, h_BD
@@ -56,7 +56,14 @@ def mlgru_gates(
     return forget_BTD, jax.nn.silu(i_BTD) * complement_BTD
 
 
-def mlgru_recurrence(i_BTD, f_BTD, lower_bound_D=None, *, reset_BT=None, h0_BD=None):
+def mlgru_recurrence(
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    h0_BD: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """`linear_recurrence` of `mlgru_gates`: (h_BTD, h_last_BD)."""
     forget_BTD, x_BTD = mlgru_gates(i_BTD, f_BTD, lower_bound_D)
     return linear_recurrence(forget_BTD, x_BTD, reset_BT=reset_BT, h0_BD=h0_BD)

@@ -9,31 +9,42 @@ That is one extra pass over the local inputs, and two gathers of [devices, B, D]
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 # forward(*operands, reset_BT, h0_BD) -> (h_BTD, h_last_BD)
 # backward(*operands, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD) -> (*gradients, dh0_BD)
 # decay(*operands) -> f_BTD in float32
 
 
-def axes_of(partition: PartitionSpec):
+def axes_of(partition: PartitionSpec | None) -> tuple[Any, ...]:
     """The mesh axes of batch, time and channels."""
-    return (*partition, None, None, None)[:3]
+    return (*(partition or ()), None, None, None)[:3]
 
 
-def size_of(mesh, axes) -> int:
+def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
     """The number of devices along `axes`, a name, a tuple of names or None."""
     return math.prod(mesh.shape[name] for name in _names(axes))
 
 
-def forward(mesh, partition, op_forward: Callable, decay: Callable, operands, reset_BT, h0_BD):
+def forward(
+    mesh: Mesh | AbstractMesh,
+    partition: PartitionSpec | None,
+    op_forward: Callable,
+    decay: Callable,
+    operands: tuple[jax.Array | None, ...],
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+) -> tuple[Any, ...]:
     """(h_BTD, h_last_BD, start): start is the state before each device's piece, for `backward`."""
     batch, time, channel = axes_of(partition)
 
-    def local(operands, reset_BT, h0_BD):
+    def local(
+        operands: tuple[jax.Array | None, ...], reset_BT: jax.Array | None, h0_BD: jax.Array | None
+    ) -> tuple[Any, ...]:
         if time is None:
             h_BTD, h_last_BD = op_forward(*operands, reset_BT, h0_BD)
             return h_BTD, h_last_BD, h0_BD
@@ -59,18 +70,18 @@ def forward(mesh, partition, op_forward: Callable, decay: Callable, operands, re
 
 
 def backward(
-    mesh,
-    partition,
+    mesh: Mesh | AbstractMesh,
+    partition: PartitionSpec | None,
     op_backward: Callable,
     decay: Callable,
-    operands,
+    operands: tuple[jax.Array | None, ...],
     gradient_ranks: tuple[int | None, ...],
-    h_BTD,
-    reset_BT,
-    start,
-    dh_BTD,
-    dh_last_BD,
-):
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    start: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[Any, ...]:
     """(*gradients, dh0_BD); gradients of rank 1, [D], are summed over batch and time axes.
 
     `gradient_ranks` gives the rank of each gradient, None where the gradient is None.
@@ -78,7 +89,14 @@ def backward(
     batch, time, channel = axes_of(partition)
     summed = tuple(name for axes in (batch, time) for name in _names(axes))
 
-    def local(operands, h_BTD, reset_BT, start, dh_BTD, dh_last_BD):
+    def local(
+        operands: tuple[jax.Array | None, ...],
+        h_BTD: jax.Array,
+        reset_BT: jax.Array | None,
+        start: Any,
+        dh_BTD: jax.Array,
+        dh_last_BD: jax.Array,
+    ) -> tuple[Any, ...]:
         run = functools.partial(op_backward, *operands, h_BTD, reset_BT)
         if time is None:
             *gradients, dh0_BD = run(start, dh_BTD, dh_last_BD)
@@ -114,7 +132,14 @@ def backward(
     return (*gradients, dh0_BD)
 
 
-def _fold(time, product_BD, state_BD, initial_BD, *, reverse: bool):
+def _fold(
+    time: Any,
+    product_BD: jax.Array,
+    state_BD: jax.Array,
+    initial_BD: jax.Array | None,
+    *,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array]:
     """(state before this device's piece, state after all pieces) from every device's summary."""
     products_SBD = jax.lax.all_gather(product_BD, time)
     states_SBD = jax.lax.all_gather(state_BD, time)
@@ -127,22 +152,24 @@ def _fold(time, product_BD, state_BD, initial_BD, *, reverse: bool):
     return mine_BD, carry_BD
 
 
-def _product(f_BTD, reset_BT):
+def _product(f_BTD: jax.Array, reset_BT: jax.Array | None) -> jax.Array:
     product_BD = jnp.prod(f_BTD, axis=1)
     return product_BD if reset_BT is None else product_BD * ~jnp.any(reset_BT, axis=1)[:, None]
 
 
-def _operand_specs(operands, partition):
+def _operand_specs(
+    operands: tuple[jax.Array | None, ...], partition: PartitionSpec | None
+) -> tuple[PartitionSpec | None, ...]:
     batch, time, channel = axes_of(partition)
     by_rank = {3: PartitionSpec(batch, time, channel), 1: PartitionSpec(channel)}
     return tuple(None if x is None else by_rank[x.ndim] for x in operands)
 
 
-def _spec_of(x, spec):
+def _spec_of(x: jax.Array | None, spec: PartitionSpec) -> PartitionSpec | None:
     return None if x is None else spec
 
 
-def _names(axes) -> tuple[str, ...]:
+def _names(axes: Any) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from .gates import gate_gradients, gate_values
 
 Row = dict[str, Any]
+# A kernel's `scan`: (outputs, last state, sums).
+Scan = Callable[..., tuple[list[jax.Array], jax.Array, list[jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,13 @@ class Steps:
     reverse: bool = False
 
 
-def forward(scan, f_BTD, x_BTD, reset_BT, h0_BD):
+def forward(
+    scan: Scan,
+    f_BTD: jax.Array,
+    x_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """(h_BTD in x's dtype, h_last_BD in float32); reset and h0 may be None."""
     steps = Steps(
         coefficients=lambda row: (row["f"], row["x"]),
@@ -56,10 +64,18 @@ def forward(scan, f_BTD, x_BTD, reset_BT, h0_BD):
     return h_BTD, h_last_BD
 
 
-def backward(scan, f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
+def backward(
+    scan: Scan,
+    f_BTD: jax.Array,
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(df_BTD, dx_BTD, dh0_BD): the state walked backwards is c_t = a_t (dh_t + c_{t+1})."""
 
-    def emit(row, before, after):
+    def emit(row: Row, before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
         g = row["dh"] + before
         return g * row["previous"], g
 
@@ -80,10 +96,18 @@ def backward(scan, f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
     return df_BTD, dx_BTD, dh0_BD
 
 
-def mlgru_forward(scan, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, **held):
+def mlgru_forward(
+    scan: Scan,
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    **held: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """(h_BTD in i's dtype, h_last_BD): the gates are computed beside the recurrence."""
 
-    def coefficients(row):
+    def coefficients(row: Row) -> tuple[jax.Array, jax.Array]:
         gates = gate_values(row["i"], row["f"], row.get("bound"))
         return gates.forget, gates.candidate * gates.complement
 
@@ -103,14 +127,24 @@ def mlgru_forward(scan, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, **held):
     return h_BTD, h_last_BD
 
 
-def mlgru_backward(scan, i_BTD, f_BTD, lower_bound_D, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
+def mlgru_backward(
+    scan: Scan,
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None,
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """(di_BTD, df_BTD, dlower_bound_D or None, dh0_BD); the gates are computed anew."""
 
-    def coefficients(row):
+    def coefficients(row: Row) -> tuple[jax.Array, jax.Array]:
         forget = gate_values(row["i"], row["f"], row.get("bound")).forget
         return forget, forget * row["dh"]
 
-    def emit(row, before, after):
+    def emit(row: Row, before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
         gates = gate_values(row["i"], row["f"], row.get("bound"))
         di, df, dbound = gate_gradients(gates, row["dh"] + before, row["previous"])
         return (di, df) if lower_bound_D is None else (di, df, dbound)
@@ -138,5 +172,5 @@ def _float32(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else x.astype(jnp.float32)
 
 
-def _bound(lower_bound_D):
+def _bound(lower_bound_D: jax.Array | None) -> dict[str, jax.Array]:
     return {} if lower_bound_D is None else {"bound": lower_bound_D}

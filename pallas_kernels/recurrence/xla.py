@@ -6,15 +6,19 @@ the associative scan, whose depth is logarithmic in T.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .gates import gate_gradients, gate_values
+from .gates import Gates, gate_gradients, gate_values
 
 
-def forward(f_BTD, x_BTD, reset_BT, h0_BD):
+def forward(
+    f_BTD: jax.Array, x_BTD: jax.Array, reset_BT: jax.Array | None, h0_BD: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """(h_BTD in x's dtype, h_last_BD in the carry's dtype); reset and h0 may be None."""
     if f_BTD.shape[1] == 1:
         h_BTD = _decay(f_BTD, reset_BT, x_BTD) * h0_BD[:, None] if h0_BD is not None else 0
@@ -23,7 +27,14 @@ def forward(f_BTD, x_BTD, reset_BT, h0_BD):
     return _by_platform(_forward_loop, _forward_scan, f_BTD, x_BTD, reset_BT, h0_BD)
 
 
-def backward(f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
+def backward(
+    f_BTD: jax.Array,
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(df_BTD, dx_BTD, dh0_BD) for the cotangents of both outputs.
 
     With a_t = f_t (0 where reset): g_t = dh_t + a_{t+1} g_{t+1}, dx_t = g_t,
@@ -33,7 +44,13 @@ def backward(f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
     return _by_platform(_backward_loop, _backward_scan, *args)
 
 
-def mlgru_forward(i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
+def mlgru_forward(
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """(h_BTD in i's dtype, h_last_BD) of the recurrence over the MLGRU's gates."""
     gates = _gates(i_BTD, f_BTD, lower_bound_D)
     x_BTD = gates.candidate * gates.complement
@@ -41,7 +58,16 @@ def mlgru_forward(i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD):
     return h_BTD.astype(i_BTD.dtype), h_last_BD
 
 
-def mlgru_backward(i_BTD, f_BTD, lower_bound_D, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
+def mlgru_backward(
+    i_BTD: jax.Array,
+    f_BTD: jax.Array,
+    lower_bound_D: jax.Array | None,
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """(di_BTD, df_BTD, dlower_bound_D or None, dh0_BD); the gates are computed anew."""
     gates = _gates(i_BTD, f_BTD, lower_bound_D)
     h_BTD = h_BTD.astype(gates.forget.dtype)
@@ -52,18 +78,20 @@ def mlgru_backward(i_BTD, f_BTD, lower_bound_D, h_BTD, reset_BT, h0_BD, dh_BTD, 
     return di_BTD.astype(i_BTD.dtype), df_BTD.astype(f_BTD.dtype), dbound_D, dh0_BD
 
 
-def _gates(i_BTD, f_BTD, lower_bound_D):
+def _gates(i_BTD: jax.Array, f_BTD: jax.Array, lower_bound_D: jax.Array | None) -> Gates:
     dtype = carry_dtype(i_BTD)
     bound_D = None if lower_bound_D is None else lower_bound_D.astype(dtype)
     return gate_values(i_BTD.astype(dtype), f_BTD.astype(dtype), bound_D)
 
 
-def carry_dtype(x: jax.Array):
+def carry_dtype(x: jax.Array) -> jnp.dtype:
     """The dtype in which the state is carried: float32, or float64 for float64 inputs."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def previous_state(h_BTD, reset_BT, h0_BD):
+def previous_state(
+    h_BTD: jax.Array, reset_BT: jax.Array | None, h0_BD: jax.Array | None
+) -> jax.Array:
     """h_{t-1} for every t, h0 (or zero) first and zero where the state was dropped."""
     first_BD = jnp.zeros_like(h_BTD[:, 0]) if h0_BD is None else h0_BD.astype(h_BTD.dtype)
     previous_BTD = jnp.concatenate([first_BD[:, None], h_BTD[:, :-1]], axis=1)
@@ -72,12 +100,12 @@ def previous_state(h_BTD, reset_BT, h0_BD):
     return jnp.where(reset_BT[..., None], 0, previous_BTD)
 
 
-def _by_platform(cpu, default, *args):
+def _by_platform(cpu: Callable[..., Any], default: Callable[..., Any], *args: Any) -> Any:
     """Calls `cpu` or `default` by the platform lowered for; None arguments stay static."""
     given = [i for i, arg in enumerate(args) if arg is not None]
 
-    def bind(function):
-        def call(*arrays):
+    def bind(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arrays: jax.Array) -> Any:
             full = list(args)
             for i, array in zip(given, arrays, strict=True):
                 full[i] = array
@@ -88,15 +116,17 @@ def _by_platform(cpu, default, *args):
     return lax.platform_dependent(*(args[i] for i in given), cpu=bind(cpu), default=bind(default))
 
 
-def _decay(f_BTD, reset_BT, like):
+def _decay(f_BTD: jax.Array, reset_BT: jax.Array | None, like: jax.Array) -> jax.Array:
     a_BTD = f_BTD.astype(carry_dtype(like))
     return a_BTD if reset_BT is None else jnp.where(reset_BT[..., None], 0, a_BTD)
 
 
-def _forward_loop(f_BTD, x_BTD, reset_BT, h0_BD):
+def _forward_loop(
+    f_BTD: jax.Array, x_BTD: jax.Array, reset_BT: jax.Array | None, h0_BD: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     dtype = carry_dtype(x_BTD)
 
-    def step(t, carry):
+    def step(t: jax.Array, carry: Any) -> tuple[Any, ...]:
         h_BD, h_BTD = carry
         if reset_BT is not None:
             h_BD = jnp.where(reset_BT[:, t, None], 0, h_BD)
@@ -108,12 +138,19 @@ def _forward_loop(f_BTD, x_BTD, reset_BT, h0_BD):
     return h_BTD, h_BD
 
 
-def _backward_loop(f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
+def _backward_loop(
+    f_BTD: jax.Array,
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     dtype = carry_dtype(h_BTD)
     T = f_BTD.shape[1]
     previous_BTD = previous_state(h_BTD, reset_BT, h0_BD)
 
-    def step(i, carry):
+    def step(i: jax.Array, carry: Any) -> tuple[Any, ...]:
         c_BD, df_BTD, dx_BTD = carry  # c_t = a_{t+1} g_{t+1}
         t = T - 1 - i
         g_BD = dh_BTD[:, t].astype(dtype) + c_BD
@@ -128,12 +165,14 @@ def _backward_loop(f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
     return df_BTD, dx_BTD, dh0_BD
 
 
-def _write(buffer_BTD, value_BD, t):
+def _write(buffer_BTD: jax.Array, value_BD: jax.Array, t: jax.Array) -> jax.Array:
     value_BTD = value_BD[:, None].astype(buffer_BTD.dtype)
     return lax.dynamic_update_slice_in_dim(buffer_BTD, value_BTD, t, 1)
 
 
-def _forward_scan(f_BTD, x_BTD, reset_BT, h0_BD):
+def _forward_scan(
+    f_BTD: jax.Array, x_BTD: jax.Array, reset_BT: jax.Array | None, h0_BD: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     a_BTD = _decay(f_BTD, reset_BT, x_BTD)
     b_BTD = x_BTD.astype(a_BTD.dtype)
     if h0_BD is not None:
@@ -142,7 +181,14 @@ def _forward_scan(f_BTD, x_BTD, reset_BT, h0_BD):
     return h_BTD.astype(x_BTD.dtype), h_BTD[:, -1]
 
 
-def _backward_scan(f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
+def _backward_scan(
+    f_BTD: jax.Array,
+    h_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    h0_BD: jax.Array | None,
+    dh_BTD: jax.Array,
+    dh_last_BD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     a_BTD = _decay(f_BTD, reset_BT, h_BTD)
     next_a_BTD = jnp.concatenate([a_BTD[:, 1:], jnp.ones_like(a_BTD[:, :1])], axis=1)
     dh_BTD = dh_BTD.astype(a_BTD.dtype).at[:, -1].add(dh_last_BD.astype(a_BTD.dtype))
@@ -152,8 +198,10 @@ def _backward_scan(f_BTD, h_BTD, reset_BT, h0_BD, dh_BTD, dh_last_BD):
 
 
 @functools.partial(jax.jit, static_argnames="reverse")
-def _associative_scan(a_BTD, b_BTD, *, reverse=False):
-    def combine(left, right):
+def _associative_scan(a_BTD: jax.Array, b_BTD: jax.Array, *, reverse: bool = False) -> jax.Array:
+    def combine(
+        left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         return left[0] * right[0], left[1] * right[0] + right[1]
 
     return lax.associative_scan(combine, (a_BTD, b_BTD), axis=1, reverse=reverse)[1]

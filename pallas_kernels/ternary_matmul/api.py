@@ -115,7 +115,9 @@ def ternary_matmul(
             x_q, x_scale, trits, w_scale, out_dtype=out_dtype, implementation=implementation
         )
 
-    def local(x_q, x_scale, trits, w_scale):
+    def local(
+        x_q: jax.Array, x_scale: jax.Array, trits: jax.Array, w_scale: jax.Array
+    ) -> tuple[jax.Array]:
         leading = x_q.shape[:-1]
         out = _KERNELS[implementation](
             x_q.reshape(-1, k), x_scale.reshape(-1), trits,
@@ -197,7 +199,15 @@ def _measured_configs() -> dict[int, dict[str, dict]]:
     return {int(m): tiles for m, tiles in table.items()}
 
 
-def _mosaic_gpu(x_q, x_scale, trits, w_scale, out_dtype, interpret, gated=None):
+def _mosaic_gpu(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    trits: jax.Array,
+    w_scale: jax.Array,
+    out_dtype: jnp.dtype,
+    interpret: bool,
+    gated: pallas_mosaic_gpu.Config | None = None,
+) -> jax.Array:
     """`gated` holds the tiles of the gated product, which must divide N and K."""
     if interpret:
         raise ValueError("pallas_mosaic_gpu has no interpreter that runs it on every jax version")
@@ -217,7 +227,14 @@ def _mosaic_gpu(x_q, x_scale, trits, w_scale, out_dtype, interpret, gated=None):
     return out[:m, :n] if up[0] or up[1] else out  # Gated, up[1] is 0.
 
 
-def _triton(x_q, x_scale, trits, w_scale, out_dtype, interpret):
+def _triton(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    trits: jax.Array,
+    w_scale: jax.Array,
+    out_dtype: jnp.dtype,
+    interpret: bool,
+) -> jax.Array:
     m, n = x_q.shape[0], trits.shape[0]
     # Small outputs take small tiles, so that more programs share the work.
     tile_m, tile_n = (max(16, min(128, pl.next_power_of_2(size))) for size in (m, n))
@@ -227,7 +244,14 @@ def _triton(x_q, x_scale, trits, w_scale, out_dtype, interpret):
     )
 
 
-def _tpu(x_q, x_scale, trits, w_scale, out_dtype, interpret):
+def _tpu(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    trits: jax.Array,
+    w_scale: jax.Array,
+    out_dtype: jnp.dtype,
+    interpret: bool,
+) -> jax.Array:
     return pallas_tpu.ternary_matmul(
         x_q, x_scale[:, None], trits, w_scale[:, None], out_dtype=out_dtype, interpret=interpret
     )

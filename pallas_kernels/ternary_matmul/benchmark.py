@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def variants(names: Iterable[str] | None = None) -> dict[str, Callable]:
     }
 
 
-def _with_implementation(name, *operands):
+def _with_implementation(name: str, *operands: jax.Array) -> jax.Array:
     return api.ternary_matmul(*operands, out_dtype=jnp.bfloat16, implementation=name)
 
 
@@ -124,7 +125,7 @@ def benchmark(
             }
 
 
-def _try(function, *arguments):
+def _try(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result, or its error in a few words: a sweep goes on without it."""
     try:
         return function(*arguments)
@@ -178,7 +179,9 @@ def best_tiles(rows: Iterable[dict]) -> dict[str, dict]:
     return {shape: row["tiles"] for shape, row in best.items()}
 
 
-def _with_tiles(tiles, x_q, x_scale, trits, w_scale):
+def _with_tiles(
+    tiles: dict[str, Any], x_q: jax.Array, x_scale: jax.Array, trits: jax.Array, w_scale: jax.Array
+) -> jax.Array:
     return pallas_mosaic_gpu.ternary_matmul(
         x_q,
         x_scale.reshape(-1),

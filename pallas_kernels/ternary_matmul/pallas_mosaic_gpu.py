@@ -8,12 +8,16 @@ multiplies a tile of the gate's rows and the same one of up's, and writes only t
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+
+from ..refs import Ref
 
 # jax 0.10 wants an index beside the reference; later versions warn about one.
 _load = plgpu.load if jax.__version_info__ >= (0, 11) else functools.partial(plgpu.load, idx=())
@@ -114,7 +118,16 @@ def _swizzled(columns: int, dtype: jax.typing.DTypeLike) -> tuple:
     )
 
 
-def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Config, gated: bool):
+def _kernel(
+    x_gmem: Ref,
+    t_gmem: Ref,
+    x_scale_gmem: Ref,
+    w_scale_gmem: Ref,
+    out_gmem: Ref,
+    *,
+    config: Config,
+    gated: bool,
+) -> None:
     m, k = x_gmem.shape
     n = out_gmem.shape[1]
     halves = 2 if gated else 1
@@ -138,7 +151,9 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
     )
     operand_layout = _swizzled(config.tile_k, jnp.int8)
 
-    def pipeline(body, compute_context, state=None):
+    def pipeline(
+        body: Callable[..., Any], compute_context: Callable[..., Any], state: Any = None
+    ) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
             body,
             grid=(steps,),
@@ -163,7 +178,7 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
             pipeline_state=state,
         )
 
-    def ignore(*_, **__):
+    def ignore(*_: Any, **__: Any) -> None:
         return None
 
     @functools.partial(
@@ -176,12 +191,12 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
         ),
         collective_axes="warpgroup",
     )
-    def _scope(allocations, out_smem):
+    def _scope(allocations: Any, out_smem: Ref) -> None:
         group = lax.axis_index("warpgroup")
         member = lax.axis_index("cluster")
 
         @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="program")
-        def _tile(loop):
+        def _tile(loop: Any) -> None:
             (index,) = loop.index
             m_index, n_index = plgpu.planar_snake(
                 index, tiles, 1 if config.minor == "n" else 0, config.width
@@ -195,7 +210,7 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
             group_rows = pl.ds(group * group_m, group_m) if config.split == "m" else slice(None)
             group_columns = pl.ds(group * group_n, group_n) if config.split == "n" else slice(None)
 
-            def compute(run_pipeline):
+            def compute(run_pipeline: Callable[..., Any]) -> None:
                 # Read ahead of the product, which hides the latency.
                 scale = _load(  # pyright: ignore[reportCallIssue]
                     x_scale_gmem.at[rows].at[group_rows],
@@ -204,7 +219,7 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                 )
                 scale = scale * w_scale_gmem[0]
 
-                def scaled(accumulator):
+                def scaled(accumulator: Ref) -> jax.Array:
                     values = accumulator[...].astype(jnp.float32)
                     values *= lax.broadcast_in_dim(scale, values.shape, [0])
                     return values.astype(out_dtype)
@@ -213,7 +228,7 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                     pl.run_scoped,
                     accumulators=[plgpu.ACC((group_m, group_n), jnp.int32)] * halves,
                 )
-                def _accumulate(accumulators):
+                def _accumulate(accumulators: list[Ref]) -> None:
                     run_pipeline(accumulators)
                     values = scaled(accumulators[0])
                     if gated:
@@ -231,7 +246,7 @@ def _kernel(x_gmem, t_gmem, x_scale_gmem, w_scale_gmem, out_gmem, *, config: Con
                             out_gmem.at[rows, columns].at[group_rows, group_columns].at[part],
                         )
 
-            def multiply(_, x_smem, *refs):
+            def multiply(_: Any, x_smem: Ref, *refs: Ref) -> Any:
                 *t_smems, accumulators = refs
                 for t_smem, accumulator in zip(t_smems, accumulators, strict=True):
                     plgpu.wgmma(

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from ..refs import Ref
+
 
 def ternary_matmul(
     x_q: jax.Array,
@@ -47,22 +49,24 @@ def ternary_matmul(
     block_m, block_n = (min(b, 32 * pl.cdiv(s, 32)) for b, s in ((block_m, m), (block_n, n)))
     block_n = n if n < block_n else max(128, block_n // 128 * 128) if n > 128 else n
 
-    def kernel(x_ref, x_scale_ref, t_ref, w_scale_ref, out_ref, sum_ref):
+    def kernel(
+        x_ref: Ref, x_scale_ref: Ref, t_ref: Ref, w_scale_ref: Ref, out_ref: Ref, sum_ref: Ref
+    ) -> None:
         step = pl.program_id(2)
         product = lax.dot_general(
             x_ref[...], t_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
 
         @pl.when(step == 0)
-        def _():
+        def _() -> None:
             sum_ref[...] = product
 
         @pl.when(step > 0)
-        def _():
+        def _() -> None:
             sum_ref[...] += product
 
         @pl.when(step == steps - 1)
-        def _():
+        def _() -> None:
             scale = x_scale_ref[...] * w_scale_ref[...]
             out_ref[...] = (sum_ref[...].astype(jnp.float32) * scale).astype(out_dtype)
 

@@ -7,12 +7,15 @@ multiprocessor hide each other's loads and stores.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
+
+from ..refs import Ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,9 @@ def ternary_matmul(
     )(x_q, x_scale, trits, w_scale)
 
 
-def _kernel(x_ref, x_scale_ref, t_ref, w_scale_ref, out_ref, *, config: Config):
+def _kernel(
+    x_ref: Ref, x_scale_ref: Ref, t_ref: Ref, w_scale_ref: Ref, out_ref: Ref, *, config: Config
+) -> None:
     m, k = x_ref.shape
     n = t_ref.shape[0]
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
@@ -81,7 +86,7 @@ def _kernel(x_ref, x_scale_ref, t_ref, w_scale_ref, out_ref, *, config: Config):
     row_mask = _mask(m_index, config.tile_m, m)
     column_mask = _mask(n_index, config.tile_n, n)
 
-    def load(ref, row_slice, mask, step):
+    def load(ref: Ref, row_slice: Any, mask: jax.Array | None, step: Any) -> jax.Array:
         depth_mask = _mask(step, config.tile_k, k)
         mask = None if mask is None else mask[:, None]
         if depth_mask is not None:
@@ -92,7 +97,7 @@ def _kernel(x_ref, x_scale_ref, t_ref, w_scale_ref, out_ref, *, config: Config):
         other = None if mask is None else 0
         return pltriton.load(ref.at[row_slice, depth], mask=mask, other=other)
 
-    def step(index, accumulator):
+    def step(index: jax.Array, accumulator: jax.Array) -> jax.Array:
         x = load(x_ref, rows, row_mask, index)
         t = load(t_ref, columns, column_mask, index)
         return accumulator + lax.dot_general(
@@ -118,7 +123,7 @@ def _kernel(x_ref, x_scale_ref, t_ref, w_scale_ref, out_ref, *, config: Config):
     pltriton.store(out_ref.at[rows, columns], values, mask=mask)
 
 
-def _mask(index, tile: int, size: int):
+def _mask(index: Any, tile: int, size: int) -> jax.Array | None:
     """Which of a tile's elements lie inside; None where the tile divides the size."""
     if size % tile == 0:
         return None
