@@ -78,10 +78,14 @@ class _Builder:
         packed = None if values is None else pack_vector(np.asarray(values), self.machine)
         return self.place(name, n, beats, packed)
 
-    def emit(self, op: str, dst: int, a: int | None = None, b: int | None = None, **rest: Any):
+    def emit(
+        self, op: str, dst: int, a: int | None = None, b: int | None = None, **rest: Any
+    ) -> None:
         self.program.append(Instruction(op, dst, a, b, **rest))
 
-    def scale(self, dst: int, src: int, scratch: int, name: str, n: int, p: Tree, site: str, bits):
+    def scale(
+        self, dst: int, src: int, scratch: int, name: str, n: int, p: Tree, site: str, bits: int
+    ) -> None:
         """dst <- src times a vector of norm scales, which `scratch` receives."""
         layer, _, weight = name.rpartition("/")
         address = self.vector(f"{layer}/weight/{weight}", n, p.get(f"weight/{weight}"))
@@ -94,7 +98,9 @@ class _Builder:
         eps, shift = int(p.get(f"eps/{site}", 1)), int(p.get(f"shift/{site}", shift))
         self.emit("NORM", dst, src, n=n, eps=eps, root=root, shift=shift)
 
-    def normed(self, scratch: int, n: int, p: Tree, layer: str, site: str, v: str, double: bool):
+    def normed(
+        self, scratch: int, n: int, p: Tree, layer: str, site: str, v: str, double: bool
+    ) -> None:
         """v1 <- v0 behind the outer norm, and the BitLinear's where it is kept."""
         dst = 1
         self.norm(dst, 0, n, p, site)

@@ -1,5 +1,6 @@
 """Times every op's implementations at real models' shapes, and keeps which one won where."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,10 +44,10 @@ def measure(
         raise ConfigError(f"ops is {unknown[0]!r}: choose from {', '.join(OPS)}")
     if seq_len < 1 or tokens < 1 or tokens % seq_len:
         raise ConfigError(f"tokens is {tokens}: give a multiple of seq_len ({seq_len})")
-    models = [preset(size).model for size in sizes]
+    batch = _Batch([preset(size).model for size in sizes], tokens, seq_len, dtype)
     device = find_device(jax.devices()[0].device_kind)
     for op in ops:
-        for row in _MEASURES[op](models, tokens, seq_len, dtype):
+        for row in _MEASURES[op](batch):
             yield with_limits(row, device)
 
 
@@ -67,25 +68,35 @@ def provenance() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, **versions("jax", "jaxlib", "flax")}
 
 
-def _recurrence(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """What the shapes follow from."""
+
+    models: list[ModelConfig]
+    tokens: int
+    seq_len: int
+    dtype: str
+
+
+def _recurrence(batch: _Batch) -> Iterator[Row]:
     from mmfree_jax.pallas_kernels.recurrence.benchmark import benchmark
 
     shapes = [
-        (rows, tokens // rows, model.state_size)
-        for model in models
-        for rows in (tokens // seq_len, 1)
+        (rows, batch.tokens // rows, model.state_size)
+        for model in batch.models
+        for rows in (batch.tokens // batch.seq_len, 1)
     ]
-    for row in benchmark(list(dict.fromkeys(shapes)), dtype=jnp.dtype(dtype)):
+    for row in benchmark(list(dict.fromkeys(shapes)), dtype=jnp.dtype(batch.dtype)):
         # The plain pass of XLA and the kernels alike; the fused ones come with it.
-        yield {**row, "key": row["shape"], "dtype": dtype, "candidate": True}
+        yield {**row, "key": row["shape"], "dtype": batch.dtype, "candidate": True}
 
 
-def _norm_quant(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
+def _norm_quant(batch: _Batch) -> Iterator[Row]:
     from mmfree_jax.pallas_kernels.norm_quant.benchmark import benchmark
 
     shapes = [
         shape
-        for model in models
+        for model in batch.models
         for shape in (
             (model.hidden_size, 3, "outer"),
             (model.hidden_size, 1, "outer"),
@@ -93,17 +104,17 @@ def _norm_quant(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterat
             (model.glu_size, 1, "gated"),
         )
     ]
-    for row in benchmark(tokens, shapes, dtype=jnp.dtype(dtype)):
-        yield {**row, "key": (row["k"],), "dtype": dtype, "candidate": True}
+    for row in benchmark(batch.tokens, shapes, dtype=jnp.dtype(batch.dtype)):
+        yield {**row, "key": (row["k"],), "dtype": batch.dtype, "candidate": True}
 
 
-def _ternary_matmul(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
+def _ternary_matmul(batch: _Batch) -> Iterator[Row]:
     from mmfree_jax.pallas_kernels.ternary_matmul.api import available_implementations
     from mmfree_jax.pallas_kernels.ternary_matmul.benchmark import benchmark, variants
 
     shapes = [
         shape
-        for model in models
+        for model in batch.models
         for shape in (
             (model.hidden_size, model.hidden_size),
             (2 * model.glu_size, model.hidden_size),
@@ -112,18 +123,18 @@ def _ternary_matmul(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> It
         )
     ]
     names = _worth_timing(available_implementations())
-    for row in benchmark(tokens, list(dict.fromkeys(shapes)), variants(names)):
+    for row in benchmark(batch.tokens, list(dict.fromkeys(shapes)), variants(names)):
         key = (row["m"], row["n"], row["k"])
         yield {**row, "key": key, "dtype": "int8", "candidate": row["variant"] in names}
 
 
-def _bitlinear(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
+def _bitlinear(batch: _Batch) -> Iterator[Row]:
     from mmfree_jax.pallas_kernels.bitlinear.benchmark import benchmark
     from mmfree_jax.pallas_kernels.ternary_matmul.api import available_implementations
 
     layers = [
         layer
-        for model in models
+        for model in batch.models
         for layer in (
             (model.hidden_size, (model.state_size,) * 3, True),
             (model.hidden_size, (2 * model.glu_size,), True),
@@ -131,7 +142,7 @@ def _bitlinear(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterato
         )
     ]
     names = _worth_timing(available_implementations())
-    yield from benchmark(tokens, layers, [name for name in names if name != "pallas_triton"])
+    yield from benchmark(batch.tokens, layers, [name for name in names if name != "pallas_triton"])
 
 
 def _worth_timing(implementations: Sequence[str]) -> list[str]:
@@ -141,11 +152,11 @@ def _worth_timing(implementations: Sequence[str]) -> list[str]:
     return [name for name in implementations if name not in ("xla_bf16", "xla_f32")]
 
 
-def _cross_entropy(models: Sequence[ModelConfig], tokens, seq_len, dtype) -> Iterator[Row]:
+def _cross_entropy(batch: _Batch) -> Iterator[Row]:
     from mmfree_jax.pallas_kernels.cross_entropy.benchmark import benchmark, variants
 
-    shapes = [(tokens, model.vocab_size, model.hidden_size) for model in models]
-    yield from benchmark(list(dict.fromkeys(shapes)), variants((min(4096, tokens),)))
+    shapes = [(batch.tokens, model.vocab_size, model.hidden_size) for model in batch.models]
+    yield from benchmark(list(dict.fromkeys(shapes)), variants((min(4096, batch.tokens),)))
 
 
 _MEASURES = {

@@ -91,13 +91,13 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     sharded = [run for stage in options.stages for run in shard(by_stage[stage], *options.shard)]
     runs = without_repeats(sweep, sharded)
     try:
-        tokens = check_data(sweep, runs)
+        tokens = check_data(runs)
     except DataError as e:
         if need_data:
             raise
         tokens = None
         print(f"note: {e}; passes over the data are left out")
-    print(plan_text(found, runs, tokens))
+    print(plan_text(runs, tokens))
     todo = [r for r in runs if found.status(r) not in ("done", "failed")]
     device = device_from_name(a.device) if a.device else probe_device()
     rows = list(found.rows.values())

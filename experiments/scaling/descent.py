@@ -58,7 +58,7 @@ def huber_oracle(
     """Value, gradient and exact Hessian of factor * sum Huber_width(residual)."""
     target = log_loss if space == "log" else np.exp(log_loss)
 
-    def oracle(points: np.ndarray, rows: np.ndarray):
+    def oracle(points: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with np.errstate(all="ignore"):
             at = model.evaluate(points)
             value, natural = at.value, at.value

@@ -140,7 +140,7 @@ def fit_law(
     folds = []
     if holdout and not exact_fit:
         group = x["params"] if "params" in x else x["compute"]
-        folds = leave_one_out(form, model, objective, log_loss, found, scale, group)
+        folds = leave_one_out(model, objective, log_loss, found, scale, group)
     warnings += after_fit(form, model, objective, x, log_loss, found, parameters, intervals)
     return Fit(
         law=form, objective=objective, size=size, flops=flops, frame=frame, inputs=x,

@@ -5,6 +5,7 @@ are raw (parameters, tokens, FLOPs), never millions or billions.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class RunFrame:
         return replace(self, notes=(*self.notes, *notes))
 
 
-def make_frame(**columns) -> RunFrame:
+def make_frame(**columns: Any) -> RunFrame:
     """Build a frame from any of its columns; the others are missing.
 
     Raises:

@@ -8,6 +8,7 @@ Each gives N* ~ C^a and D* ~ C^b, fitted separately: a + b = 1 is a check, not a
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,9 @@ def group_budgets(frame: RunFrame, c: np.ndarray, tolerance: float = 0.1) -> np.
     return group
 
 
-def _vertex(x: np.ndarray, y: np.ndarray, w: np.ndarray):
+def _vertex(
+    x: np.ndarray, y: np.ndarray, w: np.ndarray
+) -> tuple[float, float, float, float, tuple[float, float, float]]:
     """Weighted parabola through y(x): (vertex, least value, curvature, its t, coefficients)."""
     centre, spread = x.mean(), max(np.ptp(x), 1e-12)
     z = (x - centre) / spread
@@ -264,7 +267,7 @@ def envelope(
     rate = np.array([np.mean(c[rows] / frame.tokens[rows]) for rows in curves])
     edge = (run_size <= run_size.min() * 1.01) | (run_size >= run_size.max() * 0.99)
 
-    def optimum(chosen: np.ndarray):
+    def optimum(chosen: np.ndarray) -> tuple[Any, ...] | None:
         masked = np.where(chosen[:, None], loss, np.inf)
         best = np.argmin(masked, axis=0)
         good = np.isfinite(masked[best, np.arange(bins)]) & ~edge[best]

@@ -100,7 +100,7 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
-def with_interval(value: float, interval, why: str = "no interval") -> str:
+def with_interval(value: float, interval: Any, why: str = "no interval") -> str:
     """`value [low, high]`, or the value and why it has no interval."""
     if interval is None:
         return f"{number(value)} ({why})"

@@ -197,7 +197,7 @@ def profile_intervals(
                 brackets.append(_Bracket(j, side, path[[inside, outside]],
                                          curve[[inside, outside]]))  # fmt: skip
 
-    def likelihood_drop(starts: np.ndarray, keep: np.ndarray):
+    def likelihood_drop(starts: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         reached = follow(model, objective, log_loss, starts, widths_to(objective, scale),
                          directions=keep, tolerance=1e-12, scale=scale).points  # fmt: skip
         return reached, best - log_likelihood(objective, exact(
@@ -311,7 +311,6 @@ def groups_of(values: np.ndarray, most: int = 12) -> np.ndarray:
 
 
 def leave_one_out(
-    law: Law,
     model: Model,
     objective: Objective,
     log_loss: np.ndarray,

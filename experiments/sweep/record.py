@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash
 from mmfree_jax.experiments.sweep.process import Outcome, host_name
 from mmfree_jax.experiments.sweep.state import data_fingerprint
@@ -14,13 +13,11 @@ from mmfree_jax.files import write_text
 
 
 def make_row(
-    sweep: SweepConfig, run: PlannedRun, summary: dict[str, Any], wall: float | None,
-    sharing: int, code: str,
+    run: PlannedRun, summary: dict[str, Any], wall: float | None, sharing: int, code: str,
 ) -> Row:  # fmt: skip
     """A run's row of the table, from its summary.json.
 
     Args:
-      sweep: the config.
       run: the run.
       summary: as the trainer wrote it.
       wall: time of the process that finished it (seconds); None if that is not known.
@@ -59,7 +56,7 @@ def make_row(
         "code": code,
         "jax": str(summary["versions"].get("jax")),
         "config_hash": config_hash(run.config),
-        "data_fingerprint": data_fingerprint(sweep, run) or "",
+        "data_fingerprint": data_fingerprint(run) or "",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -30,11 +30,10 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def plan_text(found: Snapshot, runs: Sequence[PlannedRun], data_tokens: dict | None) -> str:
+def plan_text(runs: Sequence[PlannedRun], data_tokens: dict | None) -> str:
     """The plan, a line a cell: what is run and what it costs.
 
     Args:
-      found: the sweep.
       runs: those to list.
       data_tokens: data paths -> training tokens, for the number of passes; None: not known.
     """

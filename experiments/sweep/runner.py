@@ -326,7 +326,7 @@ class _Scheduler:
             self._fail(run, Outcome("failed", "error", "no held-out loss in summary.json: set "
                                     "train.eval.batches above 0"), 0)  # fmt: skip
             return
-        row = make_row(self._sweep, run, summary, wall, sharing, self._code)
+        row = make_row(run, summary, wall, sharing, self._code)
         append_result(self._out, row)
         (self._out / "failures" / f"{run.name}.json").unlink(missing_ok=True)
         if not self._sweep.keep_checkpoints:

@@ -63,7 +63,7 @@ class Snapshot:
         return "cut off" if (out / "runs" / run.name / "metrics.jsonl").exists() else "pending"
 
 
-def data_fingerprint(sweep: SweepConfig, run: PlannedRun) -> str | None:
+def data_fingerprint(run: PlannedRun) -> str | None:
     """Sixteen hex digits of each data set's fingerprint, joined by "+"; None before it is there.
 
     Raises:
@@ -120,7 +120,7 @@ def _check_rows(found: Snapshot) -> None:
                              f"{row['config_hash']}): choose another out")  # fmt: skip
         paths = run.config.data.paths
         if paths not in fingerprints:
-            fingerprints[paths] = data_fingerprint(found.sweep, run)
+            fingerprints[paths] = data_fingerprint(run)
         now = fingerprints[paths]
         if now is not None and row["data_fingerprint"] != now:
             raise SweepError(f"{path}: {run.name} was run on other data ({row['data_fingerprint']},"
@@ -152,7 +152,7 @@ def _choices(
     return choose_rates(tuned, wanted, sweep.tuning.rule)
 
 
-def check_data(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> dict[tuple[str, ...], int]:
+def check_data(runs: Sequence[PlannedRun]) -> dict[tuple[str, ...], int]:
     """Training tokens of each set of data folders that the runs use, checked to be there.
 
     Raises:

@@ -10,10 +10,10 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.launch.ahead.compile import compile_step, describe
 from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
-from mmfree_jax.launch.ahead.topology import missing_compiler, parse_topology, prepare
+from mmfree_jax.launch.ahead.topology import Topology, missing_compiler, parse_topology, prepare
 from mmfree_jax.launch.xla_flags import with_overlap
 from mmfree_jax.parallel.sharding import mesh_shape
 from mmfree_jax.ranges import CountOrZero, PositiveShare
@@ -88,7 +88,7 @@ def compile_ahead(argv: Sequence[str]) -> int:
     return 1 if any(r["memory_gib"]["fits"] is False for r in reports[:1]) else 0
 
 
-def _suggest(config, arguments, topology):
+def _suggest(config: TrainConfig, arguments: _Arguments, topology: Topology) -> list[MeshConfig]:
     ranked = rank_meshes(config, topology, arguments.peak_share)
     print(f"{len(ranked)} meshes divide; on paper (data x fsdp x sequence x tensor):")
     for mesh, gib, times in ranked[:8]:
