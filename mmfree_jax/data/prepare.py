@@ -315,13 +315,16 @@ class _Preparation:
         }
         write_atomically(self._folder / PROGRESS_NAME, json.dumps(journal))
 
-    def _counted(self) -> dict[str, Any]:
-        """What was read of all inputs, and of each."""
+    def _total(self) -> Tally:
         total = Tally()
         for tally in (self._earlier, *(reading.tally for reading in self._readings)):
             total.add(tally)
+        return total
+
+    def _counted(self) -> dict[str, Any]:
+        """What was read of all inputs, and of each."""
         readings = [reading.to_json() for reading in self._readings]
-        return {"counts": total.counts(), "readings": readings}
+        return {"counts": self._total().counts(), "readings": readings}
 
     def _check_inputs(self, readings: Sequence[InputReading]) -> None:
         if not self._earlier.documents:
@@ -331,11 +334,8 @@ class _Preparation:
         train, heldout = (self._writers[s].num_documents for s in (TRAIN, HELDOUT))
         fraction = self._options.heldout_fraction
         if train + heldout == 0:
-            counts = self._counted()["counts"]
-            raise DataError(
-                f"the input holds no text ({counts['empty']} empty documents, "
-                f"{counts['bad_records']} malformed): give other files"
-            )
+            left_out = self._total().left_out() or "its files are empty"
+            raise DataError(f"the input holds no text ({left_out}): give other files")
         self._check_inputs(self._readings)
         if train == 0 or (heldout == 0 and fraction > 0):
             raise DataError(

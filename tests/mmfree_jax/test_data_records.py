@@ -324,6 +324,9 @@ def test_an_input_of_which_nothing_is_left_is_an_error(two, tmp_path):
                            r"records \(7 no field 'text'\).*PATH:FIELD"):  # fmt: skip
             prepare_dataset(config)
         assert not (tmp_path / "out" / "index.json").exists()
+    alone = PrepareConfig(out=str(tmp_path / "alone"), input=(b,), workers=1, skip_bad_records=True)
+    with pytest.raises(DataError, match=r"no text \(7 malformed records \(7 no field 'text'\)\)"):
+        prepare_dataset(alone)
     arguments = ["--input", a, b, "--skip-bad-records", "--out", str(tmp_path / "t")]
     with pytest.raises(DataError, match=r"nothing is left of input .*b\.jsonl: 7 malformed"):
         tokenizer_cli.train([*arguments, "--vocab-size", "258"])
