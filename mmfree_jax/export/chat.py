@@ -17,8 +17,7 @@ import numpy as np
 
 CHUNK = 64  # tokens of a prompt read at once
 FIELDS = {"files": dict, "graph": str, "onnxruntime": str, "state_shape": list, "start_ids": list}
-FIELDS |= dict.fromkeys(("bos_token_id", "eos_token_id"), (int, type(None)))
-FIELDS |= {"tokenizer": (str, type(None))}
+FIELDS |= {"bos_token_id": int | None, "eos_token_id": int | None, "tokenizer": str | None}
 
 
 def fail(message) -> NoReturn:  # noqa: D103
@@ -94,18 +93,18 @@ def sample(logits, args, random):
 def answer(session, manifest, decode, ids, state, args, random):
     """Streams a continuation of `ids`; returns the state after it."""
     start, count, window = time.perf_counter(), 0, ids[-8:]
+    ends = manifest.get("end_ids", [manifest["eos_token_id"]])
     logits, state = read_tokens(session, ids, state)
     begin, shown = time.perf_counter(), len(decode(window))
     while count < args.max_new_tokens:
-        if (token := sample(logits, args, random)) == manifest["eos_token_id"]:
+        if (token := sample(logits, args, random)) in ends:
             break
         count += 1
         window.append(token)
         text = decode(window)
         if not text.endswith("\ufffd"):  # what a character reads as until its last byte
             print(text[shown:], end="", flush=True)
-            window = window[-8:]
-            shown = len(decode(window))
+            shown = len(decode(window := window[-8:]))
         logits, state = read_tokens(session, [token], state)
     speed = f"{count} written at {count / max(time.perf_counter() - begin, 1e-9):.1f} tokens/s"
     print()

@@ -22,6 +22,7 @@ from mmfree_jax.export.supported import check_supported
 from mmfree_jax.export.web_page import write_page
 from mmfree_jax.files import new_folder, write_bytes
 from mmfree_jax.infer.text import start_tokens
+from mmfree_jax.saved.end_tokens import end_ids
 from mmfree_jax.saved.open_model import SavedModel
 
 COMMAND = "export onnx"
@@ -108,6 +109,9 @@ def export_onnx(
             made = onnx_graph.to_model(graph, data.tensors)
             write_bytes(folder / name, made.SerializeToString())
         tokenizer = _copy_tokenizer(model.tokenizer_path, folder)
+        own = [] if tokenizer["eos_token_id"] is None else [tokenizer["eos_token_id"]]
+        # Every token that ends a text; eos_token_id is the tokenizer's alone.
+        tokenizer["end_ids"] = list(dict.fromkeys([*own, *end_ids(model.path)]))
         shutil.copy2(CHAT, folder / CHAT.name)
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()

@@ -43,7 +43,7 @@ from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.model.weights import packed_from_tree
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
-from mmfree_jax.saved.pack import copy_tokenizer, write_packed
+from mmfree_jax.saved.pack import copy_text_files, write_packed
 from mmfree_jax.saved.packed import open_packed
 
 COMMAND = "export stablehlo"
@@ -225,8 +225,7 @@ def _write_weights(model: SavedModel, folder: Path) -> None:
         shutil.copy2(model.path / PACKED_FILE, folder / PACKED_FILE)
     else:
         write_packed(folder / PACKED_FILE, model.config, model.leaf, dense_dtype="float32")
-    if model.tokenizer_path is not None:
-        copy_tokenizer(model.tokenizer_path, folder)
+    copy_text_files(model, folder)
 
 
 def _read_weights(folder: Path) -> tuple[ModelConfig, Weights]:

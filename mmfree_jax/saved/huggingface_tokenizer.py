@@ -11,9 +11,9 @@ from typing import Any
 
 from mmfree_jax.files import write_text
 
+TOKENIZER_MODELS = ("tokenizer.model", "tokenizer.json")
 FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
+    *TOKENIZER_MODELS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

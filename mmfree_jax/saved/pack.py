@@ -23,6 +23,8 @@ from mmfree_jax.model.parameters import param_shapes
 from mmfree_jax.model.weights import is_ternary
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
+from mmfree_jax.saved.huggingface_tokenizer import FILES, TOKENIZER_MODELS
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel
 from mmfree_jax.saved.packed import FORMAT, VERSION
@@ -82,8 +84,7 @@ def pack(
             int8_embedding=int8_embedding,
             dense_dtype=dense_dtype,
         )
-        if model.tokenizer_path is not None:
-            copy_tokenizer(model.tokenizer_path, folder)
+        copy_text_files(model, folder)
     return dataclasses.replace(report, file=Path(out) / PACKED_FILE)
 
 
@@ -176,9 +177,16 @@ def _relative_error(stored: dict[str, Any], master: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(table - master)))) / size if size else 0.0
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Puts a tokenizer, a file or a folder of files, into a model's folder."""
-    if source.is_dir():
+def copy_text_files(model: SavedModel, folder: Path) -> None:
+    """Puts what text needs beside a model's weights: its tokenizer, and which tokens end one."""
+    source = model.tokenizer_path
+    if source is not None and source.is_dir():
         shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
-    else:
-        shutil.copy2(source, folder / source.name)
+    elif source is not None:
+        # The start and end token are named in files beside a tokenizer.json.
+        companions = (source.parent / name for name in FILES if name not in TOKENIZER_MODELS)
+        for file in (source, *companions):
+            if file.is_file():
+                shutil.copy2(file, folder / file.name)
+    if ids := end_ids(model.path):
+        write_end_ids(folder, ids)

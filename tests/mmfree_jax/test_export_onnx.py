@@ -28,6 +28,7 @@ from mmfree_jax.export.supported import check_supported
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8
 from mmfree_jax.presets import preset
+from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.saved.pack import pack
 
 TINY = preset("tiny").model
@@ -430,6 +431,21 @@ def continuation(export, prompt, count, state=None):
         tokens.append(int(np.argmax(logits_V)))
         logits_V, state = onnx_session.prefill(export, tokens[-1:], state)
     return ByteTokenizer().decode(tokens), state
+
+
+def test_every_end_token_of_the_folder_ends_an_answer(saved, exact, tmp_path):
+    prompt = "So it fits"
+    want = continuation(exact, ByteTokenizer().encode(prompt), 20)[0].encode()
+    other = next(i for i in range(256) if i not in want)
+    source = shutil.copytree(saved.path, tmp_path / "source")
+    ends = {"eos_token_id": [other, want[5]]}
+    (source / "generation_config.json").write_text(json.dumps(ends))
+    onnx_export.export_onnx(open_model(source), tmp_path / "out")
+    written = json.loads((tmp_path / "out/export.json").read_text())
+    assert written["end_ids"] == [ByteTokenizer.eos_id, other, want[5]]
+    assert written["eos_token_id"] == ByteTokenizer.eos_id
+    answer = chat(tmp_path / "out", "--prompt", prompt, "--temperature", "0")
+    assert answer.stdout == prompt + want[: want.index(want[5])].decode() + "\n"
 
 
 def test_the_examples_state_carries_over_the_conversation(exact, exports):

@@ -12,7 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
+from mmfree_jax.data.tokenizer import load_tokenizer, train_bpe
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import make_mesh
@@ -451,6 +453,18 @@ def test_import_and_export_keep_every_end_token(tmp_path):
     export_hf(tmp_path / "ours", tmp_path / "back")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 5, 7]
+
+
+def test_a_packed_model_keeps_the_tokens_that_begin_and_end_a_text(tmp_path):
+    _write_folder(tmp_path / "hf", HGRN | {"eos_token_id": [2, 5]})
+    own = train_bpe(["of the Senate and of the House " * 20], 258)
+    own.save(tmp_path / "hf")
+    config = tmp_path / "hf/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": None}))
+    assert main(["pack", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "packed")]) == 0
+    assert end_ids(tmp_path / "packed") == (2, 5)
+    tokenizer = load_tokenizer(tmp_path / "packed")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
 
 
 @pytest.mark.parametrize("value", ["2", [1, "2"], -1, 2.0, True, [None]])

@@ -209,7 +209,7 @@ def test_the_page_streams_what_python_generates(site, browser, query):
 
 def test_stop_ends_an_answer_and_the_next_prompt_goes_on(site, browser, monkeypatch):
     # Without an end token, so that nothing but Stop ends the answer.
-    endless = {"export.json": _manifest(site, eos_token_id=None)}
+    endless = {"export.json": _manifest(site, eos_token_id=None, end_ids=[])}
     monkeypatch.setattr(site, "instead", endless)
     assert show(browser, site) == "ready", text_of(browser, "error")
     configure(browser, temperature=0, max_tokens=100000)

@@ -192,13 +192,14 @@ async function generate({ prompt, maxTokens, temperature, topK, seed }) {
   let waiting = "";
   start = performance.now();
   let drawn = -Infinity;
+  const ends = manifest.end_ids ?? [manifest.eos_token_id];
   while (!stopping) {
     const id = chooseToken(logits, { temperature, topK }, random);
     tokens.push(id);
     // The last token is read with the next prompt, so that nothing is computed in vain.
     pending = [id];
     const now = performance.now();
-    if (id === manifest.eos_token_id) reason = "end";
+    if (ends.includes(id)) reason = "end";
     else waiting += text.push(id);
     if (now - drawn >= DRAWING) {
       postMessage({ type: "text", text: waiting, count: tokens.length, seconds: (now - start) / 1000 });
