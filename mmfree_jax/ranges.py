@@ -14,6 +14,9 @@ from typing import Annotated, Any
 
 from mmfree_jax.errors import ConfigError
 
+LARGEST = 3.4028234663852886e38
+"""Of float32, in which settings are computed with: a larger number is inf there."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -25,8 +28,8 @@ class Range:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is finite and within; False for NaN."""
-        if not math.isfinite(value):
+        """Whether `value` is finite, also in float32, and within; False for NaN."""
+        if not abs(value) <= LARGEST:
             return False
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
@@ -91,7 +94,9 @@ def check_values(
         for number in _numbers(value):
             if not allowed.holds(number):
                 way_out = str(allowed)
-                if not math.isfinite(number) and allowed != Range():
+                if math.isfinite(number) and abs(number) > LARGEST:
+                    way_out = "a number that float32 holds, at most 3.4e38"
+                elif not math.isfinite(number) and allowed != Range():
                     way_out = f"a finite number, {way_out}"
                 raise ConfigError(f"{title(name)} is {value!r}: set {way_out}")
 

@@ -42,6 +42,7 @@ class _Settings:
     [
         ({"rate": INF}, "here.rate is inf: set a finite number, a value above 0"),
         ({"rate": math.nan}, "here.rate is nan: set a finite number, a value above 0"),
+        ({"rate": 1e39}, r"here.rate is 1e\+39: set a number that float32 holds, at most 3.4e38"),
         ({"rate": 0.0}, "here.rate is 0.0: set a value above 0"),
         ({"share": 1.5}, r"here.share is 1.5: set a value in \[0, 1\]"),
         ({"rows": 0}, "here.rows is 0: set a value above 0"),
@@ -63,7 +64,7 @@ def test_numbers_within_pass():
         rate=1e-300,
         share=1,
         seed=2**32 - 1,
-        undeclared=-1e300,
+        undeclared=-3.4e38,
         weights=(0.1,),
         below=-1.0,
         on=False,
