@@ -25,12 +25,13 @@ _PERIODS = (65521, 65519)
 MAX_FLOAT_COLUMNS = 2**24 // 128
 
 
-def int8_dot(x_q: jax.Array, trits: jax.Array) -> jax.Array:
-    """x_q @ trits^T by XLA's int8 product.
+def int8_dot(x: jax.Array, w: jax.Array, axes: tuple[int, int] = (-1, 1)) -> jax.Array:
+    """XLA's int8 product of x with w, by default x @ w^T.
 
     Args:
-      x_q: [..., K] int8.
-      trits: [N, K] int8 in {-1, 0, +1}.
+      x: [..., K] int8; [K, M] where its first axis is summed over.
+      w: [N, K] int8, or [K, N].
+      axes: of x (-1 or 0) and of w, summed over.
 
     Returns:
       [..., N] int32, exact.
@@ -38,21 +39,21 @@ def int8_dot(x_q: jax.Array, trits: jax.Array) -> jax.Array:
     Raises:
       IntegerProductError: the default device is a GPU, and its sums at this shape are wrong.
     """
-    n, k = trits.shape
-    require_exact(x_q.size // max(k, 1), n, k)
-    return _dot(x_q, trits)
+    k, n = x.shape[axes[0]], w.shape[1 - axes[1]]
+    require_exact(x.size // max(k, 1), n, k, axes)
+    return _dot(x, w, axes)
 
 
-def require_exact(m: int, n: int, k: int) -> None:
-    """Checks the product of [m, k] with [n, k] on a GPU, once a process and shape.
+def require_exact(m: int, n: int, k: int, axes: tuple[int, int] = (-1, 1)) -> None:
+    """Checks the sums over k of an [m, n] product on a GPU, once a process, shape and layout.
 
     Raises:
-      IntegerProductError: its sums are wrong.
+      IntegerProductError: they are wrong.
     """
     if jax.default_backend() != "gpu" or not (m and n and k):
         return
     rows = min(m, _MOST_ROWS, max(_COMPARED_ROWS, _MOST_OUTPUTS // n))
-    wrong = _wrong_sums(1 << (rows - 1).bit_length(), n, k)
+    wrong = _wrong_sums(1 << (rows - 1).bit_length(), n, k, axes)
     if wrong:
         raise IntegerProductError(
             f"XLA's int8 product of [{m}, {k}] with [{n}, {k}] is wrong on this "
@@ -64,29 +65,31 @@ def require_exact(m: int, n: int, k: int) -> None:
 
 
 @functools.cache
-def _wrong_sums(m: int, n: int, k: int) -> float:
+def _wrong_sums(m: int, n: int, k: int, axes: tuple[int, int]) -> float:
     """The share of sums that are wrong among those compared.
 
     In a thread of its own: whoever asks may be tracing a program, or have set a mesh.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        return executor.submit(_compare, m, n, k).result()
+        return executor.submit(_compare, m, n, k, axes).result()
 
 
-def _compare(m: int, n: int, k: int) -> float:
+def _compare(m: int, n: int, k: int, axes: tuple[int, int]) -> float:
     rng = np.random.default_rng(0)
     x = np.resize(rng.integers(-127, 128, _PERIODS[0], dtype=np.int8), (m, k))
     trits = np.resize(rng.integers(-1, 2, _PERIODS[1], dtype=np.int8), (n, k))
     rows = np.unique(np.linspace(0, m - 1, _COMPARED_ROWS).astype(int))
     with jax.default_device(jax.local_devices()[0]):
-        found = np.asarray(_product(jnp.asarray(x), jnp.asarray(trits))[rows])
+        left = jnp.asarray(x if axes[0] == -1 else x.T)
+        right = jnp.asarray(trits if axes[1] == 1 else trits.T)
+        found = np.asarray(_product(left, right, axes)[rows])
     exact = np.float32 if k < MAX_FLOAT_COLUMNS else np.float64
     return float(np.mean(found != x[rows].astype(exact) @ trits.T.astype(exact)))
 
 
-def _dot(x_q: jax.Array, trits: jax.Array) -> jax.Array:
-    contract = (((x_q.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x_q, trits, contract, preferred_element_type=jnp.int32)
+def _dot(x: jax.Array, w: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    contract = (((axes[0] % x.ndim,), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.int32)
 
 
-_product = jax.jit(_dot)
+_product = jax.jit(_dot, static_argnums=2)

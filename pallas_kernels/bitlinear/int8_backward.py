@@ -17,6 +17,8 @@ Shapes: M tokens, N outputs of the layer, K inputs, S tokens of a block.
 import jax
 import jax.numpy as jnp
 
+from ..integer_products import int8_dot
+
 # Tokens that share a column's scale. Shorter blocks round less and add more float32 sums.
 BLOCK_TOKENS = 1024
 _LARGEST = 127.0
@@ -55,8 +57,7 @@ def input_gradient(
       [..., K], without the weight's scale.
     """
     q, scale = quantize(d_output, -1)
-    contracted = (((q.ndim - 1,), (0,)), ((), ()))
-    sums = jax.lax.dot_general(q, trits, contracted, preferred_element_type=jnp.int32)
+    sums = int8_dot(q, trits, (-1, 0))
     return (sums.astype(jnp.float32) * scale).astype(out_dtype)
 
 
@@ -91,9 +92,7 @@ def weight_gradient(
     def add(total_NK: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         folded_SN, x_SK = block
         q_SN, scale_1N = quantize(folded_SN, 0)
-        sums_NK = jax.lax.dot_general(
-            q_SN, x_SK, (((0,), (0,)), ((), ())), preferred_element_type=jnp.int32
-        )
+        sums_NK = int8_dot(q_SN, x_SK, (0, 0))
         return total_NK + sums_NK.astype(jnp.float32) * scale_1N.T, None
 
     blocks = folded_MN.reshape(-1, S, N), x_MK.reshape(-1, S, K)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.pallas_kernels import integer_products
+from mmfree_jax.pallas_kernels.bitlinear import int8_backward
 from mmfree_jax.pallas_kernels.cross_entropy.api import ternary_linear_cross_entropy
 from mmfree_jax.pallas_kernels.errors import IntegerProductError
 from mmfree_jax.pallas_kernels.integer_products import int8_dot
@@ -21,10 +22,10 @@ def gpu(monkeypatch):
     made = []
     product = integer_products._product
 
-    def record(x, trits):
+    def record(x, trits, axes):
         assert not isinstance(x, jax.core.Tracer)
         made.append((*x.shape, trits.shape[0]))
-        return product(x, trits)
+        return product(x, trits, axes)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(integer_products, "_product", record)
@@ -37,8 +38,8 @@ def gpu(monkeypatch):
 def off_by_one(at):
     """A product that is wrong in one place."""
 
-    def product(x, trits):
-        return integer_products._dot(x, trits).at[at].add(1)
+    def product(x, trits, axes):
+        return integer_products._dot(x, trits, axes).at[at].add(1)
 
     return product
 
@@ -94,7 +95,9 @@ def test_the_check_runs_under_a_mesh_and_inside_a_loop(gpu):
 
 def test_what_is_made_to_look_is_small(gpu, monkeypatch):
     sizes = []
-    monkeypatch.setattr(integer_products, "_wrong_sums", lambda m, n, k: sizes.append((m, n)) or 0)
+    monkeypatch.setattr(
+        integer_products, "_wrong_sums", lambda m, n, k, axes: sizes.append((m, n)) or 0
+    )
     integer_products.require_exact(1 << 20, 32000, 2048)
     integer_products.require_exact(1 << 20, 1024, 1024)
     integer_products.require_exact(1, 32000, 1024)
@@ -116,4 +119,28 @@ def test_every_op_asks_where_it_takes_xlas_int8_product(gpu, monkeypatch):
     for call in calls:
         integer_products._wrong_sums.cache_clear()
         with pytest.raises(IntegerProductError, match=re.escape("[40, 70]")):
+            jax.make_jaxpr(call)()
+
+
+@pytest.mark.parametrize("axes", [(-1, 1), (-1, 0), (0, 0), (0, 1)])
+def test_every_layout_is_looked_at_as_it_is_used(axes, gpu, monkeypatch):
+    x, trits = operands()
+    want = np.asarray(x, np.int64) @ np.asarray(trits, np.int64).T
+    left, right = x if axes[0] else x.T, trits if axes[1] else trits.T
+    np.testing.assert_array_equal(int8_dot(left, right, axes), want)
+    assert gpu == [((4, 70) if axes[0] else (70, 4)) + (right.shape[0],)]
+    monkeypatch.setattr(integer_products, "_product", off_by_one((1, 1)))
+    integer_products._wrong_sums.cache_clear()
+    with pytest.raises(IntegerProductError, match=re.escape("[40, 70]")):
+        int8_dot(left, right, axes)
+
+
+def test_the_int8_backward_asks_too(gpu, monkeypatch):
+    monkeypatch.setattr(integer_products, "_product", off_by_one((0, 0)))
+    d, (x, trits) = jnp.ones((3, 40)), operands()
+    for call in (
+        lambda: int8_backward.input_gradient(d, trits, jnp.float32),
+        lambda: int8_backward.weight_gradient(d, x, jnp.ones((3, 1)), jnp.float32),
+    ):
+        with pytest.raises(IntegerProductError):
             jax.make_jaxpr(call)()
