@@ -116,8 +116,22 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, source: str = "the SentencePiece model") -> None:
-        """Loads the contents of a `.model` file; `source` names it in errors."""
+    def __init__(
+        self,
+        model: bytes,
+        source: str = "the SentencePiece model",
+        *,
+        use_bos: bool = True,
+        use_eos: bool = True,
+    ) -> None:
+        """Loads a model.
+
+        Args:
+          model: the contents of a `.model` file.
+          source: names it in errors.
+          use_bos: whether its start token is used.
+          use_eos: whether its end token is used.
+        """
         import sentencepiece
 
         self._model = model
@@ -126,10 +140,15 @@ class SentencePieceTokenizer:
         except (RuntimeError, ValueError) as e:
             raise DataError(f"{source} is not a SentencePiece model: give another file") from e
         self.vocab_size = int(self._processor.vocab_size())
-        self.bos_id = _id_or_none(self._processor.bos_id())
-        self.eos_id = _id_or_none(self._processor.eos_id())
+        self._unused = {} if use_bos else {"bos_token": None}
+        self._unused |= {} if use_eos else {"eos_token": None}
+        self.bos_id = _id_or_none(self._processor.bos_id()) if use_bos else None
+        self.eos_id = _id_or_none(self._processor.eos_id()) if use_eos else None
         self.unk_id = _id_or_none(self._processor.unk_id())
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        digest = hashlib.sha256(model)
+        if self._unused:
+            digest.update(f" bos {self.bos_id} eos {self.eos_id}".encode())
+        self.sha256 = digest.hexdigest()
         self._skip = self._ids_before_newline()
 
     def encode(self, text: str) -> list[int]:
@@ -180,7 +199,10 @@ class SentencePieceTokenizer:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.model`."""
+        """Writes `tokenizer.model`, and which of its ends are not used, if any."""
+        if self._unused:
+            text = json.dumps(self._unused) + "\n"
+            _write(folder, "tokenizer_config.json", text.encode())
         _write(folder, "tokenizer.model", self._model)
 
 
@@ -342,9 +364,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         contents = file.read_bytes()
     except OSError as e:
         raise DataError(f"tokenizer {file}: {e.strerror}; give a readable file") from e
+    bos, eos = named_ends(file.parent)
+    source = f"tokenizer {file}"
     if file.suffix == ".json":
-        return JsonTokenizer(contents, *named_ends(file.parent), source=f"tokenizer {file}")
-    return SentencePieceTokenizer(contents, f"tokenizer {file}")
+        return JsonTokenizer(contents, bos, eos, source)
+    return SentencePieceTokenizer(
+        contents, source, use_bos=bos is not None, use_eos=eos is not None
+    )
 
 
 def _find_file(path: Path) -> Path:

@@ -135,6 +135,23 @@ def test_text_is_never_a_special_token(make):
             assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
 
 
+def test_a_sentence_piece_model_without_a_start(tmp_path):
+    whole = sentence_piece()
+    (tmp_path / "a").mkdir()
+    whole.save(tmp_path / "a")
+    assert not (tmp_path / "a" / "tokenizer_config.json").exists()
+    assert load_tokenizer(tmp_path / "a").sha256 == whole.sha256
+    for config, ends in [({"bos_token": None}, (None, 2)), ({"eos_token": None}, (1, None)),
+                         ({"bos_token": "<s>"}, (1, 2))]:  # fmt: skip
+        (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+        loaded = load_tokenizer(tmp_path / "a")
+        assert (loaded.bos_id, loaded.eos_id) == ends
+        assert (loaded.sha256 == whole.sha256) == (ends == (1, 2))
+        loaded.save(tmp_path / f"b{ends}")
+        again = load_tokenizer(tmp_path / f"b{ends}")
+        assert (again.bos_id, again.eos_id, again.sha256) == (*ends, loaded.sha256)
+
+
 def test_a_prompt_in_the_exported_chat(tmp_path):
     (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
     encode, decode = chat.load_tokenizer(tmp_path, {"tokenizer": "tokenizer.json"})
