@@ -16,7 +16,7 @@ from mmfree_jax.saved.manifest import MANIFEST, checkpoint_steps
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 120
 
 

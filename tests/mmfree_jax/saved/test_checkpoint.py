@@ -228,7 +228,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, kind):
         if probe.returncode:
             pytest.skip("this system does not allow mounts in a user namespace")
         command = [*enter, mount, "sh", *command]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert result.returncode == 0, result.stderr

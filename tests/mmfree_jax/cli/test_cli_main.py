@@ -11,7 +11,7 @@ import pytest
 from mmfree_jax.cli import main as main_module
 from mmfree_jax.cli.main import commands, main, summary
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
 from mmfree_jax.data.tokenizer import ByteTokenizer, train_bpe
 from mmfree_jax.errors import ConfigError, DataError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def make_texts(seed, count):
