@@ -17,12 +17,12 @@ def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten(tree["params"])
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "", separator: str = "/") -> dict[str, Any]:
     """Paths joined by slashes, and leaves, of a nested dict."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            leaves |= flatten(value, f"{prefix}{name}/")
+            leaves |= flatten(value, f"{prefix}{name}{separator}", separator)
         else:
             leaves[prefix + name] = value
     return leaves

@@ -9,6 +9,7 @@ import numpy as np
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config
@@ -35,16 +36,6 @@ _MAY_CHANGE = (
     "eval.",
     "log.",
 )
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            result.update(_flat(value, f"{prefix}{key}."))
-        else:
-            result[prefix + key] = value
-    return result
 
 
 def _may_change(name: str) -> bool:
@@ -74,7 +65,7 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
     """
     with contextlib.suppress(ConfigError):  # fields that are newer than the checkpoint
         saved = to_dict(from_dict(TrainConfig, saved))
-    was, now = _flat(saved), _flat(to_dict(config))
+    was, now = flatten(saved, separator="."), flatten(to_dict(config), separator=".")
     differing = [
         f"{name} {was.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(was.keys() | now.keys())

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.model import LanguageModel, ternary_weights
+from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
 from mmfree_jax.train.loss import Batch, LossSums, loss_sums
 from mmfree_jax.train.optimizer import Optimizer, ScheduleValues
@@ -216,10 +217,9 @@ def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool] | None
 
 def jit_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, Any], Batch], LossSums]:
     """`eval_step` compiled for the mesh."""
-    model = LanguageModel(config.model)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    shapes = unflatten(param_shapes(config.model))
     return jax.jit(
         functools.partial(eval_step, config=config),
-        in_shardings=(param_shardings(mesh, shapes["params"]), batch_sharding(mesh)),
+        in_shardings=(param_shardings(mesh, shapes), batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )
