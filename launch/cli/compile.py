@@ -11,6 +11,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import MeshConfig, TrainConfig
+from mmfree_jax.files import write_text
 from mmfree_jax.launch.ahead.compile import compile_step, describe
 from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
 from mmfree_jax.launch.ahead.topology import Topology, missing_compiler, parse_topology, prepare
@@ -72,8 +73,7 @@ def compile_ahead(argv: Sequence[str]) -> int:
         print(describe(report), flush=True)
         reports.append(report)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(reports, indent=1) + "\n")
     if arguments.suggest:
         best = min(
             (r for r in reports if r["memory_gib"]["fits"] is not False),

@@ -12,6 +12,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import last_value, resolve_config
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import write_text
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
 
 
@@ -48,10 +49,7 @@ def render_job(argv: Sequence[str]) -> int:
     if arguments.out is None:
         sys.stdout.write(text)
         return 0
-    try:
-        arguments.out.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"out is {str(arguments.out)!r}: {e.strerror}") from e
+    write_text(arguments.out, text)
     if platform != "gke":
         arguments.out.chmod(0o755)
     print(f"wrote {arguments.out}")

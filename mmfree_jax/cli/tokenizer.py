@@ -49,7 +49,6 @@ def train(argv: Sequence[str]) -> int:
     from mmfree_jax.data.dataset import describe_identity
     from mmfree_jax.data.reading import reading_lines
     from mmfree_jax.data.tokenizer import identity, load_tokenizer, train_bpe
-    from mmfree_jax.data.writer import disk_errors
     from mmfree_jax.errors import DataError
 
     config = parse(TokenizerTrainConfig, argv, prog="mmfree tokenizer train")
@@ -62,8 +61,7 @@ def train(argv: Sequence[str]) -> int:
             f"{out} holds another tokenizer ({describe_identity(identity(load_tokenizer(out)))}): "
             "remove it or give another --out"
         )
-    with disk_errors(out):
-        tokenizer.save(out)
+    tokenizer.save(out)
     for line in reading_lines(readings, config.txt_separator):
         print(line)
     print(f"tokenizer  {out}: {describe_identity(identity(tokenizer))}")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from mmfree_jax.errors import DataError
+from mmfree_jax.files import sha256_file
 
 INDEX_NAME = "index.json"
 FORMAT = "mmfree-tokens"
@@ -376,18 +377,6 @@ def describe_identity(identity: Mapping[str, Any]) -> str:
         f"{identity.get('kind')} ({identity.get('vocab_size')} tokens, "
         f"sha256 {str(identity.get('sha256'))[:12]})"
     )
-
-
-def sha256_file(file: str | os.PathLike[str], limit: int | None = None) -> str:
-    """SHA-256 of a file, or of its first `limit` bytes (hex)."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        left = limit
-        while block := f.read(2**20 if left is None else min(2**20, left)):
-            digest.update(block)
-            if left is not None:
-                left -= len(block)
-    return digest.hexdigest()
 
 
 def verify_checksums(index: DatasetIndex) -> list[str]:

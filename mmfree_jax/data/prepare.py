@@ -53,10 +53,10 @@ from mmfree_jax.data.writer import (
     disk_errors,
     read_progress,
     token_dtype_for,
-    write_atomically,
     write_index,
 )
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.files import write_text
 from mmfree_jax.ranges import Count, CountOrZero, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
@@ -313,7 +313,7 @@ class _Preparation:
             **self._counted(),
             "splits": {split: writer.sync() for split, writer in self._writers.items()},
         }
-        write_atomically(self._folder / PROGRESS_NAME, json.dumps(journal))
+        write_text(self._folder / PROGRESS_NAME, json.dumps(journal))
 
     def _total(self) -> Tally:
         total = Tally()

@@ -5,10 +5,8 @@ input file its name, size and a checksum over both ends. Nothing here imports JA
 """
 
 import contextlib
-import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from mmfree_jax.data.dataset import describe_identity
 from mmfree_jax.data.sources import InputFile
 from mmfree_jax.data.writer import disk_errors
 from mmfree_jax.errors import DataError
+from mmfree_jax.files import is_leftover, lock
 
 PROGRESS_NAME = "progress.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -80,9 +79,10 @@ def check_same(
 
 def check_empty(folder: Path) -> None:
     """Refuses to mix a new data set with files that are something else."""
-    ours = (_LOCK_NAME, f"{PROGRESS_NAME}.tmp")
     with disk_errors(folder):
-        others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
+        others = sorted(
+            p.name for p in folder.iterdir() if p.name != _LOCK_NAME and not is_leftover(p.name)
+        )
     if others:
         raise DataError(
             f"{folder} is not empty (it holds {others[0]}) and not an unfinished data set: give "
@@ -98,16 +98,6 @@ def start_afresh(folder: Path) -> None:
             file.unlink()
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps two processes from preparing the same folder."""
-    with disk_errors(folder):
-        lock = (folder / _LOCK_NAME).open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise DataError(
-                f"{folder} is being prepared by another process: wait for it, or give another --out"
-            ) from e
-        yield
+    return lock(folder / _LOCK_NAME, f"data folder {folder}")

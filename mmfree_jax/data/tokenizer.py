@@ -25,6 +25,7 @@ from mmfree_jax.data.special_tokens import (
     spell,
 )
 from mmfree_jax.errors import DataError
+from mmfree_jax.files import write_bytes, write_text
 from mmfree_jax.text_files import decode_text
 
 BYTE = "byte"
@@ -108,7 +109,7 @@ class ByteTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `byte.json`."""
-        _write(folder, "byte.json", json.dumps(identity(self)).encode() + b"\n")
+        write_bytes(Path(folder) / "byte.json", json.dumps(identity(self)).encode() + b"\n")
 
 
 class SentencePieceTokenizer:
@@ -201,9 +202,8 @@ class SentencePieceTokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.model`, and which of its ends are not used, if any."""
         if self._unused:
-            text = json.dumps(self._unused) + "\n"
-            _write(folder, "tokenizer_config.json", text.encode())
-        _write(folder, "tokenizer.model", self._model)
+            write_text(Path(folder) / "tokenizer_config.json", json.dumps(self._unused) + "\n")
+        write_bytes(Path(folder) / "tokenizer.model", self._model)
 
 
 class JsonTokenizer:
@@ -304,8 +304,8 @@ class JsonTokenizer:
             "bos_token": self._bos,
             "eos_token": self._eos,
         }
-        _write(folder, "tokenizer_config.json", json.dumps(config, indent=1).encode() + b"\n")
-        _write(folder, "tokenizer.json", self._text)
+        write_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+        write_bytes(Path(folder) / "tokenizer.json", self._text)
 
 
 def train_bpe(
@@ -409,15 +409,3 @@ def _segments(text: str, size: int) -> list[str]:
 
 def _id_or_none(i: int) -> int | None:
     return i if i >= 0 else None
-
-
-def _write(folder: str | os.PathLike[str], name: str, contents: bytes) -> None:
-    """Writes a file beside its place, syncs it and renames it."""
-    target = Path(folder) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(name + ".tmp")
-    with beside.open("wb") as f:
-        f.write(contents)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, target)

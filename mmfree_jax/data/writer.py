@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmfree_jax import files
 from mmfree_jax.data.dataset import (
     DOCUMENT_DTYPE,
     INDEX_NAME,
@@ -23,9 +24,9 @@ from mmfree_jax.data.dataset import (
     DatasetIndex,
     ShardInfo,
     index_to_json,
-    sha256_file,
 )
-from mmfree_jax.errors import DataError
+from mmfree_jax.errors import DataError, OutputError
+from mmfree_jax.files import sha256_file, sync_folder, write_text
 
 SHARD_TOKENS = 2**27
 """Tokens after which a shard is closed (256 MiB at two bytes a token)."""
@@ -36,35 +37,15 @@ def token_dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Writes `text` beside `file`, syncs it to disk and renames it into place."""
-    beside = file.with_name(file.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError while writing under `folder` into a DataError; files stay."""
+    """Turns an OSError while writing under `folder` into an OutputError; files stay."""
     try:
-        yield
-    except OSError as e:
-        raise DataError(
-            f"cannot write to {folder}: {e.strerror or e}; what was finished is kept: make room "
-            "or fix the folder, then run the same command again to go on"
+        with files.disk_errors(folder, "make room there"):
+            yield
+    except OutputError as e:
+        raise OutputError(
+            f"{e}; what was finished is kept: run the same command again to go on"
         ) from e
 
 
@@ -257,7 +238,7 @@ class SplitWriter:
 def write_index(index: DatasetIndex) -> None:
     """Marks a folder as complete, by writing `index.json`."""
     sync_folder(index.path)
-    write_atomically(index.path / INDEX_NAME, index_to_json(index))
+    write_text(index.path / INDEX_NAME, index_to_json(index))
 
 
 def write_dataset(

@@ -36,6 +36,9 @@ def fake_commands(monkeypatch, tmp_path):
         "def bug(argv):\n"
         '    """Be wrong."""\n'
         '    raise RuntimeError("bug")\n'
+        "def full(argv):\n"
+        '    """Fill the disk."""\n'
+        '    raise OSError(28, "No space left on device", "x/y")\n'
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     names = {
@@ -44,6 +47,7 @@ def fake_commands(monkeypatch, tmp_path):
         "two lords": "bad",
         "stop": "stopped",
         "bug": "bug",
+        "full": "full",
     }
     table = {name: f"fake_commands:{function}" for name, function in names.items()}
     monkeypatch.setattr(main_module, "commands", lambda: table)
@@ -58,6 +62,13 @@ def test_help_lists_commands_with_their_first_line(fake_commands, capsys):
         assert "typed      Say a name." in out
         assert "two words  Take the arguments as they are." in out
     assert "fake_commands" not in sys.modules
+
+
+def test_a_full_disk_is_one_line(fake_commands, capsys):
+    assert main(["full"]) == 2
+    assert capsys.readouterr().err == (
+        "mmfree: error: x/y: No space left on device: make room or choose another place\n"
+    )
 
 
 def test_a_group_lists_its_commands(fake_commands, capsys):

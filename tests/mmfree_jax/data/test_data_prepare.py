@@ -25,7 +25,8 @@ from mmfree_jax.data import inputs, provenance, sources, text_split, writer
 from mmfree_jax.data import prepare as prepare_lib
 from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
 from mmfree_jax.data.tokenizer import ByteTokenizer, train_bpe
-from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.errors import ConfigError, DataError, OutputError
+from mmfree_jax.files import InUseError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -390,7 +391,7 @@ def test_a_disk_that_is_full_keeps_what_was_there(source, tmp_path):
     result = child(tmp_path, source, out, limit=12_000)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"mmfree_jax.errors.DataError: cannot write to {out}: ")
+    assert last.startswith(f"mmfree_jax.errors.OutputError: {out}")
     assert "run the same command again to go on" in last
     assert (out / "progress.json").exists()
     assert child(tmp_path, source, out).returncode == 0
@@ -403,7 +404,7 @@ def test_no_space_is_one_clear_error(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer._GrowingFile, "append", full)
-    with pytest.raises(DataError, match="No space left on device; what was finished is kept"):
+    with pytest.raises(OutputError, match=r"No space left on device.*what was finished is kept"):
         run(tmp_path / "out", input=(source,))
 
 
@@ -477,7 +478,7 @@ def test_two_processes_do_not_share_a_folder(source, tmp_path):
     out.mkdir()
     with (
         provenance.locked(out),
-        pytest.raises(DataError, match="being prepared by another process"),
+        pytest.raises(InUseError, match="out is in use by another job"),
     ):
         run(out, input=(source,))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import subprocess
 
 import matplotlib.axes
 import numpy as np
@@ -113,3 +114,16 @@ def test_bad_input_is_one_line(runs, argv, message, capsys):
 def test_no_run_at_all(tmp_path):
     with pytest.raises(ConfigError, match="at least one"):
         plot_losses([], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_disk_that_takes_no_picture_is_one_line(runs, make_disk, kind, capsys):
+    disk = make_disk(4)
+    if kind == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert main(["plot", str(runs[0]), "--output", str(disk / "c.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mmfree: error: {disk}/c.png cannot be written (")
+    assert error.endswith("make room there, or choose another place\n")
+    assert error.count("\n") == 1
+    assert list(disk.iterdir()) == []
