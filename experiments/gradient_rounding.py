@@ -20,7 +20,7 @@ import numpy as np
 import mmfree_jax
 from mmfree_jax.data.dataset import TRAIN, open_dataset
 from mmfree_jax.model import LanguageModel, ternary_weights
-from mmfree_jax.pallas_kernels.bitlinear import int8_backward
+from mmfree_jax.pallas_kernels.bitlinear.api import int8_backward
 from mmfree_jax.train.loss import loss_sums
 
 BLOCKS = (128, 256, 512, 1024, 2048, 4096, 16384)
