@@ -13,25 +13,23 @@ from mmfree_jax.model.weights import Packed, PackedLinear
 from mmfree_jax.pallas_kernels.decode import api as decode
 
 
-def _best(packed: Packed, batch: int) -> str | None:
-    if packed.head.layout != "words":
-        return None
-    return decode.measured_best(
-        batch,
-        width=packed.head.columns,
-        state_size=packed.mixer.o_proj.columns,
-        glu_size=packed.glu.down_proj.columns,
-    )
+def _widths(packed: Packed) -> dict[str, int]:
+    return {
+        "width": packed.head.columns,
+        "state_size": packed.mixer.o_proj.columns,
+        "glu_size": packed.glu.down_proj.columns,
+    }
 
 
 def serves_token(packed: Packed, batch: int, tokens: int) -> bool:
     """Whether `decode_token` serves a call: one token a row, few rows, on a GPU."""
-    return tokens == 1 and _best(packed, batch) is not None
+    in_words = packed.head.layout == "words"
+    return in_words and tokens == 1 and decode.measured_best(batch, **_widths(packed)) is not None
 
 
 def serves_greedy(packed: Packed, batch: int) -> bool:
-    """Whether `decode_greedy` serves a call: one row, on a GPU that runs it as one kernel."""
-    return batch == 1 and _best(packed, batch) == "pallas_token_gpu"
+    """Whether `decode_greedy` serves a call: few rows, on a GPU that runs one as one kernel."""
+    return packed.head.layout == "words" and batch <= decode.greedy_rows(**_widths(packed))
 
 
 def decode_token(
@@ -83,7 +81,7 @@ def decode_greedy(
     cut: decode.Cut | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, State]:
-    """The likeliest tokens of one row, one after another in one kernel.
+    """The likeliest tokens of each row, one after another in one kernel; a row after another.
 
     Args:
       packed: weights, in words.
@@ -98,15 +96,29 @@ def decode_greedy(
       interpret: run it as a JAX program.
 
     Returns:
-      [1, steps] int32 tokens, -1 behind the last; the logits after it, and the new state.
+      [B, steps] int32 tokens, -1 behind the last; the logits after it, and the new state.
     """
-    tokens_N, logits_BV, new_LBD = decode.decode_greedy(
-        whole_model(packed), state.layers["h"], logits_BV, limit_B, stop_ids_S,
-        steps=steps, arithmetic=arithmetic(config), implementation=implementation, cut=cut,
-        interpret=interpret,
-    )  # fmt: skip
-    read = jnp.sum(tokens_N >= 0, dtype=jnp.int32)
-    return tokens_N[None], logits_BV, State(state.position_B + read, {"h": new_LBD})
+    model = whole_model(packed)
+
+    def row(
+        inputs: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        h_LD, logits_V, limit = inputs
+        tokens_N, logits_1V, new_L1D = decode.decode_greedy(
+            model, h_LD[:, None], logits_V[None], limit[None], stop_ids_S, steps=steps,
+            arithmetic=arithmetic(config), implementation=implementation, cut=cut,
+            interpret=interpret,
+        )  # fmt: skip
+        return tokens_N, logits_1V[0], new_L1D[:, 0]
+
+    h_BLD = jnp.swapaxes(state.layers["h"], 0, 1)
+    tokens_BN, logits_BV, new_BLD = jax.lax.map(row, (h_BLD, logits_BV, limit_B))
+    read_B = jnp.sum(tokens_BN >= 0, axis=1, dtype=jnp.int32)
+    return (
+        tokens_BN,
+        logits_BV,
+        State(state.position_B + read_B, {"h": jnp.swapaxes(new_BLD, 0, 1)}),
+    )
 
 
 def arithmetic(config: ModelConfig) -> decode.Arithmetic:

@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "decode_greedy",
     "decode_token",
+    "greedy_rows",
     "measured_best",
     "multiprocessors",
 ]
@@ -52,10 +53,24 @@ def measured_best(rows: int, *, width: int, state_size: int, glu_size: int) -> s
     """
     if jax.default_backend() != "gpu":
         return None
-    whole = os.environ.get(KERNELS_VARIABLE) != "layers"
-    if rows == 1 and whole and device.runs_whole_tokens(state_size, glu_size):
+    if rows == 1 and _whole_tokens(state_size, glu_size):
         return "pallas_token_gpu"
     return "pallas_fused_gpu" if rows <= fused_gpu.most_rows(width) else None
+
+
+def greedy_rows(*, width: int, state_size: int, glu_size: int) -> int:
+    """Rows up to which `decode_greedy`, for one after another, measured fastest; 0: for none.
+
+    Args: as of `measured_best`.
+    """
+    if jax.default_backend() != "gpu" or not _whole_tokens(state_size, glu_size):
+        return 0
+    return device.rows_in_turn(width)
+
+
+def _whole_tokens(state_size: int, glu_size: int) -> bool:
+    on = os.environ.get(KERNELS_VARIABLE) != "layers"
+    return on and device.runs_whole_tokens(state_size, glu_size)
 
 
 def decode_token(

@@ -154,8 +154,12 @@ def test_the_form_follows_the_device_the_rows_and_the_width(monkeypatch):
     for width in (38, 1024, 1025, 2048, 2560, 5120):
         found.append(max(n for n in range(1, 9) if best(n, width) is not None))
     assert found == [4, 4, 3, 3, 2, 2]
+    in_turn = functools.partial(api.greedy_rows, state_size=1024, glu_size=2816)
+    assert [in_turn(width=width) for width in (38, 1024, 1025, 2560)] == [2, 2, 3, 3]
+    assert api.greedy_rows(width=1024, state_size=1024, glu_size=2815) == 0
     monkeypatch.setenv(api.KERNELS_VARIABLE, "layers")
     assert best(1) == "pallas_fused_gpu"
+    assert in_turn(width=1024) == 0
     monkeypatch.delenv(api.KERNELS_VARIABLE)
     monkeypatch.setattr(device, "multiprocessors", lambda: 63)
     assert best(1) == "pallas_fused_gpu"

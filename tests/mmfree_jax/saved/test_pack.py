@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -497,3 +498,27 @@ def test_a_huggingface_folder_packs_one_parameter_at_a_time(tmp_path, capsys):
     assert main(["pack", "--model", str(folder), "--out", str(tmp_path / "q")]) == 2
     assert "head/weight" in capsys.readouterr().err
     assert not (tmp_path / "q" / PACKED_FILE).exists()
+
+
+def test_rows_in_turn_are_each_as_alone(words):
+    tree, _, _ = words
+    logits = jax.random.normal(jax.random.key(3), (3, BASE.vocab_size))
+    limits, stop = jnp.array([4, 0, 2]), jnp.array([-1])
+
+    def greedy(rows: slice) -> Any:
+        count = len(limits[rows])
+        return packed_gpu.decode_greedy(
+            tree, BASE, init_state(BASE, count), logits[rows], limits[rows], stop, 4,
+            implementation="xla",
+        )  # fmt: skip
+
+    tokens, after_logits, state = greedy(slice(None))
+    assert state.position_B.tolist() == [4, 0, 2]
+    assert (np.asarray(tokens) >= 0).sum(axis=1).tolist() == [4, 0, 2]
+    for row in range(3):
+        alone, its_logits, its_state = greedy(slice(row, row + 1))
+        np.testing.assert_array_equal(tokens[row], alone[0])
+        np.testing.assert_allclose(after_logits[row], its_logits[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            state.layers["h"][:, row], its_state.layers["h"][:, 0], rtol=1e-5, atol=1e-5
+        )
