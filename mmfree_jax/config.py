@@ -171,7 +171,7 @@ class ModelConfig:
 
 
 # How a model is initialised and run: the same weights compute the same function, up to rounding.
-NOT_THE_FUNCTION = (
+RUN_SETTINGS = (
     "initializer_range",
     "param_dtype",
     "compute_dtype",

@@ -1,6 +1,6 @@
 """The MatMul-free model as an ONNX graph: one function a building block.
 
-The maths is that of the model (`model/functional.py`, `infer/packed_model.py`) in float32. One
+The maths is that of the model in float32, a layer's wiring that of `model/layer.py`. One
 graph reads a prompt's chunk and decodes a token: time is a dynamic axis.
 
 A BitLinear's product comes in three forms (`PRODUCTS`):
@@ -21,15 +21,18 @@ Shapes: B rows, T time steps, D hidden channels, E state channels, L layers, V v
 N outputs and K inputs of a matrix, b columns of a block, C blocks.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mmfree_jax.config import ModelConfig
+from mmfree_jax.model import layer
+from mmfree_jax.model.weights import GLUWeights, MLGRUWeights
 from mmfree_jax.pallas_kernels.norm_quant.api import MIN_ABSMAX
 
 Product = Literal["exact", "integer", "fast"]
@@ -254,30 +257,56 @@ def recurrence_step() -> onnx.GraphProto:
     return helper.make_graph(nodes, "recurrence_step", values[:3], values[3:])
 
 
-def mixer(g: Graph, x: str, layer: str, h0_BE: str) -> tuple[str, str]:
-    """MLGRU of RMSNorm(x): its update of the residual stream, and the last state."""
-    c = g.config
-    D, E = c.hidden_size, c.state_size
-    u = rms_norm(g, x, f"{layer}.mixer_norm", eps=c.norm_eps)
-    i, f, gate = (
-        bit_linear(g, u, f"{layer}.{name}", outputs=E, inputs=D)
-        for name in ("i_proj", "f_proj", "g_proj")
+class Matrix(NamedTuple):
+    """A linear layer: the name of its weights, and its size."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+def linears(
+    g: Graph,
+    layers: Sequence[Matrix],
+    x: str,
+    *,
+    outer_norm: str | None = None,
+    residual: str | None = None,
+    times_silu: str | None = None,
+    gated: bool = False,
+    **_: Any,
+) -> tuple[str, list[str]]:
+    """`layer.Linears` as nodes."""
+    if residual is not None:
+        x = g.add("Add", x, residual)
+    u = x
+    if gated:
+        gate, up = g.add_many("Split", x, outputs=2, axis=-1, num_outputs=2)
+        u = g.add("Mul", silu(g, gate), up)
+    if outer_norm is not None:
+        u = rms_norm(g, u, outer_norm, eps=g.config.norm_eps)
+    if times_silu is not None:
+        u = g.add("Mul", u, silu(g, times_silu))
+    return x, [bit_linear(g, u, m.name, outputs=m.outputs, inputs=m.inputs) for m in layers]
+
+
+def layer_weights(
+    config: ModelConfig, number: int
+) -> tuple[MLGRUWeights[Matrix, str], GLUWeights[Matrix, str]]:
+    """The names of a layer's tensors."""
+    D, E, M = config.hidden_size, config.state_size, config.glu_size
+    name = f"layers.{number}"
+    mixer = MLGRUWeights(
+        norm=f"{name}.mixer_norm",
+        i_proj=Matrix(f"{name}.i_proj", E, D),
+        f_proj=Matrix(f"{name}.f_proj", E, D),
+        g_proj=Matrix(f"{name}.g_proj", E, D),
+        gate_norm=f"{name}.gate_norm",
+        o_proj=Matrix(f"{name}.o_proj", D, E),
+        lower_bound=f"{name}.lower_bound",
     )
-    h_BTE, h_BE = recurrence(g, i, f, f"{layer}.lower_bound", h0_BE)
-    normalized = rms_norm(g, gate, f"{layer}.gate_norm", eps=c.norm_eps)
-    gated = g.add("Mul", normalized, silu(g, h_BTE))
-    return bit_linear(g, gated, f"{layer}.o_proj", outputs=D, inputs=E), h_BE
-
-
-def glu(g: Graph, x: str, layer: str) -> str:
-    """Gated linear unit of RMSNorm(x): its update of the residual stream."""
-    c = g.config
-    D, M = c.hidden_size, c.glu_size
-    u = rms_norm(g, x, f"{layer}.glu_norm", eps=c.norm_eps)
-    gate_up = bit_linear(g, u, f"{layer}.gate_up_proj", outputs=2 * M, inputs=D)
-    gate, up = g.add_many("Split", gate_up, outputs=2, axis=-1, num_outputs=2)
-    gated = g.add("Mul", silu(g, gate), up)
-    return bit_linear(g, gated, f"{layer}.down_proj", outputs=D, inputs=M)
+    gate_up, down = Matrix(f"{name}.gate_up_proj", 2 * M, D), Matrix(f"{name}.down_proj", D, M)
+    return mixer, GLUWeights(f"{name}.glu_norm", gate_up, down)
 
 
 def embed(g: Graph, tokens: str, *, dtype: str) -> str:
@@ -295,8 +324,8 @@ def head(g: Graph, x: str) -> str:
     """Final norm and logits of the last token: [B, T, D] -> [B, V]."""
     c = g.config
     last = g.add("Gather", x, g.constant([-1], np.int64), axis=1)
-    normalized = rms_norm(g, last, "final_norm", eps=c.norm_eps)
-    logits = bit_linear(g, normalized, "head", outputs=c.vocab_size, inputs=c.hidden_size)
+    matrix = Matrix("head", c.vocab_size, c.hidden_size)
+    _, (logits,) = linears(g, [matrix], last, outer_norm="final_norm")
     return g.add("Squeeze", logits, g.constant([1], np.int64))
 
 
@@ -310,15 +339,17 @@ def language_model(config: ModelConfig, *, product: Product, padded: bool, embed
       embedding: dtype of the stored table: "float32", "bfloat16" or "int8".
     """
     g = Graph(config, product, padded)
-    x = embed(g, "tokens", dtype=embedding)
+    ops = layer.Operations(functools.partial(linears, g), functools.partial(recurrence, g))
+    x, update = embed(g, "tokens", dtype=embedding), None
     states = []
     for number in range(config.num_layers):
-        layer = f"layers.{number}"
+        mixer, glu = layer_weights(config, number)
         h0_BE = g.add("Gather", "state", g.constant(number, np.int64), axis=0)
-        update, h_BE = mixer(g, x, layer, h0_BE)
-        x = g.add("Add", x, update)
-        x = g.add("Add", x, glu(g, x, layer))
+        x, update, h_BE = layer.mlgru(ops, mixer, x, update, h0_BE)
+        x, update = layer.glu(ops, glu, x, update)
         states.append(g.add("Unsqueeze", h_BE, g.constant([0], np.int64)))
+    assert update is not None  # there is at least one layer
+    x = g.add("Add", x, update)
     g.nodes.append(helper.make_node("Concat", states, ["next_state"], axis=0))
     g.nodes.append(helper.make_node("Identity", [head(g, x)], ["logits"]))
     return g

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.infer import packed_gpu
 from mmfree_jax.infer.sample import Filters, sample
-from mmfree_jax.model import LanguageModel, Session, State, init_state
+from mmfree_jax.model import LanguageModel, Session, State, init_state, packed_model
 from mmfree_jax.model.weights import Packed, Weights
 
 
@@ -82,14 +81,11 @@ def forward(
     state: State,
     segment_ids_BT: jax.Array | None,
 ) -> tuple[jax.Array, State]:
-    """`LanguageModel.decode`, by the decode kernels where they are faster.
+    """`LanguageModel.decode` of the model.
 
     Returns:
       Logits after each row's last token [B, V], and the new state.
     """
-    if isinstance(weights, Packed) and packed_gpu.serves_token(weights, *tokens_BT.shape):
-        held_B = None if segment_ids_BT is None else segment_ids_BT[:, 0] == 0
-        return packed_gpu.decode_token(weights, config, tokens_BT[:, 0], state, held_B)
     return LanguageModel(config).apply(
         weights, tokens_BT, state, segment_ids_BT, method=LanguageModel.decode
     )
@@ -133,7 +129,7 @@ def in_one_kernel(weights: Weights, batch: int, filters: Filters) -> bool:
         isinstance(weights, Packed)
         and filters.greedy
         and not filters.repetition_penalty
-        and packed_gpu.serves_greedy(weights, batch)
+        and packed_model.serves_greedy(weights, batch)
     )
 
 
@@ -182,7 +178,7 @@ def generate_chunk(
     rows = jnp.arange(batch)
     if isinstance(weights, Packed) and in_one_kernel(weights, batch, filters):
         limit_B = jnp.where(finished_B, 0, jnp.minimum(remaining_B, steps))
-        tokens_BN, logits_BV, state = packed_gpu.decode_greedy(
+        tokens_BN, logits_BV, state = packed_model.decode_greedy(
             weights, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps
         )
         stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B

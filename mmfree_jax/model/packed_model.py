@@ -1,8 +1,9 @@
 """The MatMul-free model on packed weights, as `LanguageModel.apply` computes it.
 
 Linear layers come in two kinds: one unpacks a layer where it is used and computes as the model
-does, right on every backend; one is GPU kernels that read the packed stacks in place. The
-integers are the model's own.
+does, right on every backend; one is GPU kernels that read the packed stacks in place. One token of
+a few rows goes through `pallas_kernels/decode` where that is faster. The integers are the model's
+own.
 
 Shapes: B rows, T tokens, D hidden, L layers, V vocabulary, N outputs, Q bytes of a packed row.
 """
@@ -19,6 +20,7 @@ from mmfree_jax.model import functional, layer
 from mmfree_jax.model.linear import LinearWeights, linears
 from mmfree_jax.model.state import State, init_state
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
+from mmfree_jax.pallas_kernels.decode import api as decode_op
 from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows, scaled_matmul, unpack_many
 from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
@@ -78,7 +80,8 @@ def decode(
       tokens_BT: int32.
       state: to go on from.
       segment_ids_BT: 0 marks padding on the right; None: there is none.
-      kernels: compute the linear layers by the GPU kernels; None: on a GPU.
+      kernels: compute the linear layers by the GPU kernels; None: on a GPU, or all in the decode
+        op where it serves the call.
       unroll: layers in one round of the loop over layers; None: all with the kernels, so that
         a GPU gets the whole program as one graph, and one at a time without.
       interpret: run those as JAX programs.
@@ -86,6 +89,9 @@ def decode(
     Returns:
       [B, V] float32 logits after each row's last token, and the new state.
     """
+    if kernels is None and serves_token(packed, *tokens_BT.shape):
+        held_B = None if segment_ids_BT is None else segment_ids_BT[:, 0] == 0
+        return decode_token(packed, config, tokens_BT[:, 0], state, held_B)
     how: Any = {"kernels": kernels, "interpret": interpret}
     x_BTD, update_BTD, after = _layers(
         packed, config, tokens_BT, state, segment_ids_BT, unroll=unroll, **how
@@ -270,3 +276,153 @@ def kernel_linears(
             for stack, q, scale in zip(layers, qs, scales, strict=True)
         ]  # fmt: skip
     return stream.reshape(x.shape), tuple(y.reshape(B, T, -1) for y in outputs)
+
+
+# One token a row by the decode op, whose kernels read the whole model.
+
+
+def _widths(packed: Packed) -> dict[str, int]:
+    return {
+        "width": packed.head.columns,
+        "state_size": packed.mixer.o_proj.columns,
+        "glu_size": packed.glu.down_proj.columns,
+    }
+
+
+def serves_token(packed: Packed, batch: int, tokens: int) -> bool:
+    """Whether `decode_token` serves a call: one token a row, few rows, on a GPU."""
+    in_words = packed.head.layout == "words"
+    return (
+        in_words and tokens == 1 and decode_op.measured_best(batch, **_widths(packed)) is not None
+    )
+
+
+def serves_greedy(packed: Packed, batch: int) -> bool:
+    """Whether `decode_greedy` serves a call: few rows, on a GPU that runs one as one kernel."""
+    return packed.head.layout == "words" and batch <= decode_op.greedy_rows(**_widths(packed))
+
+
+def decode_token(
+    packed: Packed,
+    config: ModelConfig,
+    token_B: jax.Array,
+    state: State,
+    held_B: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+    cut: decode_op.Cut | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, State]:
+    """Reads one token a row.
+
+    Args:
+      packed: weights, in words.
+      config: of the model.
+      token_B: int32.
+      state: to go on from.
+      held_B: True for rows whose token is padding: their state is kept.
+      implementation: of the decode op; None: as measured.
+      cut: of the kernel of whole tokens; None: as measured.
+      interpret: run the kernels as JAX programs.
+
+    Returns:
+      [B, V] float32 logits, and the new state.
+    """
+    logits_BV, new_LBD = decode_op.decode_token(
+        whole_model(packed), token_B, state.layers["h"], held_B,
+        arithmetic=arithmetic(config), implementation=implementation, cut=cut, interpret=interpret,
+    )  # fmt: skip
+    length_B = jnp.ones_like(state.position_B)
+    if held_B is not None:
+        length_B = (~held_B).astype(jnp.int32)
+    return logits_BV, State(state.position_B + length_B, {"h": new_LBD})
+
+
+def decode_greedy(
+    packed: Packed,
+    config: ModelConfig,
+    state: State,
+    logits_BV: jax.Array,
+    limit_B: jax.Array,
+    stop_ids_S: jax.Array,
+    steps: int,
+    *,
+    implementation: str | None = None,
+    cut: decode_op.Cut | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, State]:
+    """The likeliest tokens of each row, one after another in one kernel; a row after another.
+
+    Args:
+      packed: weights, in words.
+      config: of the model.
+      state: to go on from.
+      logits_BV: float32, of the token that comes next.
+      limit_B: int32, most tokens.
+      stop_ids_S: int32 tokens before which it ends; -1 is none.
+      steps: static, what `limit_B` may be at most.
+      implementation: of the decode op; None: as measured.
+      cut: of the kernel; None: as measured.
+      interpret: run it as a JAX program.
+
+    Returns:
+      [B, steps] int32 tokens, -1 behind the last; the logits after it, and the new state.
+    """
+    model = whole_model(packed)
+
+    def row(
+        inputs: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        h_LD, logits_V, limit = inputs
+        tokens_N, logits_1V, new_L1D = decode_op.decode_greedy(
+            model, h_LD[:, None], logits_V[None], limit[None], stop_ids_S, steps=steps,
+            arithmetic=arithmetic(config), implementation=implementation, cut=cut,
+            interpret=interpret,
+        )  # fmt: skip
+        return tokens_N, logits_1V[0], new_L1D[:, 0]
+
+    h_BLD = jnp.swapaxes(state.layers["h"], 0, 1)
+    tokens_BN, logits_BV, new_BLD = jax.lax.map(row, (h_BLD, logits_BV, limit_B))
+    read_B = jnp.sum(tokens_BN >= 0, axis=1, dtype=jnp.int32)
+    return (
+        tokens_BN,
+        logits_BV,
+        State(state.position_B + read_B, {"h": jnp.swapaxes(new_BLD, 0, 1)}),
+    )
+
+
+def arithmetic(config: ModelConfig) -> decode_op.Arithmetic:
+    """What surrounds the integer products."""
+    return decode_op.Arithmetic(
+        eps=config.linear_norm_eps,
+        outer_eps=config.norm_eps,
+        dtype=jnp.dtype(config.compute_dtype),
+        residual_dtype=jnp.dtype(config.residual_dtype),
+    )
+
+
+def whole_model(packed: Packed) -> decode_op.Model:
+    """The weights as the decode op takes them."""
+    mixer, glu = packed.mixer, packed.glu
+    return decode_op.Model(
+        mixer_in=_stacks(mixer.i_proj, mixer.f_proj, mixer.g_proj),
+        mixer_out=_stacks(mixer.o_proj),
+        glu_in=_stacks(glu.gate_up_proj),
+        glu_out=_stacks(glu.down_proj),
+        head=_stacks(packed.head_stack()),
+        mixer_norm=mixer.norm,
+        gate_norm=mixer.gate_norm,
+        glu_norm=glu.norm,
+        final_norm=packed.final_norm_D[None],
+        lower_bound=mixer.lower_bound,
+        embedding=packed.embedding.table_VD,
+        embedding_scale=packed.embedding.row_scale_V1,
+    )
+
+
+def _stacks(*stacks: PackedLinear) -> decode_op.Linears:
+    return decode_op.Linears(
+        tuple(stack.matrix for stack in stacks),
+        tuple(stack.scale for stack in stacks),
+        tuple(stack.norm_scale for stack in stacks),
+    )

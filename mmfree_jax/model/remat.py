@@ -13,7 +13,7 @@ import jax
 # name that ends in "_stats" stands for two to five float32 scalars a token.
 _SCALARS = ("down_stats",)  # Without them the GLU's normalised product is made for nothing else.
 _STREAM = (*_SCALARS, "mixed", "o_stats")
-KEPT: dict[str, tuple[str, ...]] = {
+SAVED_NAMES: dict[str, tuple[str, ...]] = {
     "full": _SCALARS,
     "stream": _STREAM,
     "states": (*_STREAM, "state"),
@@ -25,7 +25,7 @@ KEPT: dict[str, tuple[str, ...]] = {
 
 def policy(name: str) -> Callable[..., Any]:
     """The `jax.checkpoint` policy of a `ModelConfig.remat` other than "none"."""
-    named = jax.checkpoint_policies.save_only_these_names(*KEPT[name])
+    named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[name])
     if name != "dots":
         return named
     # The products of layers that are not ternary have no kernel, and are found as what they are.

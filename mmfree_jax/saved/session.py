@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig
+from mmfree_jax.config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State, init_state
@@ -29,7 +29,7 @@ VERSION = 2
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    values = {k: v for k, v in to_dict(config).items() if k not in NOT_THE_FUNCTION}
+    values = {k: v for k, v in to_dict(config).items() if k not in RUN_SETTINGS}
     return values | {"intermediate_size": config.glu_size}
 
 

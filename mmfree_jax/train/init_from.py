@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmfree_jax.config import NOT_THE_FUNCTION, ModelConfig, TrainConfig
+from mmfree_jax.config import RUN_SETTINGS, ModelConfig, TrainConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.weights import Master
 from mmfree_jax.saved.open_model import open_model
@@ -20,7 +20,7 @@ def training_config(path: str | os.PathLike[str], base: ModelConfig) -> ModelCon
     Raises:
       ConfigError, CheckpointError: as `open_model`.
     """
-    kept = {name: getattr(base, name) for name in NOT_THE_FUNCTION}
+    kept = {name: getattr(base, name) for name in RUN_SETTINGS}
     return dataclasses.replace(open_model(path).config, **kept)
 
 
@@ -51,7 +51,7 @@ def initial_params(
             old, new = saved.config.glu_size, config.model.glu_size
         elif field.name == "num_heads" and config.model.mixer == "attention":
             old, new = saved.config.attention_heads, config.model.attention_heads
-        if field.name not in NOT_THE_FUNCTION and old != new:
+        if field.name not in RUN_SETTINGS and old != new:
             differing.append(f"model.{field.name} is {new!r}, there {old!r}")
     if differing:
         raise ConfigError(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import LanguageModel
+from mmfree_jax.model import LanguageModel, Ternary
 from mmfree_jax.model.quantize import fake_quantize_int8, fake_ternarize
 from mmfree_jax.pallas_kernels.cross_entropy.api import (
     CrossEntropy,
@@ -119,7 +119,7 @@ def loss_sums(
       The objective's sum, whose gradient is wanted, and its parts.
     """
     x_BTD, _ = model.apply(
-        {"params": params, "ternary": ternary},
+        Ternary(params, ternary),
         batch["tokens"],
         batch["segment_ids"],
         method="hidden",

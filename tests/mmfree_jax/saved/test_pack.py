@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
-from mmfree_jax.infer import api, decode, packed_gpu
+from mmfree_jax.infer import api, decode
 from mmfree_jax.model import LanguageModel, Ternary, init_state, packed_model, ternary_weights
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import EmbeddingTable, as_weights, in_words
@@ -371,7 +371,7 @@ def test_prompts_go_through_the_words_unchanged(words):
 def test_the_decode_kernels_compute_the_packed_models_step(words):
     tree, _, (logits, after) = words
     fused = jax.jit(
-        lambda t, s, held: packed_gpu.decode_token(
+        lambda t, s, held: packed_model.decode_token(
             tree, BASE, t, s, held, implementation="pallas_fused_gpu", interpret=True
         )
     )
@@ -391,7 +391,7 @@ def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
     # Three programs share 38, 47 and 61 outputs unevenly, in tiles that overhang.
     cut = Cut(programs=3, warps=2, tile=2, depth=2, copies=2)
     fused = jax.jit(
-        lambda t, s, held: packed_gpu.decode_token(
+        lambda t, s, held: packed_model.decode_token(
             tree, BASE, t, s, held, implementation="pallas_token_gpu", cut=cut, interpret=True
         )
     )
@@ -415,7 +415,7 @@ def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     cut = Cut(programs=3, warps=4, tile=8, depth=1, copies=2)
     steps = 4
     greedy = jax.jit(
-        lambda state, logits, limit, stop: packed_gpu.decode_greedy(
+        lambda state, logits, limit, stop: packed_model.decode_greedy(
             tree,
             BASE,
             state,
@@ -507,7 +507,7 @@ def test_rows_in_turn_are_each_as_alone(words):
 
     def greedy(rows: slice) -> Any:
         count = len(limits[rows])
-        return packed_gpu.decode_greedy(
+        return packed_model.decode_greedy(
             tree, BASE, init_state(BASE, count), logits[rows], limits[rows], stop, 4,
             implementation="xla",
         )  # fmt: skip
