@@ -10,6 +10,7 @@ list: their user removes them. Nothing here imports JAX.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -60,7 +61,44 @@ def _beside(path: Path) -> Path:
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of that name is what a killed writer left."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", name) is not None
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.(tmp|old)", name) is not None
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_cwd, exchange = -100, 2  # of linux/fcntl.h and linux/fs.h
+    return call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def _restore(target: Path) -> None:
+    """Gives a folder its name back that a writer moved away and was killed before its next step."""
+    with contextlib.suppress(FileNotFoundError):
+        if target.exists():
+            return
+        moved = rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.old"
+        for path in target.parent.iterdir():
+            if re.fullmatch(moved, path.name) and path.is_dir():
+                path.rename(target)
+                return
+
+
+def _take_place(new: Path, target: Path) -> None:
+    """Puts the folder `new` in the place of the folder `target`, and removes that."""
+    if _exchange(new, target):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    old = _beside(target).with_suffix(".old")  # which `_restore` knows
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -169,6 +207,7 @@ def check_target(
     """
     target = Path(os.path.realpath(path))
     with disk_errors(path):
+        _restore(target)
         for source in sources:
             real = Path(os.path.realpath(source))
             if _lies_in(target, real) or _lies_in(real, target):
@@ -229,8 +268,9 @@ def folder_atomically(
       OutputError: the disk cannot be written; what was there is as it was.
     """
     path = named or target
-    beside, old = _beside(target), _beside(target)
+    beside = _beside(target)
     with disk_errors(path):
+        _restore(target)
         try:
             beside.mkdir(parents=True)
             try:
@@ -244,15 +284,10 @@ def folder_atomically(
                 sync_folder(Path(where))
             before_replacing()
             if target.is_dir():
-                target.rename(old)
-            try:
+                _take_place(beside, target)
+            else:
                 beside.rename(target)
-            except OSError:
-                if old.is_dir():
-                    old.rename(target)
-                raise
             sync_folder(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 

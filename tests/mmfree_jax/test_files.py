@@ -1,8 +1,10 @@
 """Files and folders are whole or absent, and nothing is replaced that is someone else's."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -217,6 +219,40 @@ def test_the_current_folder_a_mount_and_a_file_are_refused(tmp_path, monkeypatch
         _make(tmp_path / "file", overwrite=True)
     _make("new/")
     assert (tmp_path / "up/here/new/a").read_text() == "a"
+
+
+class _KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
+def test_a_writer_killed_at_any_step_leaves_one_of_the_two(tmp_path, monkeypatch, exchanges):
+    """The process ends before or after each rename, and nothing it would clean up is."""
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    before, kept = Path.rename, shutil.rmtree
+    for steps in range(3):
+        left = [steps]
+
+        def rename(path, target, left=left):
+            if not left[0]:
+                raise _KilledError
+            left[0] -= 1
+            before(path, target)
+
+        folder = tmp_path / str(steps)
+        _make(folder / "out", ["old"])
+        with monkeypatch.context() as killed, contextlib.suppress(_KilledError):
+            killed.setattr(Path, "rename", rename)
+            killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+            _make(folder / "out", ["new"], overwrite=True)
+        assert shutil.rmtree is kept
+        if exchanges:
+            assert (folder / "out" / "new").exists()
+        assert files.check_target(folder / "out", command="export x", overwrite=True).is_dir()
+        assert {"old", "new"} & set(os.listdir(folder / "out"))
+        _make(folder / "out", ["newer"], overwrite=True)
+        assert sorted(os.listdir(folder / "out")) == [".mmfree-output.json", "newer"]
 
 
 def test_a_link_to_an_earlier_output_keeps_pointing(tmp_path):
