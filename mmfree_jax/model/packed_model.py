@@ -308,10 +308,7 @@ def decode_token(
     token_B: jax.Array,
     state: State,
     held_B: jax.Array | None = None,
-    *,
-    implementation: str | None = None,
-    cut: decode_op.Cut | None = None,
-    interpret: bool = False,
+    **how: Any,
 ) -> tuple[jax.Array, State]:
     """Reads one token a row.
 
@@ -321,16 +318,14 @@ def decode_token(
       token_B: int32.
       state: to go on from.
       held_B: True for rows whose token is padding: their state is kept.
-      implementation: of the decode op; None: as measured.
-      cut: of the kernel of whole tokens; None: as measured.
-      interpret: run the kernels as JAX programs.
+      how: implementation, cut and interpret of the decode op.
 
     Returns:
       [B, V] float32 logits, and the new state.
     """
     logits_BV, new_LBD = decode_op.decode_token(
         whole_model(packed), token_B, state.layers["h"], held_B,
-        arithmetic=arithmetic(config), implementation=implementation, cut=cut, interpret=interpret,
+        arithmetic=arithmetic(config), **how,
     )  # fmt: skip
     length_B = jnp.ones_like(state.position_B)
     if held_B is not None:
@@ -346,10 +341,7 @@ def decode_greedy(
     limit_B: jax.Array,
     stop_ids_S: jax.Array,
     steps: int,
-    *,
-    implementation: str | None = None,
-    cut: decode_op.Cut | None = None,
-    interpret: bool = False,
+    **how: Any,
 ) -> tuple[jax.Array, jax.Array, State]:
     """The likeliest tokens of each row, one after another in one kernel; a row after another.
 
@@ -361,34 +353,33 @@ def decode_greedy(
       limit_B: int32, most tokens.
       stop_ids_S: int32 tokens before which it ends; -1 is none.
       steps: static, what `limit_B` may be at most.
-      implementation: of the decode op; None: as measured.
-      cut: of the kernel; None: as measured.
-      interpret: run it as a JAX program.
+      how: implementation, cut and interpret of the decode op.
 
     Returns:
       [B, steps] int32 tokens, -1 behind the last; the logits after it, and the new state.
     """
-    model = whole_model(packed)
-
-    def row(
-        inputs: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        h_LD, logits_V, limit = inputs
-        tokens_N, logits_1V, new_L1D = decode_op.decode_greedy(
-            model, h_LD[:, None], logits_V[None], limit[None], stop_ids_S, steps=steps,
-            arithmetic=arithmetic(config), implementation=implementation, cut=cut,
-            interpret=interpret,
-        )  # fmt: skip
-        return tokens_N, logits_1V[0], new_L1D[:, 0]
-
-    h_BLD = jnp.swapaxes(state.layers["h"], 0, 1)
-    tokens_BN, logits_BV, new_BLD = jax.lax.map(row, (h_BLD, logits_BV, limit_B))
-    read_B = jnp.sum(tokens_BN >= 0, axis=1, dtype=jnp.int32)
-    return (
-        tokens_BN,
-        logits_BV,
-        State(state.position_B + read_B, {"h": jnp.swapaxes(new_BLD, 0, 1)}),
+    read_row = functools.partial(
+        decode_op.decode_greedy,
+        whole_model(packed),
+        steps=steps,
+        arithmetic=arithmetic(config),
+        **how,
     )
+
+    def row(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        h_L1D, logits_1V, limit_1 = inputs
+        return read_row(h_L1D, logits_1V, limit_1, stop_ids_S)
+
+    h_BL1D = jnp.swapaxes(state.layers["h"], 0, 1)[:, :, None]
+    rows = (h_BL1D, logits_BV[:, None], limit_B[:, None])
+    if len(limit_B) == 1:  # Without a loop around the kernel.
+        outputs = jax.tree.map(lambda x: x[None], row(tuple(x[0] for x in rows)))
+    else:
+        outputs = jax.lax.map(row, rows)
+    tokens_BN, logits_B1V, h_BL1D = outputs
+    read_B = jnp.sum(tokens_BN >= 0, axis=1, dtype=jnp.int32)
+    h_LBD = jnp.swapaxes(h_BL1D[:, :, 0], 0, 1)
+    return tokens_BN, logits_B1V[:, 0], State(state.position_B + read_B, {"h": h_LBD})
 
 
 def arithmetic(config: ModelConfig) -> decode_op.Arithmetic:
