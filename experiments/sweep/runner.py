@@ -109,7 +109,7 @@ class _Child:
 class _Stop:
     """Why to stop early: a signal or the time."""
 
-    def __init__(self, deadline: float | None, clock: Callable[[], float]):
+    def __init__(self, deadline: float | None, clock: Callable[[], float]) -> None:
         self.signal: int | None = None
         self._deadline, self._clock = deadline, clock
 
@@ -173,7 +173,7 @@ class _Scheduler:
         self, sweep: SweepConfig, options: Options, tally: Tally, stop: _Stop,
         say: Callable[[str], None], command: Callable[[Path], Sequence[str]],
         clock: Callable[[], float],
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self._sweep, self._options, self._tally, self._stop = sweep, options, tally, stop
         self._say, self._command, self._clock = say, command, clock
         self._out = Path(sweep.out)

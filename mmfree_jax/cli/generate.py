@@ -175,7 +175,15 @@ def _rows(session: Any, batch: list[Prompt], prompts: list[Prompt]) -> Any:
     return select_rows(session, [p.index * samples + p.sample for p in batch])
 
 
-def _answer(config, model, variables, tokenizer, batch, printer, session):
+def _answer(
+    config: GenerateConfig,
+    model: Any,
+    variables: Any,
+    tokenizer: Any,
+    batch: list[Prompt],
+    printer: "_Printer",
+    session: Any,
+) -> tuple[list[list[int]], Sequence[str | None], Sequence[str], Any]:
     """Generates for one batch: ids, texts (None without a tokenizer), reasons and the session."""
     from mmfree_jax.infer.api import generate as generate_ids
     from mmfree_jax.infer.text import encode_prompt, generate_text
@@ -186,30 +194,16 @@ def _answer(config, model, variables, tokenizer, batch, printer, session):
     options["seed"] = [config.seed if p.seed is None else p.seed for p in batch]
     # A prompt with a seed of its own draws the same wherever it stands.
     options["streams"] = [(p.index if p.seed is None else 0, p.sample) for p in batch]
-    if tokenizer is None:
-        out = generate_ids(
-            model,
-            variables,
-            [prompt.ids for prompt in batch],
-            on_tokens=printer.on_tokens if config.stream else None,
-            session=session,
-            **options,
-        )
-        return out.tokens, [None] * len(batch), out.finish_reasons, out.session
     ids = [
-        p.ids if p.ids is not None else encode_prompt(tokenizer, p.text, first=session is None)
+        p.ids
+        if p.ids is not None
+        else encode_prompt(tokenizer, p.text or "", first=session is None)
         for p in batch
     ]
-    if config.print_ids and config.stream:
+    if tokenizer is None or (config.print_ids and config.stream):
         # Pieces of ids; a stop string needs the text, so it is not offered with these.
-        out = generate_ids(
-            model,
-            variables,
-            ids,
-            on_tokens=printer.on_tokens,
-            session=session,
-            **options,
-        )
+        on_tokens = printer.on_tokens if config.stream else None
+        out = generate_ids(model, variables, ids, on_tokens=on_tokens, session=session, **options)
         return out.tokens, [None] * len(batch), out.finish_reasons, out.session
     out = generate_text(
         model,
@@ -240,7 +234,9 @@ def _stop_ids(config: GenerateConfig, model: Any, tokenizer: Any) -> list[int]:
 class _Printer:
     """Writes answers to standard output, whole or as they come."""
 
-    def __init__(self, config: GenerateConfig, batch: list[Prompt], titled: bool, tokenizer: Any):
+    def __init__(
+        self, config: GenerateConfig, batch: list[Prompt], titled: bool, tokenizer: Any
+    ) -> None:
         self._config, self._batch, self._titled = config, batch, titled
         self._headed = False
         self._tokenizer = tokenizer
@@ -279,15 +275,17 @@ class _Printer:
             return prompt.text
         return self._tokenizer.decode(prompt.ids)
 
-    def finish(self, tokens, texts, reasons) -> None:
+    def finish(
+        self, tokens: list[list[int]], texts: Sequence[str | None], reasons: Sequence[str]
+    ) -> None:
         config = self._config
-        for row, prompt in enumerate(self._batch):
+        for row, (prompt, text) in enumerate(zip(self._batch, texts, strict=True)):
             if config.json:
                 answer = {
                     **self._name(row),
                     **({"prompt": prompt.text} if prompt.text is not None else {}),
                     **({"prompt_ids": prompt.ids} if prompt.ids is not None else {}),
-                    **({"text": texts[row]} if texts[row] is not None else {}),
+                    **({"text": text} if text is not None else {}),
                     "tokens": tokens[row],
                     "finish_reason": reasons[row],
                 }
@@ -295,16 +293,16 @@ class _Printer:
                     self._name(row) | {"finish_reason": reasons[row]} if config.stream else answer
                 )
             elif config.stream:
-                if texts[row] is not None:
+                if text is not None:
                     self._head()
                 sys.stdout.write("\n")
-            elif texts[row] is None or config.print_ids:
+            elif text is None or config.print_ids:
                 print(",".join(map(str, tokens[row])))
             else:
                 if self._titled:
                     sample = f", sample {prompt.sample}" if config.num_samples > 1 else ""
                     print(f"--- prompt {prompt.index}{sample}")
-                print(self._prompt_text(prompt) + texts[row])
+                print(self._prompt_text(prompt) + text)
         sys.stdout.flush()
 
     @staticmethod

@@ -8,11 +8,13 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import DataError
 from mmfree_jax.export import onnx_session
 from mmfree_jax.export.onnx_session import OnnxModel
@@ -140,12 +142,12 @@ def same_continuations(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _hidden(variables, tokens_WT, *, config):
+def _hidden(variables: Weights, tokens_WT: jax.Array, *, config: ModelConfig) -> Any:
     return LanguageModel(config).apply(variables, tokens_WT, method=LanguageModel.hidden)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _logits(variables, x_WD, *, config):
+def _logits(variables: Weights, x_WD: jax.Array, *, config: ModelConfig) -> Any:
     return LanguageModel(config).apply(variables, x_WD, method=LanguageModel.logits)
 
 

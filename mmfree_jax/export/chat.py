@@ -10,8 +10,9 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -20,18 +21,18 @@ FIELDS = {"files": dict, "graph": str, "onnxruntime": str, "state_shape": list, 
 FIELDS |= {"bos_token_id": int | None, "eos_token_id": int | None, "tokenizer": str | None}
 
 
-def fail(message) -> NoReturn:  # noqa: D103
+def fail(message: str) -> NoReturn:  # noqa: D103
     sys.exit(f"chat.py: error: {message}")
 
 
-def package(name):  # noqa: D103
+def package(name: str) -> Any:  # noqa: D103
     try:
         return __import__(name)
     except ImportError:
         fail(f"{name} is not installed: run pip install {name}")
 
 
-def read_manifest(folder):
+def read_manifest(folder: Path) -> dict[str, Any]:
     """export.json, after every file's size and checksum were compared with it."""
     try:
         manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
@@ -55,7 +56,9 @@ def read_manifest(folder):
     return manifest
 
 
-def load_tokenizer(folder, manifest):
+def load_tokenizer(
+    folder: Path, manifest: dict[str, Any]
+) -> tuple[Callable[[str], Iterable[int]], Callable[[list[int]], str]]:
     """(text -> ids, ids -> text)."""
     file = str(folder / (manifest["tokenizer"] or ""))
     if file.endswith(".model"):
@@ -70,7 +73,7 @@ def load_tokenizer(folder, manifest):
     return str.encode, lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-def read_tokens(session, ids, state):
+def read_tokens(session: Any, ids: list[int], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits [vocabulary] after the last of `ids`, and the new state."""
     logits = [np.zeros(0, np.float32)]
     for first in range(0, len(ids), CHUNK):
@@ -79,7 +82,7 @@ def read_tokens(session, ids, state):
     return logits[0], state
 
 
-def sample(logits, args, random):
+def sample(logits: np.ndarray, args: argparse.Namespace, random: np.random.Generator) -> int:
     """The likeliest token at temperature 0, otherwise one drawn from the top k (0: from all)."""
     if args.temperature == 0:
         return int(np.argmax(logits))
@@ -90,7 +93,15 @@ def sample(logits, args, random):
     return int(np.argmax(scaled + random.gumbel(size=len(scaled))))
 
 
-def answer(session, manifest, decode, ids, state, args, random):
+def answer(
+    session: Any,
+    manifest: dict[str, Any],
+    decode: Callable[[list[int]], str],
+    ids: list[int],
+    state: np.ndarray,
+    args: argparse.Namespace,
+    random: np.random.Generator,
+) -> np.ndarray:
     """Streams a continuation of `ids`; returns the state after it."""
     start, count, window = time.perf_counter(), 0, ids[-8:]
     ends = manifest.get("end_ids", [manifest["eos_token_id"]])
@@ -112,7 +123,7 @@ def answer(session, manifest, decode, ids, state, args, random):
     return state
 
 
-def main():
+def main() -> None:
     """Reads the arguments, loads the folder, and answers."""
     flag = (parser := argparse.ArgumentParser(description="Talks to a model.")).add_argument
     flag("--model", type=Path, default=Path(__file__).parent, help="exported folder")

@@ -154,7 +154,12 @@ def lower(config: ModelConfig, weights: Weights, *, chunk: int) -> dict[str, jax
         config, matmul_kernel="xla_int8", recurrence_kernel="xla", remat="none"
     )
 
-    def run(weights, tokens_BT, state, held_BT):
+    def run(
+        weights: dict[str, jax.Array],
+        tokens_BT: jax.Array,
+        state: jax.Array,
+        held_BT: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
         position_B = jnp.zeros(tokens_BT.shape[:1], jnp.int32)
         packed = packed_from_tree(unflatten(weights), config)
         logits_BV, after = packed_model.decode(
@@ -162,10 +167,14 @@ def lower(config: ModelConfig, weights: Weights, *, chunk: int) -> dict[str, jax
         )
         return logits_BV, after.layers["h"]
 
-    def step(weights, tokens_B1, state):
+    def step(
+        weights: dict[str, jax.Array], tokens_B1: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return run(weights, tokens_B1, state, None)
 
-    def prefill(weights, tokens_BC, length_B, state):
+    def prefill(
+        weights: dict[str, jax.Array], tokens_BC: jax.Array, length_B: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         held_BC = jnp.arange(chunk) < length_B[:, None]
         return run(weights, tokens_BC, state, held_BC.astype(jnp.int32))
 

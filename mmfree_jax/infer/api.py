@@ -173,7 +173,7 @@ def _all_finite(logits_BV: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(logits_BV))
 
 
-def _check_options(config, max_new_tokens, stop_ids) -> None:
+def _check_options(config: ModelConfig, max_new_tokens: int, stop_ids: Sequence[int]) -> None:
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: set 0 or more")
     for token in stop_ids:
@@ -203,7 +203,9 @@ def _streams(
     return np.array(seeds, np.uint32), np.array(streams, np.uint32).reshape(batch, 2)
 
 
-def _check_prompts(config, prompts, session) -> None:
+def _check_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], session: Session | None
+) -> None:
     if not prompts:
         raise DataError("prompts is empty: give at least one prompt")
     if session is not None and session.logits_BV.shape != (len(prompts), config.vocab_size):
@@ -228,7 +230,12 @@ def _check_prompts(config, prompts, session) -> None:
                 )
 
 
-def _make_room(config, prompts, session, max_new_tokens) -> Session:
+def _make_room(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    session: Session | None,
+    max_new_tokens: int,
+) -> Session:
     """A session of our own, to donate; an attention cache has places for all that is to come."""
     if config.mixer == "mlgru":
         if session is None:
@@ -244,7 +251,8 @@ def _make_room(config, prompts, session, max_new_tokens) -> Session:
         name: jnp.pad(cache, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
         for name, cache in session.state.layers.items()
     }
-    session = session.replace(state=session.state.replace(layers=layers))
+    state = dataclasses.replace(session.state, layers=layers)
+    session = dataclasses.replace(session, state=state)
     return jax.tree.map(jnp.copy, session)
 
 
@@ -263,7 +271,9 @@ def _piece_size(longest: int) -> int:
     return size
 
 
-def _read_prompts(weights, config, session, prompts) -> Session:
+def _read_prompts(
+    weights: Weights, config: ModelConfig, session: Session, prompts: Sequence[Sequence[int]]
+) -> Session:
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:
@@ -290,7 +300,13 @@ def _snapshot(config: ModelConfig, session: Session) -> Session:
     return dataclasses.replace(session, state=state, seen_BV=jnp.copy(session.seen_BV))
 
 
-def _rewind(weights, config, session, before, cut: dict[int, list[int]]) -> Session:
+def _rewind(
+    weights: Weights,
+    config: ModelConfig,
+    session: Session,
+    before: Session,
+    cut: dict[int, list[int]],
+) -> Session:
     """`session` with the rows in `cut` as they were before the chunk plus the tokens kept."""
     rows = jnp.asarray(sorted(cut))
     if config.mixer == "attention":

@@ -6,6 +6,7 @@ Nothing here knows about text, stopping strings or files; `api.py` does.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,11 +185,11 @@ def generate_chunk(
         stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B
         return _see(Session(state, logits_BV, session.seen_BV), tokens_BN), tokens_BN, stopped_B
 
-    def unfinished(carry):
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
         step, _, _, _, finished_B = carry
         return (step < steps) & ~jnp.all(finished_B | (remaining_B <= step))
 
-    def body(carry):
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, session, tokens_BN, stopped_B, finished_B = carry
         token_B = sample(
             session.logits_BV,

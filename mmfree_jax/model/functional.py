@@ -161,7 +161,12 @@ def causal_attention(
     if implementation is None:
         implementation = "cudnn" if _cudnn_can(q_BTHK, partition) else "xla"
 
-    def attend(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
+    def attend(
+        q_BTHK: jax.Array,
+        k_BTGK: jax.Array,
+        v_BTGK: jax.Array,
+        segment_ids_BT: jax.Array | None,
+    ) -> jax.Array:
         mask = None
         if segment_ids_BT is not None:
             mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]

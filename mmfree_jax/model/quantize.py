@@ -20,7 +20,9 @@ def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
 
 
 @straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
+def _straight_through_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     _, quantized = primals
     x_dot, _ = tangents
     return quantized, x_dot.astype(quantized.dtype)
@@ -80,13 +82,17 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return _contract(x, weight.astype(x.dtype), (x.ndim - 1, 1)).astype(x.dtype)
 
 
-def _product_forward(x: jax.Array, weight: jax.Array):
+def _product_forward(
+    x: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     rounded = weight.astype(x.dtype)
     like = jnp.zeros((), weight.dtype)
     return _contract(x, rounded, (x.ndim - 1, 1)).astype(x.dtype), (x, rounded, like)
 
 
-def _product_backward(residuals, dy: jax.Array):
+def _product_backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, rounded, like = residuals
     dx = _contract(dy, rounded, (dy.ndim - 1, 0)).astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
@@ -97,7 +103,9 @@ def _product_backward(residuals, dy: jax.Array):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _contract(a: jax.Array, b: jax.Array, axes) -> jax.Array:
+def _contract(
+    a: jax.Array, b: jax.Array, axes: tuple[int | tuple[int, ...], int | tuple[int, ...]]
+) -> jax.Array:
     """The product over the axes given, of a and of b, with sums in float32 or wider."""
     of_a, of_b = ((x,) if isinstance(x, int) else x for x in axes)
     wide = jnp.promote_types(a.dtype, jnp.float32)

@@ -57,7 +57,7 @@ class Watchdog:
         *,
         clock: Callable[[], float] = time.monotonic,
         act: Callable[[str], Any] | None = None,
-    ):
+    ) -> None:
         self._index, self._count, self._store = index, count, store
         self._options, self._clock = options, clock
         self._act = act or (lambda verdict: leave(ProcessLostError(verdict)))

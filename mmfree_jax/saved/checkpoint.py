@@ -189,7 +189,7 @@ class Checkpointer:
         keep_last: int = 2,
         keep_every: int | None = None,
         clock: Callable[[], float] = time.time,
-    ):
+    ) -> None:
         self.folder = folder.absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
         self._clock = clock

@@ -200,7 +200,7 @@ class _Loop:
         sampler: Sampler | None,
         on_step: Callable[[int], None] | None,
         watchdog: Watchdog | None,
-    ):
+    ) -> None:
         self._beat = watchdog.beat if watchdog else lambda place: None
         self._agree = Consensus(run.mesh, 4)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer

@@ -44,7 +44,7 @@ class Stopwatch:
     Sections may nest (the inner one counts) and may be open when the times are taken.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seconds: dict[str, float] = dict.fromkeys((*SECTIONS, "other"), 0.0)
         self._open = ["other"]
@@ -80,7 +80,7 @@ class Window:
     uninterrupted one would have.
     """
 
-    def __init__(self, state: dict[str, float] | None = None):
+    def __init__(self, state: dict[str, float] | None = None) -> None:
         self.state = dict(state) if state else {}
 
     def add(self, metrics: dict[str, float], rows_tokens: int) -> None:
@@ -121,7 +121,7 @@ class TernaryMonitor:
     Keeps one int8 copy of the ternary weights on the devices, sharded as the weights are.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         self._measure = jax.jit(functools.partial(_ternary_shares, config=config))
         self._trits: Any = None
 
@@ -182,7 +182,7 @@ def to_json_line(record: Record) -> str:
 class History:
     """The run's metrics.jsonl. Opening it drops what lies beyond the step restored."""
 
-    def __init__(self, path: Path, restored_step: int):
+    def __init__(self, path: Path, restored_step: int) -> None:
         self.path = path
         found = read_history(path) if restored_step else []
         kept = [r for r in found if r.get("step", 0) <= restored_step]

@@ -131,7 +131,7 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
 
 
 def _init(config: OptimizerConfig, params: Any) -> tuple[Any, ...]:
-    def zeros(dtype):
+    def zeros(dtype: str) -> Any:
         return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
 
     count = jnp.zeros((), jnp.int32)
@@ -160,7 +160,9 @@ def _update(
     count = optax.safe_increment(adam.count)
     m_correction, v_correction = (1.0 / (1.0 - b**count) for b in (config.b1, config.b2))
 
-    def update(w, m, v, g, decays):
+    def update(
+        w: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array, decays: bool
+    ) -> tuple[jax.Array, ...]:
         g = g.astype(jnp.float32) * scale
         m_new = config.b1 * m.astype(jnp.float32) + (1.0 - config.b1) * g
         v_new = config.b2 * v.astype(jnp.float32) + (1.0 - config.b2) * g * g

@@ -47,7 +47,7 @@ class Recorder:
         progress: Progressing,
         settle: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ) -> None:
         self._config = config
         self._settle = settle
         self._run_dir = run_dir

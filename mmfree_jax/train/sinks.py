@@ -41,7 +41,7 @@ def _scalars(record: Record) -> dict[str, float]:
 class TensorBoard:
     """Writes TensorBoard events; those beyond the step restored are marked as purged."""
 
-    def __init__(self, folder: Path, restored_step: int):
+    def __init__(self, folder: Path, restored_step: int) -> None:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(
@@ -63,7 +63,7 @@ class TensorBoard:
 class WandB:
     """Logs to Weights & Biases; a resumed run goes on under the id kept in the run directory."""
 
-    def __init__(self, project: str, run_dir: Path, config: TrainConfig):
+    def __init__(self, project: str, run_dir: Path, config: TrainConfig) -> None:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as e:
@@ -129,7 +129,7 @@ def format_record(record: Record, steps: int) -> str:
 class PlainProgress:
     """One line a record."""
 
-    def __init__(self, steps: int, stream: TextIO | None = None):
+    def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         self._steps = steps
         self._stream = stream or sys.stdout
 
@@ -149,7 +149,7 @@ class PlainProgress:
 class RichProgress:
     """A live bar with loss, speed and ETA; evaluations and samples scroll by above it."""
 
-    def __init__(self, steps: int, done: int, console: Console | None = None):
+    def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
         self._steps = steps
         self._console = console or Console()
         self._bar = Progress(

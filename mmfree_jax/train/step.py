@@ -149,7 +149,9 @@ def _norm(tree: Any) -> jax.Array:
     return jnp.sqrt(functools.reduce(jnp.add, squares))
 
 
-def _sums_and_grads(grad_fn, params, ternary, micro):
+def _sums_and_grads(
+    grad_fn: Callable[..., Any], params: dict[str, Any], ternary: dict[str, Any], micro: Batch
+) -> tuple[LossSums, Any]:
     (_, sums), grads = grad_fn(params, ternary, micro)
     return sums, grads
 

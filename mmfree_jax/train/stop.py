@@ -56,7 +56,7 @@ class Consensus:
     the same, one step late, and none waits for what it has just dispatched.
     """
 
-    def __init__(self, mesh: Mesh, width: int):
+    def __init__(self, mesh: Mesh, width: int) -> None:
         self._width = width
         self._pending: jax.Array | None = None
         self._alone = jax.process_count() == 1

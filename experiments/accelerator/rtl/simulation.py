@@ -2,14 +2,14 @@
 
 # Amaranth's declared types do not cover what it makes at run time; and it is an extra.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportMissingImports=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportMissingImports=false, reportCallIssue=false
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from amaranth.hdl import Module
-from amaranth.sim import Simulator
+from amaranth.sim import Simulator, SimulatorContext
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator.isa import Instruction
@@ -62,7 +62,7 @@ def simulate(
     ]
     traces: list[Trace] = []
 
-    async def bench(ctx):  # type: ignore[no-untyped-def]
+    async def bench(ctx: SimulatorContext) -> None:
         for offset in token_offsets:
             ctx.set(core.token_offset, offset)
             ctx.set(core.start, 1)
