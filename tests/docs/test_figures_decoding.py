@@ -155,3 +155,21 @@ def test_beside_other_hardware(records, compare):
             f"{found['tokens_per_s']:,.0f} | {found['energy']['mj_per_token']:.1f} | "
         )
     compare("docs/hardware.md", lines)
+
+
+def test_few_rows(records, compare):
+    """The least of each cell is bold; rows in turn take a multiple of one row's time."""
+
+    def cell(size, rows):
+        one, layers, cores = (
+            records.row("h100/few_rows.json", size=size, rows=count, form=form)["ms_per_token"]
+            for count, form in (
+                (1, "one kernel"), (rows, "four kernels a layer"), (rows, "tensor cores"),
+            )
+        )  # fmt: skip
+        times = (rows * one, layers, cores)
+        return " / ".join(f"**{x:.3f}**" if x == min(times) else f"{x:.3f}" for x in times)
+
+    sizes = ("370M", "1.3B", "2.7B")
+    lines = [f"| {n} | {' | '.join(cell(size, n) for size in sizes)} |" for n in (2, 3, 4)]
+    compare("docs/inference.md", lines)
