@@ -3,10 +3,10 @@
 Files are written beside their place under a name that `is_leftover` knows, synced and renamed;
 their modes follow the umask. A disk that is full or read-only gives one line (`OutputError`).
 
-What may be replaced: a file that the user names as an output, and a folder that the same command
-made. `new_folder` leaves the list of its files in `MARKER`, and a folder is an earlier output if
-it has that list, of the same command, and holds nothing else. Folders of older versions have no
-list: their user removes them. Nothing here imports JAX.
+What may be replaced: a file that begins as the command's own do (`check_file`), and a folder that
+the same command made. `new_folder` leaves the list of its files in `MARKER`, and a folder is an
+earlier output if it has that list, of the same command, and holds nothing else. Folders of older
+versions have no list: their user removes them. Nothing here imports JAX.
 """
 
 import contextlib
@@ -188,6 +188,43 @@ def _check_is_ours(folder: Path, command: str) -> None:
             f"{folder} is not replaced: it also holds {min(others)}, which `mmfree {command}` did "
             "not write; choose another folder, or move that away"
         )
+
+
+def check_file(
+    path: StrPath,
+    begins: str,
+    *,
+    beside: Sequence[StrPath] = (),
+    sources: Sequence[StrPath] = (),
+) -> None:
+    """Checks that a file may be made or replaced; pipes and devices always may.
+
+    Args:
+      path: the file, there or not.
+      begins: regular expression for the first 1,000 bytes of the command's earlier outputs.
+      beside: files that are written with it: they are earlier outputs where it is one.
+      sources: files that the command reads.
+
+    Raises:
+      OutputError: it is a source, or holds what the command did not write.
+    """
+
+    def is_earlier(file: StrPath) -> bool:
+        with open(file, "rb") as stream:
+            found = stream.read(1000)
+        return not found or re.match(begins.encode("latin-1"), found, re.DOTALL) is not None
+
+    with disk_errors(path, "choose another file"):
+        there = [file for file in (path, *beside) if os.path.isfile(file)]
+        for file in there:
+            if any(os.path.exists(s) and os.path.samefile(file, s) for s in sources):
+                raise OutputError(f"{file} is not replaced: it is read; choose another name")
+        for file in there:
+            if not (os.path.isfile(path) and is_earlier(path)):
+                raise OutputError(
+                    f"{file} is not replaced: it is no earlier output of this command; choose "
+                    "another name, or remove it yourself"
+                )
 
 
 def check_target(

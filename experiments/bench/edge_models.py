@@ -10,11 +10,9 @@ They are made once in a folder that later runs reuse, each under its name only w
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.experiments.bench import edge_process
 from mmfree_jax.experiments.bench.records import Row, Say, finish, reason, start
+from mmfree_jax.files import folder_atomically
 from mmfree_jax.presets import preset
 
 _HERE = Path(__file__).parent
@@ -77,14 +76,15 @@ def prepare(models: Path, size: str, form: str, peer: str, threads: int, say: Sa
     if runtime(form) == "llama":
         _make_peer(models, size, form, peer, threads, say)
     elif form == "jax-cpu":
-        _make_packed(path, size)
+        with folder_atomically(path) as part:
+            _make_packed(part, size)
     else:
         packed = prepare(models, size, "jax-cpu", peer, threads, say)
         if form == "onnx-f32":
-            _whole(path, lambda part: _make_float32(packed, part))
+            with folder_atomically(path) as part:
+                _make_float32(packed, part)
         else:
-            grade = form.removeprefix("onnx-")
-            _whole(path, lambda part: _export(packed, part, grade))
+            _export(packed, path, form.removeprefix("onnx-"))
     return path
 
 
@@ -136,14 +136,6 @@ def peer_versions(python: str) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def _whole(path: Path, make: Callable[[Path], None]) -> None:
-    """A folder that appears under its name when `make` has filled it."""
-    part = path.with_name(path.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    make(part)
-    part.rename(path)
-
-
 def _make_packed(path: Path, size: str) -> None:
     from mmfree_jax.model.parameters import param_shapes
     from mmfree_jax.saved.kinds import PACKED_FILE
@@ -159,14 +151,13 @@ def _make_packed(path: Path, size: str) -> None:
             return 0.02 * rng.standard_normal(shape, dtype=np.float32)
         return (np.zeros if name == "lower_bounds" else np.ones)(shape, np.float32)
 
-    path.mkdir()
     write_packed(path / PACKED_FILE, config, leaf)
 
 
-def _export(packed: Path, part: Path, grade: str) -> None:
+def _export(packed: Path, path: Path, grade: str) -> None:
     command = [sys.executable, "-m", "mmfree_jax", "export", "onnx", "--model", str(packed)]
     done = subprocess.run(
-        [*command, "--out", str(part), "--grade", grade], capture_output=True, text=True
+        [*command, "--out", str(path), "--grade", grade], capture_output=True, text=True
     )
     if done.returncode:
         raise PreparationError(f"mmfree export onnx: {reason(done.returncode, done.stderr)}")
@@ -185,7 +176,6 @@ def _make_float32(packed: Path, part: Path) -> None:
         export_onnx(open_model(packed), Path(folder) / "fast", grade="fast", embedding="float32")
         model = onnx.load(Path(folder) / "fast" / GRAPH)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    part.mkdir()
     data = DataFile(part / DATA)
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":

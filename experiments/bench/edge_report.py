@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.experiments.bench.records import Row, by_size, draw_bars, markdown, spread
+from mmfree_jax.files import open_atomically
 
 LABELS = {
     "onnx-fast": "MatMul-free, ONNX fast (2 bits)",
@@ -150,7 +151,8 @@ def draw(record: Row, path: Path) -> None:
         axes[1][1].legend(fontsize=7)
     machine = record["machine"]
     figure.suptitle(f"One row, greedy, {machine['threads']} threads, {machine['cpu']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def _draw_by_context(axis: Any, rows: Sequence[Row], value: Callable[[Row], float]) -> None:

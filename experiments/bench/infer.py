@@ -18,6 +18,7 @@ from mmfree_jax.experiments.bench.records import (
     spread,
     start,
 )
+from mmfree_jax.files import open_atomically
 from mmfree_jax.presets import preset
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero
 
@@ -197,7 +198,8 @@ def draw(record: Row, path: Path) -> None:
         axes[0].legend(fontsize=8)
     device = decode[0]["device"] if decode else ""
     figure.suptitle(f"Greedy decoding, batch 1, {device}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 STUDY = Study("infer", describe, table, draw)

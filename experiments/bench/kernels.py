@@ -14,6 +14,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.roofline import Row, with_limits
 from mmfree_jax.files import write_text
 from mmfree_jax.installed import versions
+from mmfree_jax.json_shape import fault
 from mmfree_jax.pallas_kernels import dispatch as choices
 from mmfree_jax.presets import preset
 from mmfree_jax.train.flops import find_device
@@ -51,9 +52,24 @@ def measure(
             yield with_limits(row, device)
 
 
+def read_choices(path: Path) -> dict[str, Any]:
+    """The table of choices, by device.
+
+    Raises:
+      ConfigError: the file holds something else.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        table = None
+    if fault(table, {}) or any(fault(mine, {"command": str}) for mine in table.values()):
+        raise ConfigError(f"choices is {path}, which is no table of choices: give another file")
+    return table
+
+
 def write_choices(rows: Sequence[Row], path: Path, *, command: str) -> None:
     """Puts the winners of this device into the table of choices; other entries stay."""
-    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    table: dict[str, Any] = read_choices(path) if path.exists() else {}
     kind = jax.devices()[0].device_kind
     mine = table.setdefault(kind, {})
     mine |= {"command": command, "jax": jax.__version__}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.files import write_text
+from mmfree_jax.files import check_file, write_text
 from mmfree_jax.presets import preset
 
 Row = dict[str, Any]
@@ -89,9 +89,13 @@ class Study:
         """The record, the table and the figure."""
         return out / f"{self.name}.json", out / f"{self.name}.md", out / f"{self.name}.png"
 
+    def check(self, out: Path) -> None:
+        """Raises OutputError where a file would be replaced that no such measurement made."""
+        record, *beside = self.files(out)
+        check_file(record, r'\{\s*"commands?"', beside=beside)
+
     def write(self, record: Row, out: Path) -> None:
         """Writes all three."""
-        out.mkdir(parents=True, exist_ok=True)
         records, table, figure = self.files(out)
         write_text(records, json.dumps(record, indent=1) + "\n")
         write_text(table, self.table(record["rows"]))
@@ -99,6 +103,7 @@ class Study:
 
     def collect(self, about: Row, rows: Iterable[Row], out: Path, say: Say = say) -> list[Row]:
         """Keeps rows as they come, in a record that begins with `about`."""
+        self.check(out)
         record: Row = about | {"rows": []}
         for row in rows:
             record["rows"].append(row)
@@ -117,6 +122,7 @@ class Study:
         Raises:
           ConfigError: a folder without a readable record.
         """
+        self.check(out)
         commands: list[str] = []
         rows: list[Row] = []
         for folder in folders:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.files import open_atomically
 from mmfree_jax.train.flops import Device
 
 Row = dict[str, Any]
@@ -101,5 +102,5 @@ def plot(rows: Sequence[Row], device: Device, output: Path) -> None:
     )  # fmt: skip
     axes.legend(fontsize=7, loc="lower right")
     axes.grid(alpha=0.3, which="major")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    with open_atomically(output) as file:
+        figure.savefig(file, dpi=150)

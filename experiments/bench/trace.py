@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import jax
 
+from mmfree_jax.files import open_atomically
+
 # Kernels that move data between devices: NCCL's (GPU), XLA's own names (TPU).
 _EXCHANGE = re.compile(
     r"nccl|all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", re.IGNORECASE
@@ -141,4 +143,5 @@ def plot_timeline(kernels: Sequence[Kernel], path: Path, *, title: str) -> None:
         axis.broken_barh(bars, (number - 0.4, 0.8), color=colour)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set(xlabel="ms", title=title, ylim=(len(rows) - 0.5, -0.5))
-    figure.savefig(path, dpi=150)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)

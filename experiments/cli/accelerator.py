@@ -17,7 +17,7 @@ from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
-from mmfree_jax.files import check_target, disk_errors, write_bytes
+from mmfree_jax.files import check_file, check_target, new_folder, write_bytes
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Seed
 from mmfree_jax.text_files import read_text
 
@@ -148,6 +148,11 @@ def run(
         compiled = load(program)
     memory, machine = compiled.memory, compiled.machine
     assert memory is not None
+    if out is not None and out.is_file():
+        source = program / "memory.bin"
+        check_file(out, "", sources=[program, source])
+        if out.stat().st_size != len(memory):
+            raise ConfigError(f"{out} is not replaced: it is no memory of this; choose another")
     ids = _token_ids(tokens, compiled)
     if generate and (backend != "simulator" or not ids):
         raise ConfigError("--generate needs --backend simulator and --tokens to begin with")
@@ -249,10 +254,11 @@ def cells(width: Count = 512, lanes: Count = 4, out: Path | None = None) -> int:
         from mmfree_jax.experiments.accelerator.rtl.verilog import cell_counts
     except ModuleNotFoundError as e:
         raise _missing(e) from e
-    with tempfile.TemporaryDirectory(prefix="mmfree-rtl-") as temporary:
-        folder = Path(temporary) if out is None else out
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="mmfree-rtl-") as temporary:
+            counts = cell_counts(machine, Path(temporary))
+    else:
+        with new_folder(out, command="hardware cells", overwrite=True) as folder:
             counts = cell_counts(machine, folder)
     title = f"d = {width}, registers of {machine.vector_length}, {lanes} lanes"
     table = Table("module", title=title, title_justify="left")

@@ -13,6 +13,7 @@ from rich.table import Table
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
+from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.ranges import Count
 
@@ -42,6 +43,8 @@ def train(argv: Sequence[str]) -> int:
         prog="mmfree bench train",
         default=_TrainArguments(None, None, base_config(argv)),
     )
+    if arguments.out is not None:
+        check_file(arguments.out, r'\{\s*"measurement"')
     from mmfree_jax.experiments.bench.train import (
         measure_train_step,  # JAX starts here, not for --help
     )
@@ -58,8 +61,7 @@ def train(argv: Sequence[str]) -> int:
         "versions": versions("jax", "jaxlib", "flax"),
     }
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(record, indent=1) + "\n")
     peak = "unknown" if result.peak_gib is None else f"{result.peak_gib:.1f} GiB"
     print(
         f"{result.family} {result.parameters / 1e6:,.0f}M, {result.batch_size} x "

@@ -11,6 +11,7 @@ from rich.table import Table
 from mmfree_jax.cli.parse import Names, parse
 from mmfree_jax.config import Dtype
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import check_file, write_text
 from mmfree_jax.ranges import Count
 
 _DESCRIPTION = """Time every implementation of the kernels at the shapes of real models, beside what
@@ -40,6 +41,9 @@ def kernels(argv: Sequence[str]) -> int:
     arguments = parse(_Arguments, argv, prog="mmfree bench kernels", description=_DESCRIPTION)
     if arguments.choices is not None and not arguments.choices.parent.is_dir():
         raise ConfigError(f"--choices is {arguments.choices}: its folder does not exist")
+    if arguments.out is not None:
+        figure = arguments.out / "roofline.png"
+        check_file(arguments.out / "kernels.json", r'\{\s*"command"', beside=[figure])
 
     import jax  # JAX starts here, not for --help
 
@@ -59,9 +63,8 @@ def kernels(argv: Sequence[str]) -> int:
         rows.append(row)
         print(_line(row), flush=True)
         if arguments.out is not None:  # at once, so that a run cut short leaves what it measured
-            arguments.out.mkdir(parents=True, exist_ok=True)
             record = {"command": command, "versions": provenance(), "rows": rows}
-            (arguments.out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_text(arguments.out / "kernels.json", json.dumps(record, indent=1) + "\n")
     device = find_device(jax.devices()[0].device_kind)
     if arguments.out is not None and device is not None:
         plot(rows, device, arguments.out / "roofline.png")

@@ -46,7 +46,7 @@ def crossing(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.plots import plot_crossing
     from mmfree_jax.experiments.scaling.report import crossing_document, crossing_text
 
-    outputs(a.out)
+    outputs(a.out, (a.a, a.b))
     frames, names = [], []
     for k, path in enumerate((a.a, a.b)):
         frame = a.read([path])

@@ -39,7 +39,7 @@ def fit(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.plots import plot_fit
     from mmfree_jax.experiments.scaling.report import fit_document, fit_text
 
-    outputs(a.out)
+    outputs(a.out, a.runs)
     kind = ("lsq" if a.law == "line" else "huber") if a.objective == "auto" else a.objective
     objective = Objective(kind, a.delta)
     frame = a.read(a.runs)

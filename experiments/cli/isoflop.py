@@ -41,7 +41,7 @@ def isoflop(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.plots import plot_allocation
     from mmfree_jax.experiments.scaling.report import allocation_document, allocation_text
 
-    outputs(a.out)
+    outputs(a.out, a.runs)
     frame = a.read(a.runs)
     common = {"size": a.size, "flops": a.flops, "resamples": a.bootstrap, "level": a.level,
               "seed": a.seed}  # fmt: skip

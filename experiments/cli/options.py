@@ -11,7 +11,7 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame
 from mmfree_jax.experiments.scaling.output_files import write_csv, write_json
 from mmfree_jax.experiments.scaling.read import Columns, read_runs
-from mmfree_jax.files import write_bytes
+from mmfree_jax.files import check_file, write_bytes
 from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
 
 if TYPE_CHECKING:
@@ -93,14 +93,18 @@ class Fitting(Analysis):
     """Draw runs with replacement, or redraw each loss from its loss-sd column."""
 
 
-def outputs(out: Path) -> tuple[Path, Path]:
+def outputs(out: Path, sources: Sequence[Path] = ()) -> tuple[Path, Path]:
     """Where the figure and its data go: beside `out`, as NAME.png and NAME.plot.csv.
 
     Raises:
         ScalingError: the folder does not exist or `out` is not a .json file.
+        OutputError: what is there is one of `sources`, or no result of an analysis.
     """
     if out.suffix != ".json":
         raise ScalingError(f"out: {out} must end in .json")
     if not out.parent.is_dir():
         raise ScalingError(f"out: the folder {out.parent} does not exist; create it first")
-    return out.with_suffix(".png"), out.with_suffix(".plot.csv")
+    beside = out.with_suffix(".png"), out.with_suffix(".plot.csv")
+    first = "law|families|isoflop|envelope|parametric"  # keys of the documents
+    check_file(out, rf'\{{\s*"({first})"', beside=beside, sources=sources)
+    return beside

@@ -11,7 +11,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import MeshConfig, TrainConfig
-from mmfree_jax.files import write_text
+from mmfree_jax.files import check_file, write_text
 from mmfree_jax.launch.ahead.compile import compile_step, describe
 from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
 from mmfree_jax.launch.ahead.topology import Topology, missing_compiler, parse_topology, prepare
@@ -54,6 +54,8 @@ def compile_ahead(argv: Sequence[str]) -> int:
         default=_Arguments("h100x8", None, None, base_config(argv)),
     )
     topology, config = parse_topology(arguments.topology), arguments.run
+    if arguments.out is not None:
+        check_file(arguments.out, r'\[\s*\{\s*"topology"')
     simulated = prepare(topology)
     if topology.platform == "gpu" and not simulated:
         _set_overlap()

@@ -12,7 +12,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import last_value, resolve_config
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.files import write_text
+from mmfree_jax.files import check_file, write_text
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
 
 
@@ -49,6 +49,8 @@ def render_job(argv: Sequence[str]) -> int:
     if arguments.out is None:
         sys.stdout.write(text)
         return 0
+    rendered = r"(#!/bin/bash\n)?# Rendered by `mmfree launch render "
+    check_file(arguments.out, rendered, sources=[path] if path else [])
     write_text(arguments.out, text)
     if platform != "gke":
         arguments.out.chmod(0o755)

@@ -10,11 +10,14 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
 from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
 from mmfree_jax.launch.device_scaling.run import Options, run_study
 from mmfree_jax.ranges import AboveZero, Count
+
+STUDY = "study.json"
 
 
 def scaling(argv: Sequence[str]) -> int:
@@ -82,12 +85,12 @@ def scaling(argv: Sequence[str]) -> int:
             case_minutes=case_minutes,
             parallel_compiles=parallel_compiles,
         )
-        out.mkdir(parents=True, exist_ok=True)
+        _check(out)
         about = {
             "command": ["mmfree", "bench", "scaling", *argv],
             "versions": versions("jax", "jaxlib", "flax"),
         }
-        (out / "study.json").write_text(json.dumps(about), encoding="utf-8")
+        write_text(out / STUDY, json.dumps(about))
         records = run_study(unique, options, say=_say)
         _report(out)
         return 0 if any("error" not in record for record in records) else 1
@@ -102,13 +105,19 @@ def _parse_change(text: str) -> tuple[str, Any]:
     return name, parse_yaml(value, f"model field {name}")
 
 
+def _check(out: Path) -> None:
+    """Raises OutputError where a file would be replaced that no study made."""
+    beside = [out / "scaling.md", out / "scaling.png"]
+    check_file(out / STUDY, r'\{\s*"command"', beside=beside)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
 def _report(folder: Path) -> int:
     records = read_results(folder)
-    study = folder / "study.json"
+    study = folder / STUDY
     about = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
     done = [r for r in records if "error" not in r]
     kinds = ", ".join(sorted({r["device_kind"] for r in done}))
@@ -122,7 +131,7 @@ def _report(folder: Path) -> int:
             training_times(records),
         ]
     )
-    (folder / "scaling.md").write_text(text, encoding="utf-8")
+    write_text(folder / "scaling.md", text)
     print(text)
     if done:
         figure(records, folder / "scaling.png")

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.records import markdown
+from mmfree_jax.files import open_atomically
 from mmfree_jax.launch.device_scaling.run import RESULTS
 
 # What arXiv 2406.02528, section 4.3 reports on 8 H100: preset, tokens, hours.
@@ -161,4 +162,5 @@ def figure(records: list[Record], path: Path) -> None:
         axis.minorticks_off()
         axis.legend(fontsize=7)
     panels[0].set_ylabel("1000 tokens/s a GPU")
-    fig.savefig(path, dpi=150)
+    with open_atomically(path) as file:
+        fig.savefig(file, dpi=150)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.config import tokens_per_step
+from mmfree_jax.files import write_text
 from mmfree_jax.launch.device_scaling.plan import Case, train_config
 from mmfree_jax.train.flops import count_flops
 
@@ -31,7 +32,7 @@ def read_case(path: Path) -> Case:
 
 def write_case(path: Path, case: Case) -> None:
     """Writes a case as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(case)), encoding="utf-8")
+    write_text(path, json.dumps(dataclasses.asdict(case)))
 
 
 def compile_only(case: Case) -> dict[str, Any]:
@@ -164,9 +165,7 @@ def main(stage: str, folder: Path) -> int:
     case = read_case(folder / "case.json")
 
     def write(name: str, values: dict[str, Any]) -> None:
-        beside = folder / f".{name}.tmp"
-        beside.write_text(json.dumps(values), encoding="utf-8")
-        beside.replace(folder / name)
+        write_text(folder / name, json.dumps(values))
 
     try:
         if stage == "compile":

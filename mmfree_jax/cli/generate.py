@@ -14,6 +14,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, read_prompts_file
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.files import check_file
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, PositiveShare, Seed, Share
 
 
@@ -97,6 +98,10 @@ def generate(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--save-state is set for {len(prompts)} answers: set --batch-size to as many"
         )
+    if config.save_state is not None:
+        # Behind eight bytes of length, see `saved/tensor_file.py`.
+        session = r'.{8}\{"__metadata__": \{"format": "mmfree-session"'
+        check_file(config.save_state, session, sources=_files_read(config))
     for prompt in prompts if config.json else ():
         if taken := sorted(prompt.fields.keys() & ANSWER_FIELDS):
             raise DataError(
@@ -308,6 +313,11 @@ class _Printer:
     @staticmethod
     def _write_json(value: dict[str, Any]) -> None:
         print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _files_read(config: GenerateConfig) -> list[str]:
+    given = [config.prompts_file, config.tokenizer]
+    return [name for name in given if name is not None]
 
 
 def _needs_tokenizer(config: GenerateConfig, prompts: list[Prompt]) -> bool:

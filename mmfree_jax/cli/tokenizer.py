@@ -50,11 +50,16 @@ def train(argv: Sequence[str]) -> int:
     from mmfree_jax.data.reading import reading_lines
     from mmfree_jax.data.tokenizer import identity, load_tokenizer, train_bpe
     from mmfree_jax.errors import DataError
+    from mmfree_jax.files import check_file
 
     config = parse(TokenizerTrainConfig, argv, prog="mmfree tokenizer train")
     out = Path(config.out)
     texts, readings = _texts(config)
     existing = out / "tokenizer.json"
+    if (out / "tokenizer.model").exists():
+        raise DataError(f"{out} holds a SentencePiece tokenizer: give another --out")
+    config_file = r'\{\s*"tokenizer_class": "PreTrainedTokenizerFast",\s*"bos_token"'
+    check_file(out / "tokenizer_config.json", config_file)
     tokenizer = train_bpe(texts, config.vocab_size, show_progress=sys.stderr.isatty())
     if existing.exists() and load_tokenizer(out).sha256 != tokenizer.sha256:
         raise DataError(

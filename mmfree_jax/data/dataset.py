@@ -27,10 +27,12 @@ import numpy as np
 
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import sha256_file
+from mmfree_jax.json_shape import digest
 
 INDEX_NAME = "index.json"
 FORMAT = "mmfree-tokens"
 FORMAT_VERSION = 1
+_SELF = "sha256"
 TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 DOCUMENT_DTYPE = np.dtype("<u8")
 TRAIN, HELDOUT = "train", "heldout"
@@ -103,6 +105,11 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
             f"{file} has format version {values.get('version')!r}, this program reads "
             f"{FORMAT_VERSION}: prepare the data set again"
         )
+    # Indices of older versions have no checksum.
+    if (own := values.pop(_SELF, None)) is not None and own != digest(values):
+        raise DataError(
+            f"{file} is damaged (it does not match its own checksum): prepare the data set again"
+        )
     try:
         index = DatasetIndex(
             path=folder,
@@ -140,7 +147,8 @@ def index_to_json(index: DatasetIndex) -> str:
         "splits": splits,
         "source": index.source,
     }
-    return json.dumps(values, indent=1) + "\n"
+    values = json.loads(json.dumps(values))  # what a reader finds, tuples as lists
+    return json.dumps(values | {_SELF: digest(values)}, indent=1) + "\n"
 
 
 class TokenDataset:

@@ -1,8 +1,8 @@
 """Safetensors files written tensor by tensor, with a version and a checksum for each tensor.
 
 Any safetensors reader opens them. The metadata holds `format`, `version`, what the writer
-adds, and `sha256:<tensor>` for each tensor. The file appears under its name only when whole.
-Files for other packages have what the writer adds alone.
+adds, `sha256:<tensor>` for each tensor and `sha256` of the header itself. The file appears under
+its name only when whole. Files for other packages have what the writer adds alone.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import numpy as np
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.files import open_atomically, sha256
+from mmfree_jax.json_shape import digest
 
 _DTYPES = {
     "U8": np.dtype(np.uint8),
@@ -28,6 +29,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHECKSUM = "sha256:"
+_SELF = "sha256"
 _LARGEST_HEADER = 100 * 2**20
 
 
@@ -55,7 +57,8 @@ def tensor_writer(
     pending = [(name, shape, np.dtype(dtype)) for name, shape, dtype in tensors]
     stored = {"format": file_format, **(metadata or {})}
     if version is not None:
-        stored |= {"version": str(version)} | {_CHECKSUM + name: "0" * 64 for name, _, _ in pending}
+        stored |= {"version": str(version), _SELF: "0" * 64}
+        stored |= {_CHECKSUM + name: "0" * 64 for name, _, _ in pending}
     entries: dict[str, Any] = {}
     end = 0
     for name, shape, dtype in pending:
@@ -84,6 +87,9 @@ def tensor_writer(
 
         yield write
         assert not pending, pending[0]
+        if version is not None:
+            del stored[_SELF]
+            stored[_SELF] = digest({"__metadata__": stored, **entries})
         file.seek(0)
         file.write(header())
 
@@ -137,6 +143,9 @@ class Reader:
             raise CheckpointError(f"{self._what}: {e.strerror}; give a readable file") from e
         try:
             header = json.loads(text)
+            own = header["__metadata__"].pop(_SELF, None)  # files of older versions have none
+            if own not in (None, digest(header)):
+                raise ValueError("the header does not match its own checksum")
             self.metadata: dict[str, str] = header.pop("__metadata__")
             self._entries = {name: _entry(value) for name, value in header.items()}
             found, self.version = self.metadata["format"], int(self.metadata["version"])

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.files import open_atomically
+from mmfree_jax.files import check_file, open_atomically
 from mmfree_jax.saved.history import Record, read_history
 from mmfree_jax.saved.run_directory import METRICS, load_config
 from mmfree_jax.train.flops import count_flops
@@ -17,6 +17,18 @@ XAxis = Literal["steps", "tokens", "flops"]
 _LABELS = {"steps": "step", "tokens": "tokens", "flops": "training FLOPs"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+# How the files that Matplotlib writes begin.
+_BEGINS = {
+    "png": r"\x89PNG.*Matplotlib",
+    "svg": r"<\?xml.*svg",
+    "pdf": "%PDF-",
+    "eps": "%!PS-",
+    "ps": "%!PS-",
+    "jpg": r"\xff\xd8",
+    "jpeg": r"\xff\xd8",
+    "webp": "RIFF",
+}
 
 
 def smooth(values: Sequence[float], weight: float) -> np.ndarray:
@@ -84,7 +96,7 @@ def plot_losses(
 
     Raises:
       ConfigError: a run has no metrics, or an argument is out of range.
-      OutputError: the file cannot be written.
+      OutputError: the file cannot be written, or is there and no such figure.
     """
     import matplotlib.figure
 
@@ -94,6 +106,8 @@ def plot_losses(
         raise ConfigError("no run to plot: name at least one run directory")
     if labels is not None and len(labels) != len(runs):
         raise ConfigError(f"labels has {len(labels)} names for {len(runs)} runs: give one for each")
+    kind = output.suffix.removeprefix(".").lower() or "png"
+    check_file(output, _BEGINS.get(kind, "(?!)"), sources=[run / METRICS for run in runs])
     # A figure of its own needs no display and leaves pyplot's global state alone.
     figure = matplotlib.figure.Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -130,6 +144,6 @@ def plot_losses(
     axes.legend(frameon=False)
     try:
         with open_atomically(output) as file:
-            figure.savefig(file, dpi=150, format=output.suffix.removeprefix(".") or "png")
+            figure.savefig(file, dpi=150, format=kind)
     except ValueError as e:
         raise ConfigError(f"output is {str(output)!r}: {e}") from e

@@ -302,3 +302,22 @@ def test_digests(tmp_path):
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     (tmp_path / "x").write_bytes(b"abc")
     assert files.sha256(b"abc") == files.sha256_file(tmp_path / "x") == known
+
+
+def test_a_file_is_replaced_that_begins_as_the_commands_own_do(tmp_path):
+    out, figure = tmp_path / "x.json", tmp_path / "x.png"
+    for there in (None, b"", b'{\n "law": 1}'):
+        if there is not None:
+            out.write_bytes(there)
+        files.check_file(out, r'\{\s*"law"', beside=[figure])
+    figure.write_bytes(b"of the same")
+    files.check_file(out, r'\{\s*"law"', beside=[figure])
+    files.check_file("/dev/null", "no such beginning")
+    with pytest.raises(OutputError, match=f"{figure} is not replaced: it is read"):
+        files.check_file(out, r'\{\s*"law"', beside=[figure], sources=[tmp_path / "." / "x.png"])
+    out.write_bytes(b'{\n "name": "law"}')
+    with pytest.raises(OutputError, match=f"{out} is not replaced: it is no earlier output"):
+        files.check_file(out, r'\{\s*"law"')
+    out.unlink()
+    with pytest.raises(OutputError, match=f"{figure} is not replaced: it is no earlier output"):
+        files.check_file(out, r'\{\s*"law"', beside=[figure])

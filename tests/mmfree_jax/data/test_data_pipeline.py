@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -279,15 +280,23 @@ def test_unfinished_and_damaged_folders(tmp_path):
         dataset_lib.open_dataset(folder)
 
     text = (folder / "index.json").read_text()
+    values = json.loads(text)
+    assert len(values.pop("sha256")) == 64
+    old = json.dumps(values)  # as older versions wrote it
     for damage, reason in [
         (text[:100], "is damaged"),
         ("[]", "is not the index"),
         (text.replace('"version": 1', '"version": 9'), "format version 9"),
-        (text.replace('"token_dtype"', '"dtype"'), "missing or malformed field"),
+        (text.replace('"bytes": ', '"bytes": 9'), "does not match its own checksum"),
+        (text.replace('"bos_id": 256', '"bos_id": 255'), "does not match its own checksum"),
+        (text.replace('"token_dtype"', '"dtype"'), "does not match its own checksum"),
+        (old.replace('"token_dtype"', '"dtype"'), "missing or malformed field"),
     ]:
         (folder / "index.json").write_text(damage)
         with pytest.raises(DataError, match=reason):
             dataset_lib.load_index(folder)
+    (folder / "index.json").write_text(old)
+    assert dataset_lib.load_index(folder) == index
     (folder / "index.json").unlink()
     with pytest.raises(DataError, match="unfinished or not a prepared data set"):
         dataset_lib.load_index(folder)

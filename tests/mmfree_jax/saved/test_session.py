@@ -233,6 +233,7 @@ def change_header(source, target, change):
     data = source.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
+    header["__metadata__"].pop("sha256")  # as in files of older versions
     change(header)
     text = json.dumps(header).encode()
     target.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
@@ -253,6 +254,23 @@ def test_a_malformed_packed_header_is_one_line(packed_file, tmp_path, kind):
     with pytest.raises(CheckpointError) as error:
         open_model(tmp_path).weights("ternary")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b'eps\\": 1e-0', b'eps\\": 1e-9'), (b'"bits": "2"', b'"bits": "3"')]
+)
+def test_a_changed_character_of_a_header_is_found(packed_file, tmp_path, old, new):
+    data = packed_file.read_bytes()
+    assert old in data
+    (tmp_path / "packed.safetensors").write_bytes(data.replace(old, new, 1))
+    with pytest.raises(CheckpointError, match="has no readable header: it is damaged"):
+        open_model(tmp_path)
+
+
+def test_a_file_of_an_older_version_has_no_checksum_of_its_header(saved, tmp_path):
+    change_header(saved[0], tmp_path / "old", lambda header: None)
+    session = load_session(tmp_path / "old", weights(), CONFIG)
+    assert session.state.position_B.size
 
 
 @pytest.mark.parametrize("keep", [0, 3, 8, 40, -1])
