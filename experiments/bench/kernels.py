@@ -62,7 +62,7 @@ def read_choices(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         table = None
-    if fault(table, {}) or any(fault(mine, {"command": str}) for mine in table.values()):
+    if fault(table, {}) or any(fault(mine, {}) for mine in table.values()):
         raise ConfigError(f"choices is {path}, which is no table of choices: give another file")
     return table
 

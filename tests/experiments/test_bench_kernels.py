@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.bench.kernels import write_choices
 from mmfree_jax.experiments.bench.roofline import plot, with_limits, work_of
 from mmfree_jax.experiments.cli.bench_kernels import kernels
 from mmfree_jax.pallas_kernels import dispatch as choices
@@ -29,6 +30,14 @@ def test_the_command_writes_rows_and_choices_for_this_device(tmp_path, capsys):
     mine = written[jax.devices()[0].device_kind]["norm_quant"]["bfloat16"]
     assert mine["64"]["implementation"] == "xla"
     assert "norm_quant" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "mine"}'])
+def test_what_is_no_table_of_choices_stays(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ConfigError, match="which is no table of choices"):
+        write_choices([], tmp_path / "x.json", command="")
+    assert (tmp_path / "x.json").read_text() == text
 
 
 def test_bad_arguments_name_the_way_out(tmp_path):

@@ -146,7 +146,7 @@ def test_every_epoch_holds_each_row_once_in_another_order(folders):
 def test_seeds_differ(config):
     orders = [
         tuple(row_keys(take(dataclasses.replace(config, seed=s), 5, batch_size=4)))
-        for s in (0, 1, -1, 2**40)
+        for s in (0, 1, 2, 2**32 - 1)
     ]
     assert len(set(orders)) == 4
 
