@@ -59,7 +59,7 @@ def read_choices(path: Path) -> dict[str, Any]:
       ConfigError: the file holds something else.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         table = None
     if fault(table, {}) or any(fault(mine, {}) for mine in table.values()):
