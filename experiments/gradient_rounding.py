@@ -19,7 +19,7 @@ import numpy as np
 
 import mmfree_jax
 from mmfree_jax.data.dataset import TRAIN, open_dataset
-from mmfree_jax.model import LanguageModel, ternary_weights
+from mmfree_jax.model import LanguageModel, training_weights
 from mmfree_jax.pallas_kernels.bitlinear.api import int8_backward
 from mmfree_jax.train.loss import loss_sums
 
@@ -86,8 +86,12 @@ def measure(params: dict[str, Any], config: Any, batch: dict[str, jax.Array]) ->
 
         @jax.jit
         def gradients(params: dict[str, Any]) -> Any:
-            ternary = ternary_weights(params, config)
-            return jax.grad(lambda p: loss_sums(p, ternary, batch, model=model)[0])(params)
+            weights = training_weights(params, config)
+
+            def loss(params: dict[str, Any]) -> jax.Array:
+                return loss_sums(dataclasses.replace(weights, params=params), batch, model=model)[0]
+
+            return jax.grad(loss)(params)
 
         jax.block_until_ready(gradients(params))
         jax.effects_barrier()

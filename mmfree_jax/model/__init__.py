@@ -2,7 +2,7 @@
 
 from mmfree_jax.model.language_model import LanguageModel
 from mmfree_jax.model.state import Session, State, init_state
-from mmfree_jax.model.weights import Master, Packed, Ternary, as_weights, ternary_weights
+from mmfree_jax.model.weights import Master, Packed, Ternary, as_weights, training_weights
 
 __all__ = [
     "LanguageModel",
@@ -13,5 +13,5 @@ __all__ = [
     "Ternary",
     "as_weights",
     "init_state",
-    "ternary_weights",
+    "training_weights",
 ]

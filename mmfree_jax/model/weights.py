@@ -12,6 +12,7 @@ E state channels, M GLU width, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import flax.struct
@@ -211,12 +212,19 @@ def ternary_weights(params: Params, config: ModelConfig) -> Params:
     return visit(params, ())
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def ternarise(params: Params, config: ModelConfig) -> Master | Ternary:
-    """The weights that decoding reads: ternarised once, without the masters.
+def training_weights(params: Params, config: ModelConfig) -> Master | Ternary:
+    """The weights that a training step reads: the masters, and beside them their trits.
 
     Stays `Master` where the program ternarises its weights itself (`bitlinear: plain`).
     """
+    if config.bitlinear == "plain":
+        return Master(params)
+    return Ternary(params, ternary_weights(params, config))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def ternarise(params: Params, config: ModelConfig) -> Master | Ternary:
+    """The weights that decoding reads: `training_weights` without the masters of trits."""
 
     def visit(tree: Params, path: tuple[str, ...]) -> Params:
         return {
@@ -225,9 +233,10 @@ def ternarise(params: Params, config: ModelConfig) -> Master | Ternary:
             if not is_ternary(config, (*path, name))
         }
 
-    if config.bitlinear == "plain":
-        return Master(params)
-    return Ternary(visit(params, ()), ternary_weights(params, config))
+    weights = training_weights(params, config)
+    if isinstance(weights, Master):
+        return weights
+    return Ternary(visit(params, ()), weights.ternary)
 
 
 def as_weights(weights: Params | Weights, config: ModelConfig) -> Weights:
@@ -250,18 +259,11 @@ def pack(weights: Ternary, config: ModelConfig) -> Packed:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _pack(weights: Ternary, config: ModelConfig) -> Packed:
-    def visit(ternary: Params, params: Params) -> Params:
-        out = dict(params)
-        for name, value in ternary.items():
-            if isinstance(value, dict):
-                out[name] = visit(value, params[name])
-            elif name == "trits":
-                out["packed"] = packed_matmul.pack(value)
-            else:
-                out[name] = value
-        return out
+    def linear(*path: str) -> PackedLinear:
+        own, params = _at(weights.ternary, path), _at(weights.params, path)
+        return PackedLinear(packed_matmul.pack(own["trits"]), own["scale"], params["norm_scale"])
 
-    return packed_from_tree(visit(weights.ternary, weights.params), config)
+    return _assemble(weights.params, linear, config)
 
 
 def packed_from_tree(
@@ -277,28 +279,39 @@ def packed_from_tree(
       layout: of the matrices under "packed".
     """
 
-    def linear(node: Params) -> PackedLinear:
+    def linear(*path: str) -> PackedLinear:
+        node = _at(tree, path)
         return PackedLinear(node["packed"], node["scale"], node["norm_scale"], layout)
 
-    blocks, mixer, glu = tree["blocks"], tree["blocks"]["mixer"], tree["blocks"]["glu"]
+    return _assemble(tree, linear, config)
+
+
+def _at(tree: Params, path: tuple[str, ...]) -> Params:
+    return functools.reduce(lambda node, name: node[name], path, tree)
+
+
+def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelConfig) -> Packed:
+    """A model of its linear layers, which `linear` makes by their paths, and its other leaves."""
+    blocks = tree["blocks"]
+    mixer, glu = (functools.partial(linear, "blocks", name) for name in ("mixer", "glu"))
     return Packed(
         EmbeddingTable(tree["embedding"]["weight"], tree["embedding"].get("scale")),
         MLGRUWeights(
             norm=blocks["mixer_norm"]["scale"],
-            i_proj=linear(mixer["i_proj"]),
-            f_proj=linear(mixer["f_proj"]),
-            g_proj=linear(mixer["g_proj"]),
-            gate_norm=mixer["gate_norm"]["scale"],
-            o_proj=linear(mixer["o_proj"]),
+            i_proj=mixer("i_proj"),
+            f_proj=mixer("f_proj"),
+            g_proj=mixer("g_proj"),
+            gate_norm=blocks["mixer"]["gate_norm"]["scale"],
+            o_proj=mixer("o_proj"),
             lower_bound=lower_bounds(tree.get("lower_bounds"), config),
         ),
         GLUWeights(
             norm=blocks["glu_norm"]["scale"],
-            gate_up_proj=linear(glu["gate_up_proj"]),
-            down_proj=linear(glu["down_proj"]),
+            gate_up_proj=glu("gate_up_proj"),
+            down_proj=glu("down_proj"),
         ),
         tree["final_norm"]["scale"],
-        linear(tree["head"]),
+        linear("head"),
     )
 
 

@@ -1,12 +1,12 @@
 """The language-model loss, without ever holding all logits."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import LanguageModel, Ternary
+from mmfree_jax.model import LanguageModel, Master, Ternary
 from mmfree_jax.model.quantize import fake_quantize_int8, fake_ternarize
 from mmfree_jax.pallas_kernels.cross_entropy.api import (
     CrossEntropy,
@@ -39,8 +39,7 @@ class LossSums(NamedTuple):
 def head_cross_entropy(
     x_ND: jax.Array,
     targets_N: jax.Array,
-    params: dict[str, Any],
-    ternary: dict[str, Any],
+    weights: Master | Ternary,
     config: ModelConfig,
     *,
     z_loss: float,
@@ -51,8 +50,7 @@ def head_cross_entropy(
     Args:
       x_ND: residual stream after the last block.
       targets_N: int32; below zero is not counted.
-      params: the model's parameters.
-      ternary: the model's ternary weights, or an empty dict.
+      weights: of the model.
       config: of the model.
       z_loss: weight of the squared log-partition in each token's loss.
       chunk: tokens whose logits are held at once on each device.
@@ -60,18 +58,17 @@ def head_cross_entropy(
     Returns:
       The sum of the losses, which alone is differentiable, and each token's.
     """
-    options, head = config.head_linear, params["head"]
-    x_ND = rms_norm(x_ND, params["final_norm"]["scale"], eps=config.norm_eps)
+    options, head = config.head_linear, weights.params["head"]
+    x_ND = rms_norm(x_ND, weights.params["final_norm"]["scale"], eps=config.norm_eps)
     if options.input_norm:
         x_ND = rms_norm(x_ND, head["norm_scale"], eps=config.linear_norm_eps)
     dtype = jnp.dtype(config.compute_dtype)
     weight_VD = head["weight"]
     if config.bitlinear == "fused" and options.ternary_weights and options.int8_activations:
-        trits_VD, scale = (
-            (ternary["head"]["trits"], ternary["head"]["scale"])
-            if "head" in ternary
-            else ternarize(weight_VD)
-        )
+        if isinstance(weights, Ternary):
+            trits_VD, scale = weights.ternary["head"]["trits"], weights.ternary["head"]["scale"]
+        else:
+            trits_VD, scale = ternarize(weight_VD)
         return ternary_linear_cross_entropy_sum(
             x_ND.astype(dtype),
             weight_VD,
@@ -97,8 +94,7 @@ def head_cross_entropy(
 
 
 def loss_sums(
-    params: dict[str, Any],
-    ternary: dict[str, Any],
+    weights: Master | Ternary,
     batch: Batch,
     *,
     model: LanguageModel,
@@ -108,8 +104,7 @@ def loss_sums(
     """Sums of the loss over a batch.
 
     Args:
-      params: the model's parameters.
-      ternary: the collection of `ternary_weights`, or an empty dict.
+      weights: of the model (`training_weights`).
       batch: "tokens", "targets", "segment_ids", int32 [B, T] each.
       model: the model.
       z_loss: weight of the squared log-partition in the objective.
@@ -118,18 +113,12 @@ def loss_sums(
     Returns:
       The objective's sum, whose gradient is wanted, and its parts.
     """
-    x_BTD, _ = model.apply(
-        Ternary(params, ternary),
-        batch["tokens"],
-        batch["segment_ids"],
-        method="hidden",
-    )
+    x_BTD, _ = model.apply(weights, batch["tokens"], batch["segment_ids"], method="hidden")
     targets_N = flatten_tokens(batch["targets"])
     objective, result = head_cross_entropy(
         flatten_tokens(x_BTD),
         targets_N,
-        params,
-        ternary,
+        weights,
         model.config,
         z_loss=z_loss,
         chunk=chunk,

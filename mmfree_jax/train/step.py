@@ -1,5 +1,6 @@
 """The training step: one pure function of (state, batch), and how it is compiled."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import TrainConfig
-from mmfree_jax.model import LanguageModel, ternary_weights
+from mmfree_jax.config import ModelConfig, TrainConfig
+from mmfree_jax.model import LanguageModel, Master, Ternary, training_weights
 from mmfree_jax.model.parameters import param_shapes, unflatten
+from mmfree_jax.model.weights import is_ternary
 from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
 from mmfree_jax.train.loss import Batch, LossSums, loss_sums
 from mmfree_jax.train.optimizer import Optimizer, ScheduleValues
@@ -70,23 +72,22 @@ def train_step(
       grad_norm (before clipping), tokens (predicted), finite (1 or 0).
     """
     model = LanguageModel(config.model)
-    ternary = (
-        {} if config.model.bitlinear == "plain" else ternary_weights(state.params, config.model)
-    )
-    grad_fn = jax.value_and_grad(
-        functools.partial(loss_sums, model=model, z_loss=config.z_loss, chunk=config.loss_chunk),
-        has_aux=True,
-    )
+    weights = training_weights(state.params, config.model)
 
-    params = _with_gradients_in(config.optimizer.gradient_dtype, state.params, ternary)
+    def objective(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, LossSums]:
+        own = dataclasses.replace(weights, params=params)
+        return loss_sums(own, batch, model=model, z_loss=config.z_loss, chunk=config.loss_chunk)
+
+    def sums_and_grads(batch: Batch) -> tuple[LossSums, Any]:
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        return sums, grads
+
+    params = _with_gradients_in(config.optimizer.gradient_dtype, weights, config.model)
     if config.grad_accum == 1:
-        (_, sums), grads = grad_fn(params, ternary, batch)
+        sums, grads = sums_and_grads(batch)
     else:
         (sums, grads), _ = jax.lax.scan(
-            lambda carry, micro: (
-                jax.tree.map(jnp.add, carry, _sums_and_grads(grad_fn, params, ternary, micro)),
-                None,
-            ),
+            lambda carry, micro: (jax.tree.map(jnp.add, carry, sums_and_grads(micro)), None),
             (LossSums(*[jnp.zeros(())] * 4), jax.tree.map(jnp.zeros_like, state.params)),
             _micro_batches(batch, config.grad_accum),
         )
@@ -122,7 +123,7 @@ def train_step(
 
 
 def _with_gradients_in(
-    dtype: str, params: dict[str, Any], ternary: dict[str, Any]
+    dtype: str, weights: Master | Ternary, config: ModelConfig
 ) -> dict[str, Any]:
     """The parameters, those of the blocks' ternary weights cast: their gradients follow.
 
@@ -130,30 +131,20 @@ def _with_gradients_in(
     costs nothing and changes no value but the gradient's rounding.
     """
 
-    def cast(tree: Any, ternary: Any) -> Any:
-        if "trits" in ternary:
-            return {**tree, "weight": tree["weight"].astype(dtype)}
-        return {
-            name: cast(value, ternary[name]) if name in ternary else value
-            for name, value in tree.items()
-        }
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        names = tuple(key.key for key in path)
+        in_block = names[0] == "blocks" and is_ternary(config, names)
+        return leaf.astype(dtype) if in_block else leaf
 
-    if "blocks" not in ternary:
-        return params
-    return {**params, "blocks": cast(params["blocks"], ternary["blocks"])}
+    if isinstance(weights, Master):
+        return weights.params
+    return jax.tree_util.tree_map_with_path(cast, weights.params)
 
 
 def _norm(tree: Any) -> jax.Array:
     """The global norm, in float32."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(functools.reduce(jnp.add, squares))
-
-
-def _sums_and_grads(
-    grad_fn: Callable[..., Any], params: dict[str, Any], ternary: dict[str, Any], micro: Batch
-) -> tuple[LossSums, Any]:
-    (_, sums), grads = grad_fn(params, ternary, micro)
-    return sums, grads
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -165,9 +156,8 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 
 def eval_step(params: dict[str, Any], batch: Batch, *, config: TrainConfig) -> LossSums:
     """Sums of the loss over one batch, without gradients."""
-    ternary = {} if config.model.bitlinear == "plain" else ternary_weights(params, config.model)
-    model = LanguageModel(config.model)
-    return loss_sums(params, ternary, batch, model=model, chunk=config.loss_chunk)[1]
+    weights, model = training_weights(params, config.model), LanguageModel(config.model)
+    return loss_sums(weights, batch, model=model, chunk=config.loss_chunk)[1]
 
 
 @functools.lru_cache(maxsize=8)  # tracing the model takes a second

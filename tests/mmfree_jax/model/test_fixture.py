@@ -1,5 +1,6 @@
 """The model against outputs of the authors' package (shared/fixtures/README.md)."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import LanguageModel, ternary_weights
+from mmfree_jax.model import LanguageModel, training_weights
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.saved.tensor_names import tensor_map
 from mmfree_jax.train.loss import loss_sums
@@ -64,10 +65,12 @@ def test_matches_the_authors_package(shared_dir, variant, eps, program):
 
     @jax.jit
     def loss_and_grads(params):
-        ternary = ternary_weights(params, config) if program == "fused" else {}
+        weights = training_weights(params, config)
 
         def mean_loss(p):
-            objective, sums = loss_sums(p, ternary, batch, model=model, chunk=7)
+            objective, sums = loss_sums(
+                dataclasses.replace(weights, params=p), batch, model=model, chunk=7
+            )
             return objective / sums.tokens
 
         return jax.value_and_grad(mean_loss)(params)

@@ -16,9 +16,9 @@ from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.infer import api, decode
-from mmfree_jax.model import LanguageModel, Ternary, init_state, packed_model, ternary_weights
+from mmfree_jax.model import LanguageModel, Ternary, init_state, packed_model
 from mmfree_jax.model.parameters import flatten
-from mmfree_jax.model.weights import EmbeddingTable, as_weights, in_words
+from mmfree_jax.model.weights import EmbeddingTable, as_weights, in_words, ternary_weights
 from mmfree_jax.model.weights import pack as pack_in_memory
 from mmfree_jax.pallas_kernels.decode.api import Cut
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul

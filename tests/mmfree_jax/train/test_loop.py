@@ -256,8 +256,8 @@ def _poison(monkeypatch, steps):
     """Makes loss and gradients of some steps (counted from 0) not finite."""
     inner = step_module.loss_sums
 
-    def loss_sums(params, ternary, batch, **kwargs):
-        objective, sums = inner(params, ternary, batch, **kwargs)
+    def loss_sums(weights, batch, **kwargs):
+        objective, sums = inner(weights, batch, **kwargs)
         bad = jnp.any(batch["tokens"][:, 0] == 255)  # see `Iterator`
         return jnp.where(bad, jnp.nan, 1.0) * objective, sums
 

@@ -12,7 +12,7 @@ import pytest
 
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.model import LanguageModel
+from mmfree_jax.model import LanguageModel, Master
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_spec
 from mmfree_jax.presets import preset
 from mmfree_jax.train.loss import loss_sums
@@ -208,7 +208,7 @@ def test_each_remat_policy_recomputes_less_than_the_one_before():
         state = jax.eval_shape(lambda key: init_state(config, _optimizer(), key), jax.random.key(0))
 
         def loss(params):
-            return loss_sums(params, {}, batch, model=LanguageModel(config.model))[0]
+            return loss_sums(Master(params), batch, model=LanguageModel(config.model))[0]
 
         text = str(jax.make_jaxpr(jax.grad(loss))(state.params))
         return text.count(" dot_general["), text.count(" while[") + text.count(" scan[")
