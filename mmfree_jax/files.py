@@ -153,6 +153,15 @@ def write_text(path: StrPath, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def copy_folder(source: StrPath, target: StrPath) -> None:
+    """Copies the files below a folder; their modes follow the umask, unlike `shutil.copytree`."""
+    for where, _, names in os.walk(source):
+        to = Path(target) / os.path.relpath(where, source)
+        to.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(os.path.join(where, name), to / name)
+
+
 def _lies_in(path: Path, folder: Path) -> bool:
     """Whether `path` is `folder` or below it, by whatever name or mount; both are resolved."""
     return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))

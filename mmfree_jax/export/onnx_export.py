@@ -112,7 +112,7 @@ def export_onnx(
         own = [] if tokenizer["eos_token_id"] is None else [tokenizer["eos_token_id"]]
         # Every token that ends a text; eos_token_id is the tokenizer's alone.
         tokenizer["end_ids"] = list(dict.fromkeys([*own, *end_ids(model.path)]))
-        shutil.copy2(CHAT, folder / CHAT.name)
+        shutil.copyfile(CHAT, folder / CHAT.name)
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name not in files:

@@ -231,7 +231,7 @@ def _write_weights(model: SavedModel, folder: Path) -> None:
             raise ConfigError(
                 f"--model {model.path} is packed at {bits} bits: pack the trained model at 2 bits"
             )
-        shutil.copy2(model.path / PACKED_FILE, folder / PACKED_FILE)
+        shutil.copyfile(model.path / PACKED_FILE, folder / PACKED_FILE)
     else:
         write_packed(folder / PACKED_FILE, model.config, model.leaf, dense_dtype="float32")
     copy_text_files(model, folder)

@@ -18,7 +18,7 @@ import numpy as np
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.files import new_folder
+from mmfree_jax.files import copy_folder, new_folder
 from mmfree_jax.model.parameters import param_shapes
 from mmfree_jax.model.weights import is_ternary
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
@@ -181,12 +181,12 @@ def copy_text_files(model: SavedModel, folder: Path) -> None:
     """Puts what text needs beside a model's weights: its tokenizer, and which tokens end one."""
     source = model.tokenizer_path
     if source is not None and source.is_dir():
-        shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
+        copy_folder(source, folder / "tokenizer")
     elif source is not None:
         # The start and end token are named in files beside a tokenizer.json.
         companions = (source.parent / name for name in FILES if name not in TOKENIZER_MODELS)
         for file in (source, *companions):
             if file.is_file():
-                shutil.copy2(file, folder / file.name)
+                shutil.copyfile(file, folder / file.name)
     if ids := end_ids(model.path):
         write_end_ids(folder, ids)

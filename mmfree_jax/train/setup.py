@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mmfree_jax.data.dataset import HELDOUT, TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError
-from mmfree_jax.files import folder_atomically
+from mmfree_jax.files import copy_folder, folder_atomically
 from mmfree_jax.installed import versions
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows, state_shardings
@@ -199,4 +198,4 @@ def copy_tokenizer(run: Run) -> None:
     if target.exists() or not source.is_dir():
         return
     with folder_atomically(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        copy_folder(source, folder)

@@ -1,5 +1,6 @@
 """`mmfree pack` writes whole folders, and none into its own source."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -50,3 +51,14 @@ def test_a_packed_model_is_not_replaced_and_not_packed_again(run, tmp_path, caps
     assert pack("--model", out, "--out", tmp_path / "again") == 2
     assert "ternarising is not idempotent" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
+
+
+def test_the_modes_of_all_files_follow_the_umask(run, tmp_path):
+    old = os.umask(0o077)
+    try:
+        assert pack("--model", run, "--out", tmp_path / "p") == 0
+    finally:
+        os.umask(old)
+    assert (tmp_path / "p" / "tokenizer").is_dir()
+    open_to_others = [p.name for p in (tmp_path / "p").rglob("*") if p.stat().st_mode & 0o077]
+    assert not open_to_others
