@@ -16,6 +16,8 @@ from mmfree_jax.errors import ConfigError
 
 LARGEST = 3.4028234663852886e38
 """Of float32, in which settings are computed with: a larger number is inf there."""
+SMALLEST = 1.1754943508222875e-38
+"""Likewise: what is nearer to 0 is 0 there, on devices that know no subnormal numbers."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Range:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is finite, also in float32, and within; False for NaN."""
-        if not abs(value) <= LARGEST:
+        """Whether `value` is finite and no other in float32, and within; False for NaN."""
+        if not abs(value) <= LARGEST or 0 < abs(value) < SMALLEST:
             return False
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
@@ -96,6 +98,8 @@ def check_values(
                 way_out = str(allowed)
                 if math.isfinite(number) and abs(number) > LARGEST:
                     way_out = "a number that float32 holds, at most 3.4e38"
+                elif 0 < abs(number) < SMALLEST:
+                    way_out = "a number that float32 holds: 0 is the nearest, 1.2e-38 the next"
                 elif not math.isfinite(number) and allowed != Range():
                     way_out = f"a finite number, {way_out}"
                 raise ConfigError(f"{title(name)} is {value!r}: set {way_out}")

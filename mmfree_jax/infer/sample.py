@@ -45,10 +45,12 @@ class Sampling:
 
     def numbers(self) -> dict[str, jax.Array]:
         """What a compiled program may be told anew at each call."""
-        return {
+        numbers = {
             name: jnp.float32(getattr(self, name))
             for name in ("temperature", "top_p", "min_p", "repetition_penalty")
         }
+        # Below it logits would become inf, and several of them equally likely.
+        return numbers | {"temperature": jnp.float32(max(self.temperature, 1e-30))}
 
 
 class Filters(NamedTuple):

@@ -43,6 +43,8 @@ class _Settings:
         ({"rate": INF}, "here.rate is inf: set a finite number, a value above 0"),
         ({"rate": math.nan}, "here.rate is nan: set a finite number, a value above 0"),
         ({"rate": 1e39}, r"here.rate is 1e\+39: set a number that float32 holds, at most 3.4e38"),
+        ({"rate": 1e-40}, "here.rate is 1e-40: set a number that float32 holds: 0 is the nearest"),
+        ({"undeclared": -1e-300}, "here.undeclared is -1e-300: set a number that float32 holds"),
         ({"rate": 0.0}, "here.rate is 0.0: set a value above 0"),
         ({"share": 1.5}, r"here.share is 1.5: set a value in \[0, 1\]"),
         ({"rows": 0}, "here.rows is 0: set a value above 0"),
@@ -61,7 +63,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(changes, message):
 
 def test_numbers_within_pass():
     _Settings(
-        rate=1e-300,
+        rate=1.2e-38,
         share=1,
         seed=2**32 - 1,
         undeclared=-3.4e38,
@@ -98,6 +100,7 @@ def test_settings_are_checked_however_they_are_made(build, message):
     [
         ("train --optimizer.learning-rate inf", "optimizer.learning_rate is inf"),
         ("train --seed -1", "seed is -1"),
+        ("generate --model x --prompt y --temperature 1e-40", "--temperature is 1e-40"),
         ("train --processes.join-seconds nan", "processes.join_seconds is nan"),
         ("generate --model x --prompt y --temperature inf", "--temperature is inf"),
         ("generate --model x --prompt y --seed -1", "--seed is -1"),

@@ -81,6 +81,13 @@ def test_temperature_zero_is_greedy_whatever_the_seed(logits):
         np.testing.assert_array_equal(picked, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-37, 1e-20])
+def test_temperatures_next_to_zero_are_greedy_too(logits, temperature):
+    for options in ({}, {"top_p": 0.5, "min_p": 0.1}):
+        picked = draw(logits, s.Sampling(temperature=temperature, **options), [3] * 5)
+        np.testing.assert_array_equal(picked, logits.argmax(-1))
+
+
 def test_draws_follow_the_tempered_distribution():
     logits = np.array([0.0, 1.0, 2.0, -1.0])
     count = 20_000
