@@ -32,9 +32,10 @@ def parse(
     `--help` prints and leaves with SystemExit(0). `default` is an instance of a dataclass.
 
     Raises:
-      ConfigError: a flag is unknown or its value malformed, or a number is not finite or not in
-        the range of its annotation; the message names both.
+      ConfigError: a flag is unknown or its value malformed, a list is given in two places, or a
+        number is not finite or not in the range of its annotation; the message names both.
     """
+    _refuse_repeated_lists(target, argv)
     if {"-h", "--help"} & set(argv):
         return tyro.cli(
             target, args=list(argv), prog=prog, description=description, default=default
@@ -57,6 +58,32 @@ def parse(
     hints = typing.get_type_hints(target, include_extras=True)
     check_values(values, hints, lambda name: "--" + name.replace("_", "-"))
     return result if inspect.isclass(target) else result()
+
+
+def _refuse_repeated_lists(target: Callable[..., Any], argv: Sequence[str]) -> None:
+    """Of `--input a --input b` the first would be lost without a word."""
+    given = [a.partition("=")[0].replace("_", "-") for a in argv if a.startswith("--")]
+    for flag in _list_flags(target):
+        if given.count(flag) > 1:
+            raise ConfigError(
+                f"{flag} is given {given.count(flag)} times: give it once, with all its values "
+                "behind it"
+            )
+
+
+def _list_flags(target: Any, prefix: str = "") -> Iterator[str]:
+    """The flags of a dataclass or function that take several values."""
+    plain = typing.get_type_hints(target)
+    for name, marked in typing.get_type_hints(target, include_extras=True).items():
+        if tyro.conf.UseAppendAction in getattr(marked, "__metadata__", ()):
+            continue
+        flag, hint = f"{prefix}{name}".replace("_", "-"), plain[name]
+        if dataclasses.is_dataclass(hint):
+            # tyro's name="" puts the flags of an inner dataclass beside those of the outer one.
+            yield from _list_flags(hint, prefix)
+            yield from _list_flags(hint, f"{flag}.")
+        elif any(typing.get_origin(h) in (tuple, list) for h in (hint, *typing.get_args(hint))):
+            yield f"--{flag}"
 
 
 def _remember(target: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:

