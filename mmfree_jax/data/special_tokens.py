@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmfree_jax.errors import DataError
 from mmfree_jax.text_files import parse_json, read_text
@@ -13,6 +14,7 @@ _COMMON_BOS = (BOS_TOKEN, "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>"
 _COMMON_EOS = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 BY_NAME = "by name"
 """Instead of a start or end token: the first of the usual names that the vocabulary holds."""
+CONFIG = "tokenizer_config.json"
 _CLASSES_WITHOUT_DEFAULTS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -28,29 +30,37 @@ def resolve_ends(
 
 
 def named_ends(folder: Path) -> tuple[str | None, str | None]:
-    """Start and end token by the `tokenizer_config.json` in `folder`, as transformers reads it.
+    """Start and end token by the files in `folder`, as transformers reads them.
 
-    null is no token. A key that is not there is none either for the general class; others
-    have defaults of their own, which go by the usual names.
+    `tokenizer_config.json` decides, and the older `special_tokens_map.json` where a key is not
+    in it. null is no token. A key that is in neither is none too for the general class; others
+    have defaults of their own, which go by the usual names, as where there is no file.
     """
-    file = folder / "tokenizer_config.json"
-    try:
-        config = parse_json(read_text(file))
-    except FileNotFoundError:
-        return BY_NAME, BY_NAME
-    except (OSError, ValueError) as e:
-        raise DataError(f"{file} cannot be read ({e}): repair or remove it") from e
-    if not isinstance(config, dict):
-        raise DataError(f"{file} is not a mapping of fields: repair or remove it")
-    absent = None if config.get("tokenizer_class") in _CLASSES_WITHOUT_DEFAULTS else BY_NAME
+    config, older = (_fields(folder / name) for name in (CONFIG, "special_tokens_map.json"))
+    general = config and config.get("tokenizer_class") in _CLASSES_WITHOUT_DEFAULTS
     names: list[str | None] = []
     for key in ("bos_token", "eos_token"):
-        value = config.get(key, absent)
+        value = (older | config).get(key, None if general else BY_NAME)
         name = value.get("content") if isinstance(value, dict) else value
         if not isinstance(name, str | None) or (isinstance(value, dict) and name is None):
-            raise DataError(f"{file}: {key} is {value!r}: give a token's text, or null for none")
+            raise DataError(
+                f"{folder / CONFIG}: {key} is {value!r}: give a token's text, or null for none"
+            )
         names.append(name)
     return names[0], names[1]
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
+    try:
+        fields = parse_json(read_text(file))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise DataError(f"{file} cannot be read ({e}): repair or remove it") from e
+    if not isinstance(fields, dict):
+        raise DataError(f"{file} is not a mapping of fields: repair or remove it")
+    return fields
 
 
 def spell(

@@ -60,6 +60,24 @@ def test_which_tokens_are_the_ends(config, ends, mark, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "older", "ends"),
+    [
+        (None, {"eos_token": "<|im_end|>"}, (1, 3)),
+        ({}, {"bos_token": {"content": "<pad>"}, "eos_token": None}, (0, None)),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"bos_token": "<s>"}, (1, None)),
+        ({"bos_token": None}, {"bos_token": "<s>", "eos_token": "<|im_end|>"}, (None, 3)),
+    ],
+)
+def test_an_older_map_of_special_tokens_fills_in_what_is_not_said(config, older, ends, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == ends
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[]", "is not a mapping"),
