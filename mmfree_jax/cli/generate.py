@@ -312,7 +312,12 @@ class _Printer:
 
     @staticmethod
     def _write_json(value: dict[str, Any]) -> None:
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        line = json.dumps(value, ensure_ascii=False)
+        try:
+            line.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair, in a field of the prompts file
+            line = json.dumps(value)
+        print(line, flush=True)
 
 
 def _files_read(config: GenerateConfig) -> list[str]:

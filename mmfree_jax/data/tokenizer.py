@@ -93,11 +93,11 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return list(text.encode("utf-8"))
+        return list(_utf8(text))
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, uint8."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
+        return np.frombuffer(_utf8(text), np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -155,6 +155,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         # Start and end are control pieces, which the encoder never makes from text.
+        _utf8(text)
         return self._processor.EncodeAsIds(text)
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -279,6 +280,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
+        _utf8(text)
         # The fast variant leaves out offsets, which nobody reads here.
         ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return as_text(ids, self._spelled)
@@ -393,6 +395,21 @@ def _find_file(path: Path) -> Path:
     raise DataError(
         f"tokenizer folder {path} holds no tokenizer.json or tokenizer.model: name the file itself"
     )
+
+
+def _utf8(text: str) -> bytes:
+    """A text's bytes.
+
+    Raises:
+      DataError: it holds half of a surrogate pair, which no UTF-8 stands for.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise DataError(
+            f"a text has half of a surrogate pair, or a byte that is not UTF-8, at character "
+            f"{e.start}: repair it"
+        ) from e
 
 
 def _segments(text: str, size: int) -> list[str]:

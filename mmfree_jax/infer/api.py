@@ -103,7 +103,7 @@ def generate(
     batch = len(prompts)
     _check_options(config, max_new_tokens, stop_ids)
     keys = row_keys(*_streams(batch, seed, streams))
-    _check_prompts(config, prompts, session)
+    check_prompts(config, prompts, session)
     weights = as_weights(params, config)
     own = _make_room(config, prompts, session, max_new_tokens)
     own = _read_prompts(weights, config, own, prompts)
@@ -203,9 +203,15 @@ def _streams(
     return np.array(seeds, np.uint32), np.array(streams, np.uint32).reshape(batch, 2)
 
 
-def _check_prompts(
+def check_prompts(
     config: ModelConfig, prompts: Sequence[Sequence[int]], session: Session | None
 ) -> None:
+    """Refuses prompts that the model cannot read, or that do not fit the session.
+
+    Raises:
+      DataError: there is none, one is empty, or has an id that the model does not have.
+      ConfigError: the session is of another size.
+    """
     if not prompts:
         raise DataError("prompts is empty: give at least one prompt")
     if session is not None and session.logits_BV.shape != (len(prompts), config.vocab_size):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.infer.api import FinishReason, generate
+from mmfree_jax.infer.api import FinishReason, check_prompts, generate
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.model import LanguageModel
 
@@ -195,6 +195,7 @@ def generate_text(
         encode_prompt(tokenizer, p, first=session is None) if isinstance(p, str) else list(p)
         for p in prompts
     ]
+    check_prompts(model.config, ids, session)  # what follows reads the texts of the ids
     rows = [_Row(tokenizer, prompt, stop) for prompt in ids]
     stop_ids = list(options.pop("stop_ids", ()))
     if stop_at_end and tokenizer.eos_id is not None:

@@ -4,6 +4,7 @@ Read and written: `hgrn_bit` (the MatMul-free models as their authors release th
 (the Transformer++). A config value whose meaning is not implemented is refused by name.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,11 @@ class _Fields:
         value = self[name]
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
             raise self.refuse(name, "a number above 0 is needed")
         if kind is int and value != int(value):
             raise self.refuse(name, "a whole number is needed")

@@ -144,7 +144,7 @@ def check_unread(file: Path, raw: dict[str, Any], read: set[str]) -> None:
         if name in read or name in _HARMLESS or name in _GENERATION or value is None:
             continue
         if name == "layer_types":
-            allowed = isinstance(value, list) and set(value) <= {"full_attention"}
+            allowed = isinstance(value, list) and all(v == "full_attention" for v in value)
         else:
             same = (type(v) is type(value) and v == value for v in _OFF.get(name, ()))
             allowed = any(same)
@@ -178,9 +178,9 @@ def rope_theta(file: Path, raw: dict[str, Any], default: float) -> float:
         if not values:
             continue
         rest = dict(values) if isinstance(values, dict) else {"": values}
-        kinds = {rest.pop(key, None) for key in ("rope_type", "type")} - {None}
+        kinds = [k for key in ("rope_type", "type") if (k := rest.pop(key, None)) is not None]
         found[f"{name}.rope_theta"] = rest.pop("rope_theta", None)
-        plain = kinds <= {"default"} and (kinds or name == "rope_parameters")
+        plain = all(k == "default" for k in kinds) and (kinds or name == "rope_parameters")
         if not plain or {k: v for k, v in rest.items() if v is not None} not in (
             {},
             {"partial_rotary_factor": 1.0},

@@ -170,6 +170,7 @@ def test_other_fields_of_a_prompt_come_back_with_its_answer(answers):
     ]
     assert all({"index", "tokens", "finish_reason", "prompt_ids"} <= a.keys() for a in whole)
     assert {a["id"] for a in answers(lines, "--stream")} == {"q-1", "q-2"}
+    assert answers([{"prompt_ids": [1], "id": "\ud800"}])[0]["id"] == "\ud800"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,7 @@ def test_fields_that_cannot_be_taken_are_named(run, capsys, tmp_path, line, mess
         (["--prompt-ids", "1,x"], "'1,x'"),
         (["--prompt-ids", ","], "is empty"),
         (["--prompt-ids", "1,300"], "token id 300"),
+        (["--prompt-ids", "1,-1"], "token id -1"),
         (["--prompt-ids", "1", "--top-p", "2"], "--top-p is 2.0"),
         (["--prompt-ids", "1", "--stop", ""], "--stop is an empty string"),
         (["--prompt-ids", "1", "--stop", "x"], "no tokenizer"),

@@ -187,6 +187,13 @@ def test_hugging_face_folder(bpe, tmp_path):
     assert tokenizer_lib.load_tokenizer(tmp_path / "run").sha256 == bpe.sha256
 
 
+def test_half_of_a_surrogate_pair_is_refused(bpe, mistral):
+    for tokenizer in (bpe, mistral, tokenizer_lib.ByteTokenizer()):
+        for encode in (tokenizer.encode, tokenizer.encode_array):
+            with pytest.raises(DataError, match=r"half of a surrogate pair.* at character 2"):
+                encode("ab\ud800")
+
+
 def test_streamed_text_is_never_broken(bpe):
     text_lib = pytest.importorskip("mmfree_jax.infer.text")
     text = "".join(HARD)
