@@ -48,7 +48,8 @@ def train(argv: Sequence[str]) -> int:
     """Train a byte-level BPE tokenizer on text files."""
     from mmfree_jax.data.dataset import describe_identity
     from mmfree_jax.data.reading import reading_lines
-    from mmfree_jax.data.tokenizer import identity, load_tokenizer, train_bpe
+    from mmfree_jax.data.tokenizer import identity, load_tokenizer
+    from mmfree_jax.data.train_bpe import train_bpe
     from mmfree_jax.errors import DataError
     from mmfree_jax.files import check_file
 

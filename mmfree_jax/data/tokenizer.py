@@ -9,16 +9,14 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from mmfree_jax.data.special_tokens import (
-    BOS_TOKEN,
     BY_NAME,
-    EOS_TOKEN,
     as_text,
     named_ends,
     resolve_ends,
@@ -208,7 +206,7 @@ class SentencePieceTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face `tokenizer.json`; also what `train_bpe` makes."""
+    """A Hugging Face `tokenizer.json`; also what `train_bpe.py` makes."""
 
     def __init__(
         self,
@@ -308,43 +306,6 @@ class JsonTokenizer:
         }
         write_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
         write_bytes(Path(folder) / "tokenizer.json", self._text)
-
-
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, show_progress: bool = False
-) -> JsonTokenizer:
-    """Trains a byte-level BPE: any text can be encoded, and decodes to itself.
-
-    Args:
-      texts: documents; read once, without being kept.
-      vocab_size: tokens, with the 256 bytes and the two special tokens.
-      show_progress: let the trainer draw its own progress bars.
-
-    Raises:
-      DataError: vocab_size is too small, or larger than the text allows.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 258:
-        raise DataError(f"vocab_size is {vocab_size}: set at least 258 (256 bytes, start and end)")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,  # type: ignore[call-arg]
-        special_tokens=[BOS_TOKEN, EOS_TOKEN],  # type: ignore[call-arg]
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # type: ignore[call-arg]
-        show_progress=show_progress,  # type: ignore[call-arg]
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    trained = JsonTokenizer(tokenizer.to_str(pretty=True).encode(), BOS_TOKEN, EOS_TOKEN)
-    if trained.vocab_size < vocab_size:
-        raise DataError(
-            f"vocab_size is {vocab_size}, the text supports only {trained.vocab_size} tokens: "
-            f"set vocab_size to {trained.vocab_size} or less, or give more text"
-        )
-    return trained
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,9 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_tokenizer(
-    folder: Path, manifest: dict[str, Any]
-) -> tuple[Callable[[str], Iterable[int]], Callable[[list[int]], str]]:
+def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> tuple[Any, Any]:
     """(text -> ids, ids -> text)."""
     file = str(folder / (manifest["tokenizer"] or ""))
     if file.endswith(".model"):
@@ -94,13 +91,7 @@ def sample(logits: np.ndarray, args: argparse.Namespace, random: np.random.Gener
 
 
 def answer(
-    session: Any,
-    manifest: dict[str, Any],
-    decode: Callable[[list[int]], str],
-    ids: list[int],
-    state: np.ndarray,
-    args: argparse.Namespace,
-    random: np.random.Generator,
+    session: Any, manifest: dict, decode: Any, ids: list[int], state: Any, args: Any, random: Any
 ) -> np.ndarray:
     """Streams a continuation of `ids`; returns the state after it."""
     start, count, window = time.perf_counter(), 0, ids[-8:]

@@ -122,7 +122,7 @@ def _byte_json(tokenizer: Any) -> str:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    from mmfree_jax.data.tokenizer import BOS_TOKEN, EOS_TOKEN
+    from mmfree_jax.data.special_tokens import BOS_TOKEN, EOS_TOKEN
 
     vocab = {_byte_piece(byte): byte for byte in range(256)}
     vocab |= {BOS_TOKEN: tokenizer.bos_id, EOS_TOKEN: tokenizer.eos_id}

@@ -9,7 +9,6 @@ import functools
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -30,6 +29,7 @@ from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
+from mmfree_jax.train.profiler import Profiler
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
 from mmfree_jax.train.same_run import check_run_dir
@@ -214,7 +214,8 @@ class _Loop:
         self._ternary: dict[str, Any] = {}
         self._iterator: Any = None
         self._rows: tuple[int, ...] = ()
-        self._profiling = False
+        profile = run.run_dir / "profile"
+        self._profiler = Profiler(run.config.log.profile_steps, profile, self._read_metrics)
         self.compile_seconds = 0.0
 
     def run(self, state: TrainState, start: int) -> Summary:
@@ -231,7 +232,7 @@ class _Loop:
             step_fn = self._compile(state, batch)
             recorder.start()
         while done < config.steps and stopped_by is None:
-            self._profile(done + 1)
+            self._profiler.before(done + 1)
             with watch.section("step"):
                 state, metrics = step_fn(state, batch)
                 done += 1
@@ -382,28 +383,10 @@ class _Loop:
             )
         self._recorder.sample(done, options.sample_prompt, text)
 
-    def _profile(self, step: int) -> None:
-        """Starts and ends the profiler's trace where the config asks for it."""
-        steps = self._run.config.log.profile_steps
-        if steps is None:
-            return
-        if step == steps[0] and not self._profiling:
-            self._read_metrics()
-            jax.profiler.start_trace(str(Path(self._run.run_dir) / "profile"))
-            self._profiling = True
-        elif step > steps[1]:
-            self._stop_profile()
-
-    def _stop_profile(self) -> None:
-        if self._profiling:
-            self._read_metrics()
-            jax.profiler.stop_trace()
-            self._profiling = False
-
     def close(self) -> None:
         """Stops the profiler and the data threads."""
         with contextlib.suppress(Exception):
-            self._stop_profile()
+            self._profiler.stop()
         if self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
 

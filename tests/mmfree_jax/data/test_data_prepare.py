@@ -25,7 +25,8 @@ from mmfree_jax.data import documents as documents_lib
 from mmfree_jax.data import inputs, provenance, sources, text_split, writer
 from mmfree_jax.data import prepare as prepare_lib
 from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
-from mmfree_jax.data.tokenizer import ByteTokenizer, train_bpe
+from mmfree_jax.data.tokenizer import ByteTokenizer
+from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import ConfigError, DataError, OutputError
 from mmfree_jax.files import InUseError
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mmfree_jax.cli import tokenizer as tokenizer_cli
 from mmfree_jax.data import tokenizer as tokenizer_lib
+from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import ConfigError, DataError
 
 WORDS = [
@@ -43,7 +44,7 @@ HARD = [
 @pytest.fixture(scope="module")
 def bpe():
     # With words of several newlines and spaces, which a cut must not break.
-    return tokenizer_lib.train_bpe([t + "\n\nwe\n \n \nthe" * 9 for t in TEXTS], 320)
+    return train_bpe([t + "\n\nwe\n \n \nthe" * 9 for t in TEXTS], 320)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,8 @@ def test_bpe_learns_words_and_is_deterministic(bpe):
     assert bpe.vocab_size == 320
     assert (bpe.bos_id, bpe.eos_id) == (0, 1)
     assert len(bpe.encode(TEXTS[0])) < 0.4 * len(TEXTS[0])
-    first = tokenizer_lib.train_bpe(TEXTS, 310)
-    assert tokenizer_lib.train_bpe(iter(TEXTS), 310).sha256 == first.sha256
+    first = train_bpe(TEXTS, 310)
+    assert train_bpe(iter(TEXTS), 310).sha256 == first.sha256
     assert first.sha256 != bpe.sha256
 
 
@@ -216,9 +217,9 @@ def test_bad_tokenizers(tmp_path):
     with pytest.raises(DataError, match=r"bad\.json is not a Hugging Face tokenizer\.json"):
         tokenizer_lib.load_tokenizer(tmp_path / "bad.json")
     with pytest.raises(DataError, match="set at least 258"):
-        tokenizer_lib.train_bpe(TEXTS, 100)
+        train_bpe(TEXTS, 100)
     with pytest.raises(DataError, match=r"supports only \d+ tokens"):
-        tokenizer_lib.train_bpe(["abc abc"], 1000)
+        train_bpe(["abc abc"], 1000)
 
 
 def test_train_command(tmp_path, capsys):
@@ -243,7 +244,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path, monkeypatch):
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     seen = []
     monkeypatch.setattr(
-        tokenizer_lib, "train_bpe", lambda texts, *_, **__: seen.extend(texts) or bail()
+        "mmfree_jax.data.train_bpe.train_bpe", lambda texts, *_, **__: seen.extend(texts) or bail()
     )
 
     class StopError(Exception):

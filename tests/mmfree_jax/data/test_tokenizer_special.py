@@ -14,8 +14,8 @@ from mmfree_jax.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
-    train_bpe,
 )
+from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import DataError
 from mmfree_jax.export import chat
 from mmfree_jax.infer.text import encode_prompt

@@ -18,6 +18,7 @@ import tokenizers
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.data import tokenizer as tokenizer_lib
+from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.bench import browser as browser_lib
 from mmfree_jax.experiments.bench.browser import (
@@ -72,7 +73,7 @@ def sentencepiece_model(**options) -> tokenizer_lib.SentencePieceTokenizer:
 def make_tokenizers() -> dict[str, tokenizer_lib.Tokenizer]:
     return {
         "byte": tokenizer_lib.ByteTokenizer(),
-        "bpe": tokenizer_lib.train_bpe(TEXTS, 300),
+        "bpe": train_bpe(TEXTS, 300),
         "sentencepiece": sentencepiece_model(),
         "no dummy prefix": sentencepiece_model(add_dummy_prefix=False),
     }

@@ -10,8 +10,8 @@ from mmfree_jax.data.tokenizer import (
     ByteTokenizer,
     JsonTokenizer,
     load_tokenizer,
-    train_bpe,
 )
+from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.infer.text import encode_prompt
 from mmfree_jax.saved.huggingface_tokenizer import write_tokenizer
 

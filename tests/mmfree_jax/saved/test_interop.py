@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
-from mmfree_jax.data.tokenizer import load_tokenizer, train_bpe
+from mmfree_jax.data.tokenizer import load_tokenizer
+from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import make_mesh
