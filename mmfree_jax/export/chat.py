@@ -102,8 +102,7 @@ def answer(
         if (token := sample(logits, args, random)) in ends:
             break
         count += 1
-        window.append(token)
-        text = decode(window)
+        text = decode(window := [*window, token])
         if not text.endswith("\ufffd"):  # what a character reads as until its last byte
             print(text[shown:], end="", flush=True)
             shown = len(decode(window := window[-8:]))
