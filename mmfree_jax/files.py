@@ -356,7 +356,7 @@ def take_lock(path: StrPath, what: str, *, wait: bool = False) -> int:
       InUseError: another process holds it; says which.
       OutputError: the file cannot be written.
     """
-    with disk_errors(path):
+    with disk_errors(what, "choose a writable folder"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

@@ -113,6 +113,7 @@ def test_missing_data_and_run_directory_are_one_line(capsys, tmp_path, small_run
     assert main(["train", "--config", path, "--run-dir", str(tmp_path / "file" / "run")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
+    assert f"run_dir {tmp_path / 'file' / 'run'} cannot be written (Not a directory)" in err
     assert "choose a writable folder" in err
 
 
