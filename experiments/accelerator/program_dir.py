@@ -10,7 +10,8 @@ from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.accelerator.compile import Compiled
 from mmfree_jax.experiments.accelerator.isa import assemble, disassemble
 from mmfree_jax.experiments.accelerator.machine import Machine
-from mmfree_jax.files import new_folder, write_bytes, write_text
+from mmfree_jax.files import new_folder, sha256, sha256_file, write_bytes, write_text
+from mmfree_jax.json_shape import digest, fault
 from mmfree_jax.text_files import parse_json, read_text
 
 COMMAND = "hardware compile"
@@ -34,7 +35,10 @@ def save(compiled: Compiled, path: Path, *, model: Path) -> None:
     with new_folder(path, command=COMMAND, sources=[model], overwrite=True) as folder:
         write_text(folder / "program.asm", disassemble(compiled.program))
         write_bytes(folder / "memory.bin", compiled.memory.tobytes())
-        write_text(folder / "program.json", json.dumps(meta, indent=1) + "\n")
+        meta["memory_sha256"] = sha256_file(folder / "memory.bin")
+        meta = json.loads(json.dumps(meta))  # what a reader finds, tuples as lists
+        signed = meta | {"sha256": digest(meta)}
+        write_text(folder / "program.json", json.dumps(signed, indent=1) + "\n")
 
 
 def load(folder: Path) -> Compiled:
@@ -45,10 +49,17 @@ def load(folder: Path) -> Compiled:
     """
     try:
         meta = parse_json(read_text(folder / "program.json"))
+        if fault(meta, {"version": int, "places": dict, "machine": dict, "frac": dict}):
+            raise ValueError("a field is missing or of another type")
         if meta["version"] > _VERSION:
             raise DataError(f"{folder}/program.json is of version {meta['version']}: update mmfree")
         text = read_text(folder / "program.asm")
         memory = np.fromfile(folder / "memory.bin", np.uint8)
+        # Programs of older versions have no checksums; program.asm may be edited.
+        if meta.pop("sha256", None) not in (None, digest(meta)):
+            raise ValueError("it does not match its own checksum")
+        if meta.pop("memory_sha256", None) not in (None, sha256(memory.data)):
+            raise DataError(f"{folder}/memory.bin does not match its checksum: compile again")
         places = {name: (int(a), int(n)) for name, (a, n) in meta["places"].items()}
         machine = Machine(**meta["machine"])
         stride, frac = int(meta["token_stride"]), meta["frac"]

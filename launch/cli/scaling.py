@@ -12,6 +12,7 @@ from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
+from mmfree_jax.json_shape import fault
 from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
 from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
 from mmfree_jax.launch.device_scaling.run import Options, run_study
@@ -118,7 +119,12 @@ def _say(text: str) -> None:
 def _report(folder: Path) -> int:
     records = read_results(folder)
     study = folder / STUDY
-    about = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
+    try:
+        about = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
+    except ValueError:
+        about = None
+    if wrong := fault(about, {}):
+        raise ConfigError(f"{study} is damaged ({wrong}): remove it")
     done = [r for r in records if "error" not in r]
     kinds = ", ".join(sorted({r["device_kind"] for r in done}))
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())

@@ -7,6 +7,7 @@ from typing import Any
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.records import markdown
 from mmfree_jax.files import open_atomically
+from mmfree_jax.json_shape import fault
 from mmfree_jax.launch.device_scaling.run import RESULTS
 
 # What arXiv 2406.02528, section 4.3 reports on 8 H100: preset, tokens, hours.
@@ -19,14 +20,19 @@ def read_results(folder: Path) -> list[Record]:
     """The records of a study; of a case measured twice, the last that succeeded.
 
     Raises:
-      ConfigError: the folder holds none.
+      ConfigError: the folder holds none, or one is damaged.
     """
     path = folder / RESULTS
     if not path.is_file():
         raise ConfigError(f"report is {str(folder)!r}: it holds no {RESULTS}")
     latest: dict[str, Record] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if wrong := fault(record, {"name": str, "case": dict}):
+            raise ConfigError(f"{path}, line {number} is damaged ({wrong}): remove that line")
         before = latest.get(record["name"])
         if before is None or "error" not in record or "error" in before:
             latest[record["name"]] = record

@@ -149,6 +149,13 @@ def test_the_report(tmp_path):
     assert "95.0%" in (tmp_path / "scaling.md").read_text()
 
 
+@pytest.mark.parametrize("line", ['{"name": "x", "ca', "[]", '{"name": 3, "case": {}}'])
+def test_a_damaged_record_is_named(tmp_path, line):
+    (tmp_path / "results.jsonl").write_text('{"name": "x", "case": {}}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=r"results.jsonl, line 2 is damaged"):
+        report.read_results(tmp_path)
+
+
 def test_a_later_success_replaces_a_failure_but_not_the_reverse(tmp_path):
     good, bad = _record("370M", 1, "one", 1.0), {"name": "370M-one-1", "case": {}, "error": "x"}
     for order in ((good, bad), (bad, good)):

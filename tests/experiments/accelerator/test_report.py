@@ -117,6 +117,31 @@ def test_compile_and_run_commands(tmp_path, capsys, save_model):
     assert f"generated: [{likeliest}, " in out
     assert main(["hardware", "run", "--program", str(program), "--tokens", "3,999"]) == 2
     assert "the model's ids go from 0 to 255" in capsys.readouterr().err
+    # So is a changed byte anywhere in the memory, and in what describes it.
+    run = ["hardware", "run", "--program", str(program), "--tokens", "3"]
+    for name, place, told in (
+        ("memory.bin", 5000, "memory.bin does not match its checksum"),
+        ("memory.bin", 0, "memory.bin does not match its checksum"),
+        ("program.json", -1, "does not match its own checksum"),
+    ):
+        data = (program / name).read_bytes()
+        changed = bytearray(data)
+        if place < 0:
+            changed = bytearray(data.replace(b'"token_stride": ', b'"token_stride": 1'))
+        else:
+            changed[place] ^= 1
+        (program / name).write_bytes(changed)
+        assert main(run) == 2
+        assert told in capsys.readouterr().err
+        (program / name).write_bytes(data)
+    # Nothing is written over the program itself, or over another file.
+    before = (program / "memory.bin").read_bytes()
+    assert main([*run, "--out", str(program / "memory.bin")]) == 2
+    assert "memory.bin is not replaced: it is read" in capsys.readouterr().err
+    (tmp_path / "notes").write_text("mine")
+    assert main([*run, "--out", str(tmp_path / "notes")]) == 2
+    assert "is not replaced" in capsys.readouterr().err
+    assert (program / "memory.bin").read_bytes() == before
     # A damaged program is refused with its line.
     file = program / "program.asm"
     lines = file.read_text().splitlines()
