@@ -120,7 +120,7 @@ def _report(folder: Path) -> int:
     records = read_results(folder)
     study = folder / STUDY
     try:
-        about = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
+        about: Any = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
     except ValueError:
         about = None
     if wrong := fault(about, {}):

@@ -28,7 +28,7 @@ def read_results(folder: Path) -> list[Record]:
     latest: dict[str, Record] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            record = json.loads(line)
+            record: Any = json.loads(line)
         except ValueError:
             record = None
         if wrong := fault(record, {"name": str, "case": dict}):

@@ -9,7 +9,6 @@ shards are synced and `progress.json` notes how far they are good. Nothing here 
 import collections
 import contextlib
 import functools
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -54,9 +53,9 @@ from mmfree_jax.data.writer import (
     read_progress,
     token_dtype_for,
     write_index,
+    write_progress,
 )
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.files import write_text
 from mmfree_jax.ranges import Count, CountOrZero, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
@@ -313,7 +312,7 @@ class _Preparation:
             **self._counted(),
             "splits": {split: writer.sync() for split, writer in self._writers.items()},
         }
-        write_text(self._folder / PROGRESS_NAME, json.dumps(journal))
+        write_progress(self._folder / PROGRESS_NAME, journal)
 
     def _total(self) -> Tally:
         total = Tally()

@@ -27,9 +27,19 @@ from mmfree_jax.data.dataset import (
 )
 from mmfree_jax.errors import DataError, OutputError
 from mmfree_jax.files import sha256_file, sync_folder, write_text
+from mmfree_jax.json_shape import digest, fault
 
 SHARD_TOKENS = 2**27
 """Tokens after which a shard is closed (256 MiB at two bytes a token)."""
+_SELF = "sha256"
+_JOURNAL: dict[str, Any] = {
+    "settings": dict,
+    "inputs": list,
+    "file": int,
+    "record": int,
+    "counts": dict,
+    "splits": dict,
+}
 
 
 def token_dtype_for(vocab_size: int) -> str:
@@ -294,10 +304,25 @@ def write_dataset(
 
 
 def read_progress(file: Path) -> dict[str, Any] | None:
-    """The journal of an unfinished preparation, or None."""
+    """The journal of an unfinished preparation, or None.
+
+    Raises:
+      DataError: it is unreadable or damaged. Older versions wrote no checksum.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        journal = json.loads(file.read_text(encoding="utf-8"))
+        if wrong := fault(journal, _JOURNAL):
+            raise ValueError(wrong)
+        if journal.pop(_SELF, None) not in (None, digest(journal)):
+            raise ValueError("it does not match its own checksum")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{file} cannot be read ({e}): remove {file.parent} and start again") from e
+    return journal
+
+
+def write_progress(file: Path, journal: dict[str, Any]) -> None:
+    """Writes the journal, with a checksum of itself."""
+    journal = json.loads(json.dumps(journal))  # what a reader finds, tuples as lists
+    write_text(file, json.dumps(journal | {_SELF: digest(journal)}))

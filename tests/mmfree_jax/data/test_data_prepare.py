@@ -289,7 +289,18 @@ def test_a_failure_can_be_put_right_and_gone_on_from(tmp_path, monkeypatch):
     config = PrepareConfig(out=str(out), input=source, heldout_fraction=0.0, workers=1)
     with pytest.raises(DataError, match="line 61: not a JSON object"):
         prepare_dataset(config, commit_bytes=5000)
-    assert json.loads((out / "progress.json").read_text())["record"] > 40
+    good = (out / "progress.json").read_text()
+    assert json.loads(good)["record"] > 40
+    for damage in (
+        good.replace('"record": ', '"record": 1'),
+        '{"file": 0, "record": 0}',
+        "[]",
+        "{",
+    ):
+        (out / "progress.json").write_text(damage)
+        with pytest.raises(DataError, match=r"progress.json cannot be read .* start again"):
+            prepare_dataset(dataclasses.replace(config, skip_bad_records=True))
+    (out / "progress.json").write_text(good)
     index, _ = prepare_dataset(dataclasses.replace(config, skip_bad_records=True))
     assert read_back(out, "train") == TEXTS * 2
     assert index.source["counts"]["bad_records"] == 1

@@ -380,6 +380,7 @@ def test_a_journal_of_an_earlier_version_is_gone_on_with(two, tmp_path, monkeypa
             prepare_dataset(config, commit_bytes=1)
     journal = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert journal.pop("readings")[0]["tally"]["documents"] == 9
+    assert len(journal.pop("sha256")) == 64  # which older versions did not write either
     assert journal["counts"]["documents"] == 9
     (tmp_path / "out" / "progress.json").write_text(json.dumps(journal))
     assert prepare_dataset(config)[1]
