@@ -37,6 +37,21 @@ def median_ms(
     return 1e3 * statistics.median(times), first
 
 
+def row_of(
+    row: dict[str, Any], measure: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+    """The row with what is measured, or with the error: a variant that fails is a result too."""
+    try:
+        return {**row, **measure(*arguments)}
+    except Exception as error:
+        return {**row, "error": in_words(error)}
+
+
+def in_words(error: Exception) -> str:
+    """The error in a few words, for a row."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
 @jax.jit
 def _relative(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -47,3 +62,16 @@ def largest_difference(got: Any, expected: Any) -> float:
     """The largest relative RMS difference over the arrays of two trees of one structure."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     return max(float(_relative(g, e)) for g, e in pairs)
+
+
+def bandwidth(
+    function: Callable,
+    argument_sets: Sequence[tuple],
+    expected: Any,
+    megabytes: float,
+    timer: Callable[..., tuple[float, Any]] = median_ms,
+) -> dict[str, Any]:
+    """What a row says of a function bound by memory: ms, GB/s and its difference to `expected`."""
+    ms, got = timer(compile_for(function, argument_sets), argument_sets)
+    differ = largest_difference(got, expected)
+    return {"differ": differ, "ms": round(ms, 5), "gb_per_s": round(megabytes / ms, 1)}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..norm_quant.reference import quantize_int8, rms_norm
 from ..ternary_matmul.api import ternarize
-from ..timing import compile_for, largest_difference, median_ms
+from ..timing import compile_for, in_words, largest_difference, median_ms
 from .api import bitlinear_many
 from .reference import straight_through
 
@@ -120,7 +120,7 @@ def benchmark(
                 training = functools.partial(_training, forward)
                 both, results = median_ms(compile_for(training, training_sets), training_sets)
             except Exception as error:
-                yield {**row, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+                yield {**row, "error": in_words(error)}
                 continue
             expected = results if expected is None else expected
             yield {

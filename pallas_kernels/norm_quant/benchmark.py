@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..timing import compile_for, largest_difference, median_ms
+from ..timing import bandwidth, median_ms, row_of
 from . import api
 
 # (K, consumers, form): what stands before i f g, before gate-up, before o, before down.
@@ -132,16 +132,10 @@ def benchmark(
                     "op": f"norm_quant {direction}",
                     "m": m, "k": k, "consumers": count, "form": form, "variant": name,
                 }  # fmt: skip
-                try:
-                    program = compile_for(functools.partial(function, **options), sets)
-                    # A CPU has no profile of its own, and no launches to hide.
-                    timer = median_ms if jax.default_backend() == "cpu" else device_ms
-                    ms, got = timer(program, sets)
-                    row["differ"] = largest_difference(got, reference)
-                except Exception as error:
-                    yield {**row, "error": f"{type(error).__name__}: {str(error)[:200]}"}
-                    continue
-                yield {**row, "ms": round(ms, 5), "gb_per_s": round(1e-6 * bytes_ / ms, 1)}
+                # A CPU has no profile of its own, and no launches to hide.
+                timer = median_ms if jax.default_backend() == "cpu" else device_ms
+                call = functools.partial(function, **options)
+                yield row_of(row, bandwidth, call, sets, reference, 1e-6 * bytes_, timer)
 
 
 if __name__ == "__main__":

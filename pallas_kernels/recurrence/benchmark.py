@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
-from ..timing import compile_for, largest_difference, median_ms
+from ..timing import bandwidth, row_of
 from . import pallas_gpu, pallas_tpu, xla
 
 SHAPES = ((8, 2048, 2048), (8, 2048, 1024), (1, 2048, 2048), (1, 16384, 2048))
@@ -46,14 +46,8 @@ def benchmark(
                 row["variant"] = name
                 if step not in functions_of:
                     continue
-                try:
-                    ms, got = median_ms(compile_for(functions_of[step], arguments), arguments)
-                except Exception as error:  # a variant that cannot run is a result too
-                    yield {**row, "error": f"{type(error).__name__}: {str(error)[:200]}"}
-                    continue
-                row["differ"] = largest_difference(got, expected)
-                gb_per_s = 1e-6 * arrays * array_bytes / ms
-                yield {**row, "ms": round(ms, 5), "gb_per_s": round(gb_per_s, 1)}
+                megabytes = 1e-6 * arrays * array_bytes
+                yield row_of(row, bandwidth, functions_of[step], arguments, expected, megabytes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

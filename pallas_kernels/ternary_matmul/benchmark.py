@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..timing import compile_for, median_ms
+from ..timing import compile_for, in_words, median_ms
 from . import api, pallas_mosaic_gpu
 
 # (N, K) of the 370M, 1.3B and 2.7B models' matrices, the heads last.
@@ -130,7 +130,7 @@ def _try(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return in_words(error)
 
 
 # Tiles worth trying on an H100: a sweep of more found none that beats these anywhere.
