@@ -1,7 +1,7 @@
 """Configurations to and from plain dicts and YAML, strictly.
 
 Unknown keys are errors, and so are keys that occur twice: every YAML in the project is read by
-`parse_yaml` or `read_yaml`.
+`parse_yaml` or `read_yaml`, or looked at by `check_keys` where another library reads it.
 """
 
 import dataclasses
@@ -129,10 +129,25 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
       ConfigError: it is not YAML, or a key occurs twice in a mapping.
     """
+    return _parse(text, source)
+
+
+def _parse(text: str, source: str, *, keys_only: bool = False) -> Any:
     try:
+        if keys_only:
+            return yaml.compose(text, _StrictLoader)
         return yaml.load(text, _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # 2024-13-01 is a ValueError
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(e).split())}") from e
+
+
+def check_keys(path: str | os.PathLike[str]) -> None:
+    """Refuses a YAML file that others will read, tags of their own and all, if a key occurs twice.
+
+    Raises:
+      ConfigError: the file cannot be read or is not YAML, or a key occurs twice.
+    """
+    _read(path, keys_only=True)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
@@ -141,13 +156,17 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     Raises:
       ConfigError: the file cannot be read or is not YAML, or a key occurs twice.
     """
+    return _read(path)
+
+
+def _read(path: str | os.PathLike[str], *, keys_only: bool = False) -> Any:
     try:
         text = read_text(path)
     except OSError as e:
         raise ConfigError(f"config file {path}: {e.strerror}; give a readable YAML file") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"config file {path} is not valid YAML: {e}") from e
-    return parse_yaml(text, f"config file {path}")
+    return _parse(text, f"config file {path}", keys_only=keys_only)
 
 
 def load_yaml(path: str | os.PathLike[str], base: TrainConfig | None = None) -> TrainConfig:

@@ -23,6 +23,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from mmfree_jax.config_io import check_keys
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.encoding import encode_pair
 from mmfree_jax.evaluate.forward import FloatForward, Forward
@@ -294,7 +295,10 @@ def run_tasks(
 
     Raises:
       DataError: a task is unknown, or its data cannot be read.
+      ConfigError: a YAML file in `tasks_dir` is not YAML, or a key occurs twice in it.
     """
+    for file in sorted(tasks_dir.rglob("*.yaml")) if tasks_dir is not None else ():
+        check_keys(file)
     with tempfile.TemporaryDirectory(prefix="mmfree-eval-") as scratch:
         local = [] if tasks_dir is None else write_task_files(tasks, tasks_dir, Path(scratch))
         if set(local) == set(tasks):

@@ -13,6 +13,7 @@ import pytest
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, ModelConfig
+from mmfree_jax.config_io import check_keys
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate import tasks
@@ -295,6 +296,16 @@ def test_a_users_own_task_file(adapter, tmp_path, no_network):
     )
     results = harness.run_tasks(adapter, ["letters"], tasks_dir=folder, bootstrap_iters=0)
     assert results["results"]["letters"]["acc,none"] == 1.0
+
+
+def test_a_task_file_with_a_key_twice_is_refused(adapter, tmp_path):
+    (tmp_path / "in").mkdir()
+    text = "task: letters\ntest_split: test\ndoc_to_text: !function mine.text\ntest_split: train\n"
+    (tmp_path / "in/letters.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"letters.yaml .* 'test_split' occurs twice"):
+        harness.run_tasks(adapter, ["letters"], tasks_dir=tmp_path)
+    (tmp_path / "in/letters.yaml").write_text(text.replace("test_split: train\n", ""))
+    check_keys(tmp_path / "in/letters.yaml")
 
 
 @pytest.fixture
