@@ -34,7 +34,7 @@ def plot(
 
     if output is None:
         output = runs[0] / LOSS_CURVE if len(runs) == 1 else Path("loss_curves.png")
-    plot_losses(
+    gaps = plot_losses(
         runs,
         output,
         x=x,
@@ -44,4 +44,6 @@ def plot(
         labels=labels or None,
     )
     print(f"loss curve: {output}")
+    for run, count in gaps.items():
+        print(f"note: {count} losses of {run} are not finite: gaps in its curve")
     return 0

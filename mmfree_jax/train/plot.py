@@ -82,7 +82,7 @@ def plot_losses(
     log_y: bool = False,
     smoothing: float = 0.8,
     labels: Sequence[str] | None = None,
-) -> None:
+) -> dict[Path, int]:
     """Draws the training loss (smoothed) and the held-out loss (dots) of each run.
 
     Args:
@@ -94,8 +94,11 @@ def plot_losses(
       smoothing: weight of the past in the moving average, in [0, 1); 0 draws the records.
       labels: name of each run; default: its folder's.
 
+    Returns:
+      Of runs with losses that are not finite, which no figure can show: how many.
+
     Raises:
-      ConfigError: a run has no metrics, or an argument is out of range.
+      ConfigError: a run has no metrics or no finite loss, or an argument is out of range.
       OutputError: the file cannot be written, or is there and no such figure.
     """
     import matplotlib.figure
@@ -111,10 +114,15 @@ def plot_losses(
     # A figure of its own needs no display and leaves pyplot's global state alone.
     figure = matplotlib.figure.Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
+    gaps: dict[Path, int] = {}
     for i, run in enumerate(runs):
         records = read_history(run / METRICS)
         if not any(r.get("loss") is not None for r in records):
             raise ConfigError(f"{run / METRICS} has no losses: give the folder of a training run")
+        drawn = [loss for kind_ in ("train", "eval") for loss in _curve(run, records, kind_, x)[1]]
+        gaps[run] = int(np.count_nonzero(~np.isfinite(drawn)))
+        if gaps[run] == len(drawn):
+            raise ConfigError(f"{run / METRICS} has no finite loss: there is nothing to draw")
         label = labels[i] if labels else (run.name or str(run))
         colour = _COLOURS[i % len(_COLOURS)]
         xs, ys = _curve(run, records, "train", x)
@@ -147,3 +155,4 @@ def plot_losses(
             figure.savefig(file, dpi=150, format=kind)
     except ValueError as e:
         raise ConfigError(f"output is {str(output)!r}: {e}") from e
+    return {run: count for run, count in gaps.items() if count}

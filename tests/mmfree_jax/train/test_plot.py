@@ -51,6 +51,18 @@ def drawn(monkeypatch):
     return lines
 
 
+def test_losses_that_are_not_finite_are_counted_and_alone_refused(runs, tmp_path, capsys):
+    metrics = runs[0] / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"kind": "train", "step": 12, "tokens": 1200, "loss": NaN}\n')
+    command = ["plot", *map(str, runs), "--output", str(tmp_path / "x.png")]
+    assert main(command) == 0
+    assert f"note: 1 losses of {runs[0]} are not finite" in capsys.readouterr().out
+    metrics.write_text('{"kind": "train", "step": 1, "tokens": 1, "loss": NaN}\n')
+    assert main(command) == 2
+    assert "has no finite loss" in capsys.readouterr().err
+
+
 def test_smoothing_is_unbiased_and_does_not_lag():
     assert smooth([3.0, 3.0, 3.0], 0.9) == pytest.approx([3, 3, 3])
     assert smooth([1.0, 2.0, 4.0], 0.0) == pytest.approx([1, 2, 4])
