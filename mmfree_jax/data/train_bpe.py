@@ -7,6 +7,9 @@ from mmfree_jax.data.tokenizer import JsonTokenizer
 from mmfree_jax.errors import DataError
 
 
+_MOST_TOKENS = 2**24
+
+
 def train_bpe(
     texts: Iterable[str], vocab_size: int, *, show_progress: bool = False
 ) -> JsonTokenizer:
@@ -18,13 +21,15 @@ def train_bpe(
       show_progress: let the trainer draw its own progress bars.
 
     Raises:
-      DataError: vocab_size is too small, or larger than the text allows.
+      DataError: vocab_size is too small, too large, or larger than the text allows.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 258:
         raise DataError(f"vocab_size is {vocab_size}: set at least 258 (256 bytes, start and end)")
+    if vocab_size > _MOST_TOKENS:  # the trainer makes room for all of them, or aborts
+        raise DataError(f"vocab_size is {vocab_size}: set at most {_MOST_TOKENS}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]

@@ -237,6 +237,8 @@ def test_train_command(tmp_path, capsys):
         tokenizer_cli.train(["--out", str(tmp_path / "u")])
     with pytest.raises(ConfigError, match="vocab-size"):
         tokenizer_cli.train([*args[:-1], "many"])
+    with pytest.raises(DataError, match="vocab_size is 99999999999: set at most 16777216"):
+        tokenizer_cli.train([*args[:-1], "99999999999"])
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path, monkeypatch):
