@@ -82,12 +82,15 @@ def last_value(argv: list[str], flag: str) -> str | None:
     """The value of `flag` in `argv`, which tyro reads only once the defaults are known."""
     value = None
     for i, argument in enumerate(argv):
-        if argument == flag:
+        name, equals, rest = argument.partition("=")
+        if name.replace("_", "-") != flag:
+            continue
+        if equals:
+            value = rest
+        else:
             if i + 1 == len(argv) or argv[i + 1].startswith("--"):
                 raise ConfigError(f"{flag} has no value: give one after it")
             value = argv[i + 1]
-        elif argument.startswith(flag + "="):
-            value = argument.partition("=")[2]
     return value
 
 

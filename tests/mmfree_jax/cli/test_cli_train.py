@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.cli.train import resolve_config
+from mmfree_jax.cli.train import last_value, resolve_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.presets import preset
@@ -36,6 +36,12 @@ def test_a_preset_flag_wins_over_the_files_preset(tmp_path):
     path = _yaml(tmp_path, "preset: small\nsteps: 5\n")
     assert resolve_config(["--config", path]).model == preset("small").model
     assert resolve_config(["--config", path, "--preset", "tiny"]).model == preset("tiny").model
+
+
+def test_flags_that_set_the_defaults_may_be_spelt_with_underscores():
+    """tyro takes both spellings; the defaults must be those of the model that is named."""
+    assert last_value(["--init_from", "a", "--steps", "1"], "--init-from") == "a"
+    assert last_value(["--init_from=a_b", "--init-from=c_d"], "--init-from") == "c_d"
 
 
 def test_all_kinds_of_values():
