@@ -6,7 +6,6 @@ from mmfree_jax.data.special_tokens import BOS_TOKEN, EOS_TOKEN
 from mmfree_jax.data.tokenizer import JsonTokenizer
 from mmfree_jax.errors import DataError
 
-
 _MOST_TOKENS = 2**24
 
 
