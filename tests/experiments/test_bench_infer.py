@@ -60,6 +60,10 @@ def test_runs_can_be_joined(tmp_path, capsys):
     assert "| 370M |" in (tmp_path / "d" / "infer.md").read_text()
     assert main(["bench", "infer", "--out", str(tmp_path / "e"), "--join", str(tmp_path)]) == 2
     assert "infer.json" in capsys.readouterr().err
+    for damage in ("[]", '"x"', "{}", "{"):
+        (tmp_path / "a" / "infer.json").write_text(damage)
+        assert main(["bench", "infer", "--out", str(tmp_path / "e"), "--join", both]) == 2
+        assert "has no readable infer.json" in capsys.readouterr().err
 
 
 def _plan(sizes, forms, **changes):

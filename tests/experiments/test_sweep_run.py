@@ -24,7 +24,7 @@ from mmfree_jax.experiments.sweep.plan import main_runs
 from mmfree_jax.experiments.sweep.process import child_environment, outcome, start
 from mmfree_jax.experiments.sweep.report import best_rows, status_text
 from mmfree_jax.experiments.sweep.runner import Options, run_sweep
-from mmfree_jax.experiments.sweep.state import snapshot
+from mmfree_jax.experiments.sweep.state import read_failures, snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, read_results
 from mmfree_jax.files import is_locked, take_lock
 
@@ -489,3 +489,13 @@ def test_one_seed_does_not_choose_for_itself(make, trainer):
         writer_.writerows(rows)
     best = best_rows(snapshot(sweep))
     assert {(r["seed"], float(r["learning_rate"])) for r in best} == {("0", 4e-3), ("1", 4e-3)}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '"x"', '{"kind": "error"}', '{"kind": 1, "reason": ""}']
+)
+def test_a_damaged_record_of_a_failure_is_named(tmp_path, text):
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "run.json").write_text(text)
+    with pytest.raises(SweepError, match=r"failures/run.json .*; delete it"):
+        read_failures(tmp_path)

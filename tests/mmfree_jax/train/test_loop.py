@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +130,17 @@ def test_a_finished_run_says_so(finished, capsys):
     assert train(config) == summary
     assert "already holds this run, complete at step 12" in capsys.readouterr().out
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["[]", '"complete"', "{", "3"])
+def test_a_damaged_summary_is_none(finished, text):
+    config, run_dir, _ = finished
+    good = (run_dir / report.SUMMARY).read_bytes()
+    (run_dir / report.SUMMARY).write_text(text)
+    try:
+        assert report.finished_summary(SimpleNamespace(run_dir=run_dir, config=config)) is None
+    finally:
+        (run_dir / report.SUMMARY).write_bytes(good)
 
 
 @pytest.mark.parametrize("every", [1, 5])
