@@ -1,0 +1,37 @@
+"""A small MatMul-free model whose norms and bounds are as training leaves them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.model import LanguageModel
+
+# Widths that neither 4 nor 5 divides.
+BASE = ModelConfig(
+    vocab_size=61,
+    hidden_size=38,
+    num_layers=2,
+    intermediate_size=47,
+    compute_dtype="float32",
+    residual_dtype="float32",
+    remat="none",
+)
+
+
+@functools.cache
+def build(config):
+    model = LanguageModel(config)
+    params = model.init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    keys = iter(jax.random.split(jax.random.key(9), 64))
+    # Norms and bounds away from their initial values, as training leaves them.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            x + 0.3 * jax.random.normal(next(keys), x.shape)
+            if "weight" not in jax.tree_util.keystr(path)
+            else 3 * x
+        ),
+        params,
+    )
+    return model, params
