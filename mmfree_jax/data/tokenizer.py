@@ -331,9 +331,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     source = f"tokenizer {file}"
     if file.suffix == ".json":
         return JsonTokenizer(contents, bos, eos, source)
-    return SentencePieceTokenizer(
+    tokenizer = SentencePieceTokenizer(
         contents, source, use_bos=bos is not None, use_eos=eos is not None
     )
+    for key, name, i in (
+        ("bos_token", bos, tokenizer.bos_id),
+        ("eos_token", eos, tokenizer.eos_id),
+    ):
+        own = None if i is None else tokenizer.piece(i)
+        if name not in (None, BY_NAME, own):
+            raise DataError(
+                f"{file.parent}: {key} is {name!r}, that of {file.name} is {own!r}: give the "
+                "tokenizer.json of the same tokenizer, or make them one"
+            )
+    return tokenizer
 
 
 def _find_file(path: Path) -> Path:

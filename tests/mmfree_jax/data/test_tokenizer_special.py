@@ -182,3 +182,37 @@ def test_what_spells_the_token():
     tokenizer = word_level()
     assert tokenizer.encode("a <s> b") == [3, 2, 2, 2, 4]  # three unknown characters
     assert not_marked().decode(not_marked().encode("x</s>y")) == "x</s>y"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"eos_token": "<|im_end|>"},
+            r"eos_token is '<\|im_end\|>', that of tokenizer.model is '</s>'",
+        ),
+        (
+            {"bos_token": {"content": "</s>"}},
+            "bos_token is '</s>', that of tokenizer.model is '<s>'",
+        ),
+        ({"bos_token": "<s>", "eos_token": {"content": "</s>"}}, None),
+    ],
+)
+def test_ends_that_a_sentencepiece_model_does_not_have_are_refused(config, message, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        sentence_iterator=iter(["the river bank", "cold wind over the water"] * 20),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<|im_end|>"],
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if message is None:
+        tokenizer = load_tokenizer(tmp_path)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    else:
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(tmp_path)
