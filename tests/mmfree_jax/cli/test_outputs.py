@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.saved import huggingface
+from mmfree_jax.saved.tensor_names import tensor_map
 
 _CONFIG = {
     "model_type": "hgrn_bit",
@@ -44,7 +45,7 @@ def model(tmp_path):
     folder = tmp_path / "models" / "hf"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_CONFIG))
-    slots = huggingface.tensor_map(huggingface.read_config(folder).config)
+    slots = tensor_map(huggingface.read_config(folder).config)
     rng = np.random.default_rng(0)
     tensors = {
         name: rng.normal(size=slot.shape).astype(np.float32) for name, (slot, *_) in slots.items()
