@@ -1,5 +1,7 @@
 """Documented figures of decoding and prompts are those of infer*.json."""
 
+import statistics
+
 RECORD, SMALL, BATCHES = (f"h100/infer{end}.json" for end in ("", "_small", "_batches"))
 FORMS = ("packed", "matmulfree-bf16", "transformer-bf16")
 SIZES = ("370M", "1.3B", "2.7B", "7B", "13B")
@@ -172,4 +174,20 @@ def test_few_rows(records, compare):
 
     sizes = ("370M", "1.3B", "2.7B")
     lines = [f"| {n} | {' | '.join(cell(size, n) for size in sizes)} |" for n in (2, 3, 4)]
+    compare("docs/inference.md", lines)
+
+
+def test_before_and_after(records, compare):
+    def medians(task):
+        row = records.row("h100/before_after.json", task=task)
+        return [f"{statistics.median(row[when]):.3f}" for when in ("before_ms", "after_ms")]
+
+    lines = []
+    for rows, place in ((1, "370M"), (1, "1.3B"), (1, "2.7B")):
+        before, after = medians(f"decode-{place}-{rows}")
+        ms = " ms" if place == "370M" else ""
+        lines.append(f"{before}{ms} became {after} at {place}")
+    for task, text in (("370M-2", "two rows at 370M became"), ("1.3B-3", "three at 1.3B")):
+        before, after = medians(f"decode-{task}")
+        lines.append(f"{text} {after} from {before}")
     compare("docs/inference.md", lines)
