@@ -144,8 +144,7 @@ class Reader:
         try:
             header = json.loads(text)
             own = header["__metadata__"].pop(_SELF, None)  # files of older versions have none
-            if own not in (None, digest(header)):
-                raise ValueError("the header does not match its own checksum")
+            intact = own in (None, digest(header))
             self.metadata: dict[str, str] = header.pop("__metadata__")
             self._entries = {name: _entry(value) for name, value in header.items()}
             found, self.version = self.metadata["format"], int(self.metadata["version"])
@@ -159,6 +158,10 @@ class Reader:
             raise CheckpointError(
                 f"{self._what} has version {self.version}: this program reads up to {version}; "
                 "install a newer mmfree-jax"
+            )
+        if not intact:
+            raise CheckpointError(
+                f"{self._what}: its header does not match its checksum; copy or make it again"
             )
         self._start = 8 + length
         end = self._start + max((entry.end for entry in self._entries.values()), default=0)

@@ -172,7 +172,7 @@ def test_a_disturbed_measurement_is_taken_again(monkeypatch):
 
 def test_files_that_cannot_be_made_are_rows_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(edge.sys, "executable", "/bin/false")
-    monkeypatch.setattr(edge_models, "_make_packed", lambda path, _: path.mkdir())
+    monkeypatch.setattr(edge_models, "_make_packed", lambda path, _: None)
     plan = _plan(models=tmp_path / "models", prepare_only=True)
     rows = edge.measure(plan, "x", lambda _: None)
     assert {row["failed"] for row in rows} == {"mmfree export onnx: exit code 1: no message"}

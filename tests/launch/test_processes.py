@@ -86,7 +86,7 @@ def test_two_processes_survive_a_kill_a_signal_and_a_stop(launch, alone, tmp_pat
     assert [p.returncode for p in second.processes] == [143, 143]
     step = last_step(run_dir)
     assert checkpoint_steps(checkpoints)[-1] == step
-    assert verify(checkpoints / str(step))["step"] == step
+    assert verify(checkpoints / str(step)).step == step
 
     # One stands still: the other gives up with an exit code of its own, and names it.
     third = launch(2, run_dir, grace=1.0)

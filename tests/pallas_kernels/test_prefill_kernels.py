@@ -137,7 +137,7 @@ def test_the_kernels_lower_for_cuda(columns):
 
     assert "triton" in lower_for_cuda(mixer_in, rows, rows, index, norm, scale, *[norm] * 3)
     assert "triton" in lower_for_cuda(mixer_out, rows, rows, index, norm, scale, norm)
-    gated = functools.partial(rows_gpu.quantize, gated=True, **eps)
+    gated = functools.partial(rows_gpu.quantize_rows, gated=True, **eps)
     wide = shape(2048, 2 * columns)
     assert "triton" in lower_for_cuda(lambda x, i, n: gated(x, i, [n]), wide, index, norm)
     stacks = [shape(2, 2560, columns // 4, dtype=jnp.uint8)] * 3

@@ -333,4 +333,4 @@ def test_bench_browser_compares_the_page_with_python(site, browser, monkeypatch,
     assert re.search(r"Chromium: ready after [\d.]+ s, [\d.]+ tokens/s, peak of the", printed)
     assert "all 8 tokens are the same" in printed
     assert main(["bench", "browser", "--export", str(site.folder), "--tokens", "1"]) == 2
-    assert "--tokens is 1: set at least 2" in capsys.readouterr().err
+    assert "--tokens is 1: set 2 or more" in capsys.readouterr().err
