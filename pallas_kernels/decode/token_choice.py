@@ -94,7 +94,8 @@ def choose(refs: Refs, plan: Plan, patience: jax.Array) -> tuple[jax.Array, jax.
     if not plan.emulate:
         # What others took off a board before they passed on their logit is seen from here on.
         patience = inline.fence(refs["board"], patience)
-    token = jnp.max(best.index)
+    # One axis at a time: jax 0.11 cannot lower a maximum over two under a mesh of explicit axes.
+    token = jnp.max(jnp.max(best.index, axis=1))
     # Without patience the program goes on with NaN (`embed`), so that the wrong token shows.
     patience = jnp.where(token == EMPTY, 0, patience)
     return jnp.clip(token, 0, plan.steps["head"].rows - 1), patience
