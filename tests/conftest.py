@@ -1,4 +1,4 @@
-"""Shared fixtures: simulated devices, and the reference files where they are present."""
+"""Shared fixtures: simulated devices, small disks, reference files and prepared data."""
 
 import os
 import shutil
@@ -25,16 +25,19 @@ import pytest  # noqa: E402
 
 from mmfree_jax.data import writer  # noqa: E402
 
-_REPOSITORY = Path(__file__).resolve().parents[1]
+_DATA = Path(__file__).resolve().parent / "data"
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder of reference files: $MMFREE_SHARED, else ../shared; skips when absent."""
-    path = Path(os.environ.get("MMFREE_SHARED", _REPOSITORY.parent / "shared"))
-    if not path.is_dir():
-        pytest.skip(f"reference files are not at {path} (set MMFREE_SHARED)")
-    return path
+def authors_package() -> Path:
+    """The folder of a small model and what the authors' package computes with it."""
+    return _DATA / "authors_package"
+
+
+@pytest.fixture(scope="session")
+def mistral_model() -> Path:
+    """Mistral's SentencePiece model."""
+    return _DATA / "mistral_tokenizer" / "mistral_v1.model"
 
 
 @pytest.fixture

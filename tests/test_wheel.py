@@ -109,7 +109,7 @@ def test_wheel_holds_one_package_with_all_that_commands_read(distributions):
     expected = set().union(*map(_sources, FOLDERS))
     assert {name for name in files if name.endswith(".py")} == expected
     assert {f"mmfree_jax/{name}" for name in DATA} <= files
-    unwanted = ("/results/", ".ipynb", "node_modules", "/vendor/", "__pycache__")
+    unwanted = ("/results/", ".ipynb", "node_modules", "/vendor/", "__pycache__", ".safetensors")
     assert [name for name in files if any(part in name for part in unwanted)] == []
 
 
@@ -119,6 +119,9 @@ def test_wheel_built_from_the_sdist_is_the_same(distributions, tmp_path):
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     assert (source / "experiments" / "results").is_dir()
+    for name in ("authors_package/dev_model.safetensors", "mistral_tokenizer/mistral_v1.model"):
+        data = source / "tests" / "data" / name
+        assert data.read_bytes() == (ROOT / "tests" / "data" / name).read_bytes()
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     again = zipfile.ZipFile(tmp_path / wheel.name)

@@ -48,8 +48,8 @@ def bpe():
 
 
 @pytest.fixture(scope="module")
-def mistral(shared_dir):
-    return tokenizer_lib.load_tokenizer(shared_dir / "tokenizer" / "mistral_v1.model")
+def mistral(mistral_model):
+    return tokenizer_lib.load_tokenizer(mistral_model)
 
 
 def check_round_trip(tokenizer, text):

@@ -49,8 +49,8 @@ def test_what_has_no_tokens():
     assert encode_pair(tokenizer, " \n", "b") == ([], [32, 10, 98])
 
 
-def test_no_space_is_put_between_by_sentencepiece(shared_dir):
-    tokenizer = load_tokenizer(shared_dir / "tokenizer/mistral_v1.model")
+def test_no_space_is_put_between_by_sentencepiece(mistral_model):
+    tokenizer = load_tokenizer(mistral_model)
     start, rest = encode_pair(tokenizer, "The riv", "ers flow")
     assert tokenizer.decode(start + rest) == "The rivers flow"
     assert tokenizer.decode(start) == "The riv"

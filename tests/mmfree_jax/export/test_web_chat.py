@@ -95,8 +95,8 @@ def test_the_rewritten_tokenizer_gives_the_same_ids(name):
     check_file(make_tokenizers()[name], HARD)
 
 
-def test_mistrals_tokenizer_is_rewritten_exactly(shared_dir):
-    mistral = tokenizer_lib.load_tokenizer(shared_dir / "tokenizer" / "mistral_v1.model")
+def test_mistrals_tokenizer_is_rewritten_exactly(mistral_model):
+    mistral = tokenizer_lib.load_tokenizer(mistral_model)
     check_file(mistral, HARD)
 
 

@@ -1,4 +1,4 @@
-"""The model against outputs of the authors' package (shared/fixtures/README.md)."""
+"""The model against outputs of the authors' package (tests/data/authors_package)."""
 
 import dataclasses
 import json
@@ -35,10 +35,9 @@ def _relative(a, b):
 
 @pytest.mark.parametrize("program", ["fused", "plain"])
 @pytest.mark.parametrize(("variant", "eps"), [("fused", 1e-6), ("vanilla", 1e-8)])
-def test_matches_the_authors_package(shared_dir, variant, eps, program):
-    folder = shared_dir / "fixtures"
-    hf = json.loads((folder / "dev_config.json").read_text())
-    expected = load_file(folder / f"dev_{variant}.safetensors")
+def test_matches_the_authors_package(authors_package, variant, eps, program):
+    hf = json.loads((authors_package / "dev_config.json").read_text())
+    expected = load_file(authors_package / f"dev_{variant}.safetensors")
     config = ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -48,7 +47,7 @@ def test_matches_the_authors_package(shared_dir, variant, eps, program):
         residual_dtype="float32",
         bitlinear=program,
     )
-    params = _tree(load_file(folder / "dev_model.safetensors"), "", config)
+    params = _tree(load_file(authors_package / "dev_model.safetensors"), "", config)
     model = LanguageModel(config)
     tokens = jnp.asarray(expected["input_ids"])
 

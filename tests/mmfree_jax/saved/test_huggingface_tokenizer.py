@@ -108,8 +108,8 @@ def test_the_files_of_an_imported_model_are_kept(tmp_path, bpe):
     assert "model_max_length" not in config
 
 
-def test_a_sentencepiece_model_names_its_tokens(tmp_path, shared_dir):
-    own = load_tokenizer(shared_dir / "tokenizer/mistral_v1.model")
+def test_a_sentencepiece_model_names_its_tokens(tmp_path, mistral_model):
+    own = load_tokenizer(mistral_model)
     write_tokenizer(tmp_path, own, 128)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert {k: config[k] for k in ("bos_token", "eos_token", "unk_token")} == {

@@ -21,23 +21,23 @@ from mmfree_jax.train.init_from import initial_params, training_config
 
 
 @pytest.fixture
-def released(shared_dir, tmp_path):
-    """The authors' development checkpoint as a Hugging Face folder, with their tokenizer."""
+def released(authors_package, mistral_model, tmp_path):
+    """The authors' development checkpoint as a Hugging Face folder, with Mistral's tokenizer."""
     folder = tmp_path / "released"
     folder.mkdir()
-    shutil.copy(shared_dir / "fixtures/dev_config.json", folder / "config.json")
-    shutil.copy(shared_dir / "fixtures/dev_model.safetensors", folder / "model.safetensors")
-    shutil.copy(shared_dir / "tokenizer/mistral_v1.model", folder / "tokenizer.model")
+    shutil.copy(authors_package / "dev_config.json", folder / "config.json")
+    shutil.copy(authors_package / "dev_model.safetensors", folder / "model.safetensors")
+    shutil.copy(mistral_model, folder / "tokenizer.model")
     return folder
 
 
 @pytest.mark.parametrize(("variant", "eps"), [("fused", None), ("vanilla", 1e-8)])
-def test_the_released_format_gives_the_authors_logits(shared_dir, released, variant, eps):
+def test_the_released_format_gives_the_authors_logits(authors_package, released, variant, eps):
     if eps is not None:
         config = json.loads((released / "config.json").read_text())
         (released / "config.json").write_text(json.dumps(config | {"linear_norm_eps": eps}))
     model, params = mmfree_jax.load_pretrained(released)
-    expected = load_file(shared_dir / f"fixtures/dev_{variant}.safetensors")
+    expected = load_file(authors_package / f"dev_{variant}.safetensors")
     logits = np.asarray(model.apply({"params": params}, expected["input_ids"]))
     assert logits.dtype == np.float32
     error = np.linalg.norm(logits - expected["logits"]) / np.linalg.norm(expected["logits"])
