@@ -13,6 +13,7 @@ from typing import Any
 from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.xla_flags import OVERLAP
+from mmfree_jax.places import Place, check_local
 from mmfree_jax.ranges import Count, CountOrZero, check_numbers
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -60,7 +61,7 @@ class TpuVm:
     """What pip installs on every host: a requirement, or a path or URL that all can read."""
     nfs: str | None = None
     """File system that all hosts mount for data and runs, such as 10.0.0.2:/volume."""
-    mount: str = "/mnt/shared"
+    mount: Place = "/mnt/shared"
     """Where it is mounted."""
 
 
@@ -74,7 +75,7 @@ class Gke:
     """Container image with mmfree installed."""
     claim: str | None = None
     """PersistentVolumeClaim (ReadWriteMany) for data and runs."""
-    mount: str = "/mnt/shared"
+    mount: Place = "/mnt/shared"
     """Where it is mounted."""
     accelerator: str | None = None
     """The nodes' accelerator label, such as tpu-v5-lite-podslice or nvidia-h100-80gb."""
@@ -148,6 +149,8 @@ def _require(values: Any, platform: str) -> None:
             f"{platform} needs {', '.join(missing)}: give them in --values or as flags"
         )
     check_numbers(values)
+    if "://" in (nfs := getattr(values, "nfs", None) or ""):  # elsewhere HOST:/VOLUME
+        check_local(nfs, "nfs")
     for field in dataclasses.fields(values):
         value = getattr(values, field.name)
         if isinstance(value, str) and ("\n" in value or "\0" in value):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import (
     AboveZero,
     Count,
@@ -190,7 +191,7 @@ RUN_SETTINGS = (
 class DataConfig:
     """Which prepared data sets to train on, and how rows are cut from them."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[Place, ...] = ()
     """Folders written by `mmfree data prepare`; all must share one tokenizer."""
     weights: tuple[AboveZero, ...] = ()
     """Share of rows drawn from each folder; empty: in proportion to their tokens."""
@@ -336,7 +337,7 @@ class LogConfig:
 class TrainConfig:
     """One training run."""
 
-    run_dir: str = "runs/default"
+    run_dir: Place = "runs/default"
     """Folder that receives the config, metrics, checkpoints and plots."""
     steps: Count = 1000
     """Optimiser steps in the whole run; schedules span them."""
@@ -356,7 +357,7 @@ class TrainConfig:
     """skip: updates in a row that may be skipped before the run stops."""
     max_minutes: AboveZero | None = None
     """Stop early, with a checkpoint, after this much time (minutes)."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """Folder of a model whose weights to start from: a run, a model folder, Hugging Face."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,6 +15,7 @@ import yaml
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import check_local
 from mmfree_jax.presets import preset
 from mmfree_jax.text_files import read_text
 
@@ -160,6 +161,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def _read(path: str | os.PathLike[str], *, keys_only: bool = False) -> Any:
+    check_local(path, "config file")
     try:
         text = read_text(path)
     except OSError as e:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmfree_jax.errors import OutputError
+from mmfree_jax.places import check_local
 
 MARKER = ".mmfree-output.json"
 StrPath = str | os.PathLike[str]
@@ -119,7 +120,9 @@ def open_atomically(path: StrPath) -> Iterator[BinaryIO]:
 
     Raises:
       OutputError: it cannot be written; what was there is as it was.
+      ConfigError: it is a URL.
     """
+    check_local(path, "output")
     with disk_errors(path):
         if os.path.isdir(path):
             raise OutputError(f"{path} is a folder: give the name of a file")
@@ -250,7 +253,9 @@ def check_target(
     Raises:
       OutputError: the folder is, holds or lies in a source, is no folder, cannot be renamed (a
         mount point, the current folder), or holds what may not be replaced; see the module.
+      ConfigError: it is a URL.
     """
+    check_local(path, "output")
     target = Path(os.path.realpath(path))
     with disk_errors(path):
         _restore(target)
@@ -355,7 +360,9 @@ def take_lock(path: StrPath, what: str, *, wait: bool = False) -> int:
     Raises:
       InUseError: another process holds it; says which.
       OutputError: the file cannot be written.
+      ConfigError: it is a URL.
     """
+    check_local(path, "output")
     with disk_errors(what, "choose a writable folder"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

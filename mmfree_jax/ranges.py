@@ -1,7 +1,8 @@
 """Which numbers a setting may be: declared at its annotation, checked in one place.
 
 `Annotated[float, Range(0)]`, or one of the names below, on a field of a config dataclass or on
-a parameter of a command. A number without a range must be finite all the same.
+a parameter of a command. A number without a range must be finite all the same. Files and folders
+are looked at here too (`places.py`).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import check_local, is_place, places
 
 LARGEST = 3.4028234663852886e38
 """Of float32, in which settings are computed with: a larger number is inf there."""
@@ -62,7 +64,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 def check_numbers(config: Any, section: str = "") -> None:
-    """Refuses a number of a dataclass that is not finite or not in its field's range.
+    """Refuses a number of a dataclass that is not finite or not in its field's range, and a URL.
 
     Nested dataclasses are left to themselves.
 
@@ -81,10 +83,11 @@ def check_numbers(config: Any, section: str = "") -> None:
 def check_values(
     values: dict[str, Any], hints: dict[str, Any], title: Callable[[str], str]
 ) -> None:
-    """Refuses a number among `values` that is not finite or not in the range of its annotation.
+    """Refuses a number that is not finite or not in the range of its annotation, and a URL.
 
     Args:
-      values: by name; anything but numbers, and tuples, lists and dicts of them, is passed over.
+      values: by name; anything but places and numbers, and tuples, lists and dicts of them, is
+        passed over.
       hints: annotations by name, `Annotated` kept.
       title: what a message calls a name.
 
@@ -92,6 +95,9 @@ def check_values(
       ConfigError: names the setting, its value and the way out.
     """
     for name, value in values.items():
+        if is_place(hints.get(name)):
+            for place in places(value):
+                check_local(place, title(name))
         allowed = next(ranges(hints.get(name)), Range())
         for number in _numbers(value):
             if not allowed.holds(number):

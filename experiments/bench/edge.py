@@ -22,6 +22,7 @@ from mmfree_jax.experiments.bench.records import (
     start,
 )
 from mmfree_jax.export import onnx_session
+from mmfree_jax.places import Place
 from mmfree_jax.presets import preset
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative
 
@@ -57,7 +58,7 @@ class Plan:
     """Timed loops; the median counts."""
     prefill: CountOrZero = 512
     """Also time reading a prompt of this many tokens; 0: do not."""
-    peer_python: str = ""
+    peer_python: Place = ""
     """Python interpreter that has llama-cpp-python and gguf; empty: the peer is left out."""
     models: Path | None = None
     """Folder for the models' files and saved contexts, several GB, which later runs reuse; none:

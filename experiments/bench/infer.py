@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmfree_jax.cli.parse import Counts, Names
+from mmfree_jax.cli.parse import Counts, Folders, Names
 from mmfree_jax.experiments.bench.records import (
     Row,
     Say,
@@ -63,7 +63,7 @@ class Plan:
     """Preset for which packed and unpacked logits are compared; empty: none."""
     timeout: AboveZero = 600.0
     """Longest time for one measurement (seconds)."""
-    join: Names = ()
+    join: Folders = ()
     """Folders of earlier runs, separated by commas: put their rows together in --out and measure
     nothing."""
 

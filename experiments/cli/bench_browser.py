@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, TwoOrMore
 
 
@@ -15,7 +16,7 @@ class BenchBrowserConfig:
 
     export: Path
     """Folder that `mmfree export onnx` wrote."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Tokenizer file or folder; None: the one in the export."""
     tokens: TwoOrMore = 200
     """Tokens to generate, greedily; a browser translates the runtime to fast code meanwhile."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import AboveZero, Count
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ _SHARD = "SLURM_ARRAY_TASK_ID"
 class _Sweep:
     config: Annotated[Path, tyro.conf.Positional]
     """YAML file of the sweep; docs/sweeps.md explains its fields."""
-    out: str | None = None
+    out: Place | None = None
     """Folder in place of the config's `out`."""
-    data: tuple[str, ...] = ()
+    data: tuple[Place, ...] = ()
     """Prepared data folders in place of the config's train.data.paths."""
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import Place
 from mmfree_jax.presets import PRESETS, preset
 from mmfree_jax.ranges import (
     AboveZero,
@@ -134,7 +135,7 @@ class ReplicateConfig:
 class SweepConfig:
     """A set of runs: families x sizes x budgets x learning rates x seeds."""
 
-    out: str = "sweeps/default"
+    out: Place = "sweeps/default"
     """Folder of the results table, the runs, their logs and the compilation cache."""
     families: tuple[FamilyConfig, ...] = ()
     """Families to compare."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.train import last_value, resolve_config
+from mmfree_jax.cli.train import last_place, resolve_config
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
@@ -30,7 +30,7 @@ def render_job(argv: Sequence[str]) -> int:
     if platform not in PLATFORMS:
         raise ConfigError(f"platform is {platform!r}: choose {', '.join(PLATFORMS)}")
     kind = PLATFORMS[platform]
-    path = last_value(argv, "--values")
+    path = last_place(argv, "--values")
     given = kind() if path is None else from_dict(kind, read_yaml(path) or {})
     arguments: Any = parse(
         _arguments(kind),

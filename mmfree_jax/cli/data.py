@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import CountOrZero
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def prepare(argv: Sequence[str]) -> int:
 class InspectConfig:
     """Show what a prepared data set holds."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[Place, tyro.conf.Positional]
     """Folder written by `mmfree data prepare`."""
     verify: bool = False
     """Read every shard and compare its checksums."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, CountOrZero, TwoOrMore
 
 
@@ -14,9 +15,9 @@ from mmfree_jax.ranges import Count, CountOrZero, TwoOrMore
 class OnnxConfig:
     """Write a model as a folder that onnxruntime runs without JAX."""
 
-    model: str
+    model: Place
     """Folder of the model: a training run, a packed model or a Hugging Face model."""
-    out: str
+    out: Place
     """Folder to make."""
     grade: Literal["exact", "fast"] = "exact"
     """exact: the integers of the training path, one scale a token; fast: the runtime quantises

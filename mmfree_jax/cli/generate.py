@@ -15,6 +15,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, read_prompts_file
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import check_file
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, PositiveShare, Seed, Share
 
 
@@ -22,13 +23,13 @@ from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, Positi
 class GenerateConfig:
     """Continue prompts with a trained model."""
 
-    model: str
+    model: Place
     """Folder of the model: a training run, a packed model, or a Hugging Face model."""
     prompt: str | None = None
     """Text to continue; "" starts a new document."""
     prompt_ids: str | None = None
     """Token ids to continue, separated by commas; no tokenizer is needed."""
-    prompts_file: str | None = None
+    prompts_file: Place | None = None
     """File of prompts: .jsonl with "prompt" (text) or "prompt_ids" (list) on each line, and if
     wanted a "seed" (any other field goes into the answer); any other file is one text prompt a
     line."""
@@ -57,7 +58,7 @@ class GenerateConfig:
     (eos_token_id of config.json and generation_config.json)."""
     batch_size: Count = 16
     """Answers that are decoded together."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Tokenizer file or folder; None: the one in the model's folder."""
     stream: bool = False
     """Print the answer as it is generated (one prompt, or --json)."""
@@ -65,9 +66,9 @@ class GenerateConfig:
     """Print token ids in place of text."""
     json: bool = False
     """Print one JSON object for each answer (with --stream: for each piece of one)."""
-    save_state: str | None = None
+    save_state: Place | None = None
     """File to save the state in, behind the last token: `--load-state` goes on from there."""
-    load_state: str | None = None
+    load_state: Place | None = None
     """File of a saved state; the prompt is appended to what it has read, and may be left out.
     A state of one row serves any number of prompts."""
     quiet: bool = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import CountOrZero
 
 
@@ -12,9 +13,9 @@ from mmfree_jax.ranges import CountOrZero
 class PackConfig:
     """Pack a trained model's ternary weights at 2 or 1.6 bits each."""
 
-    model: str
+    model: Place
     """Folder of the model: a training run or a Hugging Face model."""
-    out: str
+    out: Place
     """Folder to make."""
     bits: Literal["2", "1.6"] = "2"
     """Bits a weight: 2 is what the kernels read; 1.6 is a fifth smaller on disk and is

@@ -16,6 +16,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, check_values
 
 
@@ -159,4 +160,5 @@ def _list_of(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveCo
 
 # Types of fields and parameters: A,B on the command line is ("A", "B").
 Names = Annotated[tuple[str, ...], _list_of(str, "A,B,...", "names")]
+Folders = Annotated[tuple[Place, ...], _list_of(str, "A,B,...", "folders")]
 Counts = Annotated[tuple[Count, ...], _list_of(int, "N,N,...", "whole numbers")]

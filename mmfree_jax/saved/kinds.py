@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.places import check_local
 
 Kind = Literal["run", "packed", "model folder", "huggingface"]
 
@@ -31,7 +32,9 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 
     Raises:
       CheckpointError: it is not a folder, holds no model, or is marked as two kinds.
+      ConfigError: it is a URL.
     """
+    check_local(path, "model")
     folder = Path(path)
     if not folder.is_dir():
         if folder.suffix in PICKLED and folder.is_file():

@@ -1,0 +1,274 @@
+"""No setting takes a URL for a file or a folder: every command, and every kind of file."""
+
+import contextlib
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import tyro
+import yaml
+
+from mmfree_jax import files
+from mmfree_jax.cli.main import commands, main
+from mmfree_jax.config import DataConfig, TrainConfig
+from mmfree_jax.config_io import read_yaml
+from mmfree_jax.data.dataset import load_index
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import check_local, is_place
+from mmfree_jax.saved.kinds import kind_of
+
+NOT_YET = "object storage and URLs are not supported yet"
+
+# Texts that name no file or folder of this machine. A new option belongs here or is a `Place`.
+TEXTS = {
+    "--accelerator", "--accelerator-type", "--account", "--agreement", "--batch-forms", "--cases",
+    "--claim",
+    "--columns.budget", "--columns.family", "--columns.flops", "--columns.loss",
+    "--columns.loss-sd", "--columns.params", "--columns.params-non-embedding",
+    "--columns.params-ternary", "--columns.provenance", "--columns.run", "--columns.seed",
+    "--columns.tokens", "--context-forms", "--device", "--devices", "--energy-size",
+    "--eval.sample-prompt", "--families", "--forms", "--gpus", "--image", "--labels", "--layouts",
+    "--log.wandb-project", "--mode", "--model.attention-kernel", "--model.matmul-kernel",
+    "--model.recurrence-kernel", "--name", "--nfs", "--numerics", "--ops", "--package",
+    "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
+    "--project", "--prompt",
+    "--prompt-ids", "--runtime-version", "--setup", "--shard", "--sizes", "--splits", "--stop",
+    "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--where",
+    "--zone", "--model of bench scaling",
+}  # fmt: skip
+
+
+class _Asked(Exception):
+    """What a command asks tyro for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    flag: str
+    hint: object
+    required: bool
+    positional: bool
+
+
+def _options(target, default=None, prefix=""):
+    hints = typing.get_type_hints(target, include_extras=True)
+    if dataclasses.is_dataclass(target):
+        missing = dataclasses.MISSING
+        required = {
+            f.name: f.default is missing and f.default_factory is missing and default is None
+            for f in dataclasses.fields(target)
+        }
+    else:
+        parameters = inspect.signature(target).parameters.values()
+        required = {p.name: p.default is inspect.Parameter.empty for p in parameters}
+    for name, needed in required.items():
+        hint, marks = hints[name], ()
+        if typing.get_origin(hint) is Annotated:
+            marks, bare = hint.__metadata__, hint.__origin__
+        else:
+            bare = hint
+        flag = f"{prefix}{name}".replace("_", "-")
+        if dataclasses.is_dataclass(bare):
+            unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _options(bare, default or bare, prefix if unnamed else f"{flag}.")
+            continue
+        positional = tyro.conf.Positional in marks
+        yield _Option(f"--{flag}", hint, needed, positional)
+
+
+def _has_text(hint):
+    if typing.get_origin(hint) is typing.Literal:
+        return False
+    return hint is str or any(map(_has_text, typing.get_args(hint)))
+
+
+def _all_options():
+    """(the command's words, all its options) by asking each command for what it asks tyro."""
+
+    def ask(target, *, default=None, **_):
+        has_default = default not in (None, tyro.MISSING_NONPROP)
+        raise _Asked(target, default if has_default else None)
+
+    found = []
+    for name in commands():
+        platforms = ("slurm", "tpu-vm", "gke") if name == "launch render" else ("",)
+        for platform in platforms:
+            words = [*name.split(), *filter(None, [platform])]
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+                patch.setattr(tyro, "cli", ask)
+                with pytest.raises(_Asked) as asked:
+                    main(words)
+            found.append((words, list(_options(*asked.value.args))))
+    return found
+
+
+ALL = _all_options()
+PLACES = [
+    pytest.param(words, options, option, id=f"{' '.join(words)} {option.flag}")
+    for words, options in ALL
+    for option in options
+    if is_place(option.hint)
+]
+
+
+def test_every_text_on_the_command_line_is_a_place_or_is_known_to_be_none():
+    assert len(ALL) == len(commands()) + 2
+    texts = {
+        f"{option.flag} of bench scaling"
+        if words == ["bench", "scaling"] and option.flag == "--model"
+        else option.flag
+        for words, options in ALL
+        for option in options
+        if _has_text(option.hint) and not is_place(option.hint)
+    }
+    assert texts == TEXTS
+
+
+def test_the_options_that_were_found_are_those_of_the_documents():
+    found = {(" ".join(words), option.flag) for words, options in ALL for option in options}
+    assert {("train", "--run-dir"), ("train", "--data.paths"), ("plot", "--runs")} <= found
+    assert len(PLACES) > 80
+
+
+@pytest.mark.parametrize(("words", "options", "option"), PLACES)
+def test_no_option_of_any_command_takes_a_url(
+    words, options, option, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    argv, behind = [], []
+    for other in options:
+        value = "gs://bucket/x" if other == option else "somewhere"
+        if other.positional:
+            argv.append(value)
+        elif other == option or other.required:
+            argv += [other.flag, "2" if other.flag == "--n" else value]
+    if words[:2] == ["launch", "render"]:
+        argv, behind = [*argv, "--name", "x"], ["--", "--run-dir", "/mnt/shared/x"]
+        for flag, value in _OF_JOBS.get(words[2], {}).items():
+            argv += [] if flag in argv else [flag, value]
+    assert main([*words, *argv, *behind]) == 2
+    error = capsys.readouterr().err
+    assert NOT_YET in error
+    assert "bucket/x'" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+_OF_JOBS = {
+    "slurm": {"--nodes": "1"},
+    "tpu-vm": {
+        "--project": "p",
+        "--zone": "z",
+        "--accelerator-type": "v5litepod-8",
+        "--nfs": "10.0.0.2:/v",
+    },
+    "gke": {
+        "--image": "i",
+        "--claim": "c",
+        "--accelerator": "nvidia",
+        "--hosts": "1",
+        "--devices-per-host": "8",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        ("gs://b/x", "a mounted bucket"),
+        ("gs:/b/x", "a mounted bucket"),
+        ("gs:b", "a mounted bucket"),
+        ("GS://b", "a mounted bucket"),
+        (" s3://b", "a mounted bucket"),
+        ("s3a://b/x", "a mounted bucket"),
+        ("abfss://c@account/x", "a mounted bucket"),
+        ("hf://datasets/x", "hf download"),
+        ("file:///data/x", "without file://"),
+        ("https://host/x.jsonl", "download it"),
+        (Path("hdfs://b/x"), "a mounted bucket"),
+    ],
+)
+def test_what_is_a_url(given, way_out):
+    with pytest.raises(ConfigError, match=f"here is '.*': {NOT_YET}; .*{way_out}"):
+        check_local(given, "here")
+
+
+@pytest.mark.parametrize(
+    "given", ["runs/a", "/gs/b", "a.jsonl:meta.text", "runs/12:30", "C:/runs", "run:1", "gs", ""]
+)
+def test_what_is_none(given):
+    check_local(given, "here")
+
+
+def _file(tmp_path, name, values):
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+SWEEP = {"families": [{"learning_rates": [1e-3]}], "sizes": ["rung-1M"], "tokens": [1e6]}
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "field"),
+    [
+        (["train", "--config"], {"run_dir": "gs://b/x"}, "run_dir is 'gs://b/x'"),
+        (["train", "--config"], {"init_from": "hf://b/x"}, "init_from is 'hf://b/x'"),
+        (["train", "--config"], {"data": {"paths": ["d", "s3://b"]}}, "data.paths is 's3://b'"),
+        (["sweep", "plan"], SWEEP | {"out": "gs://b"}, "out is 'gs://b'"),
+        (
+            ["sweep", "plan"],
+            SWEEP | {"train": {"data": {"paths": ["gs://b"]}}},
+            "data.paths is 'gs://b'",
+        ),
+        (
+            ["launch", "render", "slurm", "--name", "x", "--nodes", "1", "--", "--config"],
+            {"run_dir": "gs://b/x"},
+            "run_dir is 'gs://b/x'",
+        ),
+    ],
+)
+def test_no_config_file_takes_a_url(command, values, field, capsys, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main([*command, _file(tmp_path, "c.yaml", values)]) == 2
+    error = capsys.readouterr().err
+    assert f"{field}: {NOT_YET}" in error
+    assert error.count("\n") == 1
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "name"), [("tpu-vm", "mount"), ("gke", "mount"), ("tpu-vm", "nfs")]
+)
+def test_no_job_file_mounts_a_url(platform, name, capsys, tmp_path):
+    values = {flag[2:].replace("-", "_"): v for flag, v in _OF_JOBS[platform].items()}
+    values |= {"hosts": 1, "devices_per_host": 8} if platform == "gke" else {}
+    path = _file(tmp_path, "v.yaml", values | {"name": "x", name: "gs://b"})
+    argv = ["launch", "render", platform, "--values", path]
+    assert main([*argv, "--", "--run-dir", "/mnt/shared/x"]) == 2
+    assert f"{name} is 'gs://b': {NOT_YET}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda url: TrainConfig(run_dir=url),
+        lambda url: DataConfig(paths=(url,)),
+        read_yaml,
+        load_index,
+        kind_of,
+        lambda url: files.write_text(url, "x"),
+        lambda url: files.check_target(url, command="pack"),
+        lambda url: files.take_lock(Path(url) / ".lock", "run_dir"),
+    ],
+)
+def test_the_library_takes_none_either(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=NOT_YET):
+        call("gs://bucket/x")
+    assert list(tmp_path.iterdir()) == []
