@@ -9,7 +9,7 @@ PACKAGES = ("pallas_kernels", "mmfree_jax", "experiments", "launch")  # from the
 
 # From the bottom; rooms of one row may import each other as long as there is no circle.
 ROOMS = (
-    ("errors", "installed", "places", "ranges", "readable", "text_files"),
+    ("errors", "figures", "installed", "places", "ranges", "readable", "text_files"),
     ("config",),
     ("presets",),
     ("config_io",),

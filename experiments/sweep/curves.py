@@ -17,7 +17,7 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.saved.history import read_history
-from mmfree_jax.train.plot import smooth
+from mmfree_jax.train.smoothing import recent_average, smooth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +128,8 @@ class PhaseSummary:
 
     phase: Phase
     drop: float
-    """Fall of the training loss, smoothed within the phase (nats a token)."""
+    """Fall of the training loss from the average at the phase's start to that at its end (nats a
+    token)."""
     slope: float
     """The same for each 1,000 steps."""
     interval: tuple[float, float]
@@ -165,9 +166,10 @@ def summarise_phases(
         flips = curve.flip_share[
             (curve.flip_steps > phase.first) & (curve.flip_steps <= phase.last)
         ]
-        values = smooth(list(y), smoothing)  # within the phase, so that a turn stays sharp
+        # Within the phase, so that a turn stays sharp.
+        drop = recent_average(y[::-1], smoothing) - recent_average(y, smoothing)
         found.append(PhaseSummary(
-            phase, float(values[0] - values[-1]), float(-1000 * fit[0]), (float(high), float(low)),
+            phase, drop, float(-1000 * fit[0]), (float(high), float(low)),
             float(flips.mean()) if len(flips) else math.nan,
         ))  # fmt: skip
     return found

@@ -11,39 +11,53 @@ from mmfree_jax.ranges import ShareBelowOne
 def plot(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     output: Path | None = None,
-    x: Literal["steps", "tokens", "flops"] = "steps",
+    metrics: tuple[str, ...] = ("loss",),
+    x: Literal["steps", "tokens", "flops", "time"] = "steps",
     log_x: bool = False,
     log_y: bool = False,
     smoothing: ShareBelowOne = 0.8,
     labels: tuple[str, ...] = (),
+    names_only: Annotated[bool, tyro.conf.arg(name="list")] = False,
 ) -> int:
-    """Draw the loss curves of one or several runs.
+    """Draw what one or several runs logged: a panel for each metric, a colour for each run.
 
     Args:
       runs: Run directories.
-      output: Image file (png, svg, pdf); default: loss_curve.png in the first run directory,
-        or ./loss_curves.png for several.
-      x: Quantity on the horizontal axis.
+      output: Image file (png, svg, pdf); default: loss_curve.png in the run directory, or
+        ./loss_curves.png for several; metrics.png for other metrics than loss.
+      metrics: What to draw, as it is named in metrics.jsonl; training and held-out records.
+      x: Quantity on the horizontal axis; time: of training.
       log_x: Draw it on a logarithmic scale.
-      log_y: Draw the loss on a logarithmic scale.
-      smoothing: Weight of the past in the training curve's moving average, in [0, 1).
+      log_y: Draw the metrics on a logarithmic scale.
+      smoothing: Weight of the neighbours in the training curves' moving average, in [0, 1); 0
+        draws the records alone.
       labels: Name of each run in the legend; default: its folder's.
+      names_only: Print the names of the metrics that each run logged, and draw nothing.
     """
     from mmfree_jax.saved.run_directory import LOSS_CURVE
-    from mmfree_jax.train.plot import plot_losses
+    from mmfree_jax.train.metric_series import read_metrics
+    from mmfree_jax.train.plot import plot_metrics
 
+    if names_only:
+        for run in runs:
+            print(f"{run}: {', '.join(read_metrics(run).logged)}")
+        return 0
     if output is None:
-        output = runs[0] / LOSS_CURVE if len(runs) == 1 else Path("loss_curves.png")
-    gaps = plot_losses(
+        one, several = (
+            (LOSS_CURVE, "loss_curves.png") if metrics == ("loss",) else ("metrics.png",) * 2
+        )
+        output = runs[0] / one if len(runs) == 1 else Path(several)
+    notes = plot_metrics(
         runs,
         output,
+        metrics=metrics,
         x=x,
         log_x=log_x,
         log_y=log_y,
         smoothing=smoothing,
         labels=labels or None,
     )
-    print(f"loss curve: {output}")
-    for run, count in gaps.items():
-        print(f"note: {count} losses of {run} are not finite: gaps in its curve")
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{'loss curve' if metrics == ('loss',) else 'figure'}: {output}")
     return 0

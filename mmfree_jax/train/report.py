@@ -22,7 +22,7 @@ from mmfree_jax.saved.run_directory import (
     TENSORBOARD,
 )
 from mmfree_jax.train.flops import count_flops, count_parameters
-from mmfree_jax.train.plot import plot_losses
+from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.setup import PACKAGES, Run
 
@@ -109,7 +109,7 @@ def write_report(
     if "sample" in recorder.last:
         write_text(run_dir / SAMPLE, recorder.last["sample"]["text"] + "\n")
     if stopped_by not in ("SIGTERM", "SIGINT"):
-        plot_losses([run_dir], run_dir / LOSS_CURVE)
+        plot_metrics([run_dir], run_dir / LOSS_CURVE)
     lines = {
         "config": CONFIG,
         "metrics": METRICS,
