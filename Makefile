@@ -4,10 +4,11 @@ VENV ?= .venv
 RUN ?= runs/laptop
 DATA ?= data/sotu
 JOBS ?= 2
+SEED ?= 0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit aot wheel clean
+.PHONY: help train sample test lint format typecheck unit fuzz aot wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,9 @@ typecheck: $(VENV)/.dev ## Check the types of the public packages
 
 unit: $(VENV)/.dev ## Run the tests, slow ones included
 	$(BIN)/pytest -n $(JOBS) --dist loadfile
+
+fuzz: $(VENV)/.dev ## Try malformed commands and damaged files at random (10 minutes at most; SEED=0)
+	PYTHONPATH=tests/support $(BIN)/python -m fuzz --seed $(SEED)
 
 aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and an H100 without having either (installs 3 GB)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot

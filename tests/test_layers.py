@@ -14,6 +14,7 @@ ROOMS = (
     ("presets",),
     ("config_io",),
     ("files", "json_shape"),
+    ("error_line",),
     ("parallel",),
     ("model",),
     ("data",),

@@ -110,8 +110,8 @@ def _last_line(log: Path) -> str:
         return "no log"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
-        if line.startswith("mmfree: error: "):
-            return line.removeprefix("mmfree: error: ")
+        if found := re.match(r"mmfree: (?:error: )?(.+)", line):
+            return found[1]
     for line in reversed(lines):
         if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line):
             return line[:500]

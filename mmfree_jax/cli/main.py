@@ -6,8 +6,9 @@ A subcommand is a function that a package declares as an entry point in the grou
 returns an exit code, or None for 0. Nothing is imported before it is needed: even the list of
 commands is made from the sources.
 
-Exit codes: 0 done, 2 something the user can put right (one line on standard error, no
-traceback), 130 interrupted from the keyboard, 143 ended by SIGTERM, 1 a bug.
+Exit codes: 0 done, 2 not done (one line on standard error, which says what to put right or, for
+a fault of ours, how to report it), 130 interrupted from the keyboard, 143 ended by SIGTERM.
+`--debug`, anywhere before a --, prints the error's traceback too, and so does $MMFREE_DEBUG.
 """
 
 import ast
@@ -15,30 +16,30 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.errors import ConfigError, MMFreeError
-from mmfree_jax.files import is_disk_error
+from mmfree_jax.error_line import say
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.installed import entry_points, load, own_version
-from mmfree_jax.pallas_kernels.errors import IntegerProductError
 
 GROUP = "mmfree.commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mmfree` with `argv` (default: the process's) and returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in another encoding can be printed too
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _check_text(argv)
         code = _dispatch(argv)
         sys.stdout.flush()
         return code
-    except (MMFreeError, IntegerProductError) as e:
-        print(f"mmfree: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("mmfree: interrupted", file=sys.stderr)
         return 130
@@ -49,15 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as e:
-        if not is_disk_error(e):
-            raise
-        where = e.filename or "a file that this command writes or reads"
-        print(
-            f"mmfree: error: {where}: {e.strerror}: make room or choose another place",
-            file=sys.stderr,
-        )
+    except Exception as e:
+        say(e, argv, debug=debug)
         return 2
+
+
+def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, and whether it was there; what follows -- is another's."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    own = [argument for argument in argv[:end] if argument != "--debug"]
+    return own + argv[end:], len(own) < end
+
+
+def _check_text(argv: list[str]) -> None:
+    """Refuses bytes that are no text: configurations and results, which are UTF-8, name them."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"argument {os.fsencode(argument)!r} is not UTF-8: give it in UTF-8; rename the "
+                "file if it is one's name"
+            ) from None
 
 
 def commands() -> dict[str, str]:
@@ -110,7 +124,8 @@ def _usage(known: dict[str, str]) -> str:
             "commands:",
             *lines,
             "",
-            "mmfree COMMAND --help explains each option; mmfree --version prints the version.",
+            "mmfree COMMAND --help explains each option; mmfree --version prints the version;",
+            "--debug, behind any command, shows the traceback of an error.",
         ]
     )
 

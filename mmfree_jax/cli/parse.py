@@ -37,18 +37,27 @@ def parse(
         number is not finite or not in the range of its annotation; the message names both.
     """
     _refuse_repeated_lists(target, argv)
-    if {"-h", "--help"} & set(argv):
-        return tyro.cli(
-            target, args=list(argv), prog=prog, description=description, default=default
-        )
     captured = io.StringIO()
     # A function is parsed apart from being called, so that what it prints is not captured.
     deferred: Callable[..., Any] = target if inspect.isclass(target) else _remember(target)
-    try:
-        with _wide_lines(), contextlib.redirect_stderr(captured):
-            result: Any = tyro.cli(
+
+    def read() -> Any:
+        captured.seek(0)
+        captured.truncate()
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
                 deferred, args=list(argv), prog=prog, description=description, default=default
             )
+
+    if {"-h", "--help"} & set(argv):
+        try:
+            read()  # as wide as the terminal is
+        except SystemExit as e:
+            if e.code in (0, None):
+                raise
+    try:
+        with _wide_lines():
+            result: Any = read()
     except SystemExit as e:
         if e.code in (0, None):
             raise

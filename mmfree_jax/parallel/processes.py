@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from mmfree_jax.error_line import say
 from mmfree_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -268,12 +269,12 @@ def leave(error: BaseException) -> NoReturn:
     if isinstance(error, MMFreeError):
         code = getattr(error, "exit_code", 2)
         if jax.process_index() == 0 or not getattr(error, "said_by_first", False):
-            print(f"mmfree: error: {' '.join(str(error).split())}", file=sys.stderr)
+            say(error, sys.argv[1:])
     elif isinstance(error, KeyboardInterrupt):
         code = 130
     else:
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
+        say(error, sys.argv[1:])
+        code = 2
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

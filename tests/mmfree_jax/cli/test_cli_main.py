@@ -1,15 +1,18 @@
 """The `mmfree` command: finding commands, exit codes, one-line errors."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from mmfree_jax.cli import main as main_module
 from mmfree_jax.cli.main import commands, main, summary
+from mmfree_jax.installed import own_version
 
 ROOT = Path(__file__).parents[3]
 
@@ -112,11 +115,108 @@ def test_errors_are_one_line_and_exit_code_2(fake_commands, capsys, argv, messag
     assert re.search(message, err), err
 
 
-def test_interrupt_and_bug(fake_commands, capsys):
+def test_an_interrupt_is_no_fault(fake_commands, capsys):
     assert main(["stop"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="bug"):
-        main(["bug"])
+    assert capsys.readouterr().err == "mmfree: interrupted\n"
+
+
+@pytest.fixture
+def temporary(monkeypatch, tmp_path):
+    """Where tracebacks are kept."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_fault_of_ours_is_one_line_that_asks_for_a_report(fake_commands, temporary, capsys):
+    assert main(["bug", "--path", "a b", "--text", "x\ny"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (kept,) = temporary.iterdir()
+    assert err == (
+        "mmfree: unexpected error in `mmfree bug --path 'a b' --text 'x y'`: RuntimeError: bug: "
+        f"this is a fault of mmfree {own_version()}: please report this line with the traceback, "
+        f"which --debug shows and {kept} keeps\n"
+    )
+    assert kept.read_text().startswith("Traceback (most recent call last):")
+    assert 'raise RuntimeError("bug")' in kept.read_text()
+
+
+@pytest.mark.parametrize("argv", [["--debug", "bug"], ["bug", "--debug"], ["bug", "-x", "--debug"]])
+def test_debug_shows_the_traceback(fake_commands, temporary, capsys, argv):
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert "mmfree: unexpected error in `mmfree bug" in err.splitlines()[-1]
+
+
+def test_debug_shows_where_a_users_error_arose_too(fake_commands, capsys, monkeypatch):
+    monkeypatch.setenv("MMFREE_DEBUG", "1")
+    assert main(["two", "lords"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1] == "mmfree: error: file x is broken: mend it"
+
+
+def test_debug_behind_two_dashes_is_another_commands(fake_commands, capsys):
+    assert main(["two", "words", "--debug", "--", "train", "--debug"]) == 0
+    assert capsys.readouterr().out == "['--', 'train', '--debug']\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            "MemoryError('Unable to allocate 16.0 GiB')",
+            "mmfree: error: `mmfree bug` needs more memory than there is (MemoryError: Unable to "
+            "allocate 16.0 GiB): lower its sizes, or take a larger machine",
+        ),
+        (
+            "OSError(36, 'File name too long', 'xxx')",
+            "mmfree: error: xxx: File name too long: give another path",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_no_fault_of_ours(fake_commands, capsys, error, line):
+    module = sys.modules.setdefault("fake_commands", importlib.import_module("fake_commands"))
+    exec(f"def bug(argv):\n    raise {error}", vars(module))
+    assert main(["bug"]) == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end(fake_commands, capsys):
+    module = importlib.import_module("fake_commands")
+    code = "def bug(argv):\n    raise DataError('file x: ' + 'a' * 10**8 + ': mend it')"
+    exec(code, vars(module))
+    assert main(["bug"]) == 2
+    err = capsys.readouterr().err
+    assert len(err) < 1100
+    assert err.startswith("mmfree: error: file x: aaa")
+    assert err.endswith("aaa: mend it\n")
+
+
+def test_what_would_change_the_terminal_is_written_out(fake_commands, capsys):
+    assert main(["typd\x1b[2J\u202e"]) == 2
+    err = capsys.readouterr().err
+    assert "typd\\x1b[2J\\u202e" in err
+    assert "\x1b" not in err
+
+
+def test_bytes_that_are_not_utf_8_are_refused_by_name(fake_commands, capsys):
+    assert main(["typed", "--name", os.fsdecode(b"gr\xfcn")]) == 2
+    assert capsys.readouterr().err == (
+        "mmfree: error: argument b'gr\\xfcn' is not UTF-8: give it in UTF-8; rename the file if it "
+        "is one's name\n"
+    )
+
+
+def test_an_error_beside_help_is_one_line(fake_commands, capsys):
+    assert main(["typed", "--nmae", "x", "--help"]) in (0, 2)
+    assert main(["typed", "--name", "--count", "2", "--help"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("mmfree: error: ")
+    assert err.count("\n") == 1
 
 
 def test_version(capsys):
