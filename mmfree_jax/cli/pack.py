@@ -20,10 +20,9 @@ class PackConfig:
     bits: Literal["2", "1.6"] = "2"
     """Bits a weight: 2 is what the kernels read; 1.6 is a fifth smaller on disk and is
     converted when loaded."""
-    int8_embedding: bool = False
-    """Store the embedding in int8 with one scale a row; the error is printed."""
-    dense_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the norms and the embedding; float32 keeps them exactly."""
+    embedding: Literal["float32", "bfloat16", "int8"] | None = None
+    """Dtype of the stored embedding, int8 with one scale a row; None: the smallest that keeps
+    the model's greedy text, bfloat16 where its residual stream is, else float32."""
     step: CountOrZero | None = None
     """Checkpoint of a training run to pack (step); None: the newest."""
 
@@ -48,12 +47,11 @@ def pack(argv: Sequence[str]) -> int:
         open_model(config.model, step=config.step),
         config.out,
         bits=config.bits,
-        int8_embedding=config.int8_embedding,
-        dense_dtype=config.dense_dtype,
+        embedding=config.embedding,
     )
     print(
         f"{report.file}: {report.num_bytes / 2**20:.1f} MiB, {report.weights:,} ternary weights "
-        f"at {config.bits} bits; relative error of the stored embedding "
+        f"at {config.bits} bits; embedding in {report.embedding}, relative error "
         f"{report.embedding_error:.2e}"
     )
     return 0

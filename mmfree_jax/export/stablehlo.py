@@ -233,7 +233,7 @@ def _write_weights(model: SavedModel, folder: Path) -> None:
             )
         shutil.copyfile(model.path / PACKED_FILE, folder / PACKED_FILE)
     else:
-        write_packed(folder / PACKED_FILE, model.config, model.leaf, dense_dtype="float32")
+        write_packed(folder / PACKED_FILE, model.config, model.leaf, embedding="float32")
     copy_text_files(model, folder)
 
 

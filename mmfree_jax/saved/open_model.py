@@ -109,8 +109,9 @@ class SavedModel:
           form: "master": a packed model has none and gives weights that ternarise to its trits and
             scales; "ternary": ternarised once (still `Master` where the model is set to ternarise
             in its own program, `bitlinear: plain`); "packed": at 2 bits, on one device. None: what
-            decoding on this device reads: packed if the model is kept so, except on a CPU, where
-            int8 trits are faster; otherwise ternary.
+            decoding on this device reads, the same however the model is kept, so that a trained
+            model and its packed file go through the same program: packed where the model can
+            be, except on a CPU, where int8 trits are faster; otherwise ternary.
           mesh: to lay them out on by the sharding table, each device reading only its part; None:
             the default device.
 
@@ -120,8 +121,8 @@ class SavedModel:
         """
         file = self._packed
         if form is None:
-            keeps = file is not None and can_pack(self.config) and jax.default_backend() != "cpu"
-            form = "packed" if keeps and mesh is None else "ternary"
+            packs = can_pack(self.config) and self.config.bitlinear == "fused" and mesh is None
+            form = "packed" if packs and jax.default_backend() != "cpu" else "ternary"
         if form == "packed":
             return self._at_two_bits(mesh)
         if file is not None and form == "ternary" and mesh is None:

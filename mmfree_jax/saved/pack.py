@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,15 @@ from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.huggingface_tokenizer import FILES, TOKENIZER_MODELS
 from mmfree_jax.saved.kinds import PACKED_FILE
-from mmfree_jax.saved.open_model import SavedModel
-from mmfree_jax.saved.packed import FORMAT, VERSION
+from mmfree_jax.saved.open_model import SavedModel, open_model
+from mmfree_jax.saved.packed import (
+    FORMAT,
+    VERSION,
+    Bits,
+    EmbeddingDtype,
+    StreamAgreement,
+    record_agreement,
+)
 from mmfree_jax.saved.tensor_file import tensor_writer
 
 EMBEDDING = "embedding/weight"
@@ -41,29 +48,43 @@ class PackReport:
       file: the packed file.
       num_bytes: of the file.
       weights: ternary weights in it.
+      embedding: dtype in which it was stored.
       embedding_error: relative RMS error of the stored embedding against the master's.
+      agreement: of greedy streams with the unpacked model's; None: not measured.
     """
 
     file: Path
     num_bytes: int
     weights: int
+    embedding: EmbeddingDtype
     embedding_error: float
+    agreement: StreamAgreement | None = None
+
+
+def default_embedding(config: ModelConfig) -> EmbeddingDtype:
+    """The smallest dtype of the stored embedding that keeps the unpacked model's greedy streams.
+
+    A lookup gives the residual stream's dtype: stored in it, the embedding loses nothing.
+    """
+    return "bfloat16" if config.residual_dtype == "bfloat16" else "float32"
 
 
 def pack(
     model: SavedModel,
     out: str | os.PathLike[str],
     *,
-    bits: Literal["2", "1.6"] = "2",
-    int8_embedding: bool = False,
-    dense_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    bits: Bits = "2",
+    embedding: EmbeddingDtype | None = None,
+    measure: Callable[[SavedModel], StreamAgreement] | None = None,
 ) -> PackReport:
     """Makes a packed model of a trained one, holding one parameter at a time.
 
     Args:
       model: with master weights.
       out: folder to make; it appears whole or not at all.
-      bits, int8_embedding, dense_dtype: see `write_packed`.
+      bits, embedding: see `write_packed`.
+      measure: compares the packed model with the trained one; its result goes into the file.
+        None: nothing is compared.
 
     Raises:
       ConfigError: the model is packed already, or has no ternary layer.
@@ -81,10 +102,14 @@ def pack(
             model.config,
             model.leaf,
             bits=bits,
-            int8_embedding=int8_embedding,
-            dense_dtype=dense_dtype,
+            embedding=embedding,
         )
         copy_text_files(model, folder)
+        if measure is not None:
+            agreement = measure(open_model(folder))
+            record_agreement(report.file, agreement)
+            size = report.file.stat().st_size
+            report = dataclasses.replace(report, num_bytes=size, agreement=agreement)
     return dataclasses.replace(report, file=Path(out) / PACKED_FILE)
 
 
@@ -93,9 +118,8 @@ def write_packed(
     config: ModelConfig,
     leaf: Callable[[str], Any],
     *,
-    bits: Literal["2", "1.6"] = "2",
-    int8_embedding: bool = False,
-    dense_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    bits: Bits = "2",
+    embedding: EmbeddingDtype | None = None,
 ) -> PackReport:
     """Writes the file of a packed model.
 
@@ -104,8 +128,8 @@ def write_packed(
       config: of the model.
       leaf: gives the master parameter of a name, for example "blocks/glu/down_proj/weight".
       bits: a weight: "2", which kernels read directly, or "1.6", a fifth smaller on disk.
-      int8_embedding: store the embedding in int8 with one scale a row.
-      dense_dtype: of the norms and the embedding; float32 keeps them exactly.
+      embedding: dtype of the stored embedding, int8 with one scale a row; None: see
+        `default_embedding`. All else that is not ternary is float32.
 
     Raises:
       ConfigError: the model has no ternary layer.
@@ -118,6 +142,7 @@ def write_packed(
     ternary = {name for name in shapes if is_ternary(config, tuple(name.split("/")))}
     if not ternary:
         raise ConfigError("the model has no ternary layer: there is nothing to pack")
+    kept = embedding or default_embedding(config)
 
     def stored(name: str, master: Any) -> dict[str, jax.Array]:
         """The tensors that stand for a parameter."""
@@ -125,10 +150,10 @@ def write_packed(
         if name in ternary:
             trits, scale = _ternarize(master)
             return {f"{layer}/packed": _pack(trits, bits=bits), f"{layer}/scale": scale}
-        if name == EMBEDDING and int8_embedding:
+        if name == EMBEDDING and kept == "int8":
             values, scale = quantize_rows(master)
             return {name: values, f"{layer}/scale": scale}
-        return {name: master.astype("float32" if name == "lower_bounds" else dense_dtype)}
+        return {name: master.astype(kept) if name == EMBEDDING else master}
 
     # The header comes first in the file: names and shapes are needed before there is a value.
     tensors = []
@@ -154,7 +179,7 @@ def write_packed(
             for name, value in sorted(values.items()):
                 write(name, np.asarray(value))
     count = sum(math.prod(shapes[name]) for name in ternary)
-    return PackReport(file, file.stat().st_size, count, error)
+    return PackReport(file, file.stat().st_size, count, kept, error)
 
 
 _ternarize = jax.jit(lambda master: ternarize(master))

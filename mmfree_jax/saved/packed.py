@@ -5,17 +5,19 @@ A packed model is a folder with `packed.safetensors` and, if the model has one, 
 
     blocks/mixer/i_proj/packed  [L, N, Q] uint8     the format of `packed_matmul/reference.py`
     blocks/mixer/i_proj/scale   [L, 1, 1] float32   W is about trits * scale
-    embedding/weight            [V, D] bfloat16, or int8 with embedding/scale [V, 1] float32
-    lower_bounds                [L, D] float32      always: the forget gate is sensitive
-    all others                  bfloat16 (or float32, if asked)
+    embedding/weight            [V, D] float32, bfloat16, or int8 with
+    embedding/scale             [V, 1] float32
+    all others                  float32: they are few; in bfloat16, as earlier versions kept
+                                the norms, they change the model's greedy text
 
+The metadata may hold how far greedy streams agree with the unpacked model's (`StreamAgreement`).
 `pack.py` writes them, `open_model` opens them.
 """
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,48 @@ from mmfree_jax.model.weights import (
 )
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved.kinds import PACKED_FILE
-from mmfree_jax.saved.tensor_file import Reader
+from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 
 FORMAT = "mmfree-packed"
 VERSION = 1
 
+Bits = Literal["2", "1.6"]
+EmbeddingDtype = Literal["float32", "bfloat16", "int8"]
+
+_AGREEMENT = "agreement"
+
 _pack = jax.jit(packed_matmul.pack, static_argnames="bits")
 _unpack = jax.jit(packed_matmul.unpack, static_argnums=1, static_argnames="bits")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamAgreement:
+    """How far two models' greedy continuations of the same prompts agree.
+
+    Attributes:
+      new_tokens: of each continuation.
+      agreed: for each prompt the tokens before the first that differs; `new_tokens` where none
+        does.
+      prompts: what they were.
+    """
+
+    new_tokens: int
+    agreed: tuple[int, ...]
+    prompts: str
+
+    @property
+    def kept(self) -> int:
+        """Prompts whose continuations are equal."""
+        return sum(count == self.new_tokens for count in self.agreed)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.kept} of {len(self.agreed)} prompts ({self.prompts}) keep the unpacked "
+            f"model's {self.new_tokens} greedy tokens"
+        )
+        if self.kept == len(self.agreed):
+            return text
+        return f"{text}; the first to part does after {min(self.agreed)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +90,13 @@ class PackedFile:
       reader: of its tensors.
       config: of the model; without what only master weights have a use for.
       bits: a weight, "2" or "1.6".
+      agreement: with the model that it was made of; None: not measured.
     """
 
     reader: Reader
     config: ModelConfig
     bits: str
+    agreement: StreamAgreement | None = None
 
     def matrix(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """The packed rows [.., N, Q] and scales [.., 1, 1] of the ternary weight `name`.
@@ -94,10 +133,35 @@ def open_packed(folder: Path) -> PackedFile:
         config = from_dict(ModelConfig, json.loads(reader.metadata["model"]))
         bits = reader.metadata["bits"]
         packed_matmul.FORMATS[bits]
+        agreement = _read_agreement(reader)
     except (KeyError, ValueError, TypeError, ConfigError) as e:
         raise CheckpointError(f"packed model {folder}: the header is damaged: {e}") from e
     # There are no master weights for the plain program to ternarise, and no training.
-    return PackedFile(reader, dataclasses.replace(config, bitlinear="fused", remat="none"), bits)
+    config = dataclasses.replace(config, bitlinear="fused", remat="none")
+    return PackedFile(reader, config, bits, agreement)
+
+
+def _read_agreement(reader: Reader) -> StreamAgreement | None:
+    if (text := reader.metadata.get(_AGREEMENT)) is None:
+        return None
+    values = json.loads(text)
+    return StreamAgreement(values["new_tokens"], tuple(values["agreed"]), values["prompts"])
+
+
+def record_agreement(file: Path, agreement: StreamAgreement) -> None:
+    """Writes into a packed file how far it agrees with the model that it was made of.
+
+    Raises:
+      CheckpointError: the file is damaged.
+      OutputError: it cannot be written.
+    """
+    reader = Reader(file, file_format=FORMAT, version=VERSION)
+    metadata = reader.written | {_AGREEMENT: json.dumps(dataclasses.asdict(agreement))}
+    with tensor_writer(
+        file, reader.tensors(), file_format=FORMAT, version=VERSION, metadata=metadata
+    ) as write:
+        for name in reader.names():
+            write(name, reader.read(name))
 
 
 def read_ternary(file: PackedFile) -> Ternary:

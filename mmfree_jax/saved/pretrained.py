@@ -46,8 +46,8 @@ def load_model(
 ) -> tuple[LanguageModel, Weights]:
     """The model in a folder and its weights as decoding on this device reads them.
 
-    Packed ones stay at 2 bits, except on a CPU; all others are ternarised once. `generate` and
-    `model.apply(weights, tokens)` take them in any form.
+    At 2 bits where the model is MatMul-free throughout, except on a CPU; ternarised once elsewhere.
+    `generate` and `model.apply(weights, tokens)` take them in any form.
 
     Args and errors: as `load_pretrained`.
     """

@@ -175,6 +175,20 @@ class Reader:
         """Names of the tensors."""
         return iter(self._entries)
 
+    def tensors(self) -> list[tuple[str, tuple[int, ...], np.dtype]]:
+        """Name, shape and dtype of each, in the order in which they lie."""
+        return [(name, entry.shape, entry.dtype) for name, entry in self._entries.items()]
+
+    @property
+    def written(self) -> dict[str, str]:
+        """Of the metadata what `tensor_writer` was given to store."""
+        own = ("format", "version")
+        return {
+            name: text
+            for name, text in self.metadata.items()
+            if name not in own and not name.startswith(_CHECKSUM)
+        }
+
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
