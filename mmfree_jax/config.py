@@ -15,11 +15,13 @@ from mmfree_jax.ranges import (
     AboveZero,
     Count,
     CountOrZero,
+    Layers,
     NotNegative,
     Range,
     Seed,
     Share,
     ShareBelowOne,
+    Size,
     check_numbers,
 )
 
@@ -53,17 +55,17 @@ class ModelConfig:
 
     mixer: Literal["mlgru", "attention"] = "mlgru"
     """Token mixer: the MatMul-free gated linear recurrence, or causal attention with RoPE."""
-    vocab_size: Count = 32_000
+    vocab_size: Size = 32_000
     """Rows of the embedding and of the head (tokens)."""
-    hidden_size: Count = 1024
+    hidden_size: Size = 1024
     """Width of the residual stream (channels)."""
-    num_layers: Count = 24
+    num_layers: Layers = 24
     """Number of blocks; each is a mixer and a GLU."""
-    intermediate_size: Count | None = None
+    intermediate_size: Size | None = None
     """Width of the GLU (channels); None: 256 * ceil(int(hidden_size * 8/3) / 256)."""
-    num_heads: Count | None = None
+    num_heads: Size | None = None
     """Attention heads; None: hidden_size / 64, at least 1. MLGRU has no heads."""
-    num_kv_heads: Count | None = None
+    num_kv_heads: Size | None = None
     """Attention heads of keys and values, shared by groups of queries; None: num_heads."""
     expand_ratio: AboveZero = 1.0
     """MLGRU: channels of the recurrent state for each of the residual stream."""
@@ -195,7 +197,7 @@ class DataConfig:
     """Folders written by `mmfree data prepare`; all must share one tokenizer."""
     weights: tuple[AboveZero, ...] = ()
     """Share of rows drawn from each folder; empty: in proportion to their tokens."""
-    seq_len: Count = 2048
+    seq_len: Size = 2048
     """Length of a training row (tokens)."""
     seed: Seed = 0
     """Seed of the global shuffle of rows."""

@@ -17,9 +17,15 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import check_local
 from mmfree_jax.presets import preset
-from mmfree_jax.text_files import read_text
+from mmfree_jax.readable import brief
+from mmfree_jax.text_files import DEEPEST, MOST_DIGITS, check_text, read_text
 
 T = TypeVar("T")
+
+_LARGEST = 2**22
+"""Bytes of a YAML file: the reader takes some ten seconds for each 2^20."""
+_MOST_VALUES = 10**6
+"""That a YAML text stands for, its aliases written out."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -42,7 +48,7 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
       ConfigError: a key is unknown or a value has the wrong type; the message names it.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'config'} is {values!r}: give a mapping of fields")
+        raise ConfigError(f"{path or 'config'} is {brief(values)}: give a mapping of fields")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     changes = {}
@@ -50,11 +56,13 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
         name = str(key).replace("-", "_")
         where = f"{path}.{name}" if path else name
         if name in changes:
-            raise ConfigError(f"config key {where!r} occurs twice, as {key!r} too: keep one")
+            raise ConfigError(
+                f"config key {brief(where)} occurs twice, as {brief(key)} too: keep one"
+            )
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(fields)}"
-            raise ConfigError(f"unknown config key {where!r}: {hint}")
+            raise ConfigError(f"unknown config key {brief(where)}: {hint}")
         if dataclasses.is_dataclass(hints[name]):
             inner = _default(fields[name]) if base is None else getattr(base, name)
             changes[name] = from_dict(hints[name], value, inner, where)  # type: ignore[arg-type]
@@ -82,27 +90,34 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise ConfigError(f"{where} is {value!r}: choose one of {', '.join(map(str, args))}")
+        raise ConfigError(f"{where} is {brief(value)}: choose one of {', '.join(map(str, args))}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} is {value!r}: give a list")
+            raise ConfigError(f"{where} is {brief(value)}: give a list")
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ConfigError(f"{where} is {value!r}: give a list of {len(args)} values")
+            raise ConfigError(f"{where} is {brief(value)}: give a list of {len(args)} values")
         element_hints = args if args[-1] is not Ellipsis else [args[0]] * len(value)
         pairs = enumerate(zip(element_hints, value, strict=True))
         return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in pairs)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 3e-4 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} is {value!r}: give a value of type {hint.__name__}")
+    raise ConfigError(f"{where} is {brief(value)}: give a value of type {hint.__name__}")
 
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML of plain values, where a key may occur once in a mapping (`<<` merges as ever)."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Checks how much the text stands for, before anything is made of it."""
+        node = super().get_single_node()
+        if node is not None:
+            _check_nodes(node, {})
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Checks keys as they are written: merging adds others to the node later."""
@@ -114,10 +129,60 @@ class _StrictLoader(yaml.SafeLoader):
             name, line = self.construct_object(key), key.start_mark.line + 1
             if name in seen:
                 raise yaml.YAMLError(
-                    f"key {name!r} occurs twice, in lines {seen[name]} and {line}: keep one"
+                    f"key {brief(name)} occurs twice, in lines {seen[name]} and {line}: keep one"
                 )
             seen[name] = line
         return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """Of a length that any field could hold."""
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.YAMLError(
+                f"a whole number of {len(node.value)} digits in line {node.start_mark.line + 1}"
+            )
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
+def _check_nodes(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Values that a node stands for with its aliases written out, and their depth.
+
+    A few lines of aliases stand for more than any memory, or for themselves.
+
+    Args:
+      node: of the text.
+      known: what was found for nodes before, by id; None: not done yet.
+
+    Raises:
+      YAMLError: too many, too deep, an alias of itself, or a string that is no text.
+    """
+    if id(node) in known:
+        found = known[id(node)]
+        if found is None:
+            raise yaml.YAMLError("an alias stands for itself")
+        return found
+    known[id(node)] = None
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif "\0" in node.value:
+        raise yaml.YAMLError(f"a NUL in a string in line {node.start_mark.line + 1}")
+    else:
+        check_text(node.value)
+    count, depth = 1, 0
+    for part in inner:
+        values, levels = _check_nodes(part, known)
+        count, depth = count + values, max(depth, levels + 1)
+    if count > _MOST_VALUES:
+        raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+    if depth > DEEPEST:
+        raise RecursionError
+    known[id(node)] = count, depth
+    return count, depth
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -139,7 +204,9 @@ def _parse(text: str, source: str, *, keys_only: bool = False) -> Any:
             return yaml.compose(text, _StrictLoader)
         return yaml.load(text, _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # 2024-13-01 is a ValueError
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(e).split())}") from e
+        too_deep = isinstance(e, RecursionError)
+        reason = f"nested more than {DEEPEST} deep" if too_deep else " ".join(str(e).split())
+        raise ConfigError(f"{source} is not valid YAML: {reason[:500]}") from e
 
 
 def check_keys(path: str | os.PathLike[str]) -> None:
@@ -163,7 +230,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 def _read(path: str | os.PathLike[str], *, keys_only: bool = False) -> Any:
     check_local(path, "config file")
     try:
-        text = read_text(path)
+        text = read_text(path, _LARGEST)
     except OSError as e:
         raise ConfigError(f"config file {path}: {e.strerror}; give a readable YAML file") from e
     except UnicodeDecodeError as e:
@@ -182,7 +249,7 @@ def load_yaml(path: str | os.PathLike[str], base: TrainConfig | None = None) -> 
     values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"config file {path}: give a mapping of fields, not {values!r}")
+        raise ConfigError(f"config file {path}: give a mapping of fields, not {brief(values)}")
     name = values.pop("preset", None)
     if base is None:
         base = TrainConfig() if name is None else preset(str(name))

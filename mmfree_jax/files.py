@@ -27,6 +27,7 @@ from typing import BinaryIO
 
 from mmfree_jax.errors import OutputError
 from mmfree_jax.places import check_local
+from mmfree_jax.text_files import open_file, read_json
 
 MARKER = ".mmfree-output.json"
 StrPath = str | os.PathLike[str]
@@ -183,7 +184,7 @@ def _entries(folder: Path) -> set[str]:
 
 def _check_is_ours(folder: Path, command: str) -> None:
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = read_json(folder / MARKER)
         writer, listed = marker["command"], {*marker["files"], MARKER}
     except (OSError, ValueError, TypeError, KeyError):
         raise OutputError(
@@ -429,5 +430,5 @@ def sha256(data: bytes | bytearray | memoryview) -> str:
 
 def sha256_file(path: StrPath) -> str:
     """SHA-256 of a file (hex)."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

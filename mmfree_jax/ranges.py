@@ -57,6 +57,10 @@ ShareBelowOne = Annotated[float, Range(0, 1, open_high=True)]
 InnerShare = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
 Count = Annotated[int, Range(0, open_low=True)]
 CountOrZero = Annotated[int, Range(0)]
+Size = Annotated[int, Range(1, 2**31 - 1)]
+"""Of an array's axis, whose elements 32 bits count."""
+Layers = Annotated[int, Range(1, 10_000)]
+"""Each has names, shapes and programs of its own, which are made before the first array is."""
 TwoOrMore = Annotated[int, Range(2)]
 Port = Annotated[int, Range(1, 65535)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
@@ -102,11 +106,11 @@ def check_values(
         for number in _numbers(value):
             if not allowed.holds(number):
                 way_out = str(allowed)
-                if math.isfinite(number) and abs(number) > LARGEST:
+                if LARGEST < abs(number) < math.inf:
                     way_out = "a number that float32 holds, at most 3.4e38"
                 elif 0 < abs(number) < SMALLEST:
                     way_out = "a number that float32 holds: 0 is the nearest, 1.2e-38 the next"
-                elif not math.isfinite(number) and allowed != Range():
+                elif not abs(number) < math.inf and allowed != Range():
                     way_out = f"a finite number, {way_out}"
                 raise ConfigError(f"{title(name)} is {value!r}: set {way_out}")
 
@@ -133,4 +137,5 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _short(number: float) -> str:
-    return "2^32 - 1" if number == 2**32 - 1 else f"{number:g}"
+    bits = int(number + 1).bit_length() - 1 if number > 2**20 else 0
+    return f"2^{bits} - 1" if bits and number == 2**bits - 1 else f"{number:g}"

@@ -1,4 +1,12 @@
-"""Numbers for people."""
+"""Numbers and values for people."""
+
+from typing import Any
+
+
+def brief(value: Any, longest: int = 100) -> str:
+    """A value as Python writes it, cut where it is longer than a message may be."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def format_count(value: float) -> str:

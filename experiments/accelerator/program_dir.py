@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mmfree_jax.errors import DataError
+from mmfree_jax.config_io import from_dict
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.compile import Compiled
-from mmfree_jax.experiments.accelerator.isa import assemble, disassemble
+from mmfree_jax.experiments.accelerator.isa import Instruction, assemble, disassemble
 from mmfree_jax.experiments.accelerator.machine import Machine
 from mmfree_jax.files import new_folder, sha256, sha256_file, write_bytes, write_text
 from mmfree_jax.json_shape import digest, fault
-from mmfree_jax.text_files import parse_json, read_text
+from mmfree_jax.text_files import read_bytes, read_json, read_text
 
 COMMAND = "hardware compile"
 _VERSION = 1
+_LARGEST_MEMORY = 2**34
 
 
 def save(compiled: Compiled, path: Path, *, model: Path) -> None:
@@ -36,6 +39,7 @@ def save(compiled: Compiled, path: Path, *, model: Path) -> None:
         write_text(folder / "program.asm", disassemble(compiled.program))
         write_bytes(folder / "memory.bin", compiled.memory.tobytes())
         meta["memory_sha256"] = sha256_file(folder / "memory.bin")
+        meta["program_sha256"] = _program_digest(compiled.program)
         meta = json.loads(json.dumps(meta))  # what a reader finds, tuples as lists
         signed = meta | {"sha256": digest(meta)}
         write_text(folder / "program.json", json.dumps(signed, indent=1) + "\n")
@@ -48,30 +52,43 @@ def load(folder: Path) -> Compiled:
       DataError: a file is missing, malformed or too new.
     """
     try:
-        meta = parse_json(read_text(folder / "program.json"))
+        meta = read_json(folder / "program.json")
         if fault(meta, {"version": int, "places": dict, "machine": dict, "frac": dict}):
             raise ValueError("a field is missing or of another type")
         if meta["version"] > _VERSION:
             raise DataError(f"{folder}/program.json is of version {meta['version']}: update mmfree")
         text = read_text(folder / "program.asm")
-        memory = np.fromfile(folder / "memory.bin", np.uint8)
-        # Programs of older versions have no checksums; program.asm may be edited.
+        memory = np.frombuffer(
+            bytearray(read_bytes(folder / "memory.bin", _LARGEST_MEMORY)), np.uint8
+        )
+        # Programs of older versions have no checksums.
         if meta.pop("sha256", None) not in (None, digest(meta)):
             raise ValueError("it does not match its own checksum")
         if meta.pop("memory_sha256", None) not in (None, sha256(memory.data)):
             raise DataError(f"{folder}/memory.bin does not match its checksum: compile again")
+        own = meta.pop("program_sha256", None)
         places = {name: (int(a), int(n)) for name, (a, n) in meta["places"].items()}
-        machine = Machine(**meta["machine"])
+        machine = from_dict(Machine, meta["machine"])
         stride, frac = int(meta["token_stride"]), meta["frac"]
     except OSError as e:
         raise DataError(
             f"{e.filename} cannot be read ({e.strerror}): give a folder that `mmfree hardware "
             "compile` wrote"
         ) from e
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, ConfigError) as e:
         raise DataError(f"{folder}/program.json is malformed ({e}): compile again") from e
     try:
         program = assemble(text)
     except DataError as e:
         raise DataError(f"{folder}/program.asm, {e}") from e
+    if own not in (None, _program_digest(program)):
+        raise DataError(
+            f"{folder}/program.asm does not match its checksum: compile again; your own assembly "
+            "runs from a file by itself"
+        )
     return Compiled(program, memory, places, machine, stride, frac)
+
+
+def _program_digest(program: Sequence[Instruction]) -> str:
+    """SHA-256 of the instructions, whatever the comments and the white space between them."""
+    return sha256(disassemble(program).encode())

@@ -17,6 +17,7 @@ from mmfree_jax.installed import versions
 from mmfree_jax.json_shape import fault
 from mmfree_jax.pallas_kernels import dispatch as choices
 from mmfree_jax.presets import preset
+from mmfree_jax.text_files import read_json
 from mmfree_jax.train.flops import find_device
 
 OPS = ("recurrence", "norm_quant", "ternary_matmul", "bitlinear", "cross_entropy")
@@ -59,8 +60,8 @@ def read_choices(path: Path) -> dict[str, Any]:
       ConfigError: the file holds something else.
     """
     try:
-        table: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        table: Any = read_json(path)
+    except (OSError, ValueError):
         table = None
     if fault(table, {}) or any(fault(mine, {}) for mine in table.values()):
         raise ConfigError(f"choices is {path}, which is no table of choices: give another file")

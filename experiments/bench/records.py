@@ -15,6 +15,7 @@ from typing import Any
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.presets import preset
+from mmfree_jax.text_files import read_json
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -128,7 +129,7 @@ class Study:
         for folder in folders:
             path = self.files(folder)[0]
             try:
-                record = json.loads(path.read_text(encoding="utf-8"))
+                record = read_json(path)
                 commands += record["commands"] if "commands" in record else [record["command"]]
                 rows += record["rows"]
             except (OSError, ValueError, KeyError, TypeError) as e:

@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import io
 import operator
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +22,7 @@ from mmfree_jax.experiments.scaling.frame import (
     make_frame,
 )
 from mmfree_jax.experiments.scaling.run_directory import is_run_directory, read_run_directory
-from mmfree_jax.text_files import decode_text
+from mmfree_jax.text_files import LARGEST, decode_text, open_file, read_bytes
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,22 @@ _MISSING = {"", "na", "nan", "none", "null", "n/a", "-"}
 
 def _read_csv(path: Path) -> Table:
     try:
-        data = path.read_bytes()
-        text = decode_text(gzip.decompress(data) if path.suffix == ".gz" else data)
+        data = read_bytes(path)
+        text = decode_text(_decompress(data) if path.suffix == ".gz" else data)
     except UnicodeDecodeError:
         raise ScalingError(f"{path}: is not UTF-8 text; save it as UTF-8 CSV") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ScalingError(f"{path}: cannot be read ({reason}); give a whole file") from None
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if len(lines) < 2:
         raise ScalingError(f"{path}: holds {len(lines)} lines; a header and at least one run are "
                            "needed")  # fmt: skip
     delimiter = max(",\t;", key=lines[0].count)
-    rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
+    try:
+        rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
+    except csv.Error as error:
+        raise ScalingError(f"{path}: is no CSV ({error}); save it anew") from None
     header = [name.strip() for name in rows[0]]
     _refuse_doubled(header, path)
     for number, row in enumerate(rows[1:], start=2):
@@ -132,6 +140,14 @@ def _read_csv(path: Path) -> Table:
             raise ScalingError(f"{path}: row {number} has {len(row)} fields where the header has "
                                f"{len(header)}")  # fmt: skip
     return {name: [row[j].strip() for row in rows[1:]] for j, name in enumerate(header)}
+
+
+def _decompress(data: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+        text = stream.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise OSError(f"more than {LARGEST >> 20} MiB of text")
+    return text
 
 
 def _refuse_doubled(header: list[str], path: Path) -> None:
@@ -145,9 +161,10 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet as pq
 
     try:
+        open_file(path).close()  # the library would wait for ever for a pipe
         _refuse_doubled(pq.read_schema(path).names, path)
         table = pq.read_table(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ScalingError(f"{path}: is not a readable parquet file ({error})") from None
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
@@ -159,9 +176,9 @@ def _numbers(values: list, path: Path, column: str) -> np.ndarray:
             continue
         try:
             out[row] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ScalingError(
-                f"{path}: column {column!r}, row {row + 2}: {value!r} is not a number; counts "
+                f"{path}: column {column!r}, row {row + 2}: {str(value)[:100]!r} is not a number; counts "
                 "are written raw, such as 1.3e9"
             ) from None
     return out
@@ -253,7 +270,7 @@ def read_runs(
         if not path.exists():
             raise ScalingError(f"{path}: does not exist; give a CSV or parquet file or a run "
                                "directory")  # fmt: skip
-        if path.is_file():
+        if not path.is_dir():
             frames.append(read_table(path, columns, where))
             continue
         runs = [path] if is_run_directory(path) else sorted(

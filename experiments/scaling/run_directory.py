@@ -4,7 +4,6 @@ Written by the trainer, possibly still being written, possibly cut off: the last
 torn, a resumed run repeats steps, and summary.json is absent until the run ends.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mmfree_jax.config_io import read_yaml
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
 from mmfree_jax.saved.history import read_history
-from mmfree_jax.text_files import read_text
+from mmfree_jax.text_files import read_json
 
 METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.yaml", "summary.json"
 
@@ -72,9 +71,11 @@ def read_run_directory(path: Path, *, points: str = "last", tail: int = 20) -> R
     summary: dict = {}
     if (path / SUMMARY).is_file():
         try:
-            summary = json.loads(read_text(path / SUMMARY))
-        except ValueError as error:
-            raise ScalingError(f"{path / SUMMARY}: is not JSON ({error})") from None
+            summary = read_json(path / SUMMARY)
+        except (OSError, ValueError) as error:
+            raise ScalingError(f"{path / SUMMARY}: is not readable JSON ({error})") from None
+        if not isinstance(summary, dict):
+            raise ScalingError(f"{path / SUMMARY}: is damaged (it is not a mapping)")
     params = _number(_look(summary, "parameters.total"))
     if not np.isfinite(params):
         what = "lacks 'parameters.total'" if summary else "is missing"

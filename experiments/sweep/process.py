@@ -1,6 +1,5 @@
 """One run as a process of its own: how it is started, and what its end means."""
 
-import json
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import mmfree_jax
 from mmfree_jax.installed import own_version
+from mmfree_jax.text_files import read_json
 
 # Where mmfree_jax lies: the checkout, or site-packages.
 _ROOT = Path(mmfree_jax.__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def _last_line(log: Path) -> str:
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """A run's summary.json; None where it is absent or unreadable."""
     try:
-        value = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        value = read_json(run_dir / "summary.json")
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

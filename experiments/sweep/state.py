@@ -5,7 +5,6 @@ runs/NAME/ (its run directory), logs/NAME.log (what it printed), failures/NAME.j
 failed, gone once it succeeds) and locks/NAME.lock (held while it runs).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
 from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
 from mmfree_jax.files import is_locked
 from mmfree_jax.json_shape import fault
+from mmfree_jax.text_files import read_json
 
 Status = Literal["done", "failed", "running", "cut off", "pending", "waiting"]
 
@@ -81,7 +81,7 @@ def read_failures(out: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((out / "failures").glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            found[path.stem] = read_json(path)
         except (OSError, ValueError) as e:
             raise SweepError(f"{path} cannot be read ({e}); delete it") from e
         if wrong := fault(found[path.stem], {"kind": str, "reason": str}):

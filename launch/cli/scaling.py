@@ -17,6 +17,7 @@ from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
 from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
 from mmfree_jax.launch.device_scaling.run import Options, run_study
 from mmfree_jax.ranges import AboveZero, Count
+from mmfree_jax.text_files import read_json
 
 STUDY = "study.json"
 
@@ -120,8 +121,8 @@ def _report(folder: Path) -> int:
     records = read_results(folder)
     study = folder / STUDY
     try:
-        about: Any = json.loads(study.read_text(encoding="utf-8")) if study.is_file() else {}
-    except ValueError:
+        about: Any = read_json(study) if study.is_file() else {}
+    except (OSError, ValueError):
         about = None
     if wrong := fault(about, {}):
         raise ConfigError(f"{study} is damaged ({wrong}): remove it")

@@ -1,6 +1,5 @@
 """One table, one figure and the extrapolated training times from a scaling study."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from mmfree_jax.experiments.bench.records import markdown
 from mmfree_jax.files import open_atomically
 from mmfree_jax.json_shape import fault
 from mmfree_jax.launch.device_scaling.run import RESULTS
+from mmfree_jax.text_files import parse_json, read_text
 
 # What arXiv 2406.02528, section 4.3 reports on 8 H100: preset, tokens, hours.
 PAPER_RUNS = (("370M", 15e9, 5.0), ("1.3B", 100e9, 84.0), ("2.7B", 100e9, 173.0))
@@ -26,9 +26,15 @@ def read_results(folder: Path) -> list[Record]:
     if not path.is_file():
         raise ConfigError(f"report is {str(folder)!r}: it holds no {RESULTS}")
     latest: dict[str, Record] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = read_text(path).split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read ({e}): restore it, or measure again") from e
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            record: Any = json.loads(line)
+            record: Any = parse_json(line)
         except ValueError:
             record = None
         if wrong := fault(record, {"name": str, "case": dict}):

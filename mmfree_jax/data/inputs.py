@@ -14,7 +14,7 @@ from mmfree_jax.data.reading import InputReading, Skipped, Tally, skip
 from mmfree_jax.data.sources import SUFFIXES, InputFile, is_plain_text
 from mmfree_jax.data.splits import ALL, TRAIN, Subset, canonical, read_subsets, splits_by_name
 from mmfree_jax.errors import DataError
-from mmfree_jax.text_files import parse_json, read_text
+from mmfree_jax.text_files import read_json
 
 _KNOWN = f"known are {', '.join(SUFFIXES)}"
 _OTHER_KIND = "of a kind that is not read"
@@ -194,7 +194,7 @@ def _saved_files(folder: Path) -> list[Path]:
     """The files of a folder that Hugging Face's `save_to_disk` wrote."""
     state = folder / "state.json"
     try:
-        names = [f["filename"] for f in parse_json(read_text(state))["_data_files"]]
+        names = [f["filename"] for f in read_json(state)["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{state} is not the state of a saved data set ({e!r}): repair it") from e
     return [folder / name for name in names]

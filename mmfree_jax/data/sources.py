@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from mmfree_jax.data.tables import arrow_rows, parquet_rows
 from mmfree_jax.data.text_split import split_text
 from mmfree_jax.errors import DataError
-from mmfree_jax.text_files import LONGEST_MARK, find_encoding
+from mmfree_jax.text_files import LONGEST_MARK, find_encoding, open_file
 
 BATCH_BYTES = 2**20
 BATCH_RECORDS = 4096
@@ -121,7 +121,7 @@ def read_batches(file: InputFile, options: ReadOptions, start: int = 0) -> Itera
 def _refuse_pointer(path: Path) -> None:
     """A clone without Git LFS holds a few lines of text in place of a file."""
     if path.stat().st_size < 1024:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if file.read(len(_POINTER)) == _POINTER:
                 raise DataError(
                     f"{path} is a Git LFS pointer, not the file: run git lfs pull in its clone"
@@ -131,7 +131,7 @@ def _refuse_pointer(path: Path) -> None:
 def _byte_records(
     file: Path, options: ReadOptions, start: int, is_text: bool
 ) -> Iterator[tuple[bytes, int, str]]:
-    with file.open("rb") as raw:
+    with open_file(file) as raw:
         blocks = _as_utf8(_blocks(raw, file), file)
         records: Iterator[tuple[bytes, str]]
         if is_text:

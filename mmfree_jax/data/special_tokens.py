@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import DataError
-from mmfree_jax.text_files import parse_json, read_text
+from mmfree_jax.text_files import read_json
 
 BOS_TOKEN, EOS_TOKEN = "<|bos|>", "<|eos|>"
 """Names of the special tokens of a BPE trained here (ids 0 and 1)."""
@@ -53,7 +53,7 @@ def named_ends(folder: Path) -> tuple[str | None, str | None]:
 def _fields(file: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where there is none."""
     try:
-        fields = parse_json(read_text(file))
+        fields = read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:

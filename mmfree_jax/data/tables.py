@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import DataError
+from mmfree_jax.text_files import open_file
 
 Row = tuple[str | None, int]
 """A text, and how far the file has been read (bytes)."""
@@ -19,6 +20,7 @@ def parquet_rows(file: Path, column: str, start: int) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    open_file(file).close()  # the library would wait for ever for a pipe
     size = file.stat().st_size
     try:
         with pq.ParquetFile(file, memory_map=True, pre_buffer=False) as table:
@@ -48,6 +50,7 @@ def arrow_rows(file: Path, column: str, start: int) -> Iterator[Row]:
     """
     import pyarrow as pa
 
+    open_file(file).close()  # likewise
     try:
         with pa.memory_map(str(file)) as source:
             # Hugging Face writes the stream format; other tools the file format.

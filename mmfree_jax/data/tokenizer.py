@@ -24,7 +24,7 @@ from mmfree_jax.data.special_tokens import (
 )
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import write_bytes, write_text
-from mmfree_jax.text_files import decode_text
+from mmfree_jax.text_files import decode_text, parse_json, read_bytes
 
 BYTE = "byte"
 BYTE_BOS, BYTE_EOS = 256, 257
@@ -229,7 +229,7 @@ class JsonTokenizer:
             plain = decode_text(text)
             self._text = plain.encode()
             self._tokenizer = tokenizers.Tokenizer.from_str(plain)
-            description = json.loads(plain)
+            description = parse_json(plain)
             model = description["model"]
         except Exception as e:  # `tokenizers` raises bare Exception
             raise DataError(
@@ -324,7 +324,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if file.name == "byte.json":
         return ByteTokenizer()
     try:
-        contents = file.read_bytes()
+        contents = read_bytes(file)
     except OSError as e:
         raise DataError(f"tokenizer {file}: {e.strerror}; give a readable file") from e
     bos, eos = named_ends(file.parent)

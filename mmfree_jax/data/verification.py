@@ -14,6 +14,7 @@ from pathlib import Path
 from mmfree_jax.data.dataset import INDEX_NAME, TokenDataset
 from mmfree_jax.errors import DataError, OutputError
 from mmfree_jax.files import sha256_file, write_text
+from mmfree_jax.text_files import read_json
 
 REMEMBERED = ".verified.json"
 AT_ONCE = 2**28
@@ -40,7 +41,7 @@ def _files(dataset: TokenDataset) -> Iterator[tuple[Path, Stamp]]:
 
 def _remembered(folder: Path) -> dict[str, Stamp]:
     try:
-        found = json.loads((folder / REMEMBERED).read_text(encoding="utf-8"))
+        found = read_json(folder / REMEMBERED)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -28,6 +28,7 @@ from mmfree_jax.data.dataset import (
 from mmfree_jax.errors import DataError, OutputError
 from mmfree_jax.files import sha256_file, sync_folder, write_text
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.text_files import read_json
 
 SHARD_TOKENS = 2**27
 """Tokens after which a shard is closed (256 MiB at two bytes a token)."""
@@ -310,14 +311,14 @@ def read_progress(file: Path) -> dict[str, Any] | None:
       DataError: it is unreadable or damaged. Older versions wrote no checksum.
     """
     try:
-        journal = json.loads(file.read_text(encoding="utf-8"))
+        journal = read_json(file)
         if wrong := fault(journal, _JOURNAL):
             raise ValueError(wrong)
         if journal.pop(_SELF, None) not in (None, digest(journal)):
             raise ValueError("it does not match its own checksum")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise DataError(f"{file} cannot be read ({e}): remove {file.parent} and start again") from e
     return journal
 

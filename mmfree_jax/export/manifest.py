@@ -9,6 +9,7 @@ from typing import Any
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.files import sha256_file, write_text
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.text_files import read_json
 
 FILE = "export.json"
 FORMAT = "mmfree-onnx"
@@ -60,12 +61,12 @@ def read(folder: str | os.PathLike[str], *, file_format: str = FORMAT) -> dict[s
     """
     path = Path(folder) / FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except OSError as e:
         raise CheckpointError(
             f"{path}: {e.strerror}; give a folder that `mmfree export` wrote"
         ) from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise CheckpointError(f"{path} is damaged (not valid JSON): export again") from e
     wrong = fault(manifest, {"format": str, "version": int})
     if not wrong and manifest["format"] != file_format:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import write_text
-from mmfree_jax.text_files import parse_json, read_text
+from mmfree_jax.text_files import read_json
 
 GENERATION = "generation_config.json"
 _FILES = ("config.json", GENERATION)
@@ -27,7 +27,7 @@ def end_ids(folder: str | Path) -> tuple[int, ...]:
         if not file.is_file():
             continue
         try:
-            fields = parse_json(read_text(file))
+            fields = read_json(file)
         except (OSError, ValueError) as e:
             raise ConfigError(f"{file} cannot be read ({e}): repair or remove it") from e
         value = fields.get("eos_token_id") if isinstance(fields, dict) else None

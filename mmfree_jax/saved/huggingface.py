@@ -12,9 +12,10 @@ from typing import Any
 
 from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.readable import brief
 from mmfree_jax.saved.huggingface_fields import check_unread, rope_theta
 from mmfree_jax.saved.kinds import HUGGINGFACE_CONFIG as CONFIG
-from mmfree_jax.text_files import parse_json, read_text
+from mmfree_jax.text_files import read_json
 
 HGRN_BIT, LLAMA = "hgrn_bit", "llama"
 
@@ -80,7 +81,7 @@ def read_config(folder: Path) -> HuggingFaceModel:
     """
     file = folder / CONFIG
     try:
-        raw = parse_json(read_text(file))
+        raw = read_json(file)
     except OSError as e:
         raise ConfigError(f"{file}: {e.strerror}; give the folder of a model") from e
     except ValueError as e:
@@ -92,9 +93,9 @@ def read_config(folder: Path) -> HuggingFaceModel:
         LLAMA: _from_llama,
     }
     kind = raw.get("model_type")
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise ConfigError(
-            f"{file}: model_type is {kind!r}: only {' and '.join(readers)} models are read"
+            f"{file}: model_type is {brief(kind)}: only {' and '.join(readers)} models are read"
         )
     fields = _Fields(file, raw, _HGRN_DEFAULTS if kind == HGRN_BIT else _LLAMA_DEFAULTS)
     check_unread(file, raw, {*fields.defaults, *_SHAPE})
@@ -112,7 +113,7 @@ class _Fields:
         return self.raw.get(name, self.defaults.get(name))
 
     def refuse(self, name: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.file}: {name} is {self[name]!r}: {why}")
+        return ConfigError(f"{self.file}: {name} is {brief(self[name])}: {why}")
 
     def require(self, names: tuple[str, ...], allowed: tuple[Any, ...]) -> None:
         for name in names:

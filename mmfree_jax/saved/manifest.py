@@ -17,6 +17,7 @@ import jax
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.text_files import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -86,10 +87,10 @@ def read_manifest(folder: Path) -> Manifest:
         return DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({why})")
 
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        values = read_json(folder / MANIFEST)
     except OSError as e:
         raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise damaged("not valid JSON") from e
     if wrong := fault(values, {"format": int}):
         raise damaged(wrong)

@@ -39,6 +39,7 @@ from mmfree_jax.model.weights import (
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
+from mmfree_jax.text_files import parse_json
 
 FORMAT = "mmfree-packed"
 VERSION = 1
@@ -130,7 +131,7 @@ def open_packed(folder: Path) -> PackedFile:
     """
     reader = Reader(folder / PACKED_FILE, file_format=FORMAT, version=VERSION)
     try:
-        config = from_dict(ModelConfig, json.loads(reader.metadata["model"]))
+        config = from_dict(ModelConfig, parse_json(reader.metadata["model"]))
         bits = reader.metadata["bits"]
         packed_matmul.FORMATS[bits]
         agreement = _read_agreement(reader)
@@ -144,7 +145,7 @@ def open_packed(folder: Path) -> PackedFile:
 def _read_agreement(reader: Reader) -> StreamAgreement | None:
     if (text := reader.metadata.get(_AGREEMENT)) is None:
         return None
-    values = json.loads(text)
+    values = parse_json(text)
     return StreamAgreement(values["new_tokens"], tuple(values["agreed"]), values["prompts"])
 
 

@@ -23,6 +23,7 @@ from mmfree_jax.model import Session, State, init_state
 from mmfree_jax.model.weights import Packed, Weights, as_weights, matrix_scales
 from mmfree_jax.saved.fingerprint import Fingerprint, fingerprint
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
+from mmfree_jax.text_files import parse_json
 
 FORMAT = "mmfree-session"
 VERSION = 2
@@ -77,7 +78,7 @@ def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelCo
     """
     reader = Reader(Path(path), file_format=FORMAT, version=VERSION)
     try:
-        saved = dict(json.loads(reader.metadata["architecture"]))
+        saved = dict(parse_json(reader.metadata["architecture"]))
     except (KeyError, ValueError, TypeError) as e:
         raise CheckpointError(f"session file {path}: the header is damaged") from e
     wanted = _architecture(config)

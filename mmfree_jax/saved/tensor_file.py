@@ -8,6 +8,7 @@ its name only when whole. Files for other packages have what the writer adds alo
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.files import open_atomically, sha256
 from mmfree_jax.json_shape import digest
+from mmfree_jax.text_files import open_file, parse_json
 
 _DTYPES = {
     "U8": np.dtype(np.uint8),
@@ -135,20 +137,20 @@ class Reader:
         self._path = path
         self._what = f"{file_format} file {path}"
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 text = file.read(length) if length <= _LARGEST_HEADER else b""
         except OSError as e:
             raise CheckpointError(f"{self._what}: {e.strerror}; give a readable file") from e
         try:
-            header = json.loads(text)
+            header = parse_json(text)
             own = header["__metadata__"].pop(_SELF, None)  # files of older versions have none
             intact = own in (None, digest(header))
             self.metadata: dict[str, str] = header.pop("__metadata__")
             self._entries = {name: _entry(value) for name, value in header.items()}
             found, self.version = self.metadata["format"], int(self.metadata["version"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(
                 f"{self._what} has no readable header: it is damaged, or not a {file_format} file"
             ) from e

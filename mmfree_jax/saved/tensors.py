@@ -23,8 +23,10 @@ from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_spec
 from mmfree_jax.saved.kinds import PICKLED
-from mmfree_jax.text_files import parse_json, read_text
+from mmfree_jax.text_files import open_file, read_json
 
+_MOST_NAMED = 100
+"""Of the problems of a folder, in one message."""
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -78,6 +80,7 @@ class TensorFolder:
 
     def _open(self, file: Path, listed: set[str] | None) -> None:
         try:
+            open_file(file).close()  # the library would wait for ever for a pipe
             handle = self._stack.enter_context(safe_open(str(file), "numpy"))
         except FileNotFoundError as e:
             raise CheckpointError(
@@ -129,7 +132,7 @@ class TensorFolder:
 def _read_index(file: Path) -> dict[str, set[str]]:
     """File names and the tensors in each, from an index whose names are checked."""
     try:
-        weight_map = parse_json(read_text(file))["weight_map"]
+        weight_map = read_json(file)["weight_map"]
         items = [(str(name), str(target)) for name, target in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file} is damaged ({e}): fetch it again") from e
@@ -180,7 +183,7 @@ def read_params(
 
     Raises:
       CheckpointError: tensors are missing, extra, misshapen, not floating-point, or hold
-        values that are not finite; the message lists all of them.
+        values that are not finite; the message lists all of them, up to `_MOST_NAMED`.
       ConfigError: a parameter does not divide evenly over the mesh.
     """
     problems = list(tensors.problems)
@@ -222,10 +225,12 @@ def read_params(
 
 
 def _problems_error(folder: Path, problems: Sequence[str]) -> CheckpointError:
-    count = len(problems)
+    count, shown = len(problems), "; ".join(problems[:_MOST_NAMED])
+    if count > _MOST_NAMED:
+        shown += f"; and {count - _MOST_NAMED} more"
     return CheckpointError(
         f"{folder} does not fit its config in {count} {'place' if count == 1 else 'places'}: "
-        f"{'; '.join(problems)}: check that the folder is complete and its config.json is its own"
+        f"{shown}: check that the folder is complete and its config.json is its own"
     )
 
 

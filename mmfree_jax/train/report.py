@@ -21,6 +21,7 @@ from mmfree_jax.saved.run_directory import (
     SUMMARY,
     TENSORBOARD,
 )
+from mmfree_jax.text_files import read_json
 from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
@@ -45,7 +46,7 @@ def finished_summary(run: Run) -> Summary | None:
     """The summary of a run that has nothing left to do, which is said; else None."""
     path = run.run_dir / SUMMARY
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
     except (OSError, ValueError):
         return None
     steps = checkpoint_steps(run.run_dir / CHECKPOINTS)

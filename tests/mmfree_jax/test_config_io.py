@@ -1,5 +1,6 @@
 """YAML that somebody wrote by hand: nothing in it may vanish."""
 
+import os
 import re
 from pathlib import Path
 
@@ -52,6 +53,71 @@ def test_what_is_no_yaml_is_one_line(text):
     with pytest.raises(ConfigError, match=r"f\.yaml is not valid YAML") as error:
         parse_yaml(text, "f.yaml")
     assert "\n" not in str(error.value)
+
+
+BOMB = "a0: &a0 [lol, lol]\n" + "".join(
+    f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 15)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB, "its aliases stand for more than 1,000,000 values"),
+        ("a: &a [1, *a]\n", "an alias stands for itself"),
+        ("a: &a {b: {c: *a}}\n", "an alias stands for itself"),
+        ("[" * 102 + "]" * 102, "nested more than 100 deep"),
+        ("[" * 100_000 + "]" * 100_000, "nested more than 100 deep"),
+        # Sixty levels, and sixty more where the alias stands.
+        (f"a: &a {'[' * 60}{']' * 60}\nb: {'[' * 60}*a {']' * 60}\n", "nested more than 100 deep"),
+        (f"steps: {10**400}\n", "a whole number of 401 digits in line 1"),
+        (f"steps: {'1' * 5000}\n", "a whole number of 5000 digits in line 1"),
+        ('a: "x\\ud800"\n', r"'\\ud800' is half of a surrogate pair"),
+        ('a: 1\nrun_dir: "x\\0y"\n', "a NUL in a string in line 2"),
+    ],
+)
+def test_what_no_field_holds_is_no_yaml(text, told):
+    with pytest.raises(ConfigError, match=rf"f\.yaml is not valid YAML: .*{told}") as error:
+        parse_yaml(text, "f.yaml")
+    assert len(str(error.value)) < 300
+
+
+def test_aliases_that_stand_for_little_are_read():
+    text = "a: &a [1, 2]\nb: [*a, *a]\nc: " + "[" * 98 + "5" + "]" * 98
+    value = parse_yaml(text, "f.yaml")
+    assert value["b"] == [[1, 2], [1, 2]]
+    assert parse_yaml(f"n: {10**38}", "")["n"] == 10**38
+
+
+def test_messages_stay_short():
+    for values in (
+        {"steps": ["x"] * 10_000},
+        {"steps": 10**39, "x" * 10_000: 1},
+        {"run_dir": ["x" * 10_000]},
+        {"log": {"progress": "x" * 10_000}},
+        {"data": {"paths": "x" * 10_000}},
+        {"optimizer": "x" * 10_000},
+    ):
+        with pytest.raises(ConfigError) as error:
+            from_dict(TrainConfig, values)
+        assert len(str(error.value)) < 700
+
+
+def test_a_config_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (tmp_path / "pipe", "a named pipe, not a file; give a readable YAML file"),
+        ("/dev/zero", "a device, not a file; give a readable YAML file"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            read_yaml(path)
+
+
+def test_a_number_that_no_float_holds():
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.learning_rate is 1000.*: give a value of type"
+    ):
+        from_dict(TrainConfig, {"optimizer": {"learning_rate": 10**400}})
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])

@@ -1,7 +1,8 @@
-"""Byte-order marks, line ends and repeated keys in files that people write."""
+"""Byte-order marks, line ends and repeated keys in files that people write; limits of all files."""
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from mmfree_jax.experiments.accelerator.isa import assemble
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.read import read_runs
 from mmfree_jax.saved.huggingface import read_config
-from mmfree_jax.text_files import decode_text, parse_json, read_text
+from mmfree_jax.text_files import decode_text, parse_json, read_bytes, read_json, read_text
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 
@@ -44,6 +45,65 @@ def test_a_key_twice_in_json():
     for text in ('{"a": 1, "b": 2, "a": 1}', '[{"x": {"a": 1, "a": 2}}]'):
         with pytest.raises(ValueError, match="key 'a' occurs twice in one object: keep one"):
             parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested more than 100 deep"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested more than 100 deep"),
+        ("[" * 102 + "]" * 102, "nested more than 100 deep"),
+        ('{"n": ' + "1" * 41 + "}", "a whole number has 41 digits"),
+        ("1" * 5000, "a whole number has 5000 digits"),
+        (r'{"a": ["x\ud800y"]}', r"'\\ud800' is half of a surrogate pair"),
+        (r'{"\udc00": 1}', r"'\\udc00' is half of a surrogate pair"),
+    ],
+)
+def test_what_no_field_holds_is_no_json(text, told):
+    for given in (text, text.encode()):
+        with pytest.raises(ValueError, match=told):
+            parse_json(given)
+
+
+def test_what_is_read_up_to_its_limits():
+    value = parse_json("[" * 100 + "1" + "]" * 100)
+    for _ in range(100):
+        (value,) = value
+    assert value == 1
+    assert parse_json("9" * 40) == 10**40 - 1
+    assert parse_json(r'["\ud83d\ude42", "\\ud800"]') == ["🙂", "\\ud800"]
+
+
+def test_only_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opened for reading it would wait for a writer, for ever
+    (tmp_path / "circle").symlink_to("circle")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    for path, told in (
+        (tmp_path / "pipe", "a named pipe, not a file"),
+        ("/dev/null", "a device, not a file"),
+        ("/dev/zero", "a device, not a file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "circle", "Too many levels of symbolic links"),
+        (tmp_path / "missing", "No such file"),
+        (tmp_path / "sparse", "larger than the 512 MiB that are read of such a file"),
+    ):
+        for read in (read_bytes, read_text, read_json):
+            with pytest.raises(OSError, match=told):
+                read(path)
+    (tmp_path / "sparse").write_bytes(b"x" * 2**20)
+    assert len(read_bytes(tmp_path / "sparse", 2**20)) == 2**20
+    with pytest.raises(OSError, match="larger than the 0 MiB"):
+        read_bytes(tmp_path / "sparse", 2**20 - 1)
+
+
+def test_a_pipe_that_is_open_already_is_read():
+    """As a shell's <(...) gives it."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{"a": 1}')
+    os.close(writer)
+    assert read_json(f"/dev/fd/{reader}") == {"a": 1}
+    os.close(reader)
 
 
 def test_config_json(tmp_path):
