@@ -178,8 +178,8 @@ def _numbers(values: list, path: Path, column: str) -> np.ndarray:
             out[row] = float(value)
         except (TypeError, ValueError, OverflowError):
             raise ScalingError(
-                f"{path}: column {column!r}, row {row + 2}: {str(value)[:100]!r} is not a number; counts "
-                "are written raw, such as 1.3e9"
+                f"{path}: column {column!r}, row {row + 2}: {str(value)[:100]!r} is not a number; "
+                "counts are written raw, such as 1.3e9"
             ) from None
     return out
 
