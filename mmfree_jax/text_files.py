@@ -13,7 +13,8 @@ import json
 import os
 import re
 import stat
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 # The mark of UTF-32 begins with that of UTF-16: longer ones first.
 _MARKS = (
@@ -53,7 +54,7 @@ def decode_text(data: bytes) -> str:
     return data[mark:].decode(encoding)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a file to read its bytes; never waits.
 
     A pipe or a terminal is opened only behind the name of a descriptor that is open already, as
