@@ -146,7 +146,8 @@ def _require(values: Any, platform: str) -> None:
     ]
     if missing:
         raise ConfigError(
-            f"{platform} needs {', '.join(missing)}: give them in --values or as flags"
+            f"{platform} needs {', '.join(missing)}: give "
+            f"{', '.join('--' + name.replace('_', '-') for name in missing)}, or a --values file"
         )
     check_numbers(values)
     if "://" in (nfs := getattr(values, "nfs", None) or ""):  # elsewhere HOST:/VOLUME
@@ -203,9 +204,9 @@ def _tpu_vm(values: TpuVm, train: Sequence[str]) -> dict[str, Any]:
 def _gke(values: Gke, train: Sequence[str]) -> dict[str, Any]:
     is_tpu = (values.accelerator or "").startswith("tpu")
     if is_tpu and not values.topology:
-        raise ConfigError(f"topology is not given: {values.accelerator} needs it, such as 4x4")
+        raise ConfigError(f"{values.accelerator} needs its topology: give --topology, such as 4x4")
     if not is_tpu and values.slices != 1:
-        raise ConfigError(f"slices is {values.slices}: GPU hosts are counted by hosts, set 1")
+        raise ConfigError(f"slices is {values.slices}: GPU hosts count as hosts, set --slices 1")
     name = _plain("name", values.name or "", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
     if is_tpu:  # GKE tells TPU processes who they are
         selector = {

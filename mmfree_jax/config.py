@@ -122,7 +122,7 @@ class ModelConfig:
             self.expand_ratio == 1 or self.mixer == "attention" or not self.use_lower_bound,
             "model.expand_ratio",
             self.expand_ratio,
-            "set use_lower_bound to false: the bounds have one channel for each of hidden_size",
+            "set --model.no-use-lower-bound: the bounds have one channel for each of hidden_size",
         )
         if self.mixer == "attention":
             heads = self.attention_heads
@@ -130,14 +130,14 @@ class ModelConfig:
                 self.hidden_size % (2 * heads) == 0,
                 "model.num_heads",
                 heads,
-                f"choose a number for which hidden_size ({self.hidden_size}) / num_heads is even",
+                f"set --model.num-heads to a divisor of half of hidden_size ({self.hidden_size})",
             )
             kv_heads = self.kv_heads
             _require(
                 heads % kv_heads == 0,
                 "model.num_kv_heads",
                 kv_heads,
-                f"choose a divisor of num_heads ({heads})",
+                f"set --model.num-kv-heads to a divisor of num_heads ({heads})",
             )
 
     @property
@@ -211,7 +211,7 @@ class DataConfig:
                 len(self.weights) == len(self.paths),
                 "data.weights",
                 self.weights,
-                f"give one weight for each of the {len(self.paths)} data.paths, or none",
+                f"give --data.weights {len(self.paths)} numbers, one for each data.paths, or none",
             )
 
 
@@ -266,7 +266,12 @@ class MeshConfig:
     """Devices that share each row, every one a stretch of its tokens (MLGRU only)."""
 
     def __post_init__(self) -> None:
-        _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "set -1 or above 0")
+        _require(
+            self.data > 0 or self.data == -1,
+            "mesh.data",
+            self.data,
+            "set --mesh.data -1, or a number above 0",
+        )
         check_numbers(self, "mesh.")
 
 
@@ -331,7 +336,10 @@ class LogConfig:
         check_numbers(self, "log.")
         first, last = self.profile_steps or (1, 1)
         _require(
-            first <= last, "log.profile_steps", self.profile_steps, "give the first step first"
+            first <= last,
+            "log.profile_steps",
+            self.profile_steps,
+            "give --log.profile-steps the first step first",
         )
 
 
@@ -371,18 +379,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        _require(bool(self.run_dir), "run_dir", self.run_dir, "name a folder")
+        _require(bool(self.run_dir), "run_dir", self.run_dir, "give --run-dir a folder")
         _require(
             self.batch_size % self.grad_accum == 0,
             "grad_accum",
             self.grad_accum,
-            f"choose a divisor of batch_size ({self.batch_size})",
+            f"set --grad-accum to a divisor of batch_size ({self.batch_size})",
         )
         _require(
             self.optimizer.warmup_steps < self.steps,
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
-            f"set less than steps ({self.steps})",
+            f"set --optimizer.warmup-steps below steps ({self.steps})",
         )
 
 

@@ -69,7 +69,7 @@ def run(
         if max(i.n, i.k) > size:
             raise DataError(
                 f"instruction {index} ({i.op}) has {max(i.n, i.k)} elements: the registers hold "
-                f"{size}; raise vector_length"
+                f"{size}; compile with --vector-length {max(i.n, i.k)} or more"
             )
         start = stop = 0
         if unit_of(i) in ("load-store", "ternary"):

@@ -45,7 +45,7 @@ def measure(
     if unknown:
         raise ConfigError(f"ops is {unknown[0]!r}: choose from {', '.join(OPS)}")
     if seq_len < 1 or tokens < 1 or tokens % seq_len:
-        raise ConfigError(f"tokens is {tokens}: give a multiple of seq_len ({seq_len})")
+        raise ConfigError(f"tokens is {tokens}: set --tokens to a multiple of seq_len ({seq_len})")
     batch = _Batch([preset(size).model for size in sizes], tokens, seq_len, dtype)
     device = find_device(jax.devices()[0].device_kind)
     for op in ops:

@@ -112,7 +112,7 @@ def fit_law(
     if len(frame) < len(form.parameters):
         raise ScalingError(
             f"runs: {len(frame)} runs cannot determine the {len(form.parameters)} parameters of "
-            f"{form.name} ({form.formula}); add runs or choose a law with fewer"
+            f"{form.name} ({form.formula}); add runs, or name a law with fewer by --law or --laws"
         )
     model = form.build(x)
     found = search(form, x, log_loss, objective, restarts=restarts, seed=seed)
@@ -130,8 +130,8 @@ def fit_law(
         else:
             warnings.append("no intervals: fewer than 20 bootstrap refits succeeded")
     else:
-        warnings.append("no intervals: the bootstrap is off; parameters alone say nothing of "
-                        "their uncertainty")  # fmt: skip
+        warnings.append("no intervals, for want of a --bootstrap of 1000 or so; parameters alone "
+                        "say nothing of their uncertainty")  # fmt: skip
     exact_fit = len(frame) <= len(form.parameters) or scale <= 1e-10
     profiles = {}
     if profile and not exact_fit:

@@ -110,7 +110,7 @@ def _need(frame: RunFrame, name: str, purpose: str) -> np.ndarray:
         flag = name.replace("_", "-")
         raise ScalingError(
             f"column: '{name}' {missing} and {purpose} needs it; name its column with "
-            f"--columns.{flag} or choose another convention"
+            f"--columns.{flag} or choose another convention with --flops"
         )
     if np.any(column <= 0):
         row = int(np.argmin(column))

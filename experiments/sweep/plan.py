@@ -257,4 +257,4 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     first, _, second = text.partition("/")
     if first.isdecimal() and second.isdecimal() and int(first) < int(second):
         return int(first), int(second)
-    raise ConfigError(f"shard is {text!r}: give i/n with i from 0 to n - 1, such as 0/4")
+    raise ConfigError(f"shard is {text!r}: give --shard i/n with i from 0 to n - 1, such as 0/4")

@@ -120,14 +120,14 @@ def _check_rows(found: Snapshot) -> None:
             continue
         if row["config_hash"] != config_hash(run.config):
             raise SweepError(f"{path}: {run.name} was run with other settings (hash "
-                             f"{row['config_hash']}): choose another out")  # fmt: skip
+                             f"{row['config_hash']}): give another --out")  # fmt: skip
         paths = run.config.data.paths
         if paths not in fingerprints:
             fingerprints[paths] = data_fingerprint(run)
         now = fingerprints[paths]
         if now is not None and row["data_fingerprint"] != now:
             raise SweepError(f"{path}: {run.name} was run on other data ({row['data_fingerprint']},"
-                             f" now {now}): choose another out")  # fmt: skip
+                             f" now {now}): give another --out")  # fmt: skip
 
 
 def _choices(

@@ -67,7 +67,7 @@ def append_result(out: Path, row: Row) -> None:
             if there["run"] == row["run"]:
                 if there["config_hash"] != row["config_hash"]:
                     raise SweepError(f"{path} holds run {row['run']} with another config: choose "
-                                     "another out")  # fmt: skip
+                                     "another --out")  # fmt: skip
                 return
         stream = io.StringIO()
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")

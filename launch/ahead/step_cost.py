@@ -155,8 +155,7 @@ def rank_meshes(
     if not found:
         raise ConfigError(
             f"no mesh divides {topology.count} devices with batch_size {config.batch_size} / "
-            f"grad_accum {config.grad_accum}: choose a batch_size that is a multiple of a power "
-            "of two"
+            f"grad_accum {config.grad_accum}: set --batch-size to a multiple of a power of two"
         )
 
     def order(item: tuple[MeshConfig, float, Times | None]) -> tuple[Any, ...]:

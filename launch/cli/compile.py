@@ -83,7 +83,7 @@ def compile_ahead(argv: Sequence[str]) -> int:
             default=None,
         )
         if best is None:
-            print("none of these fits: lower batch_size or raise grad_accum")
+            print("none of these fits: set a smaller --batch-size or a larger --grad-accum")
             return 1
         flags = " ".join(f"--mesh.{name} {size}" for name, size in best["mesh"].items())
         print(f"suggested: {flags}")

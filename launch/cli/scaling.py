@@ -69,16 +69,16 @@ def scaling(argv: Sequence[str]) -> int:
         if report is not None:
             return _report(report)
         if out is None:
-            raise ConfigError("out is not given: name a folder for the results, or --report one")
+            raise ConfigError("no folder for the results: give --out FOLDER, or --report FOLDER")
         if mode not in ("weak", "strong"):
-            raise ConfigError(f"mode is {mode!r}: choose weak or strong")
+            raise ConfigError(f"mode is {mode!r}: set --mode weak or --mode strong")
         planned = [parse_case(text, batch_per_device, seq_len) for text in cases]
         if presets:
             planned += plan_cases(presets, devices, layouts, mode, batch_per_device, seq_len)
         changes = tuple(map(_parse_change, model))
         planned = [dataclasses.replace(case, changes=changes) for case in planned]
         if not planned:
-            raise ConfigError("presets and cases are empty: name at least one model")
+            raise ConfigError("no model is named: give --presets or --cases")
         unique = list({case.name: case for case in planned}.values())
         options = Options(
             out=out,

@@ -359,7 +359,7 @@ def open_dataset(path: str | os.PathLike[str], split: str = TRAIN) -> TokenDatas
     if not index.splits.get(split):
         have = ", ".join(name for name, shards in index.splits.items() if shards) or "none"
         way_out = (
-            "prepare it with --heldout-fraction above 0, or switch evaluation off"
+            "prepare it with --heldout-fraction 0.05; to train without one, set --eval.batches 0"
             if split == HELDOUT
             else "prepare it from more text"
         )
@@ -388,8 +388,9 @@ def check_compatible(
     if model_vocab_size is not None and dataset.vocab_size > model_vocab_size:
         raise DataError(
             f"data folder {dataset.path} has a vocabulary of {dataset.vocab_size} tokens, "
-            f"model.vocab_size is {model_vocab_size}: set model.vocab_size to at least "
-            f"{dataset.vocab_size}, or prepare the data with a smaller tokenizer"
+            f"model.vocab_size is {model_vocab_size}: train a model with --model.vocab-size "
+            f"{dataset.vocab_size}, or prepare the data with a tokenizer of at most "
+            f"{model_vocab_size} tokens"
         )
     if identity is not None and identity.get("sha256") != dataset.identity.get("sha256"):
         raise DataError(

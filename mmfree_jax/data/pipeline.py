@@ -40,7 +40,7 @@ def open_mixture(config: DataConfig, split: str = TRAIN) -> list[TokenDataset]:
     """
     if not config.paths:
         raise DataError(
-            "data.paths is empty: name at least one folder made by `mmfree data prepare`"
+            "data.paths is empty: give --data.paths FOLDER, made by `mmfree data prepare`"
         )
     datasets = [open_dataset(path, split) for path in config.paths]
     for dataset in datasets[1:]:
@@ -94,6 +94,23 @@ def make_train_iterator(
     return iter(steps.to_iter_dataset(options))
 
 
+def check_length(dataset: TokenDataset, seq_len: int) -> None:
+    """Refuses a data set that has not one row of `seq_len` tokens.
+
+    Raises:
+      DataError: says how long a row may be.
+    """
+    if dataset.num_rows(seq_len):
+        return
+    way_out = "prepare more text"
+    if dataset.num_tokens > 1:
+        way_out = f"set --data.seq-len {dataset.num_tokens - 1} or less, or {way_out}"
+    raise DataError(
+        f"data folder {dataset.path} has {dataset.num_tokens} tokens in its {dataset.split} "
+        f"split, one row takes data.seq_len + 1 = {seq_len + 1}: {way_out}"
+    )
+
+
 def _check_rows(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
     """The rows to read of each global batch."""
     if batch_size <= 0:
@@ -108,14 +125,8 @@ def _shuffled_rows(datasets: Sequence[TokenDataset], config: DataConfig) -> grai
     """An endless map from row number to (index into `datasets`, row)."""
     counts = []
     for dataset in datasets:
-        count = dataset.num_rows(config.seq_len)
-        if count == 0:
-            raise DataError(
-                f"data folder {dataset.path} has {dataset.num_tokens} tokens in its "
-                f"{dataset.split} split, one row takes data.seq_len + 1 = {config.seq_len + 1}: "
-                "lower data.seq_len or prepare more text"
-            )
-        counts.append(count)
+        check_length(dataset, config.seq_len)
+        counts.append(dataset.num_rows(config.seq_len))
     # Grain adds the epoch to the seed: hash it first, so that neighbouring seeds and
     # neighbouring folders do not repeat each other's epochs.
     seeds = np.random.SeedSequence(config.seed % 2**64).generate_state(len(datasets), np.uint32)

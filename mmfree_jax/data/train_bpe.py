@@ -26,9 +26,11 @@ def train_bpe(
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 258:
-        raise DataError(f"vocab_size is {vocab_size}: set at least 258 (256 bytes, start and end)")
+        raise DataError(
+            f"vocab_size is {vocab_size}: set --vocab-size 258 or more (256 bytes, start and end)"
+        )
     if vocab_size > _MOST_TOKENS:  # the trainer makes room for all of them, or aborts
-        raise DataError(f"vocab_size is {vocab_size}: set at most {_MOST_TOKENS}")
+        raise DataError(f"vocab_size is {vocab_size}: set --vocab-size {_MOST_TOKENS} or less")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -43,6 +45,6 @@ def train_bpe(
     if trained.vocab_size < vocab_size:
         raise DataError(
             f"vocab_size is {vocab_size}, the text supports only {trained.vocab_size} tokens: "
-            f"set vocab_size to {trained.vocab_size} or less, or give more text"
+            f"set --vocab-size {trained.vocab_size} or less, or give more text"
         )
     return trained

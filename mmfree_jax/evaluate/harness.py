@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if add_bos and tokenizer.bos_id is None:
             raise ConfigError(
-                "add_bos is set, but the tokenizer has no start-of-text token: leave it out"
+                "add_bos is set, but the tokenizer has no start-of-text token: leave out --add-bos"
             )
         self._end_ids = [i for i in end_ids if i < model.config.vocab_size]
         self._tokenizer, self._add_bos, self._show = tokenizer, add_bos, show_progress
@@ -211,7 +211,7 @@ class HarnessModel(TemplateLM):
         if not isinstance(self.scorer.forward, FloatForward):
             raise ConfigError(
                 "a task asks for generated text, which other numerics than the trained ones do "
-                "not write: choose tasks that score given answers"
+                "not write: give --tasks that score given answers, or --numerics float"
             )
         answers = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}

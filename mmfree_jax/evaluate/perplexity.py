@@ -137,7 +137,7 @@ def evaluate_held_out(
             raise ConfigError(f"{name} is {value}: set a value above 0")
     rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % rows:
-        raise ConfigError(f"batch_size is {batch_size}: choose a multiple of {rows}")
+        raise ConfigError(f"batch_size is {batch_size}: set --batch-size to a multiple of {rows}")
     documents = _documents(dataset, max_documents)
     sums = np.zeros((len(documents), len(POSITIONS)))
     counts = np.zeros((len(documents), len(POSITIONS)), np.int64)

@@ -19,7 +19,7 @@ def check_supported(config: ModelConfig) -> None:
     if config.short_conv:
         raise ConfigError(
             f"model.short_conv is {config.short_conv}: models with short convolutions are not "
-            "exported; train one without"
+            "exported; train one without: --model.short-conv 0"
         )
     if not can_pack(config):
         raise ConfigError(

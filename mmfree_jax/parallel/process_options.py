@@ -36,12 +36,13 @@ class ProcessOptions:
     def __post_init__(self) -> None:
         if self.coordinator is not None and not re.search(r".:\d+$", self.coordinator):
             raise ConfigError(
-                f"processes.coordinator is {self.coordinator!r}: give host:port of process 0"
+                f"processes.coordinator is {self.coordinator!r}: set --processes.coordinator "
+                "HOST:PORT, of process 0"
             )
         check_numbers(self, "processes.")
         if self.count is not None and self.index is not None and self.index >= self.count:
             raise ConfigError(
-                f"processes.index is {self.index}: set 0 to processes.count - 1 ({self.count})"
+                f"processes.index is {self.index}: set --processes.index 0 to {self.count - 1}"
             )
 
 

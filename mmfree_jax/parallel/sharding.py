@@ -73,14 +73,15 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
     if config.data == -1 and count % inner:
         raise ConfigError(
             f"mesh.fsdp x mesh.sequence x mesh.tensor is {config.fsdp} x {config.sequence} x "
-            f"{config.tensor} = {inner}: choose sizes whose product divides the {count} devices"
+            f"{config.tensor} = {inner}: set --mesh.fsdp, --mesh.sequence and --mesh.tensor so "
+            f"that it divides the {count} devices"
         )
     data = count // inner if config.data == -1 else config.data
     shape = (data, config.fsdp, config.sequence, config.tensor)
     if math.prod(shape) != count:
         raise ConfigError(
             f"mesh is {' x '.join(map(str, shape))} = {math.prod(shape)} devices but there are "
-            f"{count}: set mesh.data to -1, or sizes whose product is {count}"
+            f"{count}: set --mesh.data -1, or sizes whose product is {count}"
         )
     return shape
 
@@ -99,7 +100,7 @@ def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     if left > 1:
         raise ConfigError(
             f"mesh is {' x '.join(map(str, shape))} on {len(slices)} slices or hosts: make "
-            f"mesh.data, or mesh.data x mesh.fsdp, a multiple of {len(slices)}"
+            f"--mesh.data, or its product with --mesh.fsdp, a multiple of {len(slices)}"
         )
     within = [size // parts for size, parts in zip(shape, between, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
@@ -116,18 +117,21 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     micro_batch = config.batch_size // config.grad_accum
     if micro_batch % rows:
+        whole = -(-micro_batch // rows) * rows * config.grad_accum
         raise ConfigError(
-            f"batch_size / grad_accum is {micro_batch} rows: choose a multiple of {rows}, the "
-            "devices on mesh.data x mesh.fsdp"
+            f"batch_size / grad_accum is {micro_batch} rows, not a multiple of {rows}, the "
+            f"devices on mesh.data x mesh.fsdp: set --batch-size {whole}, or these axes"
         )
     model, pieces = config.model, mesh.shape["sequence"]
     if config.data.seq_len % pieces:
         raise ConfigError(
-            f"data.seq_len is {config.data.seq_len}: choose a multiple of mesh.sequence ({pieces})"
+            f"data.seq_len is {config.data.seq_len}, not a multiple of mesh.sequence ({pieces}): "
+            f"set --data.seq-len {-(-config.data.seq_len // pieces) * pieces}, or --mesh.sequence 1"
         )
     if pieces > 1 and model.mixer == "attention":
         raise ConfigError(
-            f"mesh.sequence is {pieces}: attention needs whole rows; set 1, or model.mixer to mlgru"
+            f"mesh.sequence is {pieces}: attention needs whole rows; set --mesh.sequence 1, or "
+            "--model.mixer mlgru"
         )
     sizes = {
         "model.vocab_size": model.vocab_size,
@@ -141,13 +145,14 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
                 continue
             if size % mesh.shape[axis]:
                 raise ConfigError(
-                    f"{name} is {size}: choose a multiple of mesh.{axis} ({mesh.shape[axis]})"
+                    f"{name} is {size}: set --mesh.{axis} to a divisor of it "
+                    f"({mesh.shape[axis]} is none)"
                 )
     if model.mixer == "attention" and model.kv_heads % mesh.shape["tensor"]:
         name = "num_heads" if model.num_kv_heads is None else "num_kv_heads"
         raise ConfigError(
-            f"model.{name} is {model.kv_heads}: choose a multiple of mesh.tensor "
-            f"({mesh.shape['tensor']})"
+            f"model.{name} is {model.kv_heads}: set --mesh.tensor to a divisor of it "
+            f"({mesh.shape['tensor']} is none)"
         )
 
 

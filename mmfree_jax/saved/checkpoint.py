@@ -62,25 +62,28 @@ def _is_not_of_orbax_threads(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname
 
 
+_ITS_CONFIG = "the config it was saved with (--config RUN/config.yaml)"
+
+
 def _check_leaves(folder: Path, saved: dict[str, LeafType], abstract_state: Any) -> None:
     wanted = leaf_types(abstract_state)
     for name, (shape, dtype) in wanted.items():
         if name not in saved:
             raise CheckpointError(
                 f"checkpoint {folder} has no {name}: it is of another model or optimizer; "
-                "use the config it was saved with, or another run_dir"
+                f"use {_ITS_CONFIG}, or another --run-dir"
             )
         if saved[name] != (shape, dtype):
             raise CheckpointError(
                 f"checkpoint {folder}: {name} is {saved[name][1]}{list(saved[name][0])}, but the "
-                f"config needs {dtype}{list(shape)}; use the config it was saved with, or "
-                "another run_dir"
+                f"config needs {dtype}{list(shape)}; use {_ITS_CONFIG}, or "
+                "another --run-dir"
             )
     for name in saved:
         if name not in wanted:
             raise CheckpointError(
                 f"checkpoint {folder} holds {name}, which the config does not have; "
-                "use the config it was saved with, or another run_dir"
+                f"use {_ITS_CONFIG}, or another --run-dir"
             )
 
 
@@ -154,7 +157,7 @@ def find_newest(folder: Path, *, set_aside: bool = True) -> int | None:
     if steps:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}): "
-            "use another run_dir"
+            "give another --run-dir"
         )
     return None
 
@@ -197,7 +200,7 @@ class Checkpointer:
         self._failure: tuple[int, BaseException] | None = None
         self._is_writer = jax.process_index() == 0
         logging.getLogger("absl").addFilter(_is_not_of_orbax_threads)
-        with disk_errors(folder, "make room there, or choose another run_dir"):
+        with disk_errors(folder, "make room there, or give another --run-dir"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._is_writer:
             self._remove_unfinished()

@@ -247,7 +247,7 @@ def _sharding(path: str, shape: jax.ShapeDtypeStruct, mesh: Mesh | None) -> Shar
         if axis is not None and size % mesh.shape[axis]:
             raise ConfigError(
                 f"{path} has {size} rows or columns to split over mesh.{axis} "
-                f"({mesh.shape[axis]}): choose a mesh.{axis} that divides {size}"
+                f"({mesh.shape[axis]}): set --mesh.{axis} to a divisor of it"
             )
     return NamedSharding(mesh, spec)
 

@@ -55,8 +55,8 @@ def initial_params(
             differing.append(f"model.{field.name} is {new!r}, there {old!r}")
     if differing:
         raise ConfigError(
-            f"init_from {path} holds another model ({'; '.join(differing)}): set these fields "
-            "as they are there"
+            f"init_from {path} holds another model ({'; '.join(differing)}): leave out what "
+            "sets these fields, as --init-from takes them from there"
         )
     weights = saved.weights("master", mesh)
     assert isinstance(weights, Master)

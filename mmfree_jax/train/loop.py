@@ -178,11 +178,17 @@ def _wait_quietly(checkpointer: Checkpointer) -> None:
 
 
 def _out_of_memory(config: TrainConfig) -> str:
+    rows, parts = config.batch_size, config.grad_accum
+    more = next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
+    ways = [] if more is None else [f"--grad-accum {more}"]
+    if config.model.remat != "full":
+        ways.append("--model.remat full")
+    if config.loss_chunk > 1:
+        ways.append(f"--loss-chunk {config.loss_chunk // 2}")
+    ways.append(f"--mesh.fsdp {2 * config.mesh.fsdp} on as many more devices")
     return (
-        f"device memory is too small for batch_size {config.batch_size} / grad_accum "
-        f"{config.grad_accum} at data.seq_len {config.data.seq_len}: raise grad_accum or "
-        f"mesh.fsdp, lower loss_chunk ({config.loss_chunk}), or set model.remat to full "
-        f"(now {config.model.remat})"
+        f"device memory is too small for batch_size {rows} / grad_accum {parts} at data.seq_len "
+        f"{config.data.seq_len}: set {' or '.join(ways)}"
     )
 
 

@@ -74,12 +74,13 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
       ConfigError: `mesh.data` is not given, or the batch does not divide over the mesh.
     """
     if mesh.data < 1:
-        raise ConfigError(f"mesh.data is {mesh.data}: give the number of copies")
+        raise ConfigError(f"mesh.data is {mesh.data}: set --mesh.data to the number of copies")
     copies = mesh.data * mesh.fsdp
     rows = config.batch_size // config.grad_accum
     if rows % copies:
         raise ConfigError(
-            f"batch_size / grad_accum is {rows}: choose a multiple of data x fsdp ({copies})"
+            f"batch_size / grad_accum is {rows}, not a multiple of mesh.data x mesh.fsdp "
+            f"({copies}): set --batch-size {-(-rows // copies) * copies * config.grad_accum}"
         )
     model = config.model
     parameters = count_parameters(model)

@@ -95,8 +95,9 @@ class Recorder:
         if 0 < step <= self._skipped:
             raise TrainingError(
                 f"all {step} steps were skipped, as loss or gradient was not finite: nothing was "
-                "learnt; lower optimizer.learning_rate, check the data and init_from, and train "
-                "in another run_dir"
+                f"learnt; set --optimizer.learning-rate below "
+                f"{self._config.optimizer.learning_rate:g}, check the data and --init-from, and "
+                "train in another --run-dir"
             )
 
     @property
@@ -125,16 +126,17 @@ class Recorder:
             f"(rows {first} to {first + config.batch_size - 1} of the shuffled order)"
         )
         self.event(step, f"not finite: {what}")
+        rate = config.optimizer.learning_rate
         if config.on_nonfinite == "stop":
             raise TrainingError(
-                f"training is not finite: {what}; {self._last_good()}; lower "
-                "optimizer.learning_rate, or set on_nonfinite to skip, and run again"
+                f"training is not finite: {what}; {self._last_good()}; set "
+                f"--optimizer.learning-rate below {rate:g}, or --on-nonfinite skip, and run again"
             )
         if self._skipped_in_a_row > config.max_skips:
             raise TrainingError(
                 f"training is not finite: {what}, and {self._skipped_in_a_row} updates in a row "
                 f"were skipped, more than max_skips ({config.max_skips}); {self._last_good()}; "
-                "lower optimizer.learning_rate"
+                f"set --optimizer.learning-rate below {rate:g}"
             )
 
     def _last_good(self) -> str:

@@ -58,7 +58,7 @@ def finished_summary(run: Run) -> Summary | None:
     if jax.process_index() == 0:
         print(
             f"run_dir {run.run_dir} already holds this run, complete at step {run.config.steps}: "
-            f"see {path}, or choose another run_dir"
+            f"see {path}, or give another --run-dir"
         )
     return summary
 

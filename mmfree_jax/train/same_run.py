@@ -75,7 +75,7 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
         if config.steps < step:
             raise ConfigError(
                 f"steps is {config.steps}, but run_dir {run_dir} has already made {step}: "
-                "set more steps, or choose another run_dir"
+                f"set --steps above {step}, or give another --run-dir"
             )
         if _past_differs(from_dict(TrainConfig, saved), config, step):
             differing = [
@@ -85,7 +85,8 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
     if differing:
         raise ConfigError(
             f"run_dir {run_dir} holds another run (step {step}); differing: "
-            f"{'; '.join(differing)}: choose another run_dir, or the settings in {CONFIG} there"
+            f"{'; '.join(differing)}: give another --run-dir, or its settings, "
+            f"--config {run_dir / CONFIG}"
         )
 
 
@@ -100,7 +101,7 @@ def check_run_dir(run_dir: Path, config: TrainConfig) -> None:
         if not config.checkpoint.resume:
             raise ConfigError(
                 f"checkpoint.resume is off, but run_dir {run_dir} holds a run of "
-                f"{manifest.step} steps: choose another run_dir, or move this one away"
+                f"{manifest.step} steps: give another --run-dir, or --checkpoint.resume to go on"
             )
         check_same_run(run_dir, manifest.config, config, manifest.step)
         return

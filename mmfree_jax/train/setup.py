@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.dataset import HELDOUT, TokenDataset, check_compatible
-from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, open_mixture
+from mmfree_jax.data.pipeline import EvalBatches, check_length, make_eval_batches, open_mixture
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import copy_folder, folder_atomically
@@ -98,12 +98,7 @@ def _open_run(config: TrainConfig) -> Run:
     data = tuple(open_mixture(config.data))
     for dataset in data:
         check_compatible(dataset, config.model.vocab_size)
-        if dataset.num_rows(config.data.seq_len) == 0:
-            raise DataError(
-                f"data folder {dataset.path} has {dataset.num_tokens} tokens, one row takes "
-                f"data.seq_len + 1 = {config.data.seq_len + 1}: lower data.seq_len or prepare "
-                "more text"
-            )
+        check_length(dataset, config.data.seq_len)
     eval_batches = None
     if config.eval.batches:
         # No larger than a micro-batch: evaluation must not need more memory than training.
@@ -143,7 +138,8 @@ def check_same_data(run: Run) -> None:
     if saved["fingerprints"] != run.data_identity["fingerprints"]:
         raise DataError(
             f"data.paths is {[str(d.path) for d in run.data]}, but {owner} was trained on other "
-            f"data ({saved['paths']}, {saved['tokens']} tokens): give that data, or another run_dir"
+            f"data ({saved['paths']}, {saved['tokens']} tokens): give that data, or another "
+            "--run-dir"
         )
 
 

@@ -1,11 +1,13 @@
-"""Reading the records, and comparing a document with lines written out of them.
+"""The flags of all commands; reading records, and comparing documents with lines out of them.
 
 A function of the tests of figures writes lines of one document out of a record, so that it says
 which figure comes from which key. A line must stand in the document exactly so; a table of which
 one row is known must have known rows only.
 """
 
+import contextlib
 import difflib
+import io
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mmfree_jax.cli import main
+from mmfree_jax.launch.render import PLATFORMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,3 +81,18 @@ def compare() -> Callable[[str, Iterable[str]], None]:
         assert wrong == [], "\n".join(wrong)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def flags() -> set[str]:
+    """Every flag that some command explains in its help."""
+    known = main.commands()
+    lines = [[*name.split(), "--help"] for name in known]
+    lines += [["launch", "render", platform, "--help"] for platform in PLATFORMS]
+    found: set[str] = {"--help"}
+    for words in lines:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            main._dispatch(words)
+        found |= set(re.findall(r"--[\w.-]+", out.getvalue()))
+    return found

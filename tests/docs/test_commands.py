@@ -1,7 +1,5 @@
 """Every documented command is one that its parser takes. Nothing is run: it ends after parsing."""
 
-import contextlib
-import io
 import itertools
 import re
 import shlex
@@ -17,7 +15,6 @@ from mmfree_jax.experiments.accelerator.numerics import parse_numerics
 from mmfree_jax.experiments.scaling.laws import LAWS
 from mmfree_jax.launch.ahead.topology import parse_topology
 from mmfree_jax.launch.device_scaling.plan import parse_case
-from mmfree_jax.launch.render import PLATFORMS
 from mmfree_jax.presets import preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,21 +155,6 @@ def parse_words(words: list[str]) -> None:
 def test_documented_command_is_parsed(parse, path, line):
     for words in expand(line):
         parse(words)
-
-
-@pytest.fixture(scope="module")
-def flags() -> set[str]:
-    """Every flag that some command explains in its help."""
-    known = main.commands()
-    lines = [[*name.split(), "--help"] for name in known]
-    lines += [["launch", "render", platform, "--help"] for platform in PLATFORMS]
-    found: set[str] = {"--help"}
-    for words in lines:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-            main._dispatch(words)
-        found |= set(re.findall(r"--[\w.-]+", out.getvalue()))
-    return found
 
 
 def test_flags_that_are_named_exist(flags):

@@ -78,7 +78,7 @@ def test_fit_without_bootstrap_says_why_there_is_no_interval(files, capsys):
                 "--no-plot"]) == 0  # fmt: skip
     text = capsys.readouterr().out
     assert "(no interval: see warnings)" in text
-    assert "no intervals: the bootstrap is off" in text
+    assert "no intervals, for want of a --bootstrap of 1000 or so" in text
     assert json.loads(out.read_text())["intervals"] == {}
     assert not out.with_suffix(".png").exists()
 

@@ -115,7 +115,7 @@ def test_gke_tpu_slices():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (Slurm(), "slurm needs name, nodes: give them in --values or as flags"),
+        (Slurm(), "slurm needs name, nodes: give --name, --nodes, or a --values file"),
         (TpuVm(name="a", zone="z"), "tpu-vm needs project, accelerator_type, nfs"),
         (Gke(name="a"), "gke needs image, claim, accelerator, hosts, devices_per_host"),
         (Slurm(name="a b", nodes=1), "name is 'a b'"),
@@ -126,7 +126,7 @@ def test_gke_tpu_slices():
         (Gke(name="Big", image="i", claim="c", accelerator="nvidia", hosts=1, devices_per_host=8),
          "name is 'Big'"),
         (Gke(name="a", image="i", claim="c", accelerator="tpu-v5p", hosts=1, devices_per_host=4),
-         "topology is not given"),
+         "needs its topology: give --topology"),
     ],
 )  # fmt: skip
 def test_refusals(values, message):

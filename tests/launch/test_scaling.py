@@ -174,7 +174,7 @@ def test_a_study_on_simulated_devices(tmp_path, pod_environment):
     environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a study has one of its own
     records = run.run_study([good, odd], options, environ=environ, say=lambda text: None)
     by_batch = {record["case"]["batch_size"]: record for record in records}
-    assert "choose a multiple of 2" in by_batch[3]["error"]
+    assert "mesh.data x mesh.fsdp: set --batch-size 4" in by_batch[3]["error"]
     measured = by_batch[4]
     assert measured["devices"] == 2
     assert measured["tokens_per_s"] > 0

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -235,8 +236,11 @@ def test_bytes_per_token_without_bos(tmp_path):
 
 def test_refusals(folders, tmp_path, config):
     long = dataclasses.replace(config, seq_len=10**6)
-    with pytest.raises(DataError, match=r"lower data\.seq_len"):
+    with pytest.raises(DataError, match=r"set --data\.seq-len \d+ or less") as refused:
         pipeline.make_train_iterator(long, batch_size=1)
+    longest = int(re.search(r"--data\.seq-len (\d+)", str(refused.value))[1])
+    fits = dataclasses.replace(config, seq_len=longest)
+    assert next(pipeline.make_train_iterator(fits, batch_size=1))["tokens"].shape == (1, longest)
     with pytest.raises(ConfigError, match="name some of 0 to 3"):
         pipeline.make_train_iterator(config, batch_size=4, rows=(3, 4))
     with pytest.raises(DataError, match=r"data\.paths is empty"):
@@ -245,7 +249,7 @@ def test_refusals(folders, tmp_path, config):
         pipeline.make_train_iterator(DataConfig(paths=(str(tmp_path / "no"),)), batch_size=1)
     writer.write_dataset(tmp_path / "train_only", {"train": documents(0)}, IDENTITY)
     only = DataConfig(paths=(str(tmp_path / "train_only"),))
-    with pytest.raises(DataError, match="no heldout split"):
+    with pytest.raises(DataError, match=r"no heldout .* --heldout-fraction .* --eval\.batches 0"):
         pipeline.make_eval_batches(only, batch_size=1)
     other = IDENTITY | {"sha256": "y"}
     writer.write_dataset(tmp_path / "other", {"train": documents(0)}, other)
@@ -253,7 +257,7 @@ def test_refusals(folders, tmp_path, config):
     with pytest.raises(DataError, match="same tokenizer"):
         pipeline.make_train_iterator(mixed, batch_size=1)
     data = dataset_lib.open_dataset(config.paths[0])
-    with pytest.raises(DataError, match=r"set model\.vocab_size to at least 258"):
+    with pytest.raises(DataError, match=r"--model\.vocab-size 258"):
         dataset_lib.check_compatible(data, 257)
     with pytest.raises(DataError, match="the checkpoint with"):
         dataset_lib.check_compatible(data, 258, other, owner="the checkpoint")

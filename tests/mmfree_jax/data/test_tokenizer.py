@@ -216,7 +216,7 @@ def test_bad_tokenizers(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"bad\.json is not a Hugging Face tokenizer\.json"):
         tokenizer_lib.load_tokenizer(tmp_path / "bad.json")
-    with pytest.raises(DataError, match="set at least 258"):
+    with pytest.raises(DataError, match="set --vocab-size 258"):
         train_bpe(TEXTS, 100)
     with pytest.raises(DataError, match=r"supports only \d+ tokens"):
         train_bpe(["abc abc"], 1000)
@@ -237,7 +237,7 @@ def test_train_command(tmp_path, capsys):
         tokenizer_cli.train(["--out", str(tmp_path / "u")])
     with pytest.raises(ConfigError, match="vocab-size"):
         tokenizer_cli.train([*args[:-1], "many"])
-    with pytest.raises(DataError, match="vocab_size is 99999999999: set at most 16777216"):
+    with pytest.raises(DataError, match="99999999999: set --vocab-size 16777216 or less"):
         tokenizer_cli.train([*args[:-1], "99999999999"])
 
 

@@ -59,8 +59,11 @@ def test_flags_come_before_the_environment():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ProcessOptions(coordinator="host"), "host:port"),
-        (lambda: ProcessOptions(count=2, index=2), r"processes\.index is 2: set 0 to"),
+        (lambda: ProcessOptions(coordinator="host"), "set --processes.coordinator HOST:PORT"),
+        (
+            lambda: ProcessOptions(count=2, index=2),
+            r"processes\.index is 2: set --processes.index 0 to 1",
+        ),
         (lambda: ProcessOptions(count=0), r"processes\.count is 0"),
         (lambda: ProcessOptions(hang_seconds=0), "hang_seconds is 0"),
         (

@@ -246,5 +246,5 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, kind):
 
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="choose another run_dir"):
+    with pytest.raises(OutputError, match="give another --run-dir"):
         Checkpointer(tmp_path / "file" / "checkpoints")

@@ -450,3 +450,14 @@ def test_signals_are_put_back(small_run, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     train(_replace(small_run, run_dir=str(tmp_path), steps=3), on_step=_stop_at(2, signal.SIGINT))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_too_little_memory_names_settings_that_can_be_typed():
+    config = _replace(TrainConfig(batch_size=12, grad_accum=2, loss_chunk=512), model__remat="none")
+    assert loop._out_of_memory(config) == (
+        "device memory is too small for batch_size 12 / grad_accum 2 at data.seq_len 2048: set "
+        "--grad-accum 3 or --model.remat full or --loss-chunk 256 or --mesh.fsdp 2 on as many more "
+        "devices"
+    )
+    least = _replace(config, batch_size=2, loss_chunk=1, model__remat="full")
+    assert loop._out_of_memory(least).endswith(": set --mesh.fsdp 2 on as many more devices")

@@ -295,9 +295,9 @@ def test_evaluation_sums_equal_the_training_loss():
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
-        (MeshConfig(data=3), {}, "set mesh.data to -1"),
-        (MeshConfig(fsdp=3), {}, "divides the 8 devices"),
-        (MeshConfig(), {"batch_size": 12}, "multiple of 8"),
+        (MeshConfig(data=3), {}, "set --mesh.data -1"),
+        (MeshConfig(fsdp=3), {}, "--mesh.tensor so that it divides the 8 devices"),
+        (MeshConfig(), {"batch_size": 12}, "multiple of 8, .* set --batch-size 16, or"),
         (
             MeshConfig(tensor=8),
             {"model": dataclasses.replace(preset("tiny").model, vocab_size=100)},
