@@ -1,6 +1,8 @@
 """N processes of one program on this machine, as one: output, signals, exit code."""
 
+import contextlib
 import dataclasses
+import math
 import os
 import queue
 import signal
@@ -10,13 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any, Self
 
+from mmfree_jax.children import Children
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.ranges import AboveZero, Count, Port, check_numbers
 
 # A process that was told to stop, saved and left. The others are about to do the same.
 _STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
+_LOOK_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Plan:
     grace_seconds: AboveZero = 15.0
     """After one has died, the others get this long to say what they noticed."""
     stop_seconds: AboveZero = 300.0
-    """After one has saved and left, the others get this long to do the same."""
+    """After a signal to stop, or once one has saved and left, the rest get this long to do so."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -93,8 +97,10 @@ def run(
 ) -> int:
     """Starts the processes, waits for all of them, and returns the exit code.
 
-    SIGINT and SIGTERM are passed on to all. When one dies, it is named with its exit code or
-    signal, the others get `grace_seconds`, and what is left is killed.
+    SIGINT and SIGTERM are passed on to all, SIGHUP (the terminal is closed) as SIGTERM; who has
+    not left `stop_seconds` later is killed. When one dies, it is named with its exit code or
+    signal, the others get `grace_seconds`, and what is left is killed. Where this process is
+    killed itself, its children are told to stop all the same.
 
     Args:
       plan: what to start.
@@ -105,105 +111,142 @@ def run(
     Returns:
       0 if all ended with 0; else what the first to fail ended with, 128 + n for signal n.
     """
-    stream = sys.stdout if out is None else out
     port = plan.port or _free_port()
     environments = [environment(plan, i, port, environ) for i in range(plan.count)]
-    lines: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
-    processes: list[subprocess.Popen] = []
-    received: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        for process in processes:
-            _send(process, number)
-
-    on_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if on_main else ()
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with Children(plan.stop_seconds) as children, _Signals() as signals:
+        launch = _Launch(plan, children, signals, sys.stdout if out is None else out)
         for env in environments:
-            # A group of its own: a Ctrl-C reaches it through us alone, and once.
-            process = subprocess.Popen(
-                plan.command,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-            processes.append(process)
-            reader = threading.Thread(
-                target=_read, args=(len(processes) - 1, process, lines), daemon=True
-            )
-            reader.start()
-        if received:
-            for process in processes:
-                _send(process, received[-1])
+            launch.start(env)
         if on_start:
-            on_start(processes)
-        return _supervise(plan, processes, lines, stream)
-    finally:
-        for process in processes:
-            _send(process, signal.SIGKILL)
-            process.wait()
-        for number, handler in before.items():
+            on_start(launch.processes)
+        return launch.wait()
+
+
+class _Signals:
+    """Those that say to stop, while in a `with` block in the main thread: kept, and passed on."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.pass_on: Callable[[int], None] = lambda number: None
+        self._before: dict[int, Any] = {}
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received.append(number)
+        self.pass_on(_meaning(number))
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # What nohup ignores stays ignored.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-def _supervise(
-    plan: Plan,
-    processes: list[subprocess.Popen],
-    lines: "queue.SimpleQueue[tuple[int, str | None]]",
-    stream: IO[str],
-) -> int:
-    """Prints what the processes write until all have ended; returns the exit code."""
-    width = len(str(plan.count - 1))
+def _meaning(number: int) -> int:
+    """What a process is sent for a signal to us: it saves on SIGTERM and SIGINT only."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
-    def say(who: str, text: str) -> None:
-        stream.write(f"[{who:>{width}}] {text}\n")
-        stream.flush()
 
-    reading, ended = len(processes), set()
-    code = 0
-    deadline: float | None = None
-    while reading or len(ended) < len(processes):
-        try:
-            index, line = lines.get(timeout=0.1)
-            if line is None:
-                reading -= 1
-            else:
-                say(str(index), line)
-            if not lines.empty():
-                continue
-        except queue.Empty:
-            pass
-        for i, process in enumerate(processes):
-            status = process.poll()
-            if status is None or i in ended:
-                continue
-            ended.add(i)
-            if status == 0:
-                continue
-            if deadline is None:
-                code = 128 - status if status < 0 else status
-                wait = plan.stop_seconds if status in _STOPPED else plan.grace_seconds
-                deadline = time.monotonic() + wait
-            how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with {status}"
-            left = plan.count - len(ended)
-            rest = (
-                f"; {left} more to end within {deadline - time.monotonic():.0f} s" if left else ""
-            )
-            say("launch", f"process {i} (pid {process.pid}) {how}{rest}")
-        if deadline is not None and time.monotonic() > deadline:
-            alive = [i for i in range(plan.count) if i not in ended]
-            if alive:
-                say("launch", f"killing process {', '.join(map(str, alive))}, still there")
-            for i in alive:
-                _send(processes[i], signal.SIGKILL)
-            deadline = float("inf")
-    return code
+class _Launch:
+    """The processes of one call: their output, and what the end of one means for the others."""
+
+    def __init__(self, plan: Plan, children: Children, signals: _Signals, stream: IO[str]) -> None:
+        self.processes: list[subprocess.Popen[str]] = []
+        self._plan, self._children, self._signals, self._stream = plan, children, signals, stream
+        self._lines: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+        self._width = len(str(plan.count - 1))
+        self._ended: set[int] = set()
+        self._code = 0
+        self._deadline = math.inf
+        signals.pass_on = self._send
+
+    def start(self, env: Mapping[str, str]) -> None:
+        """Starts the next process."""
+        process = self._children.start(
+            self._plan.command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self.processes.append(process)
+        threading.Thread(
+            target=_read, args=(len(self.processes) - 1, process, self._lines), daemon=True
+        ).start()
+        if self._signals.received:  # before this one was there
+            process.send_signal(_meaning(self._signals.received[-1]))
+
+    def wait(self) -> int:
+        """Prints what the processes write until all have ended; returns the exit code."""
+        reading, look_at = len(self.processes), 0.0
+        while reading or len(self._ended) < len(self.processes):
+            try:
+                index, line = self._lines.get(timeout=_LOOK_SECONDS)
+                if line is None:
+                    reading -= 1
+                else:
+                    self._say(str(index), line)
+                # What one wrote comes before how it ended, but no flood of it holds up the rest.
+                if not self._lines.empty() and time.monotonic() < look_at:
+                    continue
+            except queue.Empty:
+                pass
+            look_at = time.monotonic() + _LOOK_SECONDS
+            for i in self._alive():
+                if self._children.has_ended(self.processes[i]):
+                    self._note_end(i)
+            if self._signals.received:
+                self._give(self._plan.stop_seconds)
+            if time.monotonic() > self._deadline and self._alive():
+                self._kill_the_rest()
+        return self._code
+
+    def _alive(self) -> list[int]:
+        return [i for i in range(len(self.processes)) if i not in self._ended]
+
+    def _note_end(self, index: int) -> None:
+        process, plan = self.processes[index], self._plan
+        self._ended.add(index)
+        status = process.returncode
+        if status == 0:
+            return
+        if self._code == 0:
+            self._code = 128 - status if status < 0 else status
+            self._give(plan.stop_seconds if status in _STOPPED else plan.grace_seconds)
+        how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with {status}"
+        left, seconds = len(self._alive()), max(0.0, self._deadline - time.monotonic())
+        rest = f"; {left} more to end within {seconds:.0f} s" if left else ""
+        self._say("launch", f"process {index} (pid {process.pid}) {how}{rest}")
+
+    def _give(self, seconds: float) -> None:
+        """Sets a time for those left to end by, unless there is one."""
+        if self._deadline == math.inf:
+            self._deadline = time.monotonic() + seconds
+
+    def _kill_the_rest(self) -> None:
+        alive = self._alive()
+        self._say("launch", f"killing process {', '.join(map(str, alive))}, still there")
+        for i in alive:
+            self._children.kill(self.processes[i])
+        for i in alive:
+            self._note_end(i)
+
+    def _send(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _say(self, who: str, text: str) -> None:
+        # The terminal is closed, or the reader gone: the processes are looked after all the same.
+        with contextlib.suppress(OSError):
+            self._stream.write(f"[{who:>{self._width}}] {text}\n")
+            self._stream.flush()
 
 
 def _read(
@@ -213,11 +256,6 @@ def _read(
     for line in process.stdout:
         lines.put((index, line.rstrip("\n")))
     lines.put((index, None))
-
-
-def _send(process: subprocess.Popen, number: int) -> None:
-    if process.poll() is None:
-        process.send_signal(number)
 
 
 def _signal_name(number: int) -> str:

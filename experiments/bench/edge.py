@@ -16,10 +16,9 @@ from mmfree_jax.experiments.bench.records import (
     Row,
     Say,
     Study,
-    finish,
+    measure_alone,
     one_of,
     say,
-    start,
 )
 from mmfree_jax.export import onnx_session
 from mmfree_jax.places import Place
@@ -207,6 +206,6 @@ def _run_quietly(plan: Plan, task: Row) -> Row:
 def _run(task: Row, python: str, timeout_s: float) -> Row:
     files = edge_models.weight_files(Path(task["path"]))
     task = task | {"file_mb": round(sum(p.stat().st_size for p in files) / 1e6, 1)}
-    row = finish(start([python, "-I", edge_process.__file__]), task, timeout_s)
+    row = measure_alone([python, "-I", edge_process.__file__], task, timeout_s)
     # Where files lay is this machine's business.
     return {name: value for name, value in row.items() if name not in ("path", "state")}

@@ -20,7 +20,7 @@ import numpy as np
 
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.experiments.bench import edge_process
-from mmfree_jax.experiments.bench.records import Row, Say, finish, reason, start
+from mmfree_jax.experiments.bench.records import Row, Say, measure_alone, reason
 from mmfree_jax.files import folder_atomically
 from mmfree_jax.presets import preset
 
@@ -108,7 +108,7 @@ def run_script(script: str, task: Row, python: str) -> Row:
     Raises:
       PreparationError: it failed.
     """
-    row = finish(start([python, "-I", script]), task)
+    row = measure_alone([python, "-I", script], task)
     if "failed" in row:
         raise PreparationError(row["failed"])
     return row

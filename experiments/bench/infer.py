@@ -5,8 +5,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmfree_jax.children import Children
 from mmfree_jax.cli.parse import Counts, Folders, Names
 from mmfree_jax.experiments.bench.records import (
+    STOP_S,
     Row,
     Say,
     Study,
@@ -127,10 +129,11 @@ def _rows(plan: Plan) -> Iterator[Row]:
     todo = tasks(plan)
     command = [sys.executable, "-m", "mmfree_jax.experiments.bench.infer_process"]
     following = None
-    for number, task in enumerate(todo, 1):
-        process = following or start(command)
-        following = start(command) if number < len(todo) else None
-        yield finish(process, task, plan.timeout)
+    with Children(STOP_S) as children:
+        for number, task in enumerate(todo, 1):
+            process = following or start(children, command)
+            following = start(children, command) if number < len(todo) else None
+            yield finish(process, task, plan.timeout)
 
 
 def describe(row: Row) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.children import Children
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.presets import preset
@@ -19,6 +20,9 @@ from mmfree_jax.text_files import read_json
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
+
+STOP_S = 10.0
+"""A measurement whose study was killed is told to stop, and killed after so long (seconds)."""
 
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 
@@ -28,10 +32,10 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def start(command: Sequence[str]) -> subprocess.Popen[str]:
+def start(children: Children, command: Sequence[str]) -> subprocess.Popen[str]:
     """A process that reads one task, a line of JSON, from its input."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return children.start(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process: subprocess.Popen[str], task: Row, timeout_s: float | None = None) -> Row:
@@ -45,6 +49,12 @@ def finish(process: subprocess.Popen[str], task: Row, timeout_s: float | None = 
     if process.returncode:
         return task | {"failed": reason(process.returncode, stderr)}
     return json.loads(stdout.strip().splitlines()[-1])
+
+
+def measure_alone(command: Sequence[str], task: Row, timeout_s: float | None = None) -> Row:
+    """What a process of its own makes of a task: its row, or the task and a reason."""
+    with Children(STOP_S) as children:
+        return finish(start(children, command), task, timeout_s)
 
 
 def reason(code: int, stderr: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mmfree_jax
+from mmfree_jax.children import Children
 from mmfree_jax.installed import own_version
 from mmfree_jax.text_files import read_json
 
@@ -52,18 +53,16 @@ def child_environment(
     return env
 
 
-def start(command: Sequence[str], log: Path, env: dict[str, str], lock: int) -> subprocess.Popen:
-    """Starts a run. It keeps the lock for as long as it lives, even if the sweep is killed.
-
-    Its own session keeps a Ctrl-C on the terminal from reaching it: the sweep passes it on.
-    """
+def start(
+    children: Children, command: Sequence[str], log: Path, env: dict[str, str], lock: int
+) -> subprocess.Popen:
+    """Starts a run. It keeps the lock for as long as it lives: saving, after a sweep's death."""
     with open(log, "ab") as stream:
         stream.write(_HEADER + datetime.now(UTC).isoformat(timespec="seconds").encode() + b"\n")
         stream.flush()
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=env,
-            pass_fds=(lock,), start_new_session=True,
-        )  # fmt: skip
+        return children.start(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=env, pass_fds=(lock,)
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.children import Children
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import ConfigError, MMFreeError
@@ -119,12 +120,14 @@ class _Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGINT and SIGTERM as requests, while inside."""
+        """Takes SIGINT, SIGTERM and a terminal's end (SIGHUP) as requests, while inside."""
 
         def note(number: int, _: Any) -> None:
             self.signal = number
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
         before = {n: signal.signal(n, note) for n in numbers}
         try:
             yield
@@ -160,8 +163,8 @@ def run_sweep(
             (out / name).mkdir(parents=True, exist_ok=True)
     deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
     tally, stop = Tally(), _Stop(deadline, clock)
-    with stop.listening():
-        _Scheduler(sweep, options, tally, stop, say, command, clock).run()
+    with Children(options.grace_seconds) as children, stop.listening():
+        _Scheduler(sweep, options, tally, stop, children, say, command, clock).run()
     tally.signal = stop.signal
     return tally
 
@@ -170,12 +173,13 @@ class _Scheduler:
     """The runs of one call: those that wait, and those under way."""
 
     def __init__(
-        self, sweep: SweepConfig, options: Options, tally: Tally, stop: _Stop,
+        self, sweep: SweepConfig, options: Options, tally: Tally, stop: _Stop, processes: Children,
         say: Callable[[str], None], command: Callable[[Path], Sequence[str]],
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._sweep, self._options, self._tally, self._stop = sweep, options, tally, stop
         self._say, self._command, self._clock = say, command, clock
+        self._processes = processes
         self._out = Path(sweep.out)
         self._code = code_version()
         self._children: list[_Child] = []
@@ -276,7 +280,7 @@ class _Scheduler:
                 gpu=gpus[slots[0] // self._options.parallel] if gpus else None,
             )  # fmt: skip
             log = self._out / "logs" / f"{run.name}.log"
-            process = start(self._command(config_file), log, env, lock)
+            process = start(self._processes, self._command(config_file), log, env, lock)
         except BaseException:
             os.close(lock)
             raise
@@ -285,7 +289,7 @@ class _Scheduler:
 
     def _reap(self) -> list[PlannedRun]:
         """Records the runs that have ended since the last call."""
-        ended = [c for c in self._children if c.process.poll() is not None]
+        ended = [c for c in self._children if self._processes.has_ended(c.process)]
         for child in ended:
             self._children.remove(child)
             self._free = sorted([*self._free, *child.slots])
@@ -344,8 +348,7 @@ class _Scheduler:
         while self._children:
             if time.monotonic() - began > self._options.grace_seconds:
                 for child in self._children:
-                    child.process.kill()
-                    child.process.wait()
+                    self._processes.kill(child.process)
                     os.close(child.lock)
                     self._tally.stopped.append(child.run.name)
                 self._children.clear()

@@ -28,7 +28,8 @@ def local(argv: Sequence[str]) -> int:
         """Start N processes of `mmfree COMMAND` on this machine: -n 2 -- train --preset tiny ...
 
         Each line of output stands behind the number of its process. SIGINT and SIGTERM go to
-        all. If a process dies the others are ended; the exit code is the first failure's.
+        all, also where this command is killed. If a process dies the others are ended; the exit
+        code is the first failure's.
 
         Args:
           n: number of processes.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.children import Children
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.records import reason
 from mmfree_jax.launch.device_scaling.plan import Case
@@ -21,6 +22,7 @@ from mmfree_jax.ranges import AboveZero, Count
 RESULTS = "results.jsonl"
 _IDLE_MIB = 2048.0
 _POLL_S = 0.05
+_STOP_S = 10.0
 
 
 @dataclasses.dataclass
@@ -76,24 +78,19 @@ def run_study(
     # Simulated devices: as many as the largest case.
     slots = len(gpus) if all_gpus else max(case.devices for case in cases)
     options.out.mkdir(parents=True, exist_ok=True)
-    study = _Study(options, environ, gpus, clock, say)
-    for i, case in enumerate(cases):
-        worker = _Worker(case, options.out / "cases" / f"{i:02d}-{case.name}")
-        if case.devices > slots:
-            why = f"not run: needs {case.devices} GPUs, {slots} are idle"
-            study.record(worker, {"error": why})
-        else:
-            study.workers.append(worker)
-    try:
+    with Children(_STOP_S) as children:
+        study = _Study(options, environ, gpus, clock, say, children)
+        for i, case in enumerate(cases):
+            worker = _Worker(case, options.out / "cases" / f"{i:02d}-{case.name}")
+            if case.devices > slots:
+                why = f"not run: needs {case.devices} GPUs, {slots} are idle"
+                study.record(worker, {"error": why})
+            else:
+                study.workers.append(worker)
         _place(study.workers, slots)
         study.compile_all()
         study.time_all()
-    finally:
-        for worker in study.workers:
-            if worker.process is not None:
-                worker.process.kill()  # does nothing to one that has ended
-                worker.process.wait()
-    return study.records
+        return study.records
 
 
 def idle_gpus(gpus: Sequence[str]) -> list[str]:
@@ -133,7 +130,9 @@ class _Study:
         gpus: list[str],
         clock: Callable[[], float],
         say: Callable[[str], None],
+        children: Children,
     ) -> None:
+        self._children = children
         self.workers: list[_Worker] = []
         self.records: list[dict[str, Any]] = []
         self._options, self._environ, self._gpus = options, environ, gpus
@@ -195,8 +194,7 @@ class _Study:
             for worker in left:
                 if worker.going and self._clock() - worker.going_since > 60 * each:
                     assert worker.process is not None
-                    worker.process.kill()
-                    worker.process.wait()
+                    self._children.kill(worker.process)
                     self.record(worker, {"error": f"not done in {each:g} minutes: ended"})
             busy = {gpu for w in left if w.going and not w.finished for gpu in w.gpus}
             for worker in [w for w in left if w.compiled and not w.going]:
@@ -230,10 +228,10 @@ class _Study:
             flags.append(f"--xla_force_host_platform_device_count={worker.case.devices}")
             env["XLA_FLAGS"] = " ".join(flags)
         with (worker.folder / "log.txt").open("a") as log:
-            worker.process = subprocess.Popen(
+            worker.process = self._children.start(
                 [sys.executable, "-m", "mmfree_jax.launch.device_scaling.worker", stage,
                  str(worker.folder)],
-                env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=env, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     def _look(self, worker: _Worker) -> None:
@@ -241,8 +239,7 @@ class _Study:
 
         A worker that has not been started is left alone.
         """
-        status = None if worker.process is None else worker.process.poll()
-        if status is None:
+        if worker.process is None or not self._children.has_ended(worker.process):
             return
         compiled, result = worker.folder / "compiled.json", worker.folder / "result.json"
         if result.exists():
@@ -250,12 +247,12 @@ class _Study:
             if worker.compiled:
                 values["compiled"] = json.loads(compiled.read_text(encoding="utf-8"))
             self.record(worker, values)
-        elif status == 0 and not worker.compiled:
+        elif worker.process.returncode == 0 and not worker.compiled:
             worker.compiled = True
             self._start(worker, "measure")
         else:
             log = (worker.folder / "log.txt").read_text(errors="replace")
-            self.record(worker, {"error": reason(status, log)})
+            self.record(worker, {"error": reason(worker.process.returncode, log)})
 
 
 def _summary(values: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in another encoding can be printed too
         sys.stdout.reconfigure(errors="backslashreplace")
+    code = 0
     try:
         _check_text(argv)
         code = _dispatch(argv)
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`mmfree info | head`); keep the interpreter's last flush quiet.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code
     except Exception as e:
         say(e, argv, debug=debug)
         return 2

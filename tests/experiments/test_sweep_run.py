@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from mmfree_jax.config_io import from_dict
+from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.data import writer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.cli import sweep as cli
@@ -21,12 +23,12 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.order import in_order
 from mmfree_jax.experiments.sweep.plan import main_runs
-from mmfree_jax.experiments.sweep.process import child_environment, outcome, start
+from mmfree_jax.experiments.sweep.process import child_environment, outcome
 from mmfree_jax.experiments.sweep.report import best_rows, status_text
 from mmfree_jax.experiments.sweep.runner import Options, run_sweep
 from mmfree_jax.experiments.sweep.state import read_failures, snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, read_results
-from mmfree_jax.files import is_locked, take_lock
+from mmfree_jax.files import is_locked
 
 # Loss is lowest at the rate 4e-3 x (width / 128)^-1; each rate of BAD ends in another way.
 _TRAINER = """
@@ -282,17 +284,27 @@ def test_two_sweeps_at_once_do_not_run_a_run_twice(make, trainer, monkeypatch):
     assert [len(s) for s in starts(sweep).values()] == [1]
 
 
-def test_a_run_keeps_its_lock_when_the_sweep_is_killed(tmp_path):
-    lock = take_lock(tmp_path / "locks" / "x.lock", "x")
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    child = start(command, tmp_path / "log", dict(os.environ), lock)
-    try:
-        os.close(lock)  # as the sweep's death does
-        assert is_locked(tmp_path / "locks" / "x.lock")
-    finally:
-        child.kill()
-        child.wait()
-    assert not is_locked(tmp_path / "locks" / "x.lock")
+def test_a_sweep_that_is_killed_ends_its_runs_which_keep_their_locks(make, trainer, tmp_path):
+    sweep = make(rates=(4e-3,), sizes=["rung-1M"])
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(to_dict(sweep)))
+    program = (
+        "import sys\n"
+        "from mmfree_jax.experiments.sweep.config import load_sweep\n"
+        "from mmfree_jax.experiments.sweep.runner import Options, run_sweep\n"
+        "run_sweep(load_sweep(sys.argv[1]), Options(), command=lambda c: [*sys.argv[2:], str(c)])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "sweep.yaml"), *trainer("")[:-1]]
+    process = subprocess.Popen(command, env=os.environ | {"FAKE": "slow"}, cwd=tmp_path)
+    while not starts(sweep):
+        assert process.poll() is None
+        time.sleep(0.05)
+    (lock,) = Path(sweep.out, "locks").iterdir()
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30  # the trainer sleeps for a minute where nobody tells it to stop
+    while is_locked(lock):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def _no_signals(self):

@@ -1,10 +1,14 @@
 """The local launcher on small programs: output, exit codes, signals, environments."""
 
 import io
+import os
+import select
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,32 +52,114 @@ def test_a_killed_process_is_named_with_its_signal():
     assert "was killed by SIGSEGV; 1 more to end" in text
 
 
-def test_signals_go_to_all_and_their_exit_code_comes_back():
-    # In a process of its own, since signals are the main thread's.
-    import subprocess
+# Says in a FIFO that it is ready, that it was told to stop, and by closing it that it has ended
+# with what it has started itself.
+_CHILD = """
+import os, signal, sys, time
+out = os.open(sys.argv[1], os.O_WRONLY)
+if os.fork() == 0:
+    time.sleep(600)
+def leave(number, _):
+    os.write(out, b"told\\n")
+    os._exit(128 + number)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else leave)
+signal.signal(signal.SIGINT, leave)
+os.write(out, b"ready\\n")
+time.sleep(600)
+"""
+_LAUNCHER = """
+import os, sys
+from mmfree_jax.launch.local import Plan, run
+os._exit(run(Plan((sys.executable, "-c", *sys.argv[2:]), 2, stop_seconds=float(sys.argv[1]))))
+"""
 
-    child = (
-        "import signal, sys, time\n"
-        "def leave(n, _): print('got', n, flush=True); sys.exit(128 + n)\n"
-        "signal.signal(signal.SIGTERM, leave); print('ready', flush=True); time.sleep(600)"
-    )
-    parent = (
-        "import sys; from mmfree_jax.launch.local import Plan, run\n"
-        f"sys.exit(run(Plan((sys.executable, '-c', {child!r}), 2)))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True,
-        env={**CPU, "PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
-    lines = []
-    for line in process.stdout:
-        lines.append(line.strip())
-        if lines.count("[0] ready") + lines.count("[1] ready") == 2:
+
+def _read(said, until=None):
+    """What the children say, to their end, or until they have said so much."""
+    text = ""
+    while text != until:
+        assert select.select([said], [], [], 60)[0], f"still there, after {text!r}"
+        if not (piece := os.read(said, 100).decode()):
             break
-    process.send_signal(signal.SIGTERM)
-    lines += process.communicate(timeout=60)[0].splitlines()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert {"[0] got 15", "[1] got 15"} <= set(lines)
+        text += piece
+    return text
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """launched(stop_seconds, *arguments): a launcher with two ready children, and their FIFO."""
+    processes, fifo = [], tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def start(stop_seconds, *arguments):
+        command = [sys.executable, "-c", _LAUNCHER, str(stop_seconds), _CHILD, str(fifo)]
+        processes.append(
+            subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True,
+                             env={**CPU, "PYTHONPATH": ":".join(sys.path)})
+        )  # fmt: skip
+        said = os.open(fifo, os.O_RDONLY)
+        assert _read(said, until="ready\n" * 2) == "ready\n" * 2
+        return processes[0], said
+
+    yield start
+    processes[0].kill()
+    processes[0].wait()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL", "SIGQUIT"])
+def test_whatever_ends_the_launcher_tells_all_processes_to_stop(launched, name):
+    launcher, said = launched(60)
+    launcher.send_signal(signal.Signals[name])
+    assert _read(said) == "told\n" * 2  # to its end: nothing of them is left
+    code = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 143, "SIGKILL": -9, "SIGQUIT": -3}[name]
+    assert launcher.wait(timeout=60) == code
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_those_that_do_not_stop_are_killed(launched, name):
+    launcher, said = launched(0.2, "deaf")
+    launcher.send_signal(signal.Signals[name])
+    assert _read(said) == ""
+    assert launcher.wait(timeout=60) == {"SIGTERM": 137, "SIGKILL": -9}[name]
+
+
+def test_a_stopped_process_ends_with_a_launcher_that_is_killed(launched):
+    launcher, said = launched(60)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    if not children.exists():
+        pytest.skip("this system does not list a process's children")
+    for child in children.read_text().split()[1:]:  # the first is the guard
+        os.kill(int(child), signal.SIGSTOP)
+    launcher.kill()
+    launcher.wait()
+    assert _read(said) == "told\n" * 2
+
+
+def test_a_hangup_is_ignored_under_nohup(launched):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
+    try:
+        launcher, said = launched(60)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launcher.send_signal(signal.SIGHUP)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=60) == 130
+    assert _read(said) == "told\n" * 2
+
+
+def test_a_reader_that_leaves_ends_nothing(launched):
+    launcher, said = launched(60)
+    launcher.stdout.close()
+    launcher.send_signal(signal.SIGTERM)  # what it says of it is read by nobody
+    assert _read(said) == "told\n" * 2
+    assert launcher.wait(timeout=60) == 143
+
+
+def test_a_flood_of_output_does_not_hold_up_the_end_of_the_others():
+    program = "import os\nwhile os.environ['JAX_PROCESS_ID'] == '0': print('x' * 50)\nos._exit(7)"
+    code, text = _run(program, 2, grace_seconds=0.2)
+    assert code == 7
+    assert "[launch] killing process 0, still there" in text
 
 
 def test_nothing_is_left_behind():
