@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
 from mmfree_jax.ranges import (
+    MOST,
     AboveZero,
     Count,
     CountOrZero,
@@ -21,7 +22,6 @@ from mmfree_jax.ranges import (
     Seed,
     Share,
     ShareBelowOne,
-    Size,
     check_numbers,
 )
 
@@ -55,17 +55,17 @@ class ModelConfig:
 
     mixer: Literal["mlgru", "attention"] = "mlgru"
     """Token mixer: the MatMul-free gated linear recurrence, or causal attention with RoPE."""
-    vocab_size: Size = 32_000
+    vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens)."""
-    hidden_size: Size = 1024
+    hidden_size: Count = 1024
     """Width of the residual stream (channels)."""
     num_layers: Layers = 24
     """Number of blocks; each is a mixer and a GLU."""
-    intermediate_size: Size | None = None
+    intermediate_size: Count | None = None
     """Width of the GLU (channels); None: 256 * ceil(int(hidden_size * 8/3) / 256)."""
-    num_heads: Size | None = None
+    num_heads: Count | None = None
     """Attention heads; None: hidden_size / 64, at least 1. MLGRU has no heads."""
-    num_kv_heads: Size | None = None
+    num_kv_heads: Count | None = None
     """Attention heads of keys and values, shared by groups of queries; None: num_heads."""
     expand_ratio: AboveZero = 1.0
     """MLGRU: channels of the recurrent state for each of the residual stream."""
@@ -197,7 +197,7 @@ class DataConfig:
     """Folders written by `mmfree data prepare`; all must share one tokenizer."""
     weights: tuple[AboveZero, ...] = ()
     """Share of rows drawn from each folder; empty: in proportion to their tokens."""
-    seq_len: Size = 2048
+    seq_len: Count = 2048
     """Length of a training row (tokens)."""
     seed: Seed = 0
     """Seed of the global shuffle of rows."""
@@ -256,7 +256,7 @@ class OptimizerConfig:
 class MeshConfig:
     """How devices are arranged. The product of the axes is the number of devices."""
 
-    data: Annotated[int, Range(-1)] = -1
+    data: Annotated[int, Range(-1, MOST)] = -1
     """Copies of the model, each on its own rows; -1: all devices that are left."""
     fsdp: Count = 1
     """Devices that share each copy's parameters and optimiser state, each on its own rows."""

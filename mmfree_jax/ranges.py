@@ -2,7 +2,7 @@
 
 `Annotated[float, Range(0)]`, or one of the names below, on a field of a config dataclass or on
 a parameter of a command. A number without a range must be finite all the same. Files and folders
-are looked at here too (`places.py`).
+are looked at here too (`places.py`), and texts: they must be what UTF-8 and a path can hold.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from mmfree_jax.errors import ConfigError
@@ -20,6 +21,8 @@ LARGEST = 3.4028234663852886e38
 """Of float32, in which settings are computed with: a larger number is inf there."""
 SMALLEST = 1.1754943508222875e-38
 """Likewise: what is nearer to 0 is 0 there, on devices that know no subnormal numbers."""
+MOST = 2**31 - 1
+"""Of what is counted: counters on devices have 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Range:
 
     def __str__(self) -> str:
         """In words, behind "set"."""
-        if self.high < math.inf:
+        if self.high not in (MOST, math.inf):
             return f"a value in {'(['[not self.open_low]}{_short(self.low)}, " + (
                 f"{_short(self.high)}{')]'[not self.open_high]}"
             )
@@ -55,20 +58,18 @@ Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, open_low=True)]
 ShareBelowOne = Annotated[float, Range(0, 1, open_high=True)]
 InnerShare = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
-Count = Annotated[int, Range(0, open_low=True)]
-CountOrZero = Annotated[int, Range(0)]
-Size = Annotated[int, Range(1, 2**31 - 1)]
-"""Of an array's axis, whose elements 32 bits count."""
+Count = Annotated[int, Range(0, MOST, open_low=True)]
+CountOrZero = Annotated[int, Range(0, MOST)]
 Layers = Annotated[int, Range(1, 10_000)]
 """Each has names, shapes and programs of its own, which are made before the first array is."""
-TwoOrMore = Annotated[int, Range(2)]
+TwoOrMore = Annotated[int, Range(2, MOST)]
 Port = Annotated[int, Range(1, 65535)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 """What every generator in use takes: 32 bits without a sign."""
 
 
 def check_numbers(config: Any, section: str = "") -> None:
-    """Refuses a number of a dataclass that is not finite or not in its field's range, and a URL.
+    """Refuses what `check_values` refuses among a dataclass's fields.
 
     Nested dataclasses are left to themselves.
 
@@ -87,11 +88,11 @@ def check_numbers(config: Any, section: str = "") -> None:
 def check_values(
     values: dict[str, Any], hints: dict[str, Any], title: Callable[[str], str]
 ) -> None:
-    """Refuses a number that is not finite or not in the range of its annotation, and a URL.
+    """Refuses a number that is not finite or not in its annotation's range, a URL, a broken text.
 
     Args:
-      values: by name; anything but places and numbers, and tuples, lists and dicts of them, is
-        passed over.
+      values: by name; anything but places, texts and numbers, and tuples, lists and dicts of them,
+        is passed over.
       hints: annotations by name, `Annotated` kept.
       title: what a message calls a name.
 
@@ -102,17 +103,39 @@ def check_values(
         if is_place(hints.get(name)):
             for place in places(value):
                 check_local(place, title(name))
+        for text in _texts(value):
+            if wrong := _wrong_text(text):
+                raise ConfigError(f"{title(name)} is {text!r}: {wrong}")
         allowed = next(ranges(hints.get(name)), Range())
         for number in _numbers(value):
             if not allowed.holds(number):
-                way_out = str(allowed)
-                if LARGEST < abs(number) < math.inf:
-                    way_out = "a number that float32 holds, at most 3.4e38"
-                elif 0 < abs(number) < SMALLEST:
-                    way_out = "a number that float32 holds: 0 is the nearest, 1.2e-38 the next"
-                elif not abs(number) < math.inf and allowed != Range():
-                    way_out = f"a finite number, {way_out}"
-                raise ConfigError(f"{title(name)} is {value!r}: set {way_out}")
+                raise ConfigError(f"{title(name)} is {value!r}: set {_way_out(number, allowed)}")
+
+
+def _way_out(number: float, allowed: Range) -> str:
+    """What to set in place of a number that is not allowed."""
+    if not abs(number) < math.inf:
+        return "a finite number" if allowed == Range() else f"a finite number, {allowed}"
+    if number < allowed.low:
+        return str(allowed)
+    if allowed.high == MOST < number:
+        return f"at most {MOST}"
+    if abs(number) > LARGEST:
+        return "a number that float32 holds, at most 3.4e38"
+    if 0 < abs(number) < SMALLEST:
+        return "a number that float32 holds: 0 is the nearest, 1.2e-38 the next"
+    return str(allowed)
+
+
+def _wrong_text(text: str) -> str | None:
+    """What is wrong with a text that no file and no path can hold."""
+    if "\0" in text:
+        return "leave out the character NUL"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it is not Unicode (half of a surrogate pair): write it in UTF-8"
+    return None
 
 
 def ranges(hint: Any) -> Iterator[Range]:
@@ -136,6 +159,16 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
 
 
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, (str, PurePath)):
+        yield str(value)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        for part in (*value, *value.values()):
+            yield from _texts(part)
+
+
 def _short(number: float) -> str:
-    bits = int(number + 1).bit_length() - 1 if number > 2**20 else 0
-    return f"2^{bits} - 1" if bits and number == 2**bits - 1 else f"{number:g}"
+    return "2^32 - 1" if number == 2**32 - 1 else f"{number:g}"

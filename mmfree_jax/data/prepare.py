@@ -57,7 +57,7 @@ from mmfree_jax.data.writer import (
 )
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.places import Place
-from mmfree_jax.ranges import Count, CountOrZero, ShareBelowOne, check_numbers
+from mmfree_jax.ranges import Count, Seed, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
 """Text between two entries of the journal (bytes)."""
@@ -80,7 +80,7 @@ class PrepareConfig:
     """byte, a SentencePiece .model, a tokenizer.json, or a folder that holds one."""
     heldout_fraction: ShareBelowOne = 0.02
     """Share of documents set aside for evaluation, picked by a hash of their text; 0: none."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Decides which documents are held out."""
     text_field: str = "text"
     """Field or column that holds the text, in .jsonl, .parquet and .arrow files; meta.text is

@@ -41,7 +41,7 @@ TEXTS = {
 }  # fmt: skip
 
 
-class _Asked(Exception):
+class _Asked(BaseException):
     """What a command asks tyro for."""
 
 

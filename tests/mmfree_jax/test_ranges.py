@@ -28,6 +28,7 @@ class _Settings:
     rows: Count = 1
     seed: Seed = 0
     undeclared: float = 0.0
+    name: str = ""
     weights: tuple[AboveZero, ...] = ()
     nested: dict = dataclasses.field(default_factory=dict)
     on: bool = True
@@ -53,6 +54,17 @@ class _Settings:
         ({"undeclared": -INF}, "here.undeclared is -inf: set a finite number$"),
         ({"weights": (1.0, -1.0)}, r"here.weights is \(1.0, -1.0\): set a value above 0"),
         ({"nested": {"a": {"b": [math.nan]}}}, "here.nested is .*: set a finite number"),
+        ({"rows": 2**31}, "here.rows is 2147483648: set at most 2147483647$"),
+        ({"rows": 10**400}, "here.rows is 10*: set at most 2147483647$"),
+        ({"rows": -(10**400)}, "here.rows is -10*: set a value above 0$"),
+        ({"undeclared": 10**400}, "here.undeclared is 10*: set a number that float32 holds"),
+        ({"seed": 10**400}, "here.seed is 10*: set a number that float32 holds"),
+        ({"name": "a\0b"}, r"here.name is 'a\\x00b': leave out the character NUL"),
+        (
+            {"name": "\ud800"},
+            r"here.name is '\\ud800': it is not Unicode \(half of a surrogate pair",
+        ),
+        ({"nested": {"\udcff": ""}}, r"here.nested is '\\udcff': it is not Unicode"),
         ({"below": 2.0}, r"here.below is 2.0: set a value in \[-1, 2\)"),
     ],
 )
@@ -63,6 +75,8 @@ def test_a_number_out_of_its_range_is_refused_by_name(changes, message):
 
 def test_numbers_within_pass():
     _Settings(
+        rows=2**31 - 1,
+        name="naïve 日本",
         rate=1.2e-38,
         share=1,
         seed=2**32 - 1,
@@ -87,6 +101,15 @@ def test_numbers_within_pass():
         (lambda: Sampling(repetition_penalty=INF), "repetition_penalty is inf"),
         (lambda: from_dict(TrainConfig, {"optimizer": {"eps": INF}}), "optimizer.eps is inf"),
         (lambda: from_dict(TrainConfig, {"model": {"norm_eps": "nan"}}), "model.norm_eps is nan"),
+        (
+            lambda: from_dict(TrainConfig, {"optimizer": {"eps": 10**400}}),
+            "optimizer.eps is 10+",
+        ),
+        (
+            lambda: TrainConfig(batch_size=10**11),
+            "batch_size is 100000000000: set at most 2147483647",
+        ),
+        (lambda: from_dict(TrainConfig, {"run_dir": "\ud800"}), r"run_dir is '\\ud800': it is not"),
         (lambda: from_dict(TrainConfig, {"log": {"profile_steps": [9, 3]}}), "first step first"),
     ],
 )
@@ -118,6 +141,8 @@ def test_settings_are_checked_however_they_are_made(build, message):
         ("launch render slurm --name x --nodes 0 -- --preset tiny", "nodes is 0"),
         ("fit runs.csv --level nan", "--level is nan"),
         ("crossing a b --horizon inf", "--horizon is inf"),
+        ("crossing a b --horizon nan", "--horizon is nan"),
+        ("train --batch-size 100000000000", "batch_size is 100000000000: set at most 2147483647"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(command, message, capsys, tmp_path, monkeypatch):
