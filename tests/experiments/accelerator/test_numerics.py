@@ -139,7 +139,7 @@ def test_command_line_reports_every_step(tmp_path, byte_data, capsys, save_model
     # One switch beside fixed point itself: three programs to compile.
     spec = "fixed:w16a16,eps=model,norms=double,rsqrt=exact"
     params = random_params(CONFIG)
-    pack(save_model(tmp_path / "master", CONFIG, params), tmp_path / "model", dense_dtype="float32")
+    pack(save_model(tmp_path / "master", CONFIG, params), tmp_path / "model", embedding="float32")
     arguments = ["eval", "--model", str(tmp_path / "model"), "--data", str(byte_data)]
     arguments += ["--limit", "2", "--window", "16", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--numerics", spec]) == 0

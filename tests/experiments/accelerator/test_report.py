@@ -103,7 +103,7 @@ def test_report_command(capsys):
 
 def test_compile_and_run_commands(tmp_path, capsys, save_model):
     saved = save_model(tmp_path / "master", CONFIG, random_params(CONFIG))
-    pack(saved, tmp_path / "model", dense_dtype="float32")
+    pack(saved, tmp_path / "model", embedding="float32")
     program = tmp_path / "program"
     arguments = ["hardware", "compile", "--model", str(tmp_path / "model"), "--out", str(program)]
     assert main(arguments) == 0

@@ -183,7 +183,7 @@ def test_the_ternary_unit_has_no_wide_multiplier_and_grows_with_lanes(tmp_path):
 def test_run_command_compares_the_rtl_with_the_simulator(tmp_path, capsys, monkeypatch, save_model):
     config = dataclasses.replace(CONFIG, hidden_size=10, intermediate_size=14)
     saved = save_model(tmp_path / "master", config, random_params(config))
-    pack(saved, tmp_path / "model", dense_dtype="float32")
+    pack(saved, tmp_path / "model", embedding="float32")
     program = tmp_path / "block"
     arguments = ["hardware", "compile", "--model", str(tmp_path / "model"), "--layer", "1"]
     assert main([*arguments, "--out", str(program)]) == 0

@@ -234,7 +234,7 @@ def test_a_folder_that_is_no_model_is_named(capsys, tmp_path):
 
 def test_pack_and_generate_give_the_trained_models_stream(run, capsys, tmp_path):
     assert main(["pack", "--model", str(run[0]), "--out", str(tmp_path / "p"),
-                 "--dense-dtype", "float32"]) == 0  # fmt: skip
+                 "--embedding", "float32"]) == 0  # fmt: skip
     assert "2 bits" in capsys.readouterr().out
     args = ["--prompt-ids", "1,2,3", "--max-new-tokens", 12, "--temperature", 0, "--quiet"]
     _, expected, _ = run_main(capsys, "--model", run[0], *args)

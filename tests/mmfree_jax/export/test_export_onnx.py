@@ -239,7 +239,7 @@ def test_widths_that_no_block_divides(tmp_path, save_model):
 
 
 def test_a_packed_model_gives_the_same_files_as_its_run(saved, exports, tmp_path):
-    pack(saved, tmp_path / "packed", dense_dtype="float32", bits="1.6")
+    pack(saved, tmp_path / "packed", embedding="float32", bits="1.6")
     assert main(
         ["export", "onnx", "--model", str(tmp_path / "packed"), "--out", str(tmp_path / "out")]
     ) == 0  # fmt: skip

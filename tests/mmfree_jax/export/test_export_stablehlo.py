@@ -31,7 +31,7 @@ def params():
 def packed(params, tmp_path_factory, save_model):
     folder = tmp_path_factory.mktemp("packed")
     out = folder / "model"
-    pack(save_model(folder / "master", TINY, params), out, dense_dtype="float32")
+    pack(save_model(folder / "master", TINY, params), out, embedding="float32")
     return out
 
 

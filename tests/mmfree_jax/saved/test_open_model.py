@@ -46,7 +46,7 @@ def folders(params, tmp_path_factory, save_model):
     root = tmp_path_factory.mktemp("models")
     model = save_model(root / "model", CONFIG, params)
     export_hf(root / "model", root / "huggingface")
-    pack(model, root / "packed", dense_dtype="float32")
+    pack(model, root / "packed", embedding="float32")
     shutil.copytree(OLD / "run", root / "run")
     return root
 

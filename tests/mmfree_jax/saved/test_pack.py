@@ -44,13 +44,13 @@ def write(config, out, **options):
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "model"
-    report = write(BASE, out, dense_dtype="float32")
+    report = write(BASE, out, embedding="float32")
     return out, report
 
 
 @pytest.mark.parametrize("bits", ["2", "1.6"])
 def test_unpacking_gives_the_exact_trits_scales_and_norms(bits, tmp_path):
-    write(BASE, tmp_path / "p", bits=bits, dense_dtype="float32")
+    write(BASE, tmp_path / "p", bits=bits, embedding="float32")
     _, params = build(BASE)
     weights = open_model(tmp_path / "p").weights("ternary")
     expected = jax.jit(ternary_weights, static_argnums=1)(params, BASE)
@@ -140,14 +140,18 @@ def test_any_safetensors_reader_opens_the_file(packed):
 
 def test_bfloat16_and_int8_embedding_report_their_error(tmp_path):
     config = dataclasses.replace(BASE, compute_dtype="bfloat16", residual_dtype="bfloat16")
+    assert BASE.residual_dtype == "float32"
+    whole = write(BASE, tmp_path / "whole")
+    assert (whole.embedding, whole.embedding_error) == ("float32", 0.0)
     _, params = build(config)
     table = np.asarray(params["embedding"]["weight"])
     half = write(config, tmp_path / "half")
-    small = write(config, tmp_path / "small", int8_embedding=True)
+    small = write(config, tmp_path / "small", embedding="int8")
+    assert (half.embedding, small.embedding) == ("bfloat16", "int8")
     assert 1e-4 < half.embedding_error < 4e-3
     assert 1e-3 < small.embedding_error < 2e-2
     model, weights = (
-        open_model(tmp_path / "small").model(),
+        open_model(tmp_path / "small").model("float32"),
         open_model(tmp_path / "small").weights("packed"),
     )
     embedding = weights.embedding
@@ -174,7 +178,7 @@ HYBRID = dataclasses.replace(
 
 def test_a_hybrid_model_packs_and_runs_on_trits(tmp_path):
     model, params = build(HYBRID)
-    write(HYBRID, tmp_path / "p", dense_dtype="float32")
+    write(HYBRID, tmp_path / "p", embedding="float32")
     loaded, weights = load_model(tmp_path / "p")
     assert isinstance(weights, Ternary)
     assert loaded.config.glu_linear == DENSE
@@ -325,8 +329,8 @@ def test_a_huggingface_folder_packs_one_parameter_at_a_time(tmp_path, capsys):
         leaf = open_model(tmp_path / name).leaf("head/weight")
         np.testing.assert_array_equal(leaf, params["head"]["weight"])
         assert main(["pack", "--model", str(tmp_path / name), "--out", str(tmp_path / f"{name}-p"),
-                     "--dense-dtype", "float32"]) == 0  # fmt: skip
-    write(BASE, tmp_path / "direct", dense_dtype="float32")
+                     "--embedding", "float32"]) == 0  # fmt: skip
+    write(BASE, tmp_path / "direct", embedding="float32")
     direct = open_model(tmp_path / "direct").weights("ternary")
     for name in ("model-p", "hf-p"):
         found = open_model(tmp_path / name).weights("ternary")

@@ -95,7 +95,7 @@ def test_a_model_of_the_same_shape_is_refused(saved, name, change):
         load_session(saved[0], weights(**{name: change}), CONFIG)
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": "1.6"}, {"dense_dtype": "float32"}])
+@pytest.mark.parametrize("options", [{}, {"bits": "1.6"}, {"embedding": "bfloat16"}])
 def test_trained_ternary_and_packed_weights_share_a_session(saved, options, tmp_path, save_model):
     model = save_model(tmp_path / "model", CONFIG, unflatten(params()))
     pack(model, tmp_path / "packed", **options)
@@ -110,7 +110,7 @@ def test_trained_ternary_and_packed_weights_share_a_session(saved, options, tmp_
 
 def test_an_int8_embedding_is_another_model(saved, tmp_path, save_model):
     model = save_model(tmp_path / "model", CONFIG, unflatten(params()))
-    pack(model, tmp_path / "packed", int8_embedding=True)
+    pack(model, tmp_path / "packed", embedding="int8")
     packed = open_model(tmp_path / "packed")
     with pytest.raises(CheckpointError, match="other weights"):
         load_session(saved[0], packed.weights("packed"), CONFIG)
