@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from mmfree_jax.cli.synonyms import find_option
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, check_values
@@ -61,7 +62,7 @@ def parse(
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        raise ConfigError(_one_line(captured.getvalue(), prog)) from e
+        raise ConfigError(_one_line(captured.getvalue(), prog, _meant(target, argv))) from e
     sys.stderr.write(captured.getvalue())
     call = None if inspect.isclass(target) else result
     values = _fields(result) if call is None else call.keywords
@@ -73,7 +74,7 @@ def parse(
 def _refuse_repeated_lists(target: Callable[..., Any], argv: Sequence[str]) -> None:
     """Of `--input a --input b` the first would be lost without a word."""
     given = [a.partition("=")[0].replace("_", "-") for a in argv if a.startswith("--")]
-    for flag in _list_flags(target):
+    for flag in (f"--{name}" for name, takes_several in _flags(target) if takes_several):
         if given.count(flag) > 1:
             raise ConfigError(
                 f"{flag} is given {given.count(flag)} times: give it once, with all its values "
@@ -81,19 +82,39 @@ def _refuse_repeated_lists(target: Callable[..., Any], argv: Sequence[str]) -> N
             )
 
 
-def _list_flags(target: Any, prefix: str = "") -> Iterator[str]:
-    """The flags of a dataclass or function that take several values."""
+def _flags(target: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The flags of a dataclass or function, without dashes, and whether one takes a list."""
     plain = typing.get_type_hints(target)
     for name, marked in typing.get_type_hints(target, include_extras=True).items():
-        if tyro.conf.UseAppendAction in getattr(marked, "__metadata__", ()):
-            continue
         flag, hint = f"{prefix}{name}".replace("_", "-"), plain[name]
+        marks = getattr(marked, "__metadata__", ())
         if dataclasses.is_dataclass(hint):
             # tyro's name="" puts the flags of an inner dataclass beside those of the outer one.
-            yield from _list_flags(hint, prefix)
-            yield from _list_flags(hint, f"{flag}.")
-        elif any(typing.get_origin(h) in (tuple, list) for h in (hint, *typing.get_args(hint))):
-            yield f"--{flag}"
+            is_beside = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _flags(hint, prefix if is_beside else f"{flag}.")
+        elif name != "return" and tyro.conf.Positional not in marks:
+            kinds = {typing.get_origin(h) for h in (hint, *typing.get_args(hint))}
+            yield flag, bool(kinds & {tuple, list}) and tyro.conf.UseAppendAction not in marks
+
+
+def _meant(target: Any, argv: Sequence[str]) -> dict[str, str]:
+    """Flags in `argv` that are not ours, and which of ours has that meaning."""
+    ours = [name for name, _ in _flags(target)]
+    known = {"--" + name for name in ours} | {"--" + _negated(name) for name in ours}
+    meant = {}
+    for argument in argv:
+        given = argument.partition("=")[0]
+        if not re.match(r"--?[A-Za-z]", given) or given.replace("_", "-") in known:
+            continue
+        if (option := find_option(given, ours)) is not None:
+            meant[given] = f"--{option}" if len(option) > 1 else f"-{option}"
+    return meant
+
+
+def _negated(flag: str) -> str:
+    """log.tensorboard -> log.no-tensorboard, as tyro has it."""
+    path, dot, name = flag.rpartition(".")
+    return f"{path}{dot}no-{name}"
 
 
 def _remember(target: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
@@ -126,8 +147,11 @@ def _wide_lines() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _one_line(text: str, prog: str) -> str:
-    """The gist of tyro's boxed message: its first paragraph, and the option it suggests."""
+def _one_line(text: str, prog: str, meant: dict[str, str]) -> str:
+    """The gist of tyro's boxed message: its first paragraph, and what may have been meant.
+
+    `meant` has our options for flags of other programs; else it is what tyro suggests.
+    """
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip(" │") for line in text.splitlines()]
     # A title, drawn into the box or underlined, then paragraphs between rules.
@@ -144,7 +168,9 @@ def _one_line(text: str, prog: str) -> str:
     if expected and "--" in expected.group(1):
         message += f"; use {expected.group(1).rstrip('.')}"
     suggested = re.search(r"Perhaps you meant:?\s*(--[\w.-]+)", " ".join(lines))
-    if suggested:
+    if meant:
+        message += "; perhaps you meant " + ", ".join(f"{b} for {a}" for a, b in meant.items())
+    elif suggested:
         message += f"; perhaps you meant {suggested.group(1)}"
     return f"{message}; see {prog} --help"
 
