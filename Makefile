@@ -8,10 +8,10 @@ SEED ?= 0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit fuzz aot wheel clean
+.PHONY: help train sample test lint format typecheck unit quick fuzz aot aot-tpu wheel clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/.train ## Train a small MatMul-free LM on the State of the Union addresses (10 minutes, 2 cores)
 	@test -f $(DATA)/index.json || $(BIN)/mmfree tokenizer train --corpus sotu --heldout-fraction 0.05 --vocab-size 2048 --out $(DATA)-tokenizer
@@ -22,7 +22,7 @@ train: $(VENV)/.train ## Train a small MatMul-free LM on the State of the Union 
 sample: $(VENV)/.train ## Let the trained model write
 	$(BIN)/mmfree generate --model $(RUN) --prompt "My fellow citizens," --max-new-tokens 200 --stream
 
-test: lint typecheck unit wheel ## Everything that CI runs: lint, types, tests, wheel
+test: lint typecheck unit wheel ## What CI runs first: lint, types, all tests, wheel
 	@echo "All checks passed: ruff, pyright, pytest, wheel (dist/)"
 
 lint: $(VENV)/.dev ## Lint and check the format
@@ -39,11 +39,17 @@ typecheck: $(VENV)/.dev ## Check the types of the public packages
 unit: $(VENV)/.dev ## Run the tests, slow ones included
 	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
+quick: $(VENV)/.dev ## Run the tests without the slow ones
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow"
+
 fuzz: $(VENV)/.dev ## Try malformed commands and damaged files at random (10 minutes at most; SEED=0)
 	PYTHONPATH=tests/support $(BIN)/python -m fuzz --seed $(SEED)
 
 aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and an H100 without having either (installs 3 GB)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot
+
+aot-tpu: $(VENV)/.tpu ## Compile for a TPU v5e alone (installs 0.7 GB)
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot -k "tpu or v5e"
 
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
@@ -66,8 +72,11 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # JAX's compilers for devices that are absent: libtpu, and the CUDA plugin without its libraries.
-$(VENV)/.aot: $(VENV)/.dev
+$(VENV)/.tpu: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet 'jax[tpu]'
+	@touch $@
+
+$(VENV)/.aot: $(VENV)/.tpu
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
 	$(BIN)/python -m pip install --quiet --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version \
 		nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12 nvidia-cuda-nvrtc-cu12
