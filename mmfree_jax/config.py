@@ -368,7 +368,12 @@ class TrainConfig:
     max_minutes: AboveZero | None = None
     """Stop early, with a checkpoint, after this much time (minutes)."""
     init_from: Place | None = None
-    """Folder of a model whose weights to start from: a run, a model folder, Hugging Face."""
+    """Folder of a model whose weights to start from: a run, a model folder, Hugging Face. Weights
+    alone: optimiser, step, schedule and position in the data begin anew."""
+    branch_from: Place | None = None
+    """RUN or RUN@STEP: a checkpoint of another run to go on from in run_dir, with its weights,
+    optimiser, step, tokens and position in the data, under that run's settings but for those that
+    are given. Steps count on from STEP (default: the newest), schedules span all of them."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -380,6 +385,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         _require(bool(self.run_dir), "run_dir", self.run_dir, "give --run-dir a folder")
+        _require(
+            self.init_from is None or self.branch_from is None,
+            "branch_from",
+            self.branch_from,
+            f"leave it out, or --init-from {self.init_from}, which takes weights alone",
+        )
         _require(
             self.batch_size % self.grad_accum == 0,
             "grad_accum",

@@ -238,27 +238,37 @@ def _read(path: str | os.PathLike[str], *, keys_only: bool = False) -> Any:
     return _parse(text, f"config file {path}", keys_only=keys_only)
 
 
-def load_yaml(path: str | os.PathLike[str], base: TrainConfig | None = None) -> TrainConfig:
-    """Reads a training configuration; the key `preset` names the one it starts from.
-
-    `base` is started from instead, if given.
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a YAML file, not looked at any further.
 
     Raises:
-      ConfigError: the file is missing, is not YAML, or a field is unknown or malformed.
+      ConfigError: the file is missing or no mapping.
     """
     values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path}: give a mapping of fields, not {brief(values)}")
-    name = values.pop("preset", None)
+    return values
+
+
+def with_settings(
+    values: dict[str, Any], path: str | os.PathLike[str], base: TrainConfig | None = None
+) -> TrainConfig:
+    """A training configuration: `base`, or what the key `preset` names, under a file's settings.
+
+    Raises:
+      ConfigError: a field is unknown or malformed.
+    """
+    name = values.get("preset")
     if base is None:
         base = TrainConfig() if name is None else preset(str(name))
     try:
-        return from_dict(TrainConfig, values, base)
+        given = {key: value for key, value in values.items() if key != "preset"}
+        return from_dict(TrainConfig, given, base)
     except ConfigError as e:
         raise ConfigError(f"config file {path}: {e}") from e
 
 
 def dump_yaml(config: Any) -> str:
-    """The configuration as YAML text, every field resolved; `load_yaml` reads it back."""
+    """The configuration as YAML text, every field resolved; `read_settings` reads it back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -30,7 +30,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.+]+(-[A-Za-z0-9_.+]+)*")
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 
 # What the plan itself decides; `train` may not.
-_PLANNED = ("run_dir", "steps", "seed", "init_from", "max_minutes")
+_PLANNED = ("run_dir", "steps", "seed", "init_from", "branch_from", "max_minutes")
 
 
 def _require(condition: bool, name: str, value: object, way_out: str) -> None:

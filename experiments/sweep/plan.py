@@ -79,6 +79,8 @@ def config_hash(config: TrainConfig) -> str:
     checkpoints, logs.
     """
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
+    if values["branch_from"] is None:  # a field that older tables' hashes know nothing of
+        del values["branch_from"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("paths", "prefetch")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.config_io import load_yaml
+from mmfree_jax.config_io import read_settings, with_settings
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.parallel.process_options import ProcessOptions
 from mmfree_jax.places import check_local
@@ -20,6 +20,13 @@ _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 Settings come from --preset, over it --config, over it the flags below. The same command
 resumes: the run directory holds everything. To go on with a run as it is, give its own
 config.yaml as --config.
+
+--init-from takes the weights of any model and nothing else. --branch-from RUN or RUN@STEP takes
+all of a run's checkpoint (weights, optimiser, step, tokens, position in the data) into a new run
+in --run-dir, under that run's settings but for those given in --config and by flags: another
+rate, schedule, data or batch, or more --steps, which count from the parent's first. Rows go on
+where they were, at any batch size; with other data, data.seq-len, data.weights or data.seed they
+begin anew.
 
 presets: {", ".join(PRESETS)}
 
@@ -69,14 +76,38 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
         if name is not None or path is not None:
             raise ConfigError(f"{run_flag} is {run!r}: leave out --preset and --config")
         path = str(Path(run) / "config.yaml")
+    values = {} if path is None else read_settings(path)
     base = None if name is None else preset(name)
-    base = load_yaml(path, base) if path is not None else base or TrainConfig()
+    if run is None and (branch := _branch(argv, values)) is not None:
+        if (name := name or values.get("preset")) is not None:
+            raise ConfigError(
+                f"branch_from is {branch.branch_from!r}: leave out the preset {name!r}, as the "
+                "settings start from those of that run"
+            )
+        base = branch
+    base = base or TrainConfig() if path is None else with_settings(values, path, base)
     source = last_place(argv, "--init-from")
     if source is None:
         return base
     from mmfree_jax.train.init_from import training_config  # imports JAX
 
     return dataclasses.replace(base, model=training_config(source, base.model))
+
+
+def _branch(argv: list[str], values: dict[str, Any]) -> TrainConfig | None:
+    """The config that a branch starts from, if flags or a config file ask for one."""
+
+    def given(name: str) -> Any:
+        in_file = values.get(name, values.get(name.replace("_", "-")))
+        return last_place(argv, "--" + name.replace("_", "-")) or in_file
+
+    source = given("branch_from")
+    if not isinstance(source, str):
+        return None
+    from mmfree_jax.train.branch_source import branch_config  # imports JAX
+
+    check_local(source, "branch_from")
+    return branch_config(source, str(given("run_dir") or TrainConfig.run_dir))
 
 
 def last_value(argv: list[str], flag: str) -> str | None:

@@ -1,8 +1,8 @@
 """From prepared data sets to batches: seeded shuffle, mixtures, exact position.
 
-The rows of step s are a pure function of (config, global batch size, s). Each process reads
-those that its devices hold, so any number of processes sees the same global batch, and a run
-resumes at step s by asking for step s.
+The rows of a batch are a pure function of the config, the global batch size and the number of its
+first row in the shuffled order. Each process reads those that its devices hold, so any number of
+processes sees the same global batch, and a run resumes by asking for the row that comes next.
 
 A batch is `{"tokens", "targets", "segment_ids"}`, int32 [rows, T]: see ARCHITECTURE.md.
 """
@@ -55,9 +55,9 @@ def make_train_iterator(
     *,
     batch_size: int,
     rows: Sequence[int] | None = None,
-    start_step: int = 0,
+    start_row: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of training rows without end, from step `start_step` on.
+    """Batches of training rows without end, from row `start_row` of the shuffled order on.
 
     Every epoch has a permutation of its own. Without `config.weights` the folders are
     shuffled together, so that an epoch holds each row once; with weights each folder is
@@ -67,7 +67,7 @@ def make_train_iterator(
       config: folders, weights, row length, seed and prefetch depth.
       batch_size: rows in the global batch.
       rows: which of them to read and return; None: all.
-      start_step: step of the first batch.
+      start_row: number of the first batch's first row.
 
     Returns:
       An iterator over dicts of int32 [len(rows), seq_len]; `close()` stops its prefetching
@@ -83,11 +83,11 @@ def make_train_iterator(
     _ = shuffled[0]  # grain sets up its statistics on first use, which is not thread-safe
 
     def batch_at(i: int) -> Batch:
-        first = (start_step + i) * batch_size
+        first = start_row + i * batch_size
         picks: list[Any] = [shuffled[first + j] for j in mine]
         return stack_rows([datasets[k].row(r, config.seq_len) for k, r in picks])
 
-    steps = grain.MapDataset.range(sys.maxsize // batch_size - start_step - 1).map(batch_at)
+    steps = grain.MapDataset.range((sys.maxsize - start_row) // batch_size - 1).map(batch_at)
     options = grain.ReadOptions(
         num_threads=min(2, config.prefetch), prefetch_buffer_size=config.prefetch
     )

@@ -17,6 +17,7 @@ import jax
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.saved.origin import FROM_NOTHING, Origin, origin_fault, origin_from_json
 from mmfree_jax.text_files import read_json
 
 MANIFEST = "manifest.json"
@@ -41,6 +42,7 @@ class Manifest:
       leaves: shape and dtype of every array, by path.
       files: size (bytes) and SHA-256 of every file, by name.
       meter: what the run measured of itself since the last record; None: nothing.
+      origin: what the run branched from.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Manifest:
     leaves: dict[str, LeafType]
     files: dict[str, tuple[int, str]]
     meter: dict[str, Any] | None = None
+    origin: Origin = FROM_NOTHING
 
 
 _TYPES: dict[str, Any] = {
@@ -66,7 +69,7 @@ def manifest_text(step: int, metadata: dict[str, Any], unix_time: float, **parts
 
     Args:
       step: of the checkpoint.
-      metadata: at least "config" and "data", see `Manifest`.
+      metadata: at least "config" and "data", see `Manifest`; "origin" of a branch.
       unix_time: of the save (s).
       parts: "leaves" and "files".
     """
@@ -102,8 +105,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"checkpoint {folder} has format {values['format']}: this version reads "
             f"up to {FORMAT}; install a newer mmfree-jax"
         )
-    meter = values.get("meter")
+    meter, origin = values.get("meter"), values.get("origin")
     if wrong := fault(values, _TYPES) or (meter is not None and fault(meter, _METER, "meter")):
+        raise damaged(wrong)
+    if origin is not None and (wrong := origin_fault(origin)):
         raise damaged(wrong)
     if str(values["step"]) != folder.name:
         raise damaged(f"step is {values['step']}, but the folder's name {folder.name}")
@@ -115,7 +120,15 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: (int(size), str(sha)) for name, (size, sha) in values["files"].items()}
     except (TypeError, ValueError) as e:
         raise damaged("leaves or files are malformed") from e
-    return Manifest(values["step"], values["config"], values["data"], leaves, files, meter)
+    return Manifest(
+        values["step"],
+        values["config"],
+        values["data"],
+        leaves,
+        files,
+        meter,
+        FROM_NOTHING if origin is None else origin_from_json(origin),
+    )
 
 
 def leaf_types(tree: Any) -> dict[str, LeafType]:

@@ -27,19 +27,36 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     Raises:
       CheckpointError: the run has no such checkpoint, or none that is whole.
     """
-    where = run / CHECKPOINTS
     if step is None:
+        where = run / CHECKPOINTS
         step = checkpoint.find_newest(where, set_aside=False)
         if step is None:
             raise CheckpointError(
                 f"{where} holds no checkpoint: train longer, or give another folder"
             )
         return where / str(step)
+    folder = kept_checkpoint(run, step)
+    try:
+        manifests.verify(folder)
+    except manifests.DamagedCheckpointError as e:
+        others = [str(s) for s in manifests.checkpoint_steps(folder.parent) if s != step]
+        raise CheckpointError(
+            f"{e}: give another step ({', '.join(others) or 'there is none'})"
+        ) from e
+    return folder
+
+
+def kept_checkpoint(run: Path, step: int) -> Path:
+    """The folder of a run's complete checkpoint, not yet verified.
+
+    Raises:
+      CheckpointError: the run has none of that step; names those that it has.
+    """
+    where = run / CHECKPOINTS
     steps = manifests.checkpoint_steps(where)
     if step not in steps:
         found = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(f"{where} has no checkpoint of step {step}: it has {found}")
-    manifests.verify(where / str(step))
     return where / str(step)
 
 

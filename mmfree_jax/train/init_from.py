@@ -12,6 +12,7 @@ from mmfree_jax.config import RUN_SETTINGS, ModelConfig, TrainConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.weights import Master
 from mmfree_jax.saved.open_model import open_model
+from mmfree_jax.train.same_run import other_model
 
 
 def training_config(path: str | os.PathLike[str], base: ModelConfig) -> ModelConfig:
@@ -44,15 +45,7 @@ def initial_params(
             f"init_from {path} is a packed model, which has no master weights: give the run or "
             "model folder that it was made from"
         )
-    differing = []
-    for field in dataclasses.fields(ModelConfig):
-        old, new = getattr(saved.config, field.name), getattr(config.model, field.name)
-        if field.name == "intermediate_size":
-            old, new = saved.config.glu_size, config.model.glu_size
-        elif field.name == "num_heads" and config.model.mixer == "attention":
-            old, new = saved.config.attention_heads, config.model.attention_heads
-        if field.name not in RUN_SETTINGS and old != new:
-            differing.append(f"model.{field.name} is {new!r}, there {old!r}")
+    differing = other_model(saved.config, config.model)
     if differing:
         raise ConfigError(
             f"init_from {path} holds another model ({'; '.join(differing)}): leave out what "

@@ -27,6 +27,7 @@ from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
+from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.profiler import Profiler
@@ -40,9 +41,9 @@ from mmfree_jax.train.setup import (
     copy_tokenizer,
     datasets_read,
     open_run,
-    start_state,
 )
 from mmfree_jax.train.sinks import make_progress, make_sinks
+from mmfree_jax.train.start import start_state
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
 from mmfree_jax.train.stop import Consensus, StopRequest, catch_signals
 
@@ -58,6 +59,8 @@ def train(
     process_options: ProcessOptions | None = None,
 ) -> Summary:
     """Trains one model, from the newest good checkpoint in `config.run_dir` if there is one.
+
+    Else from the checkpoint that `config.branch_from` names: `branch_config` makes such a config.
 
     SIGTERM and SIGINT end the run early with a checkpoint; so does `config.max_minutes`. With
     several processes (`processes.join` comes before) all call this alike, and a signal to one
@@ -84,6 +87,7 @@ def train(
     is_writer = jax.process_index() == 0
     with contextlib.ExitStack() as held, catch_signals() as request:
         watchdog = _watch(process_options, held)
+        check_apart(config)
         run = open_run(config)
         open_run_dir(run.run_dir, held)
         verification = Verification(datasets_read(run))
@@ -97,8 +101,8 @@ def train(
 
         if (summary := processes.first(look)) is not None:
             return summary
-        state, restored, messages = start_state(run)
-        start = restored.step if restored else 0
+        start = start_state(run)
+        run, config = start.run, start.run.config
         if is_writer:
             write_config(run.run_dir, config)
             copy_tokenizer(run)
@@ -107,23 +111,31 @@ def train(
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
         )
+        if start.is_new_branch:  # from here on the parent may go, and a kill loses nothing
+            metadata = checkpoint_metadata(run, start.step, start.meter, 0.0)
+            checkpointer.save(start.step, start.state, metadata)
+            checkpointer.wait()
         # The sinks that can be refused come before the display that must be closed.
-        sinks = make_sinks(config, run.run_dir, start) if is_writer else []
+        sinks = make_sinks(config, run.run_dir, start.step) if is_writer else []
         recorder = Recorder(
             config,
             run.run_dir,
-            restored_step=start,
-            meter=restored.manifest.meter if restored else None,
+            restored_step=start.step,
+            origin=run.origin,
+            meter=start.meter,
             sinks=sinks,
-            progress=make_progress(config.log.progress, config.steps, start),
+            progress=make_progress(config.log.progress, config.steps, start.step),
             settle=functools.partial(_wait_quietly, checkpointer),
             clock=clock,
         )
         recorder.message(describe(run))
-        for message in messages:
-            recorder.event(start, f"warning: {message}")
-        if restored:
-            recorder.event(start, f"resumed from checkpoint {start}")
+        is_told = "event" in recorder.last
+        for note in start.notes:
+            recorder.event(start.step, note)
+        if run.origin.parent is not None and not is_told:
+            recorder.event(start.step, run.origin.account)
+        if start.is_resumed:
+            recorder.event(start.step, f"resumed from checkpoint {start.step}")
         with contextlib.ExitStack() as stack:
             stack.callback(recorder.close)
             stack.callback(_wait_quietly, checkpointer)
@@ -140,7 +152,7 @@ def train(
                     watchdog,
                 )
                 stack.callback(loop.close)
-                return loop.run(state, start)
+                return loop.run(start.state, start.step)
             except (jax.errors.JaxRuntimeError, ValueError) as e:  # Gloo's are ValueErrors
                 if "RESOURCE_EXHAUSTED" in str(e):
                     raise TrainingError(_out_of_memory(config)) from e
@@ -232,7 +244,10 @@ class _Loop:
             rows = process_rows(self._run.mesh, (config.batch_size, config.data.seq_len))
             self._rows = rows
             self._iterator = make_train_iterator(
-                config.data, batch_size=config.batch_size, rows=rows, start_step=start
+                config.data,
+                batch_size=config.batch_size,
+                rows=rows,
+                start_row=self._run.origin.row_at(start, config.batch_size),
             )
             batch = self._next_batch()
             step_fn = self._compile(state, batch)

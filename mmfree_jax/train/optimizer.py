@@ -135,8 +135,26 @@ def _init(config: OptimizerConfig, params: Any) -> tuple[Any, ...]:
         return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
 
     count = jnp.zeros((), jnp.int32)
-    moments = zeros(config.moment_dtype), zeros(config.second_moment_dtype)
-    adam, schedule = optax.ScaleByAdamState(count, *moments), optax.ScaleByScheduleState(count)
+    return _arranged(config, count, zeros(config.moment_dtype), zeros(config.second_moment_dtype))
+
+
+def rearranged(config: OptimizerConfig, state: Any) -> tuple[Any, ...]:
+    """The state of an optimiser of other settings, as one of `config` has it.
+
+    Updates made and both moments are kept, the moments in `config`'s dtypes.
+    """
+    adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
+
+    def cast(tree: Any, dtype: str) -> Any:
+        return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), tree)
+
+    mu, nu = cast(adam.mu, config.moment_dtype), cast(adam.nu, config.second_moment_dtype)
+    return _arranged(config, adam.count, mu, nu)
+
+
+def _arranged(config: OptimizerConfig, count: Any, mu: Any, nu: Any) -> tuple[Any, ...]:
+    adam = optax.ScaleByAdamState(count, mu, nu)
+    schedule = optax.ScaleByScheduleState(count)
     clip = (optax.EmptyState(),) * (config.clip_norm is not None)
     decay = (optax.MaskedState(optax.EmptyState()),) * bool(config.weight_decay)
     return (*clip, adam, *decay, schedule)

@@ -11,6 +11,7 @@ import jax
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.errors import TrainingError
 from mmfree_jax.saved.manifest import checkpoint_steps
+from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS
 from mmfree_jax.train.flops import find_device, utilisation
 from mmfree_jax.train.metrics import (
@@ -42,6 +43,7 @@ class Recorder:
         run_dir: Path,
         *,
         restored_step: int,
+        origin: Origin = FROM_NOTHING,
         meter: dict[str, Any] | None,
         sinks: Sequence[Sink],
         progress: Progressing,
@@ -53,7 +55,7 @@ class Recorder:
         self._run_dir = run_dir
         self._clock = clock
         self._start = self._loop_start = clock()
-        self._start_step = restored_step
+        self._start_step, self._origin = restored_step, origin
         self._history = History(run_dir / METRICS, restored_step) if _is_writer() else None
         self._before = self._history.seconds if self._history else 0.0
         self._sinks, self._progress = list(sinks), progress
@@ -120,7 +122,7 @@ class Recorder:
         self._skipped += 1
         self._skipped_in_a_row += 1
         config = self._config
-        first = (step - 1) * config.batch_size
+        first = self._origin.row_at(step - 1, config.batch_size)
         what = (
             f"loss {metrics['loss']:g} and gradient norm {metrics['grad_norm']:g} at step {step} "
             f"(rows {first} to {first + config.batch_size - 1} of the shuffled order)"
@@ -219,7 +221,7 @@ class Recorder:
         record = {
             "kind": kind,
             "step": step,
-            "tokens": step * tokens_per_step(self._config),
+            "tokens": self._origin.tokens_at(step, tokens_per_step(self._config)),
             "time_s": self.seconds,
             **values,
         }

@@ -35,7 +35,7 @@ def describe(run: Run) -> str:
     config, devices = run.config, jax.devices()
     parameters = format_count(count_parameters(config.model).total)
     tokens = format_count(sum(d.num_tokens for d in run.data))
-    planned = format_count(config.steps * tokens_per_step(config))
+    planned = format_count(run.origin.tokens_at(config.steps, tokens_per_step(config)))
     return (
         f"{config.model.family} model of {parameters} parameters on {len(devices)} x "
         f"{devices[0].device_kind}; {planned} tokens in {config.steps} steps, data {tokens} tokens"
@@ -58,7 +58,8 @@ def finished_summary(run: Run) -> Summary | None:
     if jax.process_index() == 0:
         print(
             f"run_dir {run.run_dir} already holds this run, complete at step {run.config.steps}: "
-            f"see {path}, or give another --run-dir"
+            f"see {path}, or give another --run-dir; to train on, for more "
+            f"steps or under other settings: --branch-from {run.run_dir} --run-dir NEW --steps N"
         )
     return summary
 
@@ -72,7 +73,8 @@ def write_report(
     parameters = count_parameters(config.model)
     devices = jax.devices()
     last_train, last_eval = recorder.last.get("train", {}), recorder.last.get("eval", {})
-    tokens = done * tokens_per_step(config)
+    origin = run.origin
+    tokens = origin.tokens_at(done, tokens_per_step(config))
     summary: Summary = {
         "status": "stopped" if stopped_by else "complete",
         "stopped_by": stopped_by,
@@ -97,7 +99,8 @@ def write_report(
             "forward": flops.forward,
             "training": flops.training,
         },
-        "training_flops": flops.training * tokens,
+        "training_flops": origin.flops + flops.training * (tokens - origin.tokens),
+        "origin": None if origin.parent is None else origin.to_json(),
         "data": run.data_identity,
         "mesh": dict(run.mesh.shape),
         "device": {"kind": devices[0].device_kind, "count": len(devices)},

@@ -1,18 +1,20 @@
-"""Whether a run directory holds the run that is asked for."""
+"""Whether a run directory holds the run that is asked for, and what another run may take over."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import RUN_SETTINGS, ModelConfig, TrainConfig
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config
+from mmfree_jax.train.branch_source import same_source
 from mmfree_jax.train.optimizer import make_schedule
 
 # What a resumed run may change: where and how it runs and reports, never what it computes.
@@ -28,6 +30,7 @@ _MAY_CHANGE = (
     "data.paths",
     "data.prefetch",
     "model.remat",
+    "model.scan_layers",
     "model.matmul_kernel",
     "model.recurrence_kernel",
     "model.attention_kernel",
@@ -42,6 +45,37 @@ def _may_change(name: str) -> bool:
     return any(
         name == field or (field[-1] == "." and name.startswith(field)) for field in _MAY_CHANGE
     )
+
+
+def other_model(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """The fields of two models that make them other functions of the same weights, in words."""
+    differing = []
+    for field in dataclasses.fields(ModelConfig):
+        there, here = getattr(old, field.name), getattr(new, field.name)
+        if field.name == "intermediate_size":
+            there, here = old.glu_size, new.glu_size
+        elif field.name == "num_heads" and new.mixer == "attention":
+            there, here = old.attention_heads, new.attention_heads
+        if field.name not in RUN_SETTINGS and there != here:
+            differing.append(f"model.{field.name} is {here!r}, there {there!r}")
+    return differing
+
+
+def cannot_branch(parent: TrainConfig, config: TrainConfig) -> list[str]:
+    """The settings that a branch must have from its parent and has not, in words."""
+    pairs = [
+        ("seed", parent.seed, config.seed),
+        (
+            "model.initializer_range",
+            parent.model.initializer_range,
+            config.model.initializer_range,
+        ),
+    ]
+    return other_model(parent.model, config.model) + [
+        f"{name} is {here!r}, there {there!r} (nothing is initialised)"
+        for name, there, here in pairs
+        if there != here
+    ]
 
 
 def _past_differs(old: TrainConfig, new: TrainConfig, step: int) -> bool:
@@ -63,9 +97,13 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
     Raises:
       ConfigError: names the fields that differ, their old and new values.
     """
+    old = None
     with contextlib.suppress(ConfigError):  # fields that are newer than the checkpoint
-        saved = to_dict(from_dict(TrainConfig, saved))
+        old = from_dict(TrainConfig, saved)
+        saved = to_dict(old)
     was, now = flatten(saved, separator="."), flatten(to_dict(config), separator=".")
+    if same_source(was.get("branch_from"), config.branch_from):
+        now["branch_from"] = was.get("branch_from")
     differing = [
         f"{name} {was.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(was.keys() | now.keys())
@@ -75,7 +113,8 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
         if config.steps < step:
             raise ConfigError(
                 f"steps is {config.steps}, but run_dir {run_dir} has already made {step}: "
-                f"set --steps above {step}, or give another --run-dir"
+                f"set --steps above {step}, give another --run-dir, or go on from an earlier "
+                f"checkpoint there: --branch-from {run_dir}@STEP --run-dir NEW"
             )
         if _past_differs(from_dict(TrainConfig, saved), config, step):
             differing = [
@@ -83,10 +122,16 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
                 f"schedule would have had other rates in the {step} steps already made)"
             ]
     if differing:
+        ways_out = [f"its settings, --config {run_dir / CONFIG}"]
+        same = was.get("branch_from") == now["branch_from"]
+        if step and same and old is not None and not cannot_branch(old, config):
+            ways_out.append(
+                "to go on from its checkpoint under other settings, "
+                f"--branch-from {run_dir} --run-dir NEW"
+            )
         raise ConfigError(
             f"run_dir {run_dir} holds another run (step {step}); differing: "
-            f"{'; '.join(differing)}: give another --run-dir, or its settings, "
-            f"--config {run_dir / CONFIG}"
+            f"{'; '.join(differing)}: give another --run-dir; or {'; or '.join(ways_out)}"
         )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from mmfree_jax.errors import DataError
 from mmfree_jax.files import copy_folder, folder_atomically
 from mmfree_jax.installed import versions
 from mmfree_jax.parallel import processes
-from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows, state_shardings
-from mmfree_jax.saved.checkpoint import Restored, restore_newest
+from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows
 from mmfree_jax.saved.manifest import newest_manifest
+from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
-from mmfree_jax.train.init_from import initial_params
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
-from mmfree_jax.train.step import TrainState, init_sharded, state_shapes
 
 # What decides what a run computes.
 PACKAGES = ("mmfree-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -44,6 +41,8 @@ class Run:
     """None when `eval.batches` is 0."""
     tokenizer: Any
     """None when `eval.sample_tokens` is 0."""
+    origin: Origin = FROM_NOTHING
+    """Known once the run starts; see `start.py`."""
 
     @property
     def data_identity(self) -> dict[str, Any]:
@@ -139,48 +138,24 @@ def check_same_data(run: Run) -> None:
         raise DataError(
             f"data.paths is {[str(d.path) for d in run.data]}, but {owner} was trained on other "
             f"data ({saved['paths']}, {saved['tokens']} tokens): give that data, or another "
-            "--run-dir"
+            "--run-dir; or, to go on from its checkpoint on this data, "
+            f"--branch-from {run.run_dir} --run-dir NEW"
         )
 
 
-def start_state(run: Run) -> tuple[TrainState, Restored | None, list[str]]:
-    """The newest good checkpoint's state on the run's mesh, else a fresh one.
-
-    Returns:
-      The state, the checkpoint if there was one, and warnings about damaged ones.
-
-    Raises:
-      CheckpointError: a checkpoint is of other shapes, or all are damaged.
-    """
-
-    shapes = state_shapes(run.config, run.optimizer)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        state_shardings(run.mesh, shapes),
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        restored = restore_newest(run.run_dir / CHECKPOINTS, abstract)
-    messages = [str(w.message) for w in caught if "falling back" in str(w.message)]
-    if restored is not None:
-        return restored.state, restored, messages
-    state = init_sharded(run.config, run.optimizer, run.mesh)
-    if run.config.init_from is not None:
-        params = initial_params(run.config.init_from, run.config, run.mesh)
-        state = dataclasses.replace(state, params=params)
-    return state, None, messages
-
-
-def checkpoint_metadata(run: Run, step: int, meter: dict[str, Any], seconds: float) -> dict:
+def checkpoint_metadata(
+    run: Run, step: int, meter: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
     """What a checkpoint's manifest holds beside the arrays."""
+    origin = run.origin
     return {
         "config": to_dict(run.config),
         "data": run.data_identity,
-        # The rows of a step are a function of the step: this is the whole position.
-        "data_position": {"next_row": step * run.config.batch_size},
+        # This is the whole position: what is read is a function of the row's number.
+        "data_position": {"next_row": origin.row_at(step, run.config.batch_size)},
         "meter": meter,
         "seconds": seconds,
+        "origin": None if origin.parent is None else origin.to_json(),
     }
 
 

@@ -168,6 +168,16 @@ def state_shapes(config: TrainConfig, optimizer: Optimizer) -> TrainState:
     )
 
 
+def abstract_state(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of the state on a mesh, to read a checkpoint into."""
+    shapes = state_shapes(config, optimizer)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
 def init_sharded(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The initial state, made in place on the mesh: no device ever holds all of it."""
     with jax.set_mesh(mesh):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.config_io import from_dict, load_yaml, parse_yaml, read_yaml
+from mmfree_jax.config_io import from_dict, parse_yaml, read_settings, read_yaml, with_settings
 from mmfree_jax.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,7 +126,7 @@ def test_marks_before_a_yaml(encoding, tmp_path):
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     file.write_bytes((mark + "steps: 5\r\nrun_dir: é\r\n").encode(encoding))
     assert read_yaml(file) == {"steps": 5, "run_dir": "é"}
-    assert load_yaml(file).steps == 5
+    assert with_settings(read_settings(file), file).steps == 5
 
 
 def test_every_yaml_is_read_by_the_strict_loader():

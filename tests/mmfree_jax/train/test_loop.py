@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import os
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from mmfree_jax.saved.history import read_history
@@ -23,29 +21,8 @@ from mmfree_jax.train import loop, report, setup
 from mmfree_jax.train import step as step_module
 from mmfree_jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("cached_compilation")
+pytestmark = pytest.mark.usefixtures("cached_compilation", "traced_once")
 
-# What no compiled program depends on.
-_SETTINGS_OF_THE_LOOP = ("run_dir", "checkpoint", "eval", "log", "max_minutes", "on_nonfinite")
-
-
-@pytest.fixture(autouse=True)
-def traced_once(monkeypatch):
-    """Runs of one shape share their traced programs: this module makes some thirty runs."""
-    for module, name in ((loop, "jit_train_step"), (loop, "jit_eval_step")):
-        monkeypatch.setattr(module, name, functools.partial(_traced, name))
-
-
-def _traced(name, config, *args):
-    default = TrainConfig()
-    same = {field: getattr(default, field) for field in _SETTINGS_OF_THE_LOOP}
-    key = (name, dataclasses.replace(config, **same))
-    if key not in _TRACED:
-        _TRACED[key] = getattr(step_module, name)(config, *args)
-    return _TRACED[key]
-
-
-_TRACED = {}
 TIMING = ("time_s", "tokens_per_s", "eta_s", "_share", "_s")
 
 
@@ -276,9 +253,11 @@ def _poison(monkeypatch, steps):
     class Iterator:
         """The real rows, with token 255 in front on the poisoned steps."""
 
-        def __init__(self, *args, start_step=0, **kwargs):
-            self._step = start_step
-            self._inner = make_train_iterator(*args, start_step=start_step, **kwargs)
+        def __init__(self, *args, start_row=0, batch_size, **kwargs):
+            self._step = start_row // batch_size
+            self._inner = make_train_iterator(
+                *args, start_row=start_row, batch_size=batch_size, **kwargs
+            )
 
         def __next__(self):
             batch = next(self._inner)

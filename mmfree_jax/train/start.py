@@ -1,0 +1,82 @@
+"""The state that a run starts from: its own newest checkpoint, another run's, or a fresh one."""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from mmfree_jax.saved.checkpoint import restore_newest
+from mmfree_jax.saved.run_directory import CHECKPOINTS
+from mmfree_jax.train.branch import take_branch
+from mmfree_jax.train.init_from import initial_params
+from mmfree_jax.train.setup import Run
+from mmfree_jax.train.step import TrainState, abstract_state, init_sharded
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a session of a run begins.
+
+    Attributes:
+      run: with its origin, and with the step in `config.branch_from`.
+      state: on the run's mesh.
+      step: that it is of.
+      meter: what the run had measured of itself since its last record.
+      is_resumed: whether it is from a checkpoint of the run's own.
+      notes: what there is to say of the checkpoints.
+    """
+
+    run: Run
+    state: TrainState
+    step: int = 0
+    meter: dict[str, Any] | None = None
+    is_resumed: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_new_branch(self) -> bool:
+        """Whether the state is another run's, and not yet saved in this one."""
+        return not self.is_resumed and self.run.origin.parent is not None
+
+
+def start_state(run: Run) -> Start:
+    """The newest good checkpoint's state on the run's mesh, else the parent's, else a fresh one.
+
+    Raises:
+      ConfigError, DataError: as `take_branch`.
+      CheckpointError: a checkpoint is of other shapes, or all are damaged.
+    """
+    abstract = abstract_state(run.config, run.optimizer, run.mesh)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        restored = restore_newest(run.run_dir / CHECKPOINTS, abstract)
+    notes = [f"warning: {w.message}" for w in caught if "falling back" in str(w.message)]
+    if restored is not None:
+        manifest = restored.manifest
+        config = dataclasses.replace(
+            run.config, branch_from=manifest.config.get("branch_from", run.config.branch_from)
+        )
+        return Start(
+            dataclasses.replace(run, config=config, origin=manifest.origin),
+            restored.state,
+            manifest.step,
+            manifest.meter,
+            is_resumed=True,
+            notes=tuple(notes),
+        )
+    if run.config.branch_from is not None:
+        branch = take_branch(run)
+        origin = branch.origin
+        config = dataclasses.replace(run.config, branch_from=f"{origin.parent}@{origin.step}")
+        return Start(
+            dataclasses.replace(run, config=config, origin=origin),
+            branch.state,
+            origin.step,
+            branch.meter,
+            notes=tuple(notes + branch.notes),
+        )
+    state = init_sharded(run.config, run.optimizer, run.mesh)
+    if run.config.init_from is not None:
+        params = initial_params(run.config.init_from, run.config, run.mesh)
+        state = dataclasses.replace(state, params=params)
+    return Start(run, state, notes=tuple(notes))

@@ -1,0 +1,41 @@
+"""Whole runs in one process, which share their traced programs."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from mmfree_jax.config import TrainConfig
+from mmfree_jax.train import loop
+from mmfree_jax.train import step as step_module
+
+# What no compiled program depends on.
+_SETTINGS_OF_THE_LOOP = (
+    "run_dir",
+    "branch_from",
+    "steps",
+    "seed",
+    "checkpoint",
+    "eval",
+    "log",
+    "max_minutes",
+    "on_nonfinite",
+)
+_TRACED: dict[tuple[str, TrainConfig], Any] = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Runs of one shape share their traced programs: a module may make some thirty runs."""
+    for name in ("jit_train_step", "jit_eval_step"):
+        monkeypatch.setattr(loop, name, functools.partial(_traced, name))
+
+
+def _traced(name: str, config: TrainConfig, *args: Any) -> Any:
+    default = TrainConfig()
+    same = {field: getattr(default, field) for field in _SETTINGS_OF_THE_LOOP}
+    key = (name, dataclasses.replace(config, **same))
+    if key not in _TRACED:
+        _TRACED[key] = getattr(step_module, name)(config, *args)
+    return _TRACED[key]
