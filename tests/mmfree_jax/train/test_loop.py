@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from mmfree_jax.saved.history import read_history
