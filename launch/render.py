@@ -57,8 +57,9 @@ class TpuVm:
     """Type and size, such as v5litepod-256."""
     runtime_version: str = "v2-alpha-tpuv5-lite"
     """Software version of the VMs."""
-    package: str = "mmfree-jax[tpu]"
-    """What pip installs on every host: a requirement, or a path or URL that all can read."""
+    package: str | None = None
+    """What pip installs on every host: a clone or a wheel on the file system that all mount, with
+    the extra behind it, such as /mnt/shared/mmfree-jax[tpu]."""
     nfs: str | None = None
     """File system that all hosts mount for data and runs, such as 10.0.0.2:/volume."""
     mount: Place = "/mnt/shared"

@@ -326,7 +326,7 @@ class LogConfig:
     tensorboard: bool = True
     """Also write TensorBoard events."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project (needs the extra `wandb`)."""
+    """Also log to this Weights & Biases project (docs/tracking.md)."""
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """Live progress bar, plain lines, or nothing; auto: a bar on a terminal."""
     profile_steps: tuple[Count, Count] | None = None

@@ -1,12 +1,16 @@
-"""What is installed: versions, and what packages declare for others to find."""
+"""What is installed: versions, optional packages, and what packages declare for others to find."""
 
 import platform
+import shlex
 import tomllib
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.errors import ConfigError
+
 DISTRIBUTION = "mmfree-jax"
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def versions(*packages: str) -> dict[str, str | None]:
@@ -23,6 +27,45 @@ def versions(*packages: str) -> dict[str, str | None]:
 def own_version() -> str:
     """The installed version of this package, or the checkout's."""
     return versions(DISTRIBUTION)[DISTRIBUTION] or _checkout()["version"]
+
+
+def install_command(extra: str) -> str:
+    """What to type for an extra of this package, in any folder.
+
+    The package is on no index, so that pip finds it by its folder only. An installed wheel's
+    folder is gone: there the extra's own packages are named, which are on the index.
+    """
+    if _checkout():
+        return f"pip install -e {shlex.quote(f'{_ROOT}[{extra}]')}"
+    declared = (line.partition(";") for line in metadata.requires(DISTRIBUTION) or ())
+    wanted = [name.strip() for name, _, when in declared if f"extra == '{extra}'" in when]
+    return shlex.join(["pip", "install", *wanted])
+
+
+def import_optional(module: str, purpose: str, install: str) -> Any:
+    """Imports a package that may be absent.
+
+    Args:
+      module: its import name.
+      purpose: what needs it; the message begins with it.
+      install: the command that installs it.
+
+    Raises:
+      ConfigError: it is not installed; or it is, and its import fails, told as it is.
+    """
+    try:
+        found = import_module(module)
+    except Exception as e:  # a package that does not suit the others here raises any kind
+        if not (isinstance(e, ModuleNotFoundError) and e.name == module):
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            raise ConfigError(
+                f"{purpose} needs {module}, which is installed but cannot be imported ({reason}): "
+                f"run pip install --force-reinstall {module}"
+            ) from e
+    else:
+        if getattr(found, "__file__", None):  # else a folder that happens to have the name
+            return found
+    raise ConfigError(f"{purpose} needs {module}, which is not installed: run {install}")
 
 
 def entry_points(group: str) -> dict[str, str]:
@@ -42,8 +85,7 @@ def load(target: str) -> Any:
 
 def _checkout() -> dict[str, Any]:
     """The table `project` of a checkout's pyproject.toml; empty where there is none."""
-    path = Path(__file__).resolve().parents[1] / "pyproject.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     except (OSError, KeyError):
         return {}

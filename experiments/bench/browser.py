@@ -18,6 +18,7 @@ from typing import Any
 from mmfree_jax.data.tokenizer import Tokenizer
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.export.web_page import write_page
+from mmfree_jax.installed import import_optional
 
 PROMPT = "My fellow citizens, we hold these truths"
 _ARGUMENTS = (
@@ -117,11 +118,10 @@ def chromium(profile: Path, *, timeout_s: float = 60) -> Iterator[Any]:
     Raises:
       ConfigError: selenium, Chromium or its driver is not installed.
     """
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError as e:
-        raise ConfigError("selenium is not installed: run pip install selenium") from e
+    import_optional("selenium", "a test of the web page", "pip install selenium")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if binary is None or driver is None:
         raise ConfigError(

@@ -18,6 +18,7 @@ from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
 from mmfree_jax.files import check_file, check_target, new_folder, write_bytes
+from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Seed
 from mmfree_jax.text_files import read_text
 
@@ -221,10 +222,9 @@ def _token_ids(text: str, compiled: Any) -> list[int]:
 
 
 def _run_rtl(backend: str, compiled: Any, memory: np.ndarray, offsets: list[int]) -> list[int]:
-    try:
-        from mmfree_jax.experiments.accelerator.rtl import simulation, verilog
-    except ModuleNotFoundError as e:
-        raise _missing(e) from e
+    import_optional("amaranth", f"--backend {backend}", install_command("hardware"))
+    from mmfree_jax.experiments.accelerator.rtl import simulation, verilog
+
     machine = compiled.machine
     if backend == "amaranth":
         traces = simulation.simulate(compiled.program, memory, machine, token_offsets=offsets)
@@ -234,10 +234,6 @@ def _run_rtl(backend: str, compiled: Any, memory: np.ndarray, offsets: list[int]
                 compiled.program, memory, machine, Path(folder), token_offsets=offsets
             )
     return [trace.cycles for trace in traces]
-
-
-def _missing(e: ModuleNotFoundError) -> ConfigError:
-    return ConfigError(f"{e.name} is not installed: pip install 'mmfree-jax[hardware]'")
 
 
 def cells(width: Count = 512, lanes: Count = 4, out: Path | None = None) -> int:
@@ -250,10 +246,9 @@ def cells(width: Count = 512, lanes: Count = 4, out: Path | None = None) -> int:
     """
     glu = ModelConfig(hidden_size=width).glu_size
     machine = Machine(lanes=lanes, vector_length=max(width, glu))
-    try:
-        from mmfree_jax.experiments.accelerator.rtl.verilog import cell_counts
-    except ModuleNotFoundError as e:
-        raise _missing(e) from e
+    import_optional("amaranth", "mmfree hardware cells", install_command("hardware"))
+    from mmfree_jax.experiments.accelerator.rtl.verilog import cell_counts
+
     if out is None:
         with tempfile.TemporaryDirectory(prefix="mmfree-rtl-") as temporary:
             counts = cell_counts(machine, Path(temporary))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, CountOrZero, TwoOrMore
 
@@ -46,7 +47,7 @@ def export_onnx(argv: Sequence[str]) -> int:
       MMFreeError: bad input; the command line prints it and exits with 2.
     """
     config = parse(OnnxConfig, argv, prog="mmfree export onnx")
-    _require_onnx()
+    import_optional("onnx", "mmfree export onnx", install_command("edge"))
     from mmfree_jax.export import onnx_export
     from mmfree_jax.files import check_target
     from mmfree_jax.saved.open_model import open_model
@@ -150,10 +151,3 @@ def compare(
             f"{new_tokens} tokens are the model's{others}"
         )
     return 0
-
-
-def _require_onnx() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("onnx") is None:
-        raise ConfigError("onnx is not installed: run pip install 'mmfree-jax[edge]'")

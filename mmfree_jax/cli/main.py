@@ -138,6 +138,8 @@ def summary(target: str) -> str:
         spec = importlib.util.find_spec(module_name)
     except ModuleNotFoundError:
         spec = None
+    except Exception as e:  # of the package that the command is in; the others still work
+        return f"(cannot be imported: {type(e).__name__})"
     if spec is None or spec.origin is None:
         return "(not installed)"
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))

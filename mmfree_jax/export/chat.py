@@ -27,8 +27,8 @@ def fail(message: str) -> NoReturn:  # noqa: D103
 def package(name: str) -> Any:  # noqa: D103
     try:
         return __import__(name)
-    except ImportError:
-        fail(f"{name} is not installed: run pip install {name}")
+    except Exception as e:  # absent, or broken: told as it is
+        fail(f"{name} cannot be imported ({e}): run pip install --upgrade {name}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.errors import CheckpointError, ConfigError, DataError
+from mmfree_jax.errors import CheckpointError, DataError
 from mmfree_jax.export import manifest as manifests
+from mmfree_jax.installed import import_optional, install_command
 
 # Tokens of a prompt that are read at once: memory stays bounded, and products fill the cores.
 CHUNK = 64
@@ -55,13 +56,10 @@ def load(
       graph: which graph: "graph", or "web_graph" for the one without two-bit products.
 
     Raises:
-      ConfigError: onnxruntime is not installed, or too old.
+      ConfigError: onnxruntime is not installed, does not work, or is too old.
       CheckpointError: a file is missing, truncated or altered, or the runtime refuses it.
     """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise ConfigError("onnxruntime is not installed: run pip install 'mmfree-jax[edge]'") from e
+    onnxruntime = import_optional("onnxruntime", "an ONNX export", install_command("edge"))
     manifest = manifests.read(folder)
     manifests.check_runtime(onnxruntime.__version__, manifest)
     manifests.verify(folder, manifest, checksums=checksums)

@@ -20,6 +20,7 @@ SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
 SAMPLE = "sample.txt"
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb_id"
 TOKENIZER = "tokenizer"
 LOCK = ".lock"
 

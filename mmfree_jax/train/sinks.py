@@ -1,7 +1,9 @@
 """Where records go besides metrics.jsonl: the terminal, TensorBoard, Weights & Biases."""
 
 import contextlib
+import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -12,9 +14,11 @@ from rich.text import Text
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.files import write_text
+from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.readable import format_count, format_seconds
 from mmfree_jax.saved.history import Record
-from mmfree_jax.saved.run_directory import TENSORBOARD
+from mmfree_jax.saved.run_directory import TENSORBOARD, WANDB_ID
 
 
 class Sink(Protocol):
@@ -64,35 +68,50 @@ class WandB:
     """Logs to Weights & Biases; a resumed run goes on under the id kept in the run directory."""
 
     def __init__(self, project: str, run_dir: Path, config: TrainConfig) -> None:
+        wandb = import_optional("wandb", f"log.wandb_project ({project})", install_command("wandb"))
+        id_file = run_dir / WANDB_ID
+        if not id_file.exists():
+            write_text(id_file, secrets.token_hex(4))
         try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as e:
+            self._run = wandb.init(
+                project=project,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                name=run_dir.name,
+                dir=str(run_dir),
+                config=to_dict(config),
+            )
+        except Exception as e:  # its own errors, and those of what it checks settings with
             raise ConfigError(
-                f"log.wandb_project is {project!r}, but wandb is not installed: "
-                "pip install 'mmfree-jax[wandb]', or leave the field out"
+                f"log.wandb_project is {project!r}, and Weights & Biases does not start "
+                f"({' '.join(str(e).split())}): run `wandb login`, or set WANDB_MODE=offline, or "
+                "leave the field out"
             ) from e
-        id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
-        id_file.write_text(run_id)
-        self._run = wandb.init(
-            project=project,
-            id=run_id,
-            resume="allow",
-            name=run_dir.name,
-            dir=str(run_dir),
-            config=to_dict(config),
-        )
+        self._next_step = self._run.step  # beyond 0 where the server has the run already
+        self._lost = False
 
     def write(self, record: Record) -> None:
-        """Logs the numbers, and samples as text."""
+        """Logs the numbers, and samples as text; what the run resumed has already is left out."""
         values: dict[str, Any] = dict(_scalars(record))
         if record["kind"] == "sample":
             values["sample/text"] = record["text"]
-        self._run.log(values, step=record["step"])
+        if record["step"] >= self._next_step:
+            self._try(lambda: self._run.log(values, step=record["step"]))
 
     def close(self) -> None:
         """Finishes the run."""
-        self._run.finish()
+        self._try(self._run.finish)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        """Training goes on without W&B where its process is gone: metrics.jsonl has it all."""
+        if self._lost:
+            return
+        try:
+            act()
+        except Exception as e:
+            self._lost = True
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            print(f"warning: nothing more is logged to W&B ({reason})", file=sys.stderr)
 
 
 def format_record(record: Record, steps: int) -> str:
@@ -210,7 +229,7 @@ def make_sinks(config: TrainConfig, run_dir: Path, restored_step: int) -> list[S
     """TensorBoard and W&B as the config asks.
 
     Raises:
-      ConfigError: W&B is asked for and not installed.
+      ConfigError: W&B is asked for and is not installed, or does not start.
     """
     sinks: list[Sink] = []
     if config.log.tensorboard:

@@ -17,7 +17,14 @@ from mmfree_jax.launch.render import Gke, Slurm, TpuVm, check_jobset, check_scri
 # Everything that a shell could stumble over.
 TRAIN = ["--preset", "1.3B", "--run-dir", '/shared/o\'hara $(reboot) `x`/"run"', "--steps", "9"]
 SLURM = Slurm(name="mm", nodes=4, partition="gpu", setup="source /shared/venv/bin/activate")
-TPU = TpuVm(name="t", project="p", zone="z", accelerator_type="v5litepod-256", nfs="10.0.0.2:/v")
+TPU = TpuVm(
+    name="t",
+    project="p",
+    zone="z",
+    accelerator_type="v5litepod-256",
+    package="/mnt/shared/my clone[tpu]",
+    nfs="10.0.0.2:/v",
+)
 GPU_HOSTS = Gke(
     name="mm", image="r/i:1", claim="c", accelerator="nvidia-h100-80gb", hosts=4, devices_per_host=8
 )
@@ -78,10 +85,11 @@ def test_the_tpu_script_starts_the_same_command_on_all_hosts(tmp_path):
     script = tmp_path / "tpu.sh"
     script.write_text(render(TPU, TRAIN))
     env = _with_stub(tmp_path, "gcloud")
-    for verb in ("create", "train", "stop"):
+    for verb in ("create", "setup", "train", "stop"):
         subprocess.run(["bash", script, verb], env=env, check=True, timeout=60)
-    create, train, stop = _calls(tmp_path)
+    create, setup, train, stop = _calls(tmp_path)
     assert "--accelerator-type=v5litepod-256" in create
+    assert "pip install -q '/mnt/shared/my clone[tpu]'" in setup[-1]
     assert "--worker=all" in train
     command = next(word for word in train if word.startswith("--command=")).partition("=")[2]
     words = shlex.split(command.partition(" > ")[0])
@@ -116,7 +124,7 @@ def test_gke_tpu_slices():
     ("values", "message"),
     [
         (Slurm(), "slurm needs name, nodes: give --name, --nodes, or a --values file"),
-        (TpuVm(name="a", zone="z"), "tpu-vm needs project, accelerator_type, nfs"),
+        (TpuVm(name="a", zone="z"), "tpu-vm needs project, accelerator_type, package, nfs"),
         (Gke(name="a"), "gke needs image, claim, accelerator, hosts, devices_per_host"),
         (Slurm(name="a b", nodes=1), "name is 'a b'"),
         (Slurm(name="a", nodes=0), "nodes is 0"),
@@ -174,6 +182,7 @@ def test_a_run_directory_that_the_hosts_do_not_share_is_refused(run_dir):
 
 def test_a_run_directory_below_the_mount_is_taken(capsys):
     values = ["tpu-vm", "--name", "t", "--project", "p", "--zone", "z", "--nfs", "n:/v",
-              "--accelerator-type", "v5litepod-8", "--mount", "/data"]  # fmt: skip
+              "--accelerator-type", "v5litepod-8",
+              "--package", "/data/clone[tpu]", "--mount", "/data"]  # fmt: skip
     assert render_job([*values, "--", "--preset", "tiny", "--run-dir", "/data/run"]) == 0
     assert "--run-dir /data/run" in capsys.readouterr().out

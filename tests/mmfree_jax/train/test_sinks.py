@@ -1,16 +1,9 @@
-"""What records look like on the terminal, in TensorBoard and in Weights & Biases."""
+"""What records look like on the terminal, and in TensorBoard (W&B: test_wandb.py)."""
 
-import builtins
-import dataclasses
 import io
-import sys
-import types
 
-import pytest
 from rich.console import Console
 
-from mmfree_jax.config import LogConfig, TrainConfig
-from mmfree_jax.errors import ConfigError
 from mmfree_jax.readable import format_count, format_seconds
 from mmfree_jax.train.sinks import (
     PlainProgress,
@@ -19,7 +12,6 @@ from mmfree_jax.train.sinks import (
     TensorBoard,
     format_record,
     make_progress,
-    make_sinks,
 )
 
 TRAIN = {
@@ -94,39 +86,3 @@ def test_tensorboard_events(tmp_path):
     data = events.read_bytes()
     for tag in (b"train/loss", b"train/zero_share", b"eval/bits_per_byte", b"sample"):
         assert tag in data
-
-
-def test_wandb_missing_is_one_clear_line(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_wandb(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    config = TrainConfig(log=LogConfig(tensorboard=False, wandb_project="p"))
-    with pytest.raises(ConfigError, match=r"log\.wandb_project.*pip install"):
-        make_sinks(config, tmp_path, 0)
-
-
-def test_wandb_goes_on_under_one_id(tmp_path, monkeypatch):
-    started, logged = [], []
-    run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: None
-    )
-    fake = types.ModuleType("wandb")
-    fake.util = types.SimpleNamespace(generate_id=lambda: f"id{len(started)}")
-    fake.init = lambda **kwargs: started.append(kwargs) or run
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = TrainConfig(log=LogConfig(tensorboard=False, wandb_project="p"))
-    for _ in range(2):
-        (sink,) = make_sinks(dataclasses.replace(config), tmp_path, 0)
-        sink.write(TRAIN)
-        sink.write(SAMPLE)
-        sink.close()
-    assert [s["id"] for s in started] == ["id0", "id0"]
-    assert started[0]["config"]["model"]["hidden_size"] == 1024
-    assert logged[0][0] == 20
-    assert logged[0][1]["train/loss"] == 2.5
-    assert logged[1][1]["sample/text"] == SAMPLE["text"]

@@ -1,0 +1,168 @@
+"""Weights & Biases, the real package without a network: what its run files hold is read back."""
+
+import dataclasses
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmfree_jax.config import LogConfig, TrainConfig
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.train.sinks import make_sinks
+
+wandb = pytest.importorskip("wandb", reason="wandb (the extra `wandb`) is not installed")
+
+CONFIG = TrainConfig(log=LogConfig(tensorboard=False, wandb_project="ternary"))
+TRAIN = {"kind": "train", "step": 20, "tokens": 2048, "loss": 2.5, "mfu": None, "zero_share": 0.31}
+EVAL = {"kind": "eval", "step": 20, "loss": 2.0, "bits_per_byte": 1.1}
+SAMPLE = {"kind": "sample", "step": 20, "prompt": "we", "text": "we\nhold [bold] \u2713"}
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path_factory):
+    """A user who is logged in nowhere, in a process of wandb's own."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    wandb.teardown()  # else it goes on with the settings that it has read
+
+
+def _read(path: Path) -> Iterator[Any]:
+    """The records of a run file: protocol buffers in LevelDB's log format behind seven bytes.
+
+    wandb had a reader, `sdk.internal.datastore`, until it went into its Go program. On files of
+    0.18.0 the two agree.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        if (left := -at % 32768) and left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in r.history.item
+        }
+        for r in _read(path)
+        if r.WhichOneof("record_type") == "history"
+    ]
+
+
+def _started(path: Path) -> Any:
+    (run,) = (r.run for r in _read(path) if r.WhichOneof("record_type") == "run")
+    return run
+
+
+def test_a_resumed_run_goes_on_under_its_id(tmp_path):
+    run_dir = tmp_path / "rung-7M"
+    run_dir.mkdir()
+    for records in ([TRAIN, EVAL, SAMPLE], [TRAIN | {"step": 30, "loss": 2.25}]):
+        (sink,) = make_sinks(dataclasses.replace(CONFIG), run_dir, 0)
+        for record in records:
+            sink.write(record)
+        sink.close()
+    wandb.teardown()  # its process writes until it ends
+    first, second = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    number = (run_dir / "wandb_id").read_text()
+    assert first.name == second.name == f"run-{number}.wandb"
+    for path in (first, second):
+        run = _started(path)
+        assert (run.run_id, run.project, run.display_name) == (number, "ternary", "rung-7M")
+        values = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert values["model"]["hidden_size"] == 1024
+        assert values["optimizer"]["schedule"] == "paper"
+    (row,) = _history(first)
+    expected = {
+        "_step": 20,
+        "train/tokens": 2048,
+        "train/loss": 2.5,
+        "train/zero_share": 0.31,
+        "eval/loss": 2.0,
+        "eval/bits_per_byte": 1.1,
+        "sample/text": "we\nhold [bold] \u2713",
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert {name for name in row if not name.startswith("_")} | {"_step"} == set(expected)
+    (row,) = _history(second)
+    assert (row["_step"], row["train/loss"]) == (30, 2.25)
+
+
+def test_two_runs_have_two_ids(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (sink,) = make_sinks(CONFIG, tmp_path / name, 0)
+        sink.close()
+    assert (tmp_path / "a" / "wandb_id").read_text() != (tmp_path / "b" / "wandb_id").read_text()
+
+
+@pytest.mark.parametrize(
+    ("project", "mode", "reason"),
+    [
+        ("ternary", "online", "login"),
+        ("ternary", "sideways", "sideways"),
+        ("a/b", "offline", "Invalid project name 'a/b'"),
+    ],
+)
+def test_what_wandb_refuses_is_one_line_with_its_reason(
+    tmp_path, monkeypatch, project, mode, reason
+):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    config = dataclasses.replace(CONFIG, log=LogConfig(tensorboard=False, wandb_project=project))
+    with pytest.raises(ConfigError, match=f"log.wandb_project is {project!r}") as e:
+        make_sinks(config, tmp_path, 0)
+    assert reason in str(e.value)
+    assert "WANDB_MODE=offline" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+LOST = """
+import os, signal, sys, time
+from pathlib import Path
+from mmfree_jax.config import LogConfig, TrainConfig
+from mmfree_jax.train.sinks import make_sinks
+config = TrainConfig(log=LogConfig(tensorboard=False, wandb_project="p"))
+(sink,) = make_sinks(config, Path(sys.argv[1]), 0)
+children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+assert children
+for child in map(int, children):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+for step in range(1, 40):
+    sink.write({"kind": "train", "step": step, "loss": 2.0})
+    time.sleep(0.02)
+sink.close()
+print("trained on")
+os._exit(0)  # what W&B says at its own exit is not ours
+"""
+
+
+def test_training_goes_on_when_its_process_is_gone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LOST, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1:] == ["trained on"], done.stderr
+    assert done.stderr.count("warning: nothing more is logged to W&B (") == 1
