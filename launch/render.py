@@ -191,7 +191,7 @@ def _tpu_vm(values: TpuVm, train: Sequence[str]) -> dict[str, Any]:
     setup = (
         f"sudo apt-get install -y -q nfs-common && sudo mkdir -p {mount} && "
         f"(mountpoint -q {mount} || sudo mount {nfs} {mount}) && "
-        f"python3 -m venv mmfree && mmfree/bin/pip install -q {shlex.quote(values.package)}"
+        f"python3 -m venv mmfree && mmfree/bin/pip install -q {shlex.quote(values.package or '')}"
     )
     run = shlex.join(["mmfree/bin/mmfree", "train", *train])
     start = f"nohup {run} > mmfree.log 2>&1 < /dev/null & echo $! > mmfree.pid"
