@@ -14,7 +14,13 @@ from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.json_shape import fault
 from mmfree_jax.launch.device_scaling.plan import parse_case, plan_cases
-from mmfree_jax.launch.device_scaling.report import figure, read_results, table, training_times
+from mmfree_jax.launch.device_scaling.report import (
+    check_records,
+    figure,
+    read_results,
+    table,
+    training_times,
+)
 from mmfree_jax.launch.device_scaling.run import Options, run_study
 from mmfree_jax.ranges import AboveZero, Count
 from mmfree_jax.text_files import read_json
@@ -119,12 +125,14 @@ def _say(text: str) -> None:
 
 def _report(folder: Path) -> int:
     records = read_results(folder)
+    check_records(records)
     study = folder / STUDY
     try:
         about: Any = read_json(study) if study.is_file() else {}
     except (OSError, ValueError):
         about = None
-    if wrong := fault(about, {}):
+    wrong = fault(about, {}) or fault(about.get("versions", {}), {}, "versions")
+    if wrong := wrong or fault(about.get("command", []), [str], "command"):
         raise ConfigError(f"{study} is damaged ({wrong}): remove it")
     done = [r for r in records if "error" not in r]
     kinds = ", ".join(sorted({r["device_kind"] for r in done}))

@@ -1,5 +1,6 @@
 """One table, one figure and the extrapolated training times from a scaling study."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from mmfree_jax.text_files import parse_json, read_text
 PAPER_RUNS = (("370M", 15e9, 5.0), ("1.3B", 100e9, 84.0), ("2.7B", 100e9, 173.0))
 
 Record = dict[str, Any]
+_CASE = {
+    "preset": str, "mode": str, "layout": str, "seq_len": int, "batch_size": int, "devices": int,
+    "overlap": bool, "changes": list,
+}  # fmt: skip
+_MEASURED = ("devices", "tokens_per_s", "step_ms", "model_tflops")
+_MAYBE = {
+    "exchange": ("ms_a_step", "hidden_ms_a_step"),
+    "checkpoint": ("gib", "save_blocked_s", "save_s", "restore_s"),
+}
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -43,6 +53,30 @@ def read_results(folder: Path) -> list[Record]:
         if before is None or "error" not in record or "error" in before:
             latest[record["name"]] = record
     return list(latest.values())
+
+
+def check_records(records: list[Record]) -> None:
+    """Checks the fields that the report reads of what was measured.
+
+    Raises:
+      ConfigError: one is missing, of another type, or no possible number.
+    """
+    numbers = (int, float)
+    for record in [r for r in records if "error" not in r]:
+        wanted = {"case": _CASE, "device_kind": str, **dict.fromkeys(_MEASURED, numbers)}
+        wrong = fault(record, wanted)
+        wrong = wrong or fault(record.get("parameters", 0), numbers, "parameters")
+        wrong = wrong or fault(record.get("peak_gib"), (*numbers, type(None)), "peak_gib")
+        for name, fields in _MAYBE.items():
+            if not wrong and name in record:
+                wrong = fault(record[name], dict.fromkeys(fields, numbers), name)
+        for name in () if wrong else ("devices", "tokens_per_s"):
+            if not 0 < record[name] < math.inf:
+                wrong = f"{name} is {record[name]}"
+        if wrong:
+            raise ConfigError(
+                f"record {record['name']!r} of {RESULTS} is damaged ({wrong}): remove its line"
+            )
 
 
 def rate_per_device(record: Record) -> float:

@@ -28,6 +28,7 @@ from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.encoding import encode_pair
 from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.evaluate.scoring import Query, Scorer
+from mmfree_jax.evaluate.task_errors import check_is_file, task_errors
 from mmfree_jax.evaluate.tasks import write_task_files
 from mmfree_jax.files import write_text
 from mmfree_jax.infer.text import Tokenizer, generate_text
@@ -298,8 +299,11 @@ def run_tasks(
       DataError: a task is unknown, or its data cannot be read.
       ConfigError: a YAML file in `tasks_dir` is not YAML, or a key occurs twice in it.
     """
-    for file in sorted(tasks_dir.rglob("*.yaml")) if tasks_dir is not None else ():
-        check_keys(file)
+    for file in sorted(tasks_dir.rglob("*")) if tasks_dir is not None else ():
+        if file.suffix == ".yaml":
+            check_keys(file)
+        else:
+            check_is_file(file)
     with tempfile.TemporaryDirectory(prefix="mmfree-eval-") as scratch:
         local = [] if tasks_dir is None else write_task_files(tasks, tasks_dir, Path(scratch))
         if set(local) == set(tasks):
@@ -312,17 +316,18 @@ def run_tasks(
         manager_class = importlib.import_module("lm_eval.tasks").TaskManager
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         include = [scratch] if tasks_dir is None else [str(tasks_dir), scratch]
-        manager = manager_class(include_path=include, include_defaults=False)
-        if not set(tasks) <= set(manager.all_tasks):
-            # Reading lm-eval's thousands of definitions takes a while.
-            manager = manager_class(include_path=include)
+        with task_errors(tasks_dir):
+            manager = manager_class(include_path=include, include_defaults=False)
+            if not set(tasks) <= set(manager.all_tasks):
+                # Reading lm-eval's thousands of definitions takes a while.
+                manager = manager_class(include_path=include)
         unknown = [name for name in tasks if name not in manager.all_tasks]
         if unknown:
             raise DataError(
                 f"tasks holds {', '.join(unknown)}, which lm-eval does not know: see "
                 "`lm-eval ls tasks`, or give their YAML files with --tasks-dir"
             )
-        try:
+        with task_errors(tasks_dir):
             results = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks),
@@ -336,12 +341,6 @@ def run_tasks(
                 torch_random_seed=None,
                 fewshot_random_seed=seed,
             )
-        except (OSError, ConnectionError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise DataError(
-                f"a task's data cannot be read ({reason}): run `mmfree eval fetch-tasks`, or give "
-                "local files with --tasks-dir"
-            ) from e
     assert results is not None
     return results
 

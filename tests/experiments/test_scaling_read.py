@@ -1,8 +1,12 @@
 """Runs come in from CSV, parquet and run directories; what is missing is named."""
 
+import gzip
 import json
+import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmfree_jax.errors import TrainingError
@@ -164,6 +168,42 @@ def test_flop_conventions():
         compute(bare, "energy")
     with pytest.raises(ScalingError, match="'params_non_embedding' is missing"):
         sizes(bare, "non-embedding")
+
+
+def test_what_is_no_table_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    (tmp_path / "long.csv").write_text("N,D,loss\n1,2," + "3" * 200_000 + "\n")
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"N,D,loss\n1,2,3\n")[:-9])
+    (tmp_path / "no.csv.gz").write_bytes(b"N,D,loss\n1,2,3\n")
+    (tmp_path / "no.parquet").write_bytes(b"PAR1" + b"\xff" * 40 + b"\x20\0\0\0PAR1")
+    for path, told in (
+        ("/dev/null", "/dev/null: cannot be read .a device, not a file"),
+        ("/dev/zero", "a device, not a file"),
+        (tmp_path / "pipe.csv", "a named pipe, not a file"),
+        (tmp_path / "pipe.parquet", "a named pipe, not a file"),
+        (tmp_path / "long.csv", "long.csv: is no CSV .field larger than"),
+        (tmp_path / "cut.csv.gz", "cut.csv.gz: cannot be read"),
+        (tmp_path / "no.csv.gz", "no.csv.gz: cannot be read"),
+        (tmp_path / "no.parquet", "no.parquet: is not a readable parquet file"),
+    ):
+        with pytest.raises(ScalingError, match=told):
+            read_runs([path])
+
+
+def test_a_number_that_no_float_holds_is_named(tmp_path):
+    table = pa.table({"N": [1.0], "D": pa.array([2.0]), "loss": ["x" * 5000]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ScalingError, match=r"column 'loss', row 2: 'x{100}' is not a number"):
+        read_runs([tmp_path / "a.parquet"])
+
+
+def test_a_summary_of_another_type_is_named(tmp_path):
+    write(tmp_path / "metrics.jsonl", '{"kind": "eval", "tokens": 1, "loss": 2.0}\n')
+    for text in ("[1]", "7", "[" * 100_000 + "]" * 100_000):
+        write(tmp_path / "summary.json", text)
+        with pytest.raises(ScalingError, match=r"summary\.json: is"):
+            read_runs([tmp_path])
 
 
 def test_gaps_and_nonsense_in_a_column_are_named():

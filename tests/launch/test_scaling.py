@@ -156,6 +156,33 @@ def test_a_damaged_record_is_named(tmp_path, line):
         report.read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokens_per_s": "fast"}, "tokens_per_s is 'fast'"),
+        ({"tokens_per_s": 0}, "tokens_per_s is 0"),
+        ({"devices": None}, "devices is None"),
+        ({"case": {"preset": "370M"}}, "mode is missing"),
+        ({"exchange": [1]}, "exchange is not a mapping"),
+        ({"checkpoint": {"gib": 1}}, "save_blocked_s is missing"),
+        ({"peak_gib": "x"}, "peak_gib is 'x'"),
+    ],
+)
+def test_a_measurement_of_other_types_is_named(tmp_path, capsys, change, told):
+    record = _record("370M", 1, "one", 100.0) | change
+    (tmp_path / run.RESULTS).write_text(json.dumps(record) + "\n")
+    with pytest.raises(ConfigError, match=rf"record '370M-one-1' .* damaged \({told}"):
+        scaling(["--report", str(tmp_path)])
+
+
+def test_what_is_no_record_of_a_command_is_named(tmp_path):
+    (tmp_path / run.RESULTS).write_text(json.dumps(_record("370M", 1, "one", 100.0)) + "\n")
+    for text in ('{"versions": 3}', '{"command": [[]]}', "[" * 100_000, "[]"):
+        (tmp_path / "study.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"study\.json is damaged"):
+            scaling(["--report", str(tmp_path)])
+
+
 def test_a_later_success_replaces_a_failure_but_not_the_reverse(tmp_path):
     good, bad = _record("370M", 1, "one", 1.0), {"name": "370M-one-1", "case": {}, "error": "x"}
     for order in ((good, bad), (bad, good)):

@@ -123,17 +123,26 @@ def test_compile_and_run_commands(tmp_path, capsys, save_model):
         ("memory.bin", 5000, "memory.bin does not match its checksum"),
         ("memory.bin", 0, "memory.bin does not match its checksum"),
         ("program.json", -1, "does not match its own checksum"),
+        ("program.asm", -2, "program.asm does not match its checksum"),
     ):
         data = (program / name).read_bytes()
         changed = bytearray(data)
         if place < 0:
-            changed = bytearray(data.replace(b'"token_stride": ', b'"token_stride": 1'))
+            text = {-1: b'"token_stride": ', -2: b"n=16, k=16, shift="}[place]
+            assert text in data
+            changed = bytearray(data.replace(text, text + b"1", 1))
         else:
             changed[place] ^= 1
         (program / name).write_bytes(changed)
         assert main(run) == 2
         assert told in capsys.readouterr().err
         (program / name).write_bytes(data)
+    # Comments and white space are no change.
+    code = (program / "program.asm").read_text()
+    (program / "program.asm").write_text("; mine\n\n" + code.replace(",", " , "))
+    assert main(run) == 0
+    (program / "program.asm").write_text(code)
+    capsys.readouterr()
     # Nothing is written over the program itself, or over another file.
     before = (program / "memory.bin").read_bytes()
     assert main([*run, "--out", str(program / "memory.bin")]) == 2

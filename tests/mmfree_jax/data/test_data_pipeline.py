@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 
 import numpy as np
@@ -280,6 +281,9 @@ def test_unfinished_and_damaged_folders(tmp_path):
     with pytest.raises(DataError, match=r"token id 65535 .* beyond the vocabulary of 258"):
         take(config, 500, batch_size=1)
     tokens.unlink()
+    os.mkfifo(tokens)  # which nobody writes to
+    assert dataset_lib.verify_checksums(index) == [f"{tokens}: checksum differs from the index"]
+    tokens.unlink()
     with pytest.raises(DataError, match="restore it"):
         dataset_lib.open_dataset(folder)
 
@@ -295,6 +299,11 @@ def test_unfinished_and_damaged_folders(tmp_path):
         (text.replace('"bos_id": 256', '"bos_id": 255'), "does not match its own checksum"),
         (text.replace('"token_dtype"', '"dtype"'), "does not match its own checksum"),
         (old.replace('"token_dtype"', '"dtype"'), "missing or malformed field"),
+        (old.replace('"vocab_size": 258', '"vocab_size": 1e999'), "vocab_size is inf"),
+        (old.replace('"documents": ', '"documents": -1'), "malformed field"),
+        (old.replace('"tokens": ', '"tokens": 0.'), "tokens is 0."),
+        (old.replace('"name": "', '"name": "../'), r"'\.\./train-00000' is not in the folder"),
+        ("[" * 100_000 + "]" * 100_000, "nested more than 100 deep"),
     ]:
         (folder / "index.json").write_text(damage)
         with pytest.raises(DataError, match=reason):

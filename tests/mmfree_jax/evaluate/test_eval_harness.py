@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import shutil
 import sys
 
@@ -306,6 +307,48 @@ def test_a_task_file_with_a_key_twice_is_refused(adapter, tmp_path):
         harness.run_tasks(adapter, ["letters"], tasks_dir=tmp_path)
     (tmp_path / "in/letters.yaml").write_text(text.replace("test_split: train\n", ""))
     check_keys(tmp_path / "in/letters.yaml")
+
+
+_LETTERS = """\
+task: letters
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}, cache_dir: CACHE}
+test_split: test
+output_type: multiple_choice
+doc_to_text: q
+doc_to_target: gold
+doc_to_choice: options
+metric_list: [{metric: acc}]
+"""
+_ROW = '{"q": "b", "options": ["c", "d"], "gold": 0}'
+
+
+@pytest.mark.parametrize(
+    ("was", "text", "rows", "told"),
+    [
+        ("doc_to_text: q", "doc_to_text: {a: [1]}", _ROW, ""),
+        ("metric_list: [", "metric_list: 3 #", _ROW, ""),
+        ("", "", '{"q": "b", "options": 3, "gold": 0}', ""),
+        ("", "", '{"q": "b", "options": ["c", "d"], "gold": [[]]}', ""),
+        ("", "", '{"r": 1}', ""),
+        ("", "", '{"q": "b", "opt', "JSON parse error|JSONDecodeError"),
+    ],
+)
+def test_a_task_that_lm_eval_makes_nothing_of(adapter, tmp_path, no_network, was, text, rows, told):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "rows.json").write_text(rows + "\n")
+    task = _LETTERS.replace("ROWS", str(folder / "rows.json"))
+    task = task.replace("CACHE", str(tmp_path / "cache")).replace(was, text or was)
+    (folder / "letters.yaml").write_text(task)
+    with pytest.raises(DataError, match=f"task.*({told}).* in {folder}|task's data cannot be read"):
+        harness.run_tasks(adapter, ["letters"], tasks_dir=folder, bootstrap_iters=0)
+
+
+def test_the_data_of_a_task_is_a_file(adapter, tmp_path):
+    os.mkfifo(tmp_path / "rows.json")
+    with pytest.raises(DataError, match=r"rows\.json is a named pipe, not a file"):
+        harness.run_tasks(adapter, ["letters"], tasks_dir=tmp_path)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -341,6 +342,22 @@ def test_an_index_may_not_leave_the_folder(tmp_path, target):
         load_pretrained(tmp_path / "hf")
 
 
+def test_a_pipe_in_an_index_is_not_waited_for(tmp_path):
+    _write_folder(tmp_path / "hf", HGRN, shards=2)
+    (tmp_path / "hf/model-1.safetensors").unlink()
+    os.mkfifo(tmp_path / "hf/model-1.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors .*a named pipe, not a file"):
+        load_pretrained(tmp_path / "hf")
+
+
+def test_a_message_names_a_hundred_faults_at_most(tmp_path):
+    tensors = _write_folder(tmp_path / "hf", HGRN)
+    surplus = {f"surplus.{i:03}": np.zeros(1, np.float32) for i in range(150)}
+    save_file(tensors | surplus, tmp_path / "hf/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"150 places: .*surplus\.099: .*; and 50 more: "):
+        load_pretrained(tmp_path / "hf")
+
+
 def test_pickled_weights_are_refused(tmp_path):
     _write_folder(tmp_path / "hf", HGRN)
     (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/pytorch_model.bin")
@@ -373,6 +390,22 @@ def test_damaged_files(tmp_path):
     ("base", "change", "named"),
     [
         (HGRN, {"model_type": "mamba"}, "model_type is 'mamba'"),
+        (HGRN, {"model_type": ["hgrn_bit"]}, r"model_type is \['hgrn_bit'\]"),
+        (HGRN, {"model_type": "x" * 10_000}, "model_type is 'x{99}\\.\\.\\.: only hgrn_bit"),
+        # Nothing is made of so many layers, names for example, before they are refused.
+        (
+            HGRN,
+            {"num_hidden_layers": 10**9},
+            r"num_layers is 1000000000: set .* \[1, 10000",
+        ),
+        (LLAMA, {"num_hidden_layers": 1e30}, "num_layers is 1000000000000000019884624838656: set"),
+        (
+            LLAMA,
+            {"hidden_size": 2**40},
+            r"hidden_size is 1099511627776: set .*2\^31 - 1",
+        ),
+        (HGRN, {"vocab_size": 2**31}, r"vocab_size is 2147483648: set a value in .*2\^31 - 1"),
+        (HGRN, {"intermediate_size": 2**31}, "intermediate_size is 2147483648: set a value"),
         (HGRN, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (HGRN, {"attn_mode": "other"}, "attn_mode is 'other'"),
         (HGRN, {"num_heads": 3}, "num_heads is 3"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +159,27 @@ def test_a_damaged_line_within_is_named(tmp_path):
     path.write_text('{"kind": "train", "step": 1}\nxx\n{"kind": "train", "step": 2}\n')
     with pytest.raises(TrainingError, match="line 2 is not JSON"):
         read_history(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"kind": "train", "step": 2, "loss": "3.5"}', "line 2: loss is '3.5', not a number"),
+        ('{"kind": "train", "step": [2], "loss": 3.5}', r"line 2: step is \[2\], not a number"),
+        ('{"kind": "train", "tokens": true}', "line 2: tokens is True, not a number"),
+        ('{"kind": "eval", "time_s": {}}', r"line 2: time_s is \{\}, not a number"),
+        ('{"kind": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is not JSON"),
+        (r'{"kind": "sample", "text": "\ud800"}', "line 2 is not JSON"),
+    ],
+)
+def test_a_record_of_other_types_is_named(tmp_path, line, told):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"kind": "train", "step": 1, "loss": null}}\n{line}\n')
+    with pytest.raises(TrainingError, match=told):
+        read_history(path)
+
+
+def test_a_history_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl: a named pipe, not a file"):
+        read_history(tmp_path / "metrics.jsonl")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fuzz import read_files
+
 ROOT = Path(__file__).resolve().parents[3]
 SPECIAL = "special"
 """Folder of what is no ordinary file."""
@@ -59,6 +61,7 @@ def make(folder: Path, *, exports: bool = True) -> None:
     (folder / "slurm.yaml").write_text("name: job\nnodes: 2\n")
     (folder / "prompts.txt").write_text("We hold\nthese truths\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "We hold"}\n{"prompt_ids": [1, 2]}\n')
+    read_files.add(folder, _TEXTS)
     _make_models(folder, exports)
 
 
@@ -96,6 +99,7 @@ def _make_models(folder: Path, exports: bool) -> None:
         run("tokenizer", "train", "--input", "text/b.jsonl", "--out", "tokenizer",
             "--vocab-size", "300")  # fmt: skip
         run("export-hf", "run", "hf")
+        read_files.add_models(folder, run)
         if not exports:
             return
         run("export", "onnx", "--model", "run", "--out", "onnx", "--no-web")
