@@ -41,7 +41,10 @@ def read_results(out: Path) -> list[Row]:
         return []
     except (OSError, UnicodeDecodeError) as e:
         raise SweepError(f"{path} cannot be read ({e}); restore it or move it away") from e
-    lines = list(csv.reader(io.StringIO(text)))
+    try:
+        lines = list(csv.reader(io.StringIO(text)))
+    except csv.Error as e:
+        raise SweepError(f"{path} is no CSV ({e}); restore it or move it away") from e
     if not lines or tuple(lines[0]) != COLUMNS:
         raise SweepError(f"{path} has other columns than this version writes: move it away")
     for number, line in enumerate(lines[1:], 2):

@@ -15,6 +15,7 @@ from mmfree_jax.data.sources import SUFFIXES, InputFile, is_plain_text
 from mmfree_jax.data.splits import ALL, TRAIN, Subset, canonical, read_subsets, splits_by_name
 from mmfree_jax.errors import DataError
 from mmfree_jax.installed import install_command
+from mmfree_jax.readable import brief
 from mmfree_jax.text_files import read_json
 
 _KNOWN = f"known are {', '.join(SUFFIXES)}"
@@ -196,6 +197,8 @@ def _saved_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     try:
         names = [f["filename"] for f in read_json(state)["_data_files"]]
+        if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
+            raise ValueError(f"{brief(outside[0])} is not the name of a file beside it")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{state} is not the state of a saved data set ({e!r}): repair it") from e
     return [folder / name for name in names]

@@ -135,6 +135,8 @@ class SentencePieceTokenizer:
 
         self._model = model
         try:
+            if not model:
+                raise ValueError("it is empty")  # which the library takes, and fails later
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)  # type: ignore[call-arg]
         except (RuntimeError, ValueError) as e:
             raise DataError(f"{source} is not a SentencePiece model: give another file") from e

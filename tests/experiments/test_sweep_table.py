@@ -66,6 +66,9 @@ def test_damaged_tables_are_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(SweepError, match="other columns"):
         read_results(tmp_path)
+    path.write_text(whole + "x" * 200_000)
+    with pytest.raises(SweepError, match="is no CSV"):
+        read_results(tmp_path)
 
 
 def test_the_fitter_reads_it(tmp_path):

@@ -128,7 +128,7 @@ def test_compile_and_run_commands(tmp_path, capsys, save_model):
         data = (program / name).read_bytes()
         changed = bytearray(data)
         if place < 0:
-            text = {-1: b'"token_stride": ', -2: b"n=16, k=16, shift="}[place]
+            text = {-1: b'"token_stride": ', -2: b"k=18, shift="}[place]
             assert text in data
             changed = bytearray(data.replace(text, text + b"1", 1))
         else:

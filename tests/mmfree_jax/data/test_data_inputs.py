@@ -288,6 +288,13 @@ def test_a_saved_dict_of_splits(tmp_path):
     assert len(left["not part of the saved data set (state.json)"]) == 3
 
 
+@pytest.mark.parametrize("name", [{}, 3, None, "../data-0.arrow", "/etc/passwd", "a/b.arrow"])
+def test_a_saved_data_set_names_files_beside_it(tmp_path, name):
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match=r"state\.json is not the state .*not the name of a file"):
+        find_inputs([str(tmp_path)])
+
+
 def test_a_pointer_is_not_the_file(tmp_path):
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / "train.txt").write_text(text)

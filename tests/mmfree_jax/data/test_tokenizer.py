@@ -210,9 +210,10 @@ def test_bad_tokenizers(tmp_path):
         tokenizer_lib.load_tokenizer(tmp_path / "no.model")
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
         tokenizer_lib.load_tokenizer(tmp_path)
-    (tmp_path / "bad.model").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"bad\.model is not a SentencePiece model"):
-        tokenizer_lib.load_tokenizer(tmp_path / "bad.model")
+    for contents in (b"nothing", b""):
+        (tmp_path / "bad.model").write_bytes(contents)
+        with pytest.raises(DataError, match=r"bad\.model is not a SentencePiece model"):
+            tokenizer_lib.load_tokenizer(tmp_path / "bad.model")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"bad\.json is not a Hugging Face tokenizer\.json"):
         tokenizer_lib.load_tokenizer(tmp_path / "bad.json")
