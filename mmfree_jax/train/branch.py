@@ -114,7 +114,7 @@ def _check_still_there(folder: Path, checksum: str) -> None:
     if not there:
         raise CheckpointError(
             f"checkpoint {folder} was deleted while it was read, as a run does that keeps its "
-            "newest alone: run the command again, or set checkpoint.keep_every there"
+            "newest alone: run the command again, or train that run with --checkpoint.keep-every"
         )
 
 

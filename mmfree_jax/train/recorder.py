@@ -128,27 +128,28 @@ class Recorder:
             f"(rows {first} to {first + config.batch_size - 1} of the shuffled order)"
         )
         self.event(step, f"not finite: {what}")
-        rate = config.optimizer.learning_rate
         if config.on_nonfinite == "stop":
             raise TrainingError(
-                f"training is not finite: {what}; {self._last_good()}; set "
-                f"--optimizer.learning-rate below {rate:g}, or --on-nonfinite skip, and run again"
+                f"training is not finite: {what}; {self._way_on()}, or run again with "
+                "--on-nonfinite skip"
             )
         if self._skipped_in_a_row > config.max_skips:
             raise TrainingError(
                 f"training is not finite: {what}, and {self._skipped_in_a_row} updates in a row "
-                f"were skipped, more than max_skips ({config.max_skips}); {self._last_good()}; "
-                f"set --optimizer.learning-rate below {rate:g}"
+                f"were skipped, more than max_skips ({config.max_skips}); {self._way_on()}"
             )
 
-    def _last_good(self) -> str:
+    def _way_on(self) -> str:
+        """The last good checkpoint, and how to train on from it at a lower rate."""
         self._settle()  # a save under way may be the one to name
+        rate = f"--optimizer.learning-rate below {self._config.optimizer.learning_rate:g}"
         folder = self._run_dir / CHECKPOINTS
         steps = checkpoint_steps(folder)
+        if not steps:
+            return f"no checkpoint was saved: train in another --run-dir with {rate}"
         return (
-            f"the last good checkpoint is {folder / str(steps[-1])}"
-            if steps
-            else "no checkpoint was saved"
+            f"the last good checkpoint is {folder / str(steps[-1])}: go on from it with "
+            f"--branch-from {self._run_dir} --run-dir NEW and {rate}"
         )
 
     def train_record(self, step: int, extra: Record) -> None:

@@ -130,8 +130,8 @@ def parse_words(words: list[str]) -> None:
         own, after = words[: words.index("--")], words[words.index("--") + 1 :]
     abbreviated = "..." in words
     own, after = ([word for word in part if word != "..."] for part in (own, after))
-    if "--init-from" in own:  # a folder, which is read before the other arguments
-        at = own.index("--init-from")
+    for flag in {"--init-from", "--branch-from"} & set(own):  # read before the other arguments
+        at = own.index(flag)
         own = own[:at] + own[at + 2 :]
     for flag, value in itertools.pairwise(own):
         if flag in VALUES:

@@ -360,7 +360,9 @@ def test_a_run_that_is_being_trained_may_be_branched_from(parent, tmp_path, monk
         return restored
 
     monkeypatch.setattr(branch, "restore", restore)
-    with pytest.raises(CheckpointError, match=r"8 was deleted while it was read.*keep_every"):
+    with pytest.raises(
+        CheckpointError, match=r"8 was deleted while it was read.*--checkpoint.keep-every"
+    ):
         _taken(f"{copy}@8", tmp_path / "new")
 
 

@@ -283,7 +283,11 @@ def test_not_finite_stops_with_step_rows_and_checkpoint(small_run, tmp_path, mon
         train(config)
     message = str(e.value)
     assert "at step 7 (rows 48 to 55" in message
-    assert str(tmp_path / "checkpoints" / "4") in message
+    assert (
+        f"the last good checkpoint is {tmp_path}/checkpoints/4: go on from it with --branch-from "
+        f"{tmp_path} --run-dir NEW and --optimizer.learning-rate below 0.01, or run again with "
+        "--on-nonfinite skip"
+    ) in message
     assert "\n" not in message
     assert checkpoint_steps(tmp_path / "checkpoints") == [4]
 
@@ -306,7 +310,9 @@ def test_not_finite_may_be_skipped_within_a_bound(small_run, tmp_path, monkeypat
 def test_a_run_that_skips_every_step_is_not_complete(small_run, tmp_path, monkeypatch):
     _poison(monkeypatch, set(range(small_run.steps)))
     config = _replace(small_run, run_dir=str(tmp_path), on_nonfinite="skip", max_skips=1000)
-    message = f"all {small_run.steps} steps were skipped.*nothing was learnt.*learning_rate"
+    message = (
+        f"all {small_run.steps} steps were skipped.*nothing was learnt.*--optimizer.learning-rate"
+    )
     with pytest.raises(TrainingError, match=message):
         train(config)
     assert not (tmp_path / "summary.json").exists()

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from mmfree_jax.config import OptimizerConfig, TrainConfig
+from mmfree_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.train.same_run import check_same_run
@@ -28,6 +37,53 @@ def test_steps_may_change_where_the_past_does_not():
         _prolong(10, schedule="cosine")
     with pytest.raises(ConfigError, match="already made 60"):
         _prolong(60, schedule="constant", new=50)
+
+
+def _resume(step=100, **changes):
+    """Goes on at `step` of a run of the defaults with some settings changed."""
+    before = TrainConfig()
+    check_same_run(Path("run"), to_dict(before), dataclasses.replace(before, **changes), step)
+
+
+_WHERE = "give another --run-dir; or its settings, --config run/config.yaml"
+_BRANCH = "; or to go on from its checkpoint under other settings, --branch-from run --run-dir NEW"
+
+
+def test_what_does_not_change_the_function_may_change_in_place():
+    model = ModelConfig(scan_layers=False, remat="none", matmul_kernel="xla_int8")
+    _resume(
+        model=model,
+        grad_accum=2,
+        loss_chunk=64,
+        mesh=MeshConfig(fsdp=2),
+        log=LogConfig(every_steps=1),
+        eval=EvalConfig(every_steps=3),
+        checkpoint=CheckpointConfig(every_steps=7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing", "ways_out"),
+    [
+        ({"batch_size": 4}, "batch_size 8 -> 4", _WHERE + _BRANCH),
+        (
+            {"optimizer": OptimizerConfig(learning_rate=1e-3)},
+            "optimizer.learning_rate 0.004 -> 0.001",
+            _WHERE + _BRANCH,
+        ),
+        ({"steps": 2000}, "steps 1000 -> 2000 (the 'paper' schedule", _WHERE + _BRANCH),
+        ({"data": DataConfig(seq_len=8)}, "data.seq_len 2048 -> 8", _WHERE + _BRANCH),
+        ({"batch_size": 4, "step": 0}, "batch_size 8 -> 4", _WHERE),  # nothing to branch from
+        ({"model": ModelConfig(num_layers=3)}, "model.num_layers 24 -> 3", _WHERE),
+        ({"seed": 3}, "seed 0 -> 3", _WHERE),
+        ({"branch_from": "a"}, "branch_from None -> 'a'", _WHERE),
+    ],
+)
+def test_what_changes_it_is_refused_and_the_way_out_named(changes, differing, ways_out):
+    with pytest.raises(ConfigError) as e:
+        _resume(**changes)
+    assert f"differing: {differing}" in str(e.value)
+    assert str(e.value).endswith(ways_out)
 
 
 def test_a_field_newer_than_the_checkpoint_has_its_default():
