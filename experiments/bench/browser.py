@@ -162,7 +162,9 @@ def text_of(browser: Any, name: str) -> str:
 
 
 def show(browser: Any, site: Site, query: str = "", *, timeout_s: float = 60) -> str:
-    """Opens the page; returns "ready" or "failed"."""
+    """Opens the page as a new visitor finds it; returns "ready" or "failed"."""
+    if browser.current_url.startswith("http"):
+        browser.execute_script("sessionStorage.clear()")
     browser.get(site.url + query)
     return wait(browser, "ready", "failed", timeout_s=timeout_s)
 

@@ -1,4 +1,6 @@
 // What is seen: the conversation, its controls and the measurements. The model is in worker.js.
+import { keep, kept } from "./kept.js";
+import { fillSettings, readSettings, typedSettings } from "./settings.js";
 
 const element = (id) => document.getElementById(id);
 const error = element("error");
@@ -12,16 +14,21 @@ const options = new URLSearchParams(location.search);
 
 let worker;
 let answer = null;
+// The prompt of an answer that is not complete.
+let asked = "";
 let started = false;
+// The complete turns, the model's state behind them and the model that it is of.
+let conversation = { model: null, turns: [], memory: null };
 
 const MEGABYTE = 1e6;
 
 /** Threads need two headers; where the server sends none, a service worker adds them. */
 async function becomeIsolated() {
-  const key = "mmfree-isolated";
+  const key = "isolated";
   if (crossOriginIsolated || !isSecureContext || !navigator.serviceWorker) return false;
-  if (options.get("threads") === "1" || sessionStorage.getItem(key)) return false;
-  sessionStorage.setItem(key, "tried");
+  if (options.get("threads") === "1" || kept(key)) return false;
+  // Where nothing can be kept, the page would load itself for ever.
+  if (!keep(key, "tried")) return false;
   try {
     await navigator.serviceWorker.register("isolate.js");
     await navigator.serviceWorker.ready;
@@ -48,18 +55,37 @@ function fail(text) {
   error.textContent = text;
   error.hidden = false;
   loading.hidden = true;
-  answer = null;
+  if (answer !== null) {
+    // What was asked can be asked again, of the model as it was before.
+    answer.parentElement.remove();
+    const { memory } = conversation;
+    worker.postMessage(memory ? { type: "restore", memory } : { type: "reset" });
+    prompt.value = draft();
+    asked = "";
+    answer = null;
+  }
   enable();
+}
+
+/** What is typed and not answered. */
+function draft() {
+  return [asked, prompt.value].filter(Boolean).join("\n");
+}
+
+function keepTyped() {
+  keep("draft", draft());
+  keep("settings", typedSettings());
 }
 
 function enable() {
   const busy = answer !== null;
   // Screen readers wait for the whole answer.
   log.setAttribute("aria-busy", busy);
-  prompt.disabled = !started;
   buttons.send.disabled = !started || busy;
   buttons.stop.disabled = !busy;
   buttons.reset.disabled = !started || busy;
+  // Who works the page by keyboard does not lose the place with a button that is switched off.
+  if (document.activeElement?.matches("button:disabled:focus-visible")) prompt.focus();
   document.body.dataset.state = busy ? "busy" : started ? "ready" : error.hidden ? "loading" : "failed";
 }
 
@@ -84,6 +110,39 @@ function add(parent, tag, className, text = "") {
   child.textContent = text;
   parent.append(child);
   return child;
+}
+
+/** A turn in the conversation; returns the place of its answer. */
+function addTurn(typed) {
+  const turn = add(log, "p", "turn");
+  add(turn, "span", "hidden speaker", "You: ");
+  add(turn, "span", "typed", typed);
+  add(turn, "span", "hidden speaker", "Model: ");
+  return add(turn, "span", "answer");
+}
+
+function addNote(place, note) {
+  if (note) add(place.parentElement, "span", "note", note);
+}
+
+/** Shows what was kept, if it is of this model; the worker takes up its state. */
+function restore(manifest) {
+  const model = JSON.stringify(manifest.files);
+  const size = manifest.state_shape.reduce((n, d) => n * d, 1);
+  const found = kept("conversation");
+  if (found?.model === model && found.memory?.state?.length === size) {
+    conversation = found;
+    for (const { typed, text, note } of found.turns) {
+      const place = addTurn(typed);
+      place.textContent = text;
+      addNote(place, note);
+    }
+    log.scrollTop = log.scrollHeight;
+    worker.postMessage({ type: "restore", memory: found.memory });
+  } else {
+    conversation = { model, turns: [], memory: null };
+    keep("conversation", null);
+  }
 }
 
 /** Runs a change of the conversation; keeps its end in sight if it was. */
@@ -114,8 +173,9 @@ const receive = {
     loading.hidden = true;
     started = true;
     status.textContent = "The model is ready";
+    restore(manifest);
     enable();
-    prompt.focus();
+    if (document.activeElement === document.body) prompt.focus();
   },
 
   state({ read, reading }) {
@@ -128,19 +188,26 @@ const receive = {
     showSpeed(count, seconds);
   },
 
-  done({ text, tokens, reason, read, promptTokens, promptSeconds, seconds }) {
+  done({ text, tokens, reason, memory, promptTokens, promptSeconds, seconds }) {
     const note = { stopped: " [stopped]", end: " [end of text]", length: "" }[reason];
     scrolled(() => {
       answer.append(text);
-      if (note) add(answer.parentElement, "span", "note", note);
+      addNote(answer, note);
     });
     // For programs that drive the page.
     answer.dataset.tokens = tokens.join(",");
     if (tokens.length > 1) showSpeed(tokens.length, seconds);
     element("prompt-speed").textContent = `${promptTokens} tokens, ${rate(promptTokens, promptSeconds)}`;
-    element("read").textContent = read;
-    status.textContent = `${tokens.length} tokens generated`;
+    element("read").textContent = memory.read + memory.pending.length;
+    conversation.turns.push({ typed: asked, text: answer.textContent, note });
+    conversation.memory = memory;
+    const isKept = keep("conversation", conversation);
+    if (!isKept) keep("conversation", null);
+    status.textContent =
+      `${tokens.length} tokens generated` + (isKept ? "" : "; this browser keeps them until a reload only");
+    asked = "";
     answer = null;
+    keepTyped();
     enable();
   },
 
@@ -152,24 +219,29 @@ const receive = {
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (buttons.send.disabled) return;
+  const settings = readSettings();
+  if (settings === null) {
+    status.textContent = "Not sent: a setting is wrong";
+    return;
+  }
   error.hidden = true;
-  const turn = document.createElement("p");
-  turn.className = "turn";
-  add(turn, "span", "typed", prompt.value);
-  answer = add(turn, "span", "answer");
-  log.append(turn);
+  asked = prompt.value;
+  answer = addTurn(asked);
   log.scrollTop = log.scrollHeight;
   worker.postMessage({
     type: "generate",
-    prompt: prompt.value,
-    maxTokens: element("max-tokens").valueAsNumber,
-    temperature: element("temperature").valueAsNumber,
-    topK: element("top-k").valueAsNumber,
-    seed: element("seed").valueAsNumber,
+    prompt: asked,
+    maxTokens: settings["max-tokens"],
+    temperature: settings.temperature,
+    topK: settings["top-k"],
+    seed: settings.seed,
   });
   prompt.value = "";
+  keepTyped();
   enable();
 });
+
+form.addEventListener("input", keepTyped);
 
 prompt.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -177,10 +249,19 @@ prompt.addEventListener("keydown", (event) => {
   form.requestSubmit();
 });
 
-buttons.stop.addEventListener("click", () => worker.postMessage({ type: "stop" }));
+function stop() {
+  if (answer !== null) worker.postMessage({ type: "stop" });
+}
+
+buttons.stop.addEventListener("click", stop);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+});
 
 buttons.reset.addEventListener("click", () => {
   worker.postMessage({ type: "reset" });
+  conversation = { ...conversation, turns: [], memory: null };
+  keep("conversation", null);
   log.replaceChildren();
   error.hidden = true;
   for (const id of ["speed", "prompt-speed"]) element(id).textContent = "-";
@@ -188,5 +269,11 @@ buttons.reset.addEventListener("click", () => {
   prompt.focus();
 });
 
+prompt.value = kept("draft") ?? "";
+fillSettings(kept("settings"));
 enable();
+// Browsers may bring back the page as it was when it loaded itself anew: it would wait for ever.
+addEventListener("pageshow", ({ persisted }) => {
+  if (persisted && !worker) location.reload();
+});
 if (!(await becomeIsolated())) start();

@@ -21,6 +21,7 @@ onmessage = async ({ data }) => {
     if (data.type === "load") await load(new URL(data.root), data.threads);
     else if (data.type === "generate") await generate(data);
     else if (data.type === "reset") reset();
+    else if (data.type === "restore") restore(data.memory);
     else if (data.type === "stop") stopping = true;
   } catch (error) {
     const known = error instanceof LoadError;
@@ -149,6 +150,21 @@ function reset() {
   postMessage({ type: "state", read });
 }
 
+/** What `restore` takes: the state behind what was read, as numbers that JSON holds exactly. */
+function memory() {
+  // With tokens left to read the logits come from those.
+  const last = pending.length > 0 || logits === null ? null : Array.from(logits);
+  return { state: Array.from(state.data), read, pending, logits: last };
+}
+
+/** Takes up a conversation where `memory` left it. */
+function restore(memory) {
+  state = new Tensor("float32", Float32Array.from(memory.state), manifest.state_shape);
+  ({ read, pending } = memory);
+  logits = memory.logits && Float32Array.from(memory.logits);
+  postMessage({ type: "state", read: read + pending.length });
+}
+
 /** Reads tokens: sets the state, and the logits behind the last one. */
 async function step(ids) {
   const tokens = new Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
@@ -219,7 +235,7 @@ async function generate({ prompt, maxTokens, temperature, topK, seed }) {
     text: waiting + text.flush(),
     tokens,
     reason,
-    read: read + pending.length,
+    memory: memory(),
     promptTokens: unread.length,
     promptSeconds,
     seconds: (performance.now() - start) / 1000,

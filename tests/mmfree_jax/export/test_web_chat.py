@@ -1,7 +1,5 @@
 """The web page of an export, in a real headless Chromium, against onnxruntime in Python."""
 
-import functools
-import io
 import itertools
 import json
 import re
@@ -11,15 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import page_audit
 import pytest
-import sentencepiece
-import tokenizers
+from page_tokenizers import HARD, make_tokenizers
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.data import tokenizer as tokenizer_lib
-from mmfree_jax.data.train_bpe import train_bpe
-from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.bench import browser as browser_lib
 from mmfree_jax.experiments.bench.browser import (
     Site,
@@ -32,101 +28,12 @@ from mmfree_jax.experiments.bench.browser import (
     type_prompt,
     wait,
 )
-from mmfree_jax.export import onnx_export, onnx_session, web_page, web_tokenizer
+from mmfree_jax.export import onnx_export, onnx_session, web_tokenizer
 from mmfree_jax.model import LanguageModel
 
 pytestmark = pytest.mark.timeout(180)
 
-TEXTS = [
-    "We hold these truths to be self-evident, that all are created equal. " * 3,
-    "My fellow citizens, the state of our union is strong;\n\tso is  our café 日本.\n\n",
-]
-HARD = [
-    *web_tokenizer.CHECKS,
-    "",
-    " ",
-    "\x00\x7f",
-    *(a + b + c for a, b, c in itertools.product(("e", " ", "\n", "🙂"), ("", "  ", "é"), "a. 日")),
-    *(character * n for character in " =ao\n▁" for n in (2, 3, 5, 7, 11, 16, 33)),
-]
 PROMPT, SECOND = "My fellow citizens, café 日本", " so is our union"
-
-
-def sentencepiece_model(**options) -> tokenizer_lib.SentencePieceTokenizer:
-    """A model of the kind of Mistral's: BPE, bytes for what it does not know, text as it is."""
-    kind = {
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "vocab_size": 330,
-        "minloglevel": 2,
-    }
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, **(kind | options)
-    )
-    return tokenizer_lib.SentencePieceTokenizer(model.getvalue())
-
-
-@functools.cache
-def make_tokenizers() -> dict[str, tokenizer_lib.Tokenizer]:
-    return {
-        "byte": tokenizer_lib.ByteTokenizer(),
-        "bpe": train_bpe(TEXTS, 300),
-        "sentencepiece": sentencepiece_model(),
-        "no dummy prefix": sentencepiece_model(add_dummy_prefix=False),
-    }
-
-
-# ---- the tokenizer's file, without a browser
-
-
-def check_file(tokenizer, texts):
-    spec = web_tokenizer.browser_tokenizer(tokenizer)
-    encoder = tokenizers.Tokenizer.from_str(json.dumps(spec["encoder"]))
-    for text in texts:
-        ids = encoder.encode(text, add_special_tokens=False).ids if text else []
-        assert ids == tokenizer.encode(text), text
-
-
-@pytest.mark.parametrize("name", ["bpe", "sentencepiece", "no dummy prefix"])
-def test_the_rewritten_tokenizer_gives_the_same_ids(name):
-    check_file(make_tokenizers()[name], HARD)
-
-
-def test_mistrals_tokenizer_is_rewritten_exactly(mistral_model):
-    mistral = tokenizer_lib.load_tokenizer(mistral_model)
-    check_file(mistral, HARD)
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"model_type": "unigram"}, "model type 1"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "character map"),
-        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
-        ({"user_defined_symbols": ["union"]}, "user-defined pieces"),
-    ],
-)
-def test_tokenizers_that_the_page_cannot_match_are_refused(options, word):
-    with pytest.raises(DataError, match=word):
-        web_tokenizer.browser_tokenizer(sentencepiece_model(vocab_size=310, **options))
-
-
-def test_a_tokenizer_json_of_another_kind_is_refused():
-    other = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}))
-    tokenizer = tokenizer_lib.JsonTokenizer(other.to_str().encode())
-    with pytest.raises(DataError, match="WordPiece"):
-        web_tokenizer.browser_tokenizer(tokenizer)
-
-
-def test_every_file_of_the_page_is_copied():
-    folder = Path(web_page.__file__).parent / "web"
-    assert {path.name for path in folder.iterdir() if path.is_file()} == set(web_page.FILES)
-
-
-# ---- the browser
 
 
 def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer, save_model: Any) -> Path:
@@ -312,13 +219,199 @@ def test_a_page_opened_as_a_file_says_that_it_needs_a_server(site, browser):
     assert "python -m http.server" in text_of(browser, "error")
 
 
-def test_every_control_has_a_name_for_screen_readers(site, browser):
-    show(browser, site)
-    browser.find_element("tag name", "summary").click()
+def _reload(browser) -> str:
+    browser.refresh()
+    return wait(browser, "ready", "failed")
+
+
+def _focused(browser) -> str:
+    return browser.execute_script("return document.activeElement.id")
+
+
+def _value(browser, name: str) -> str:
+    return browser.find_element("id", name).get_property("value")
+
+
+def test_a_reload_keeps_the_conversation_and_the_model_goes_on(site, browser, monkeypatch):
+    tokenizer, model = make_tokenizers()["sentencepiece"], onnx_session.load(site.folder)
+    first = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+    expected = list(itertools.islice(onnx_session.greedy(model, first), 30))
+    both = [*first, *expected, *tokenizer.encode(SECOND)]
+    expected_second = list(itertools.islice(onnx_session.greedy(model, both), 20))
+    assert show(browser, site) == "ready", text_of(browser, "error")
+    configure(browser, temperature=0, max_tokens=30)
+    assert send(browser, PROMPT) == expected
+    shown, read = text_of(browser, "log"), text_of(browser, "read")
+    browser.find_element("id", "prompt").send_keys(SECOND)
+    for _ in range(2):
+        assert _reload(browser) == "ready"
+        assert (text_of(browser, "log"), text_of(browser, "read")) == (shown, read)
+        assert (_value(browser, "prompt"), _value(browser, "max-tokens")) == (SECOND, "30")
+    configure(browser, max_tokens=20)
+    browser.find_element("id", "send").click()
+    assert answer(browser) == expected_second
+
+    # Of another model the conversation is not: its state would be meaningless.
+    browser.find_element("id", "prompt").send_keys("kept")
+    files = json.loads((site.folder / "export.json").read_text())["files"]
+    other = _manifest(site, files=files | {"more": {"bytes": 1, "sha256": "0"}})
+    monkeypatch.setattr(site, "instead", {"export.json": other})
+    assert _reload(browser) == "ready"
+    assert (text_of(browser, "log"), _value(browser, "prompt")) == ("", "kept")
+    monkeypatch.setattr(site, "instead", {})
+    # Reset forgets it, also for the next reload.
+    configure(browser, max_tokens=2)
+    send(browser, PROMPT)
+    browser.find_element("id", "reset").click()
+    assert _reload(browser) == "ready"
+    assert text_of(browser, "log") == ""
+    configure(browser, temperature=0, max_tokens=30)
+    browser.find_element("id", "prompt").clear()
+    assert send(browser, PROMPT) == expected
+
+
+def test_what_was_asked_is_there_again_when_a_reload_cuts_the_answer(site, browser, monkeypatch):
+    endless = {"export.json": _manifest(site, eos_token_id=None, end_ids=[])}
+    monkeypatch.setattr(site, "instead", endless)
+    assert show(browser, site) == "ready", text_of(browser, "error")
+    configure(browser, temperature=0, max_tokens=100000)
+    type_prompt(browser, PROMPT)
+    assert wait(browser, "busy") == "busy"
+    browser.find_element("id", "prompt").send_keys("more")
+    assert _reload(browser) == "ready"
+    assert text_of(browser, "log") == ""
+    assert _value(browser, "prompt") == f"{PROMPT}\nmore"
+    # A stopped answer is kept as it is; with what follows, it goes on from where it stopped.
+    browser.find_element("id", "send").click()
+    assert wait(browser, "busy") == "busy"
+    browser.find_element("id", "stop").click()
+    assert wait(browser, "ready", "failed") == "ready"
+    configure(browser, max_tokens=5)
+    before, kept = text_of(browser, "log"), browser.execute_script("return {...sessionStorage}")
+    following = send(browser, "")
+    browser.execute_script("Object.assign(sessionStorage, arguments[0])", kept)
+    assert _reload(browser) == "ready"
+    assert text_of(browser, "log") == before
+    assert before.endswith("[stopped]")
+    configure(browser, max_tokens=5)
+    assert send(browser, "") == following
+
+
+def test_the_page_works_where_the_browser_keeps_nothing(site, browser, monkeypatch):
+    page = (site.folder / "web" / "page.js").read_bytes()
+    no_storage = b"""
+        Object.defineProperty(window, "sessionStorage", {get() { throw new Error("blocked"); }});
+    """
+    monkeypatch.setattr(site, "instead", {"web/from-file.js": no_storage, "web/page.js": page})
+    assert show(browser, site) == "ready", text_of(browser, "error")
+    configure(browser, max_tokens=3)
+    assert send(browser, PROMPT)
+    assert "until a reload only" in browser.execute_script(
+        "return document.getElementById('status').textContent"
+    )
+
+
+def test_a_wrong_setting_is_said_shown_and_given_the_focus(site, browser):
+    assert show(browser, site) == "ready", text_of(browser, "error")
+    faults = {
+        ("temperature", "9"): "Temperature is 9: set a number from 0 to 5",
+        ("temperature", ""): "Temperature is no number: set a number from 0 to 5",
+        ("max-tokens", "0"): "Most tokens is 0: set a whole number from 1 to 100000",
+        ("top-k", "1.5"): "Top-k is 1.5: set a whole number, 0 or more",
+        ("seed", "4294967296"): "Seed is 4294967296: set a whole number from 0 to 4294967295",
+    }
+    good = {"temperature": "0.83", "max-tokens": "2", "top-k": "1", "seed": "1"}
+    configure(browser, **{name.replace("-", "_"): value for name, value in good.items()})
+    browser.find_element("id", "prompt").send_keys(PROMPT)
+    for (name, value), message in faults.items():
+        browser.execute_script("document.getElementById('settings').open = false")
+        configure(browser, **{name: value})
+        browser.find_element("id", "send").click()
+        field = browser.find_element("id", name)
+        assert field.is_displayed()
+        assert _focused(browser) == name
+        assert text_of(browser, f"{name}-fault") == message
+        assert field.get_attribute("aria-invalid") == "true"
+        assert (text_of(browser, "log"), _value(browser, "prompt")) == ("", PROMPT)
+        # It goes as soon as the number is right.
+        field.clear()
+        field.send_keys(good[name])
+        assert text_of(browser, f"{name}-fault") == ""
+        assert field.get_attribute("aria-invalid") is None
+    browser.find_element("id", "send").click()
+    assert len(answer(browser)) == 2
+
+
+def test_the_page_is_worked_by_keyboard_and_has_names_for_screen_readers(site, browser):
+    assert show(browser, site) == "ready", text_of(browser, "error")
+    assert _focused(browser) == "prompt"
+    summary = browser.find_element("tag name", "summary")
+    summary.send_keys("\ue007")  # Enter
     controls = browser.find_elements("css selector", "textarea, input, button, summary, [role=log]")
     names = [control.accessible_name for control in controls]
-    assert len(names) == 10
-    assert all(names), names
+    assert names == [
+        "Conversation", "Text to continue", "Send", "Stop", "Reset", "Settings",
+        "Most tokens", "Temperature 0: greedy", "Top-k 0: all", "Seed",
+    ]  # fmt: skip
+    configure(browser, temperature=0, max_tokens=100000)
+    prompt = browser.find_element("id", "prompt")
+    prompt.send_keys("one", "\ue008\ue007\ue008", "two")  # Shift+Enter
+    assert _value(browser, "prompt") == "one\ntwo"
+    # From the field the next stop is Send, which then is off: the place in the page is not lost.
+    prompt.send_keys("\ue004")  # Tab
+    assert _focused(browser) == "send"
+    browser.switch_to.active_element.send_keys("\ue007")
+    assert wait(browser, "busy") == "busy"
+    assert _focused(browser) == "prompt"
+    prompt.send_keys("\ue00c")  # Escape
+    assert wait(browser, "ready") == "ready"
+    assert text_of(browser, "log").endswith("[stopped]")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrasts_and_sizes_as_the_browser_computes_them(site, browser, monkeypatch, scheme):
+    page_audit.use_scheme(browser, scheme)
+    try:
+        assert show(browser, site) == "ready", text_of(browser, "error")
+        configure(browser, max_tokens=3, temperature=9)
+        type_prompt(browser, PROMPT)
+        configure(browser, temperature=0)
+        for wrong in (None, 9):  # with an answer and a note, then with a fault too
+            if wrong is None:
+                browser.find_element("id", "send").click()
+                answer(browser)
+                browser.execute_script("""
+                    const note = document.createElement("span");
+                    note.className = "note";
+                    note.textContent = "[stopped]";
+                    document.querySelector(".turn").append(note);
+                """)
+            else:
+                configure(browser, temperature=wrong)
+                type_prompt(browser, "x")
+            texts, borders = page_audit.contrasts(browser)
+            expected = {"SPAN typed", "SPAN note", "TEXTAREA prompt", "INPUT seed", "P keeping"}
+            assert expected <= set(texts)
+            assert ("P fault" in {t.replace("temperature-", "") for t in texts}) == (wrong == 9)
+            assert {name: ratio for name, ratio in texts.items() if ratio < 4.5} == {}
+            assert {"TEXTAREA prompt", "INPUT seed", "BUTTON reset", "DIV log"} <= set(borders)
+            assert {name: ratio for name, ratio in borders.items() if ratio < 3} == {}
+        for width in (320, 390, 1024):
+            page_audit.use_window(browser, width, 640)
+            sizes = page_audit.targets(browser)
+            assert len(sizes) == 9
+            assert {name: size for name, size in sizes.items() if min(size) < 44} == {}
+            assert page_audit.overflow(browser) == 0
+        # What is wrong with the files, and the progress of loading.
+        monkeypatch.setattr(site, "instead", {"export.json": None})
+        assert show(browser, site) == "failed"
+        browser.execute_script("document.getElementById('loading').hidden = false")
+        texts, _ = page_audit.contrasts(browser)
+        assert {"P error", "LABEL progress-text"} <= set(texts)
+        assert {name: ratio for name, ratio in texts.items() if ratio < 4.5} == {}
+    finally:
+        page_audit.use_scheme(browser, "light")
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_bench_browser_compares_the_page_with_python(site, browser, monkeypatch, capsys):
