@@ -35,7 +35,8 @@ def count(value: float) -> str:
 def set_ticks(axis: "Axis", label: Callable[[float], str] = number) -> None:
     """Labels an axis, once all is drawn, without a factor at its end ("1e7").
 
-    A logarithmic axis of less than three decades gets ticks between its powers of ten.
+    A logarithmic axis of less than two decades (three, where the texts are short) gets ticks
+    between its powers of ten.
 
     Args:
       axis: of two-dimensional axes.
@@ -49,7 +50,7 @@ def set_ticks(axis: "Axis", label: Callable[[float], str] = number) -> None:
         decades = math.log10(high) - math.log10(low)
         if decades < 0.7:
             axis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-        elif decades < 3:
+        elif decades < (3 if len(label(high)) < 6 else 2):
             subs = (1, 2, 3, 5) if decades < 1.5 else (1, 2, 5)
             axis.set_major_locator(ticker.LogLocator(subs=subs))
         axis.set_minor_formatter(ticker.NullFormatter())

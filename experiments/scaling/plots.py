@@ -5,20 +5,27 @@ the PNG, in long form with a `series` column.
 """
 
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
 from mmfree_jax.experiments.scaling.crossing import Crossing, curve
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
 from mmfree_jax.experiments.scaling.gap import GapTrend, Pairs
 from mmfree_jax.experiments.scaling.isoflop import Allocation
+from mmfree_jax.figures import COLOURS, count, number, set_ticks
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 Rows = list[dict]
+_GREY = "#555555"
+# Rates that cost more than this are off the page of `plot_rates`, in nats a token.
+_MOST_ABOVE = 0.4
 
 
 def png(figure: Figure) -> bytes:
@@ -48,8 +55,10 @@ def plot_fit(fit: Fit) -> tuple[Figure, Rows]:
         rows.append({"series": "run", "compute": c[i], "loss": loss[i], "fitted": predicted[i],
                      "log_residual": np.log(loss[i] / predicted[i])})  # fmt: skip
     if "params" in x:
-        points = left.scatter(c, loss, c=np.log10(x["params"]), s=14, cmap="viridis", zorder=3)
-        figure.colorbar(points, ax=left, label="log10 params")
+        points = left.scatter(c, loss, c=x["params"], s=14, cmap="viridis", norm=LogNorm(),
+                              zorder=3, label="runs")  # fmt: skip
+        bar = figure.colorbar(points, ax=left, label="parameters N")
+        set_ticks(bar.ax.yaxis, count)
     else:
         left.scatter(c, loss, s=14, color=COLOURS[0], zorder=3, label="runs")
     grid = np.linspace(np.log10(c.min()), np.log10(c.max()) + 1, 200)
@@ -70,10 +79,12 @@ def plot_fit(fit: Fit) -> tuple[Figure, Rows]:
     left.set(xscale="log", xlabel="training compute, FLOPs", ylabel="loss, nats a token")
     left.set_title(fit.law.formula, fontsize=9)
     left.legend(fontsize=8)
+    _compute_axes(left)
     right.axhline(0, color="black", lw=0.8)
     right.scatter(c, np.log(loss / predicted), s=14, color=COLOURS[0])
     right.set(xscale="log", xlabel="training compute, FLOPs", ylabel="log L - log L fitted")
-    right.set_title(f"residuals, n = {len(loss)}", fontsize=9)
+    right.set_title(f"residuals of {len(loss)} runs", fontsize=9)
+    _compute_axes(right)
     return figure, rows
 
 
@@ -90,20 +101,29 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
         c = fit.inputs.get("compute", 6 * fit.frame.params * fit.frame.tokens)
         loss = np.exp(fit.log_loss)
         left.scatter(c, loss, s=16, marker="os"[k], color="black",
-                     facecolor="black" if k == 0 else "white", zorder=3, label=name)  # fmt: skip
+                     facecolor="black" if k == 0 else "white", zorder=3)  # fmt: skip
         rows += [{"series": f"{name} run", "compute": a, "loss": b}
                  for a, b in zip(c, loss, strict=True)]  # fmt: skip
         for j, r in enumerate(result.laws):
             line = curve(r.fits[k].law, r.fits[k].vector(), grid)[0]
-            left.plot(10**grid, line, style, color=COLOURS[j % len(COLOURS)], lw=1,
-                      label=r.law if k == 0 else None)  # fmt: skip
+            left.plot(10**grid, line, style, color=COLOURS[j % len(COLOURS)], lw=1)
             rows += [{"series": f"{name} {r.law}", "compute": 10**g, "loss": v}
                      for g, v in zip(grid, line, strict=True)]  # fmt: skip
     seen = np.concatenate([np.exp(f.log_loss) for r in result.laws for f in r.fits])
     left.set_ylim(0.6 * seen.min(), 1.05 * seen.max())  # a law that runs away stays off the page
     left.axvspan(10 ** result.data[0], 10 ** result.data[1], color="black", alpha=0.05, lw=0)
     left.set(xscale="log", xlabel="training compute, FLOPs", ylabel="loss, nats a token")
-    left.legend(fontsize=7)
+    _compute_axes(left)
+    grey = Patch(color="black", alpha=0.1, lw=0)
+    keys: dict[str, Line2D | Patch] = {
+        f"{name}: runs, laws": Line2D([], [], color="black", ls=style, lw=1, marker="os"[k], ms=4,
+                                      mfc="black" if k == 0 else "white")
+        for k, (name, style) in enumerate(zip(result.names, ("-", "--"), strict=True))
+    }  # fmt: skip
+    keys |= {r.law: Line2D([], [], color=COLOURS[j % len(COLOURS)], lw=2)
+             for j, r in enumerate(result.laws)}  # fmt: skip
+    keys["compute of the runs"] = grey
+    left.legend(list(keys.values()), list(keys), fontsize=7)
     for j, r in enumerate(result.laws):
         colour, y = COLOURS[j % len(COLOURS)], len(result.laws) - j
         if r.interval is not None:
@@ -113,16 +133,24 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
         if r.point is not None:
             right.plot(r.point, y, "o", color=colour)
         none = "no bootstrap" if r.probability_none is None else f"{r.probability_none:.2f}"
-        right.text(result.horizon, y + 0.12, f"P(none) = {none}", ha="right", fontsize=7)
+        right.text(result.horizon, y + 0.12, f"P(no crossing) = {none}", ha="right", fontsize=7)
         rows.append({"series": f"crossing {r.law}", "log10_compute": r.point,
                      "low": None if r.interval is None else r.interval[0],
                      "high": None if r.interval is None else r.interval[1],
                      "probability_none": r.probability_none})  # fmt: skip
     right.axvspan(*result.data, color="black", alpha=0.05, lw=0)
     right.set_yticks(range(len(result.laws), 0, -1), [r.law for r in result.laws])
-    right.set_ylim(0.3, len(result.laws) + 0.7)
+    right.set_ylim(0.1, len(result.laws) + 0.7)
     right.set_xlim(result.data[0] - 0.5, result.horizon + 0.5)
-    right.set_xlabel("log10 FLOPs of the crossing (grey: the data)")
+    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{x:g}}}$"))
+    right.set_xlabel("compute of the crossing, FLOPs")
+    level = next((f.level for r in result.laws for f in r.fits), 0.95)
+    marks = {
+        "central estimate": Line2D([], [], color=_GREY, marker="o", ls=""),
+        f"{100 * level:.0f}% interval": Line2D([], [], color=_GREY, lw=2),
+        "compute of the runs": grey,
+    }
+    right.legend(list(marks.values()), list(marks), fontsize=7, ncols=3, loc="lower right")
     return figure, rows
 
 
@@ -143,14 +171,15 @@ def plot_allocation(result: Allocation) -> tuple[Figure, Rows]:
                  for _, n, loss in runs]  # fmt: skip
         left.plot(np.exp(span), c0 + c1 * span + c2 * span**2, color=colour, lw=1,
                   ls="-" if p.status == "minimum" else ":",
-                  label=f"{p.compute:.2g} ({p.status})")  # fmt: skip
+                  label=f"{number(float(f'{p.compute:.2g}'))} ({p.status})")  # fmt: skip
         if p.status == "minimum":
             left.plot(p.params, p.loss, "o", color=colour, ms=4)
         rows.append({"series": "budget", "compute": p.compute, "status": p.status,
                      "params": p.params, "tokens": p.tokens, "loss": p.loss})  # fmt: skip
     if result.budgets:
-        left.set(xscale="log", xlabel="params N", ylabel="loss, nats a token")
-        left.legend(fontsize=7, title="FLOPs")
+        left.set(xscale="log", xlabel="parameters N", ylabel="loss, nats a token")
+        set_ticks(left.xaxis, count)
+        left.legend(fontsize=7, title="FLOPs; small dots: runs, large: minimum", title_fontsize=7)
     else:
         left.set_axis_off()
         left.text(0.5, 0.5, f"approach: {result.approach}", ha="center", va="center")
@@ -170,8 +199,11 @@ def plot_allocation(result: Allocation) -> tuple[Figure, Rows]:
         if band is not None:
             right.fill_between(grid, *band, color=colour, alpha=0.2, lw=0)
         rows += [{"series": name, "compute": a, "value": b} for a, b in zip(c, values, strict=True)]
-    right.set(xscale="log", yscale="log", xlabel="training compute, FLOPs", ylabel="count")
-    right.legend(fontsize=8)
+    right.set(xscale="log", yscale="log", xlabel="training compute, FLOPs",
+              ylabel="parameters or tokens")  # fmt: skip
+    _compute_axes(right)
+    set_ticks(right.yaxis, count)
+    right.legend(fontsize=8, title="dots: best of a budget; lines: power law", title_fontsize=8)
     return figure, rows
 
 
@@ -192,13 +224,20 @@ def plot_families(
             means = [losses[tokens == d].mean() for d in budgets]
             axes.plot(tokens, losses, "o" if style == "-" else "s", color=colour, ms=3,
                       mfc=colour if style == "-" else "none")  # fmt: skip
-            axes.plot(budgets, means, style, color=colour, lw=1.2,
-                      label=f"{name}, {n / 1e6:.3g}M")  # fmt: skip
+            axes.plot(budgets, means, style, color=colour, lw=1.2)
             rows += [{"series": name, "params": n, "tokens": d, "loss": loss}
                      for d, loss in zip(tokens, losses, strict=True)]  # fmt: skip
     axes.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
-    _ticks(axes, {*a.tokens, *b.tokens}, lambda d: f"{d / 1e6:.3g}M")
-    axes.legend(fontsize=7, ncols=2)
+    _ticks(axes, {*a.tokens, *b.tokens})
+    keys = {
+        f"{name}: seeds, mean": Line2D([], [], color=_GREY, ls=style, lw=1.2, marker=mark, ms=4,
+                                       mfc=_GREY if style == "-" else "none")
+        for name, style, mark in ((names[0], "-", "o"), (names[1], "--", "s"))
+    }  # fmt: skip
+    # The families' sizes differ by little; the first one's name the colours.
+    keys |= {f"{_short(n)} parameters": Line2D([], [], color=COLOURS[k % len(COLOURS)], lw=2)
+             for k, n in enumerate(np.unique(sizes(a, size)))}  # fmt: skip
+    axes.legend(list(keys.values()), list(keys), fontsize=8)
     return figure, rows
 
 
@@ -212,7 +251,7 @@ def plot_gap(pairs: Pairs, result: GapTrend, names: tuple[str, str]) -> tuple[Fi
         colour = COLOURS[k % len(COLOURS)]
         here = pairs.tokens == d
         axes.plot(pairs.params[here], pairs.gap[here], "o", color=colour, ms=4,
-                  label=f"{d / 1e6:.3g}M tokens")  # fmt: skip
+                  label=f"{_short(d)} tokens")  # fmt: skip
         rows += [{"series": "pair", "params": n, "tokens": d, "gap": g}
                  for n, g in zip(pairs.params[here], pairs.gap[here], strict=True)]  # fmt: skip
         if d not in result.budgets:
@@ -222,15 +261,34 @@ def plot_gap(pairs: Pairs, result: GapTrend, names: tuple[str, str]) -> tuple[Fi
         rows += [{"series": "plane", "params": n, "tokens": d, "gap": g}
                  for n, g in zip(grid, line, strict=True)]  # fmt: skip
     axes.axhline(0, color="black", lw=0.8)
-    axes.set(xscale="log", xlabel="parameters N", ylabel=f"loss of {names[0]} - {names[1]}, nats")
-    axes.legend(fontsize=8)
+    axes.set(xscale="log", xlabel="parameters N",
+             ylabel=f"loss of {names[0]} less {names[1]}, nats a token")  # fmt: skip
+    _ticks(axes, set(pairs.params))
+    axes.plot([], [], "o", color=_GREY, ms=4, label="a pair of runs, one seed")
+    axes.plot([], [], "-", color=_GREY, lw=1, label="plane fitted to its budgets")
+    axes.legend(fontsize=8, ncols=2)
     return figure, rows
 
 
-def _ticks(axes: Axes, values: Iterable[float], label: Callable[[float], str]) -> None:
-    """Ticks at the values alone, on a logarithmic axis of less than a decade or two."""
+def _compute_axes(axes: Axes) -> None:
+    """Ticks of loss over compute."""
+    set_ticks(axes.xaxis)
+    set_ticks(axes.yaxis)
+
+
+def _short(value: float) -> str:
+    """A count to three digits: 6.84M."""
+    return count(float(f"{value:.3g}"))
+
+
+def _ticks(axes: Axes, values: Iterable[float]) -> None:
+    """Ticks at the values alone, on a logarithmic axis of less than a decade or two.
+
+    Values that are as good as equal share one.
+    """
     ordered = sorted(values)
-    axes.set_xticks(ordered, [label(v) for v in ordered])
+    apart = [v for i, v in enumerate(ordered) if i == 0 or v > 1.05 * ordered[i - 1]]
+    axes.set_xticks(apart, [_short(v) for v in apart])
     axes.minorticks_off()
 
 
@@ -255,7 +313,8 @@ def plot_rates(
             rows += [{"series": family, "size": size, "rate": r, "loss": x}
                      for r, x in found.items()]  # fmt: skip
         axes.set(xscale="log", xlabel="peak learning rate", title=family)
-        _ticks(axes, {r for size in sizes_here for r in tried[family, size]}, "{:g}".format)
+        _ticks(axes, {r for size in sizes_here for r in tried[family, size]})
         axes.legend(fontsize=8)
-    panels[0].set(ylabel="loss above the best, nats", ylim=(-0.01, 0.4))
+    panels[0].set(ylabel="loss above the best, nats a token", ylim=(-0.01, _MOST_ABOVE))
+    figure.supxlabel(f"lines that leave the top go on to losses above {_MOST_ABOVE:g}", fontsize=8)
     return figure, rows

@@ -16,14 +16,12 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.figures import COLOURS, count, set_ticks
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.train.smoothing import recent_average, smooth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
@@ -191,56 +189,39 @@ def phases_text(curve: Curve, smoothing: float = 0.8) -> str:
     return "\n".join(lines)
 
 
-def _figure(rows: int = 1) -> tuple["Figure", list]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 1.2 + 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, list(axes)
-
-
-def plot_losses(curves: Sequence[Curve], smoothing: float = 0.8, *, x: str = "tokens") -> "Figure":
-    """Training loss (faint: as recorded; solid: smoothed) and held-out loss (dots).
-
-    Args:
-      curves: the runs.
-      smoothing: weight of the neighbours, in [0, 1); 0 draws the records.
-      x: "tokens" or "steps".
-    """
-    figure, (axis,) = _figure()
-    for colour, curve in zip(_COLOURS, curves, strict=False):
-        each = curve.tokens[-1] / curve.steps[-1] if x == "tokens" else 1.0
-        axis.plot(curve.steps * each, curve.loss, color=colour, alpha=0.25, linewidth=0.8)
-        axis.plot(curve.steps * each, smooth(list(curve.loss), smoothing), color=colour,
-                  label=curve.name)  # fmt: skip
-        axis.plot(curve.eval_steps * each, curve.eval_loss, "o", color=colour, markersize=4)
-    axis.set(xlabel=x, ylabel="loss (nats a token)")
-    axis.legend(frameon=False)
-    return figure
-
-
 def plot_phases(curve: Curve, smoothing: float = 0.8) -> "Figure":
     """Loss, learning rate and flips of one run, with the phases of its schedule shaded."""
-    figure, axes = _figure(3 if len(curve.flip_steps) else 2)
-    axes[0].plot(curve.steps, curve.loss, color=_COLOURS[0], alpha=0.25, linewidth=0.8)
-    axes[0].plot(curve.steps, smooth(list(curve.loss), smoothing), color=_COLOURS[0])
-    axes[0].plot(curve.eval_steps, curve.eval_loss, "o", color=_COLOURS[1], markersize=4)
-    axes[0].set(ylabel="loss (nats a token)", title=curve.name)
-    axes[1].plot(curve.steps, curve.rate, color=_COLOURS[2])
-    axes[1].set(ylabel="learning rate")
-    if len(curve.flip_steps):
-        axes[2].plot(curve.flip_steps, 100 * curve.flip_share, "o-", color=_COLOURS[3],
-                     label="flipped since the look before")  # fmt: skip
-        axes[2].plot(
-            curve.flip_steps, 100 * curve.zero_share, "o-", color=_COLOURS[6], label="zero"
-        )
-        axes[2].set(ylabel="ternary weights (%)", ylim=(0, None))
-        axes[2].legend(frameon=False)
-    for axis in axes:
-        for i, phase in enumerate(phases(curve.config)):
-            axis.axvspan(phase.first, phase.last, color="#000000", alpha=0.05 * (i % 2), lw=0)
-    axes[-1].set_xlabel("step")
+    from matplotlib.figure import Figure
+
+    rows = 3 if len(curve.flip_steps) else 2
+    figure = Figure(figsize=(7.0, 1.2 + 2.4 * rows), layout="constrained")
+    loss, rate, *flips = figure.subplots(rows, 1, sharex=True)
+    loss.plot(curve.steps, curve.loss, color=COLOURS[0], alpha=0.3, linewidth=0.8,
+              label="training, as recorded")  # fmt: skip
+    loss.plot(curve.steps, smooth(curve.loss, smoothing), color=COLOURS[0],
+              label=f"training, smoothed ({smoothing:g})")  # fmt: skip
+    loss.plot(curve.eval_steps, curve.eval_loss, "o", color=COLOURS[1], markersize=4,
+              label="held-out")  # fmt: skip
+    loss.set(ylabel="loss (nats a token)", title=curve.name)
+    loss.legend(frameon=False, fontsize=9)
+    rate.plot(curve.steps, curve.rate, color=COLOURS[2])
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    for axes in flips:
+        axes.plot(curve.flip_steps, 100 * curve.zero_share, "o-", color=COLOURS[6], markersize=4,
+                  label="zero")  # fmt: skip
+        axes.plot(curve.flip_steps, 100 * curve.flip_share, "s-", color=COLOURS[3], markersize=4,
+                  label="changed since the look before")  # fmt: skip
+        axes.set(ylabel="ternary weights (%)", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=9)
+    for i, phase in enumerate(phases(curve.config)):
+        for axes in (loss, rate, *flips):
+            axes.axvspan(phase.first, phase.last, color="#000000", alpha=0.06 * (i % 2), lw=0)
+        rate.annotate(phase.name, ((phase.first + phase.last) / 2, 1), (0, 3),
+                      xycoords=("data", "axes fraction"), textcoords="offset points",
+                      ha="center", fontsize=8, annotation_clip=False)  # fmt: skip
+    for axes in (loss, rate, *flips):
+        axes.grid(alpha=0.25)
+        set_ticks(axes.yaxis)
+    set_ticks(loss.xaxis, count)
+    figure.axes[-1].set_xlabel("step")
     return figure

@@ -77,9 +77,34 @@ class _Look:
     mark: str
 
 
-def plot_metrics(
+def plot_metrics(runs: Sequence[Path], output: Path, **options: Any) -> list[str]:
+    """Draws metrics of runs into a file.
+
+    Args:
+      runs: run directories.
+      output: image file; its suffix gives the format.
+      **options: those of `draw_metrics`.
+
+    Returns:
+      What the figure leaves out, a line each.
+
+    Raises:
+      ConfigError: as `draw_metrics`, or the suffix is of no format.
+      TrainingError: a metrics.jsonl is damaged.
+      OutputError: the file cannot be written, or is there and no such figure.
+    """
+    kind = output.suffix.removeprefix(".").lower() or "png"
+    if kind not in _BEGINS:
+        raise ConfigError(f"output is {str(output)!r}: let it end in .{', .'.join(_BEGINS)}")
+    check_file(output, _BEGINS[kind], sources=[run / METRICS for run in runs])
+    figure, notes = draw_metrics(runs, **options)
+    with open_atomically(output) as file:
+        figure.savefig(file, dpi=150, format=kind)
+    return notes
+
+
+def draw_metrics(
     runs: Sequence[Path],
-    output: Path,
     *,
     metrics: Sequence[str] = ("loss",),
     x: XAxis = "steps",
@@ -87,12 +112,11 @@ def plot_metrics(
     log_y: bool = False,
     smoothing: float = 0.8,
     labels: Sequence[str] | None = None,
-) -> list[str]:
+) -> tuple["Figure", list[str]]:
     """Draws metrics of runs: training (as recorded, and smoothed) and held-out (marks).
 
     Args:
       runs: run directories.
-      output: image file; its suffix gives the format.
       metrics: names of `metrics.jsonl`, a panel each.
       x: quantity on the horizontal axis.
       log_x: draw it on a logarithmic scale.
@@ -101,13 +125,12 @@ def plot_metrics(
       labels: name of each run; default: its folder's.
 
     Returns:
-      What the figure leaves out, a line each: values that are not finite, metrics that a run
-      did not log.
+      The figure, and what it leaves out, a line each: values that are not finite, metrics that
+      a run did not log.
 
     Raises:
       ConfigError: no run logged a metric or a finite value of it, or an argument is out of range.
       TrainingError: a metrics.jsonl is damaged.
-      OutputError: the file cannot be written, or is there and no such figure.
     """
     if not 0 <= smoothing < 1:
         raise ConfigError(f"smoothing is {smoothing}: set a value in [0, 1)")
@@ -115,10 +138,6 @@ def plot_metrics(
         raise ConfigError("no run to plot: name at least one run directory")
     if labels is not None and len(labels) != len(runs):
         raise ConfigError(f"labels has {len(labels)} names for {len(runs)} runs: give one for each")
-    kind = output.suffix.removeprefix(".").lower() or "png"
-    if kind not in _BEGINS:
-        raise ConfigError(f"output is {str(output)!r}: let it end in .{', .'.join(_BEGINS)}")
-    check_file(output, _BEGINS[kind], sources=[run / METRICS for run in runs])
     found = [read_metrics(run) for run in runs]
     metrics = list(dict.fromkeys(metrics))
     check_logged(metrics, found)
@@ -130,10 +149,7 @@ def plot_metrics(
             above = " above 0" if log_x or log_y else ""
             raise ConfigError(f"{where} has no finite {metric}{above}: there is nothing to draw")
     names = list(labels or _names(runs))
-    figure = _draw(names, panels, x=x, log_x=log_x, log_y=log_y, smoothing=smoothing)
-    with open_atomically(output) as file:
-        figure.savefig(file, dpi=150, format=kind)
-    return notes
+    return _draw(names, panels, x=x, log_x=log_x, log_y=log_y, smoothing=smoothing), notes
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

@@ -94,7 +94,12 @@ def test_the_figures_hold_what_they_draw():
     assert {round(r["gap"], 6) for r in drawn} == {round(g, 6) for g in pairs.gap}
     figure, rows = plot_families(a, b, ("a", "b"))
     assert len(rows) == 24
-    assert len(figure.axes[0].lines) == 2 * 4 * 2  # points and line of each size
+    (axes,) = figure.axes
+    assert len(axes.lines) == 2 * 4 * 2  # points and line of each size
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend[:2] == ["a: seeds, mean", "b: seeds, mean"]
+    assert len(legend) == 2 + 4
+    assert all(text.endswith("M parameters") for text in legend[2:])
 
 
 def test_rates_are_drawn_above_the_best_of_their_size():

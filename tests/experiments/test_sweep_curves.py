@@ -14,7 +14,6 @@ from mmfree_jax.experiments.sweep.curves import (
     load_curve,
     phases,
     phases_text,
-    plot_losses,
     plot_phases,
     summarise_phases,
 )
@@ -71,8 +70,13 @@ def test_the_shipped_runs_can_be_drawn():
     assert [c.config.model.family for c in curves] == ["matmulfree", "transformer"]
     full, half = summarise_phases(curves[0])[-2:]
     assert half.flip_share < full.flip_share
-    assert len(plot_losses(curves).axes) == 1
-    assert [len(plot_phases(c).axes) for c in curves] == [3, 2]
+    figures = [plot_phases(c) for c in curves]
+    assert [len(f.axes) for f in figures] == [3, 2]
+    texts = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert texts == ["training, as recorded", "training, smoothed (0.8)", "held-out"]
+    assert [note.get_text() for note in figures[0].axes[1].texts] == [
+        "warm-up", "full rate", "half rate",
+    ]  # fmt: skip
 
 
 def test_bad_run_directories_are_named(tmp_path):

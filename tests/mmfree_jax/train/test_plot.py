@@ -244,10 +244,11 @@ def test_bad_input_is_one_line(runs, argv, message, capsys):
 @pytest.mark.parametrize(
     ("x", "change", "message"),
     [
-        ("steps", {"loss": "low"}, "loss is 'low' in a record, not a number: restore the file"),
-        ("steps", {"loss": True}, "loss is True"),
-        ("steps", {"loss": [1.0]}, "loss is [1.0]"),
-        ("steps", {"loss": 10**400}, "loss is 1000000"),
+        ("steps", {"loss": "low"}, "loss is 'low', not a number"),
+        ("steps", {"grad_norm": "low"}, "grad_norm is 'low' in a record, not a number: restore"),
+        ("steps", {"grad_norm": True}, "grad_norm is True"),
+        ("steps", {"grad_norm": [1.0]}, "grad_norm is [1.0]"),
+        ("steps", {"loss": 10**400}, "line 1 is not JSON"),
         ("time", {"step": "two"}, "step is 'two'"),
         ("tokens", {"tokens": {}}, "tokens is {}"),
         ("flops", {"tokens": None}, "train records without tokens: choose another --x"),
@@ -257,9 +258,10 @@ def test_bad_input_is_one_line(runs, argv, message, capsys):
     ],
 )
 def test_damaged_records_are_one_line(runs, x, change, message, capsys):
-    row = {"kind": "train", "step": 1, "tokens": 100, "time_s": 1.0, "loss": 4.0} | change
+    row = {"kind": "train", "step": 1, "tokens": 100, "time_s": 1.0, "loss": 4.0}
+    row |= {"grad_norm": 1.0} | change
     (runs[0] / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert main(["plot", str(runs[0]), "--x", x]) == 2
+    assert main(["plot", str(runs[0]), "--x", x, "--metrics", "loss", "grad_norm"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
