@@ -1,5 +1,9 @@
 """Named configurations: the paper's sizes, small ones, and a scaling ladder.
 
+A preset is a model with a peak learning rate. It is no recipe: steps, batch and warm-up are the
+defaults of `TrainConfig` (1,000 steps of 8 x 2048 tokens, no warm-up), which is 16M tokens at any
+of the paper's sizes. The paper's own runs are experiments/configs/paper-*.yaml.
+
 Parameters of a block, for either family (m is the GLU width):
   mixer 4 d^2 (i, f, g, o or q, k, v, o) + GLU 3 d m, and m = 256 ceil(int(8d/3) / 256).
 The embedding and the head add 2 V d.
@@ -28,7 +32,9 @@ _PAPER = {
     "13B": (40, 5120, 7e-4, 3e-4),
 }
 
-# A ladder of non-embedding sizes for scaling studies.
+# A ladder of non-embedding sizes for scaling studies. The rates are those of the study
+# (docs/scaling-study.md): the best of five at 12M tokens in steps of 16,384 with a warm-up of 5%,
+# at 41M and 61M by its power law through the smaller sizes. Longer runs may want smaller ones.
 #   name     L   d    m     4 d^2 + 3 d m   non-embedding
 #   rung-1M  4   128  512       262,144         1.0M
 #   rung-3M  6   192  512       442,368         2.7M
@@ -37,12 +43,12 @@ _PAPER = {
 #   rung-41M 12  512  1536    3,407,872        40.9M
 #   rung-61M 12  640  1792    5,079,040        60.9M
 _LADDER = {
-    "rung-1M": (4, 128, 1e-2, 2e-3),
-    "rung-3M": (6, 192, 8e-3, 2e-3),
-    "rung-7M": (8, 256, 8e-3, 1e-3),
-    "rung-18M": (10, 384, 6e-3, 1e-3),
-    "rung-41M": (12, 512, 6e-3, 1e-3),
-    "rung-61M": (12, 640, 5e-3, 6e-4),
+    "rung-1M": (4, 128, 1.6e-2, 4e-3),
+    "rung-3M": (6, 192, 1.6e-2, 4e-3),
+    "rung-7M": (8, 256, 4e-3, 2e-3),
+    "rung-18M": (10, 384, 2e-3, 2e-3),
+    "rung-41M": (12, 512, 1.33e-3, 1.46e-3),
+    "rung-61M": (12, 640, 9.86e-4, 1.29e-3),
 }
 
 # For tests and laptops; the vocabulary of `tiny` holds the byte tokenizer's 258.

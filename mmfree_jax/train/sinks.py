@@ -85,7 +85,7 @@ class WandB:
             raise ConfigError(
                 f"log.wandb_project is {project!r}, and Weights & Biases does not start "
                 f"({' '.join(str(e).split())}): run `wandb login`, or set WANDB_MODE=offline, or "
-                "leave the field out"
+                "leave out --log.wandb-project"
             ) from e
         self._next_step = self._run.step  # beyond 0 where the server has the run already
         self._lost = False

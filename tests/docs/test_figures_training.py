@@ -161,3 +161,24 @@ def test_several_gpus(records, compare):
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     compare("docs/pods.md", lines)
+
+
+def test_paper_runs(records, compare):
+    big = run(records, "2.7B")
+    measured = {size: printed(records, size)[0][1:] for size in ONE}
+    measured["2.7B"] = (big["tokens_per_s"], big["peak_gib"])
+    budgets = {"370M": (15e9, "", "5 h"), "1.3B": (100e9, "", "84 h"),
+               "2.7B": (100e9, " (an earlier version)", "173 h")}  # fmt: skip
+    lines = []
+    for size, (tokens, note, papers) in budgets.items():
+        rate, gib = measured[size]
+        hours = tokens / rate / 3600
+        eight = f"{hours / 8 / 0.9:.1f} h | {papers}"
+        lines.append(
+            f"| {size} | {rate / 1e3:.1f}k{note} | {hours:.0f} | {eight} | {gib:.1f} GiB |"
+        )
+        compare(
+            f"experiments/configs/paper-{size}.yaml",
+            [f"# {hours:.0f} hours of one H100 at its measured rate, and {gib:.1f} GiB of it,"],
+        )
+    compare("docs/paper-runs.md", lines)

@@ -229,4 +229,4 @@ def test_files_are_read_strictly(tmp_path):
     sweep = load_sweep(path, out="there", data=("some",))
     assert sweep.out == "there"
     assert main_runs(sweep)[0].config.data.paths == ("some",)
-    assert main_runs(sweep)[0].learning_rate == 1e-2  # the preset's
+    assert main_runs(sweep)[0].learning_rate == 1.6e-2  # the preset's
