@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mmfree_jax", "experiments", "launch")
 OTHER_FILES = ("huggingface.py", "huggingface_fields.py")  # the settings are those of a file
 OTHER_PROGRAMS = {"--version", "--array", "--long", "--rows"}  # sbatch, zstd and a script take them
+OTHER_PROGRAMS |= {"--upgrade", "--force-reinstall"}  # and pip these
 
 SETTINGS = flatten(to_dict(TrainConfig()), separator=".")
 NAMES = {name for path in SETTINGS for name in (path, path.split(".")[-1]) if set(name) & set("._")}
