@@ -328,7 +328,8 @@ class LogConfig:
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (docs/tracking.md)."""
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
-    """Live progress bar, plain lines, or nothing; auto: a bar on a terminal."""
+    """rich: one live line, on a terminal that can draw one; plain: lines; none: nothing; auto: as
+    rich."""
     profile_steps: tuple[Count, Count] | None = None
     """First and last step of a jax.profiler trace, written to the run directory."""
 

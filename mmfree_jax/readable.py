@@ -1,5 +1,6 @@
-"""Numbers and values for people."""
+"""Numbers, values and texts for people."""
 
+import unicodedata
 from typing import Any
 
 
@@ -27,3 +28,26 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{m:02d}m"
     return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def printable(text: str) -> str:
+    """A text that moves no cursor and turns no line: what could is written as Python escapes it.
+
+    Line ends and tabs stay, and so do the joiners inside of emoji and of some scripts.
+    """
+    return "".join(
+        c if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in _HARMFUL else _escaped(c)
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+_HARMFUL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, directions, halves of pairs, line ends
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def indented(text: str) -> str:
+    """A text under a heading: made `printable`, each line behind two spaces."""
+    return "\n".join(f"  {line}".rstrip() for line in printable(text).split("\n"))

@@ -1,6 +1,9 @@
 """`mmfree train`."""
 
+import contextlib
 import dataclasses
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +14,10 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import read_settings, with_settings
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.parallel.process_options import ProcessOptions
+from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
 from mmfree_jax.places import check_local
 from mmfree_jax.presets import PRESETS, preset
+from mmfree_jax.progress import open_display
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -143,11 +147,21 @@ def last_place(argv: list[str], flag: str) -> str | None:
 def train(argv: Sequence[str]) -> int:
     """Train a language model, or go on with a run."""
     arguments = _parse(argv, "mmfree train")
-    from mmfree_jax.parallel import processes
-    from mmfree_jax.train.loop import train as run_training  # JAX starts here, not for --help
-    from mmfree_jax.train.stop import EXIT_CODES
+    joined = find_processes(arguments.processes, os.environ)
+    is_first = joined is None or joined.get("process_id", 0) == 0
+    kind = arguments.run.log.progress if is_first else "none"
+    with contextlib.closing(open_display(kind, sys.stdout, patience=0.0)) as display:
+        display.stage("starting JAX")
+        from mmfree_jax.parallel import processes
+        from mmfree_jax.train.loop import train as run_training  # JAX starts here, not for --help
+        from mmfree_jax.train.stop import EXIT_CODES
 
-    processes.join(arguments.processes)
-    with processes.leaving_at_once():
-        summary = run_training(arguments.run, process_options=arguments.processes)
+        if joined is not None:
+            display.stage("meeting the other processes")
+        processes.join(arguments.processes)
+        # Closed before the error is said, behind which nothing is cleared away.
+        with processes.leaving_at_once(), contextlib.closing(display):
+            summary = run_training(
+                arguments.run, process_options=arguments.processes, display=display
+            )
     return EXIT_CODES.get(summary["stopped_by"] or "", 0)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from mmfree_jax import progress
 from mmfree_jax.error_line import say
 from mmfree_jax.errors import (
     CheckpointError,
@@ -59,6 +60,7 @@ def join(options: ProcessOptions, environ: Mapping[str, str] = os.environ) -> No
     where = arguments.get("coordinator_address", "the address that the environment gives")
 
     def give_up() -> None:
+        progress.close_all()
         count = arguments.get("num_processes", "")
         print(
             f"mmfree: error: the {count} processes did not all meet at {where} within "
@@ -266,6 +268,7 @@ def leaving_at_once() -> Iterator[None]:
 
 def leave(error: BaseException) -> NoReturn:
     """Says what happened and ends the process without waiting for anybody."""
+    progress.close_all()
     if isinstance(error, MMFreeError):
         code = getattr(error, "exit_code", 2)
         if jax.process_index() == 0 or not getattr(error, "said_by_first", False):

@@ -7,6 +7,7 @@ device always has a step queued while the host reads, logs and fetches the next 
 import contextlib
 import functools
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
+from mmfree_jax.progress import Display, open_display
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
 from mmfree_jax.train.branch import check_apart
@@ -33,6 +35,7 @@ from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.profiler import Profiler
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
+from mmfree_jax.train.run_display import TRAINING, RunDisplay
 from mmfree_jax.train.same_run import check_run_dir
 from mmfree_jax.train.setup import (
     Run,
@@ -42,7 +45,7 @@ from mmfree_jax.train.setup import (
     datasets_read,
     open_run,
 )
-from mmfree_jax.train.sinks import make_progress, make_sinks
+from mmfree_jax.train.sinks import make_sinks
 from mmfree_jax.train.start import start_state
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
 from mmfree_jax.train.stop import Consensus, StopRequest, catch_signals
@@ -57,6 +60,7 @@ def train(
     sampler: Sampler | None = None,
     on_step: Callable[[int], None] | None = None,
     process_options: ProcessOptions | None = None,
+    display: Display | None = None,
 ) -> Summary:
     """Trains one model, from the newest good checkpoint in `config.run_dir` if there is one.
 
@@ -72,6 +76,8 @@ def train(
       sampler: writes the sample texts; default: `mmfree_jax.infer.sample_text`.
       on_step: called with the number of each step after it was dispatched.
       process_options: how long to bear with another process that is silent or hangs.
+      display: shows what happens; closed at the end. Default: as `config.log.progress` says, on
+        standard output.
 
     Returns:
       What summary.json holds; `status` is "complete" or "stopped", and `stopped_by` says by what.
@@ -85,7 +91,16 @@ def train(
       ProcessLostError: another process is gone.
     """
     is_writer = jax.process_index() == 0
-    with contextlib.ExitStack() as held, catch_signals() as request:
+    if not is_writer:
+        display = Display()
+    elif display is None:
+        display = open_display(config.log.progress, sys.stdout, patience=0.0)
+    with (
+        contextlib.closing(display),
+        contextlib.ExitStack() as held,
+        catch_signals(display.notice) as request,
+    ):
+        display.stage("reading the data")
         watchdog = _watch(process_options, held)
         check_apart(config)
         run = open_run(config)
@@ -101,6 +116,7 @@ def train(
 
         if (summary := processes.first(look)) is not None:
             return summary
+        display.stage("building the model")
         start = start_state(run)
         run, config = start.run, start.run.config
         if is_writer:
@@ -124,7 +140,7 @@ def train(
             origin=run.origin,
             meter=start.meter,
             sinks=sinks,
-            progress=make_progress(config.log.progress, config.steps, start.step),
+            progress=RunDisplay(display, config.steps),
             settle=functools.partial(_wait_quietly, checkpointer),
             clock=clock,
         )
@@ -252,6 +268,8 @@ class _Loop:
             batch = self._next_batch()
             step_fn = self._compile(state, batch)
             recorder.start()
+            recorder.progress.stage(TRAINING)
+            recorder.progress.step(start)
         while done < config.steps and stopped_by is None:
             self._profiler.before(done + 1)
             with watch.section("step"):
@@ -275,9 +293,10 @@ class _Loop:
             self._sample(state, done)
             if stopped_by:
                 recorder.message(f"{stopped_by} reached: run the same command to go on")
-        with watch.section("checkpoint"):
+        with watch.section("checkpoint"), recorder.progress.during("saving the checkpoint"):
             self._checkpointer.wait()
-        return write_report(self._run, recorder, done, stopped_by, self.compile_seconds)
+        with recorder.progress.during("writing the summary"):
+            return write_report(self._run, recorder, done, stopped_by, self.compile_seconds)
 
     def _next_batch(self) -> dict[str, jax.Array]:
         size = self._run.config.batch_size
@@ -286,7 +305,7 @@ class _Loop:
     def _compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
         """Compiles the step ahead of its first call, so that its time is known."""
         run, begin = self._run, self._clock()
-        self._recorder.message("compiling the training step")
+        self._recorder.progress.stage("compiling the training step")
         with jax.set_mesh(run.mesh):
             step_fn = jit_train_step(run.config, run.optimizer, run.mesh)
             schedule = jax.device_put(
@@ -375,9 +394,11 @@ class _Loop:
         if batches is None or (last is not None and last["step"] == done):
             return
         self._read_metrics()
-        with self._recorder.watch.section("eval"):
+        progress = self._recorder.progress
+        with self._recorder.watch.section("eval"), progress.during("evaluating"):
             sums = {"loss": 0.0, "correct": 0.0, "tokens": 0.0}
-            for host_batch in batches:
+            for number, host_batch in enumerate(batches):
+                progress.part(number, self._run.config.eval.batches)
                 batch = place_batch(self._run.mesh, host_batch, batches.rows, batches.batch_size)
                 with jax.set_mesh(self._run.mesh):
                     result = jax.device_get(self._eval_step(state.params, batch))
@@ -392,7 +413,7 @@ class _Loop:
         if not options.sample_tokens or (last is not None and last["step"] == done):
             return
         self._read_metrics()
-        with self._recorder.watch.section("eval"):
+        with self._recorder.watch.section("eval"), self._recorder.progress.during("sampling"):
             text = self._sampler(
                 LanguageModel(self._run.config.model),
                 state.params,

@@ -24,7 +24,8 @@ from mmfree_jax.train.metrics import (
     perplexity,
 )
 from mmfree_jax.train.optimizer import make_schedule
-from mmfree_jax.train.sinks import Progressing, Sink
+from mmfree_jax.train.run_display import RunDisplay
+from mmfree_jax.train.sinks import Sink
 
 
 class Recorder:
@@ -35,6 +36,7 @@ class Recorder:
     Attributes:
       watch: where the loop's time goes; the loop opens its sections.
       last: the newest record of each kind.
+      progress: what is shown; the loop says its stages there.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Recorder:
         origin: Origin = FROM_NOTHING,
         meter: dict[str, Any] | None,
         sinks: Sequence[Sink],
-        progress: Progressing,
+        progress: RunDisplay,
         settle: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,7 +60,7 @@ class Recorder:
         self._start_step, self._origin = restored_step, origin
         self._history = History(run_dir / METRICS, restored_step) if _is_writer() else None
         self._before = self._history.seconds if self._history else 0.0
-        self._sinks, self._progress = list(sinks), progress
+        self._sinks, self.progress = list(sinks), progress
         self._schedule = make_schedule(config.optimizer, config.steps)
         meter = meter or {}
         self._window = Window(meter.get("window"))
@@ -114,6 +116,7 @@ class Recorder:
           TrainingError: they are not finite and the policy says to stop.
         """
         self._window.add(metrics, tokens_per_step(self._config))
+        self.progress.step(step)
         self._positions += tokens_per_step(self._config)
         self._all_positions += tokens_per_step(self._config)
         if metrics["finite"]:
@@ -216,7 +219,7 @@ class Recorder:
     def message(self, text: str) -> None:
         """Shows a line without recording it."""
         if _is_writer():
-            self._progress.message(text)
+            self.progress.message(text)
 
     def _write(self, kind: str, step: int, values: Record) -> None:
         record = {
@@ -231,7 +234,7 @@ class Recorder:
             self._history.write(record)
             for sink in self._sinks:
                 sink.write(record)
-            self._progress.write(record)
+            self.progress.write(record)
 
     def sync(self) -> None:
         """Forces the history to disk."""
@@ -240,7 +243,7 @@ class Recorder:
 
     def close(self) -> None:
         """Closes the history, the sinks and the display."""
-        self._progress.close()
+        self.progress.close()
         for sink in self._sinks:
             sink.close()
         if self._history is not None:

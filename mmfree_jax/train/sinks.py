@@ -1,22 +1,16 @@
-"""Where records go besides metrics.jsonl: the terminal, TensorBoard, Weights & Biases."""
+"""Where records go besides metrics.jsonl and the terminal: TensorBoard, Weights & Biases."""
 
-import contextlib
 import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
+from typing import Any, Protocol
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import write_text
 from mmfree_jax.installed import import_optional, install_command
-from mmfree_jax.readable import format_count, format_seconds
 from mmfree_jax.saved.history import Record
 from mmfree_jax.saved.run_directory import TENSORBOARD, WANDB_ID
 
@@ -112,117 +106,6 @@ class WandB:
             self._lost = True
             reason = " ".join(f"{type(e).__name__}: {e}".split())
             print(f"warning: nothing more is logged to W&B ({reason})", file=sys.stderr)
-
-
-def format_record(record: Record, steps: int) -> str:
-    """One plain line for a record."""
-    where = f"step {record['step']:>{len(str(steps))}}/{steps}"
-    if record["kind"] == "eval":
-        parts = [f"held-out loss {record['loss']:.4f}", f"perplexity {record['perplexity']:.2f}"]
-        if record.get("bits_per_byte"):
-            parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
-        return f"{where}  " + "  ".join(parts)
-    if record["kind"] == "sample":
-        return f"{where}  sample: {record['text']!r}"
-    if record["kind"] == "event":
-        return f"{where}  {record['event']}"
-    parts = []
-    if record.get("loss") is not None:
-        parts += [f"loss {record['loss']:.4f}", f"grad {record['grad_norm']:.2f}"]
-    if record.get("skipped_steps"):
-        parts.append(f"skipped {record['skipped_steps']}")
-    parts.append(f"lr {record['learning_rate']:.2e}")
-    if record.get("tokens_per_s"):
-        parts.append(f"{format_count(record['tokens_per_s'])} tok/s")
-    if record.get("mfu") is not None:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    if record.get("zero_share") is not None:
-        parts.append(f"zero {record['zero_share']:.1%}")
-    if record.get("changed_share") is not None:
-        parts.append(f"changed {record['changed_share']:.2%}")
-    if record.get("eta_s") is not None:
-        parts.append(f"ETA {format_seconds(record['eta_s'])}")
-    return f"{where}  " + "  ".join(parts)
-
-
-class PlainProgress:
-    """One line a record."""
-
-    def __init__(self, steps: int, stream: TextIO | None = None) -> None:
-        self._steps = steps
-        self._stream = stream or sys.stdout
-
-    def write(self, record: Record) -> None:
-        """Prints the record."""
-        self.message(format_record(record, self._steps))
-
-    def message(self, text: str) -> None:
-        """Prints a line."""
-        with contextlib.suppress(BrokenPipeError):
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Nothing to let go."""
-
-
-class RichProgress:
-    """A live bar with loss, speed and ETA; evaluations and samples scroll by above it."""
-
-    def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
-        self._steps = steps
-        self._console = console or Console()
-        self._bar = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self._console,
-            refresh_per_second=2,
-        )
-        self._task = self._bar.add_task("train", total=steps, completed=done, status="compiling")
-        self._bar.start()
-
-    def write(self, record: Record) -> None:
-        """Updates the bar, or prints above it."""
-        line = format_record(record, self._steps)
-        if record["kind"] == "train":
-            status = line.split("  ", 1)[1].replace("[", "\\[")
-            self._bar.update(self._task, completed=record["step"], status=status)
-        else:
-            self._console.print(Text(line))
-
-    def message(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(Text(text))
-
-    def close(self) -> None:
-        """Stops the bar, leaving it on screen."""
-        self._bar.stop()
-
-
-class Silent:
-    """Shows nothing."""
-
-    def write(self, record: Record) -> None:
-        """Ignores the record."""
-
-    def message(self, text: str) -> None:
-        """Ignores the line."""
-
-    def close(self) -> None:
-        """Nothing to let go."""
-
-
-Progressing = PlainProgress | RichProgress | Silent
-
-
-def make_progress(kind: str, steps: int, done: int) -> Progressing:
-    """The progress display for `log.progress`; "auto" is a bar only on a terminal."""
-    if kind == "none":
-        return Silent()
-    if kind == "rich" or (kind == "auto" and sys.stdout.isatty()):
-        return RichProgress(steps, done)
-    return PlainProgress(steps)
 
 
 def make_sinks(config: TrainConfig, run_dir: Path, restored_step: int) -> list[Sink]:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
@@ -19,11 +19,13 @@ EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 class StopRequest:
     """Remembers the first SIGTERM or SIGINT."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.signal: str | None = None
+        self._say = say
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+        self._say(f"{self.signal}: saving after this step; a second one ends at once")
         # A second one does what it always does: stop at once. No checkpoint is harmed.
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else _interrupt)
 
@@ -33,9 +35,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a request, while inside. Only in the main thread."""
-    request = StopRequest()
+def catch_signals(say: Callable[[str], None] = lambda text: None) -> Iterator[StopRequest]:
+    """Turns SIGTERM and SIGINT into a request, while inside. Only in the main thread.
+
+    `say` is called by the handler: it may take no lock.
+    """
+    request = StopRequest(say)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
