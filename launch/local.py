@@ -12,15 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any, Self
+from typing import IO, Annotated, Any, Self
 
 from mmfree_jax.children import Children
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.ranges import AboveZero, Count, Port, check_numbers
+from mmfree_jax.ranges import AboveZero, Count, Port, Range, check_numbers
 
 # A process that was told to stop, saved and left. The others are about to do the same.
 _STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
 _LOOK_SECONDS = 0.1
+
+Processes = Annotated[int, Range(1, 1024)]
+"""Of one machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Plan:
     """What to start."""
 
     command: tuple[str, ...]
-    count: Count
+    count: Processes
     devices_per_process: Count | None = None
     port: Port | None = None
     grace_seconds: AboveZero = 15.0

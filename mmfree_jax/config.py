@@ -26,6 +26,11 @@ from mmfree_jax.ranges import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+MatmulKernel = Literal[
+    "xla_int8", "xla_bf16", "xla_f32", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu"
+]
+RecurrenceKernel = Literal["xla", "pallas_gpu", "pallas_tpu"]
+AttentionKernel = Literal["xla", "cudnn"]
 
 
 def _require(condition: bool, name: str, value: object, way_out: str) -> None:
@@ -102,12 +107,12 @@ class ModelConfig:
     """Operands of the fused BitLinears' backward products. bf16: the compute dtype; int8_dx: the
     incoming gradient in int8 for the inputs' gradient; int8: for the weights' gradient too. The
     head's stay in the compute dtype."""
-    matmul_kernel: str | None = None
-    """Implementation of the ternary product (xla_int8, ...); None: the fastest known here."""
-    recurrence_kernel: str | None = None
-    """Implementation of the recurrence (xla, pallas_gpu, ...); None: the fastest known here."""
-    attention_kernel: str | None = None
-    """Implementation of causal attention (xla, cudnn); None: the fastest known here."""
+    matmul_kernel: MatmulKernel | None = None
+    """Implementation of the ternary product; None: the fastest known here."""
+    recurrence_kernel: RecurrenceKernel | None = None
+    """Implementation of the recurrence; None: the fastest known here."""
+    attention_kernel: AttentionKernel | None = None
+    """Implementation of causal attention; None: the fastest known here."""
     remat: Literal["none", "full", "stream", "states", "gated", "gates", "dots"] = "full"
     """What the backward pass recomputes. none: nothing; full: whole blocks, from their input;
     stream: keeps the residual stream between mixer and GLU too; states: also the recurrent

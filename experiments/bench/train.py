@@ -13,8 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
+from mmfree_jax.model.kernel_choice import check_kernels
 from mmfree_jax.parallel.sharding import batch_sharding, check_divisible, make_mesh
 from mmfree_jax.train.flops import count_flops, count_parameters
+from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import (
     Optimizer,
     ScheduleValues,
@@ -73,10 +75,13 @@ def compile_train_step(config: TrainConfig) -> CompiledStep:
     JAX's compilation cache finds what another has compiled.
 
     Raises:
-      ConfigError: batch or model do not divide over the mesh.
+      ConfigError: batch or model do not divide over the mesh, or are far too large for it, or a
+        kernel is of other devices.
     """
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
+    check_kernels(config.model, mesh.devices.flat[0].platform)
+    check_fits(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
@@ -109,7 +114,8 @@ def measure_train_step(
         None: no trace.
 
     Raises:
-      ConfigError: batch or model do not divide over the mesh.
+      ConfigError: batch or model do not divide over the mesh, or are far too large for it, or a
+        kernel is of other devices.
     """
     begin = time.perf_counter()
     compiled = compile_train_step(config)

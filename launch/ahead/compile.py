@@ -32,6 +32,7 @@ def compile_step(
     import jax
     import jax.numpy as jnp
 
+    from mmfree_jax.model.kernel_choice import check_kernels
     from mmfree_jax.parallel.sharding import check_divisible, make_mesh
     from mmfree_jax.train.optimizer import make_optimizer, schedule_values
     from mmfree_jax.train.step import jit_train_step, state_shapes
@@ -45,6 +46,7 @@ def compile_step(
     with as_if_on(devices):
         mesh = make_mesh(config.mesh, devices)
         check_divisible(config, mesh)
+        check_kernels(config.model, devices[0].platform)
         step = jit_train_step(config, optimizer, mesh)
         begin = time.perf_counter()
         with jax.set_mesh(mesh):

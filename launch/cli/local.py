@@ -7,7 +7,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.launch.local import Plan, mmfree_command, run
+from mmfree_jax.launch.local import Plan, Processes, mmfree_command, run
 from mmfree_jax.ranges import AboveZero, Count, Port
 
 
@@ -20,7 +20,7 @@ def local(argv: Sequence[str]) -> int:
         own, command = argv[:at], argv[at + 1 :]
 
     def plan(
-        n: Annotated[Count, tyro.conf.arg(aliases=["-n"])],
+        n: Annotated[Processes, tyro.conf.arg(aliases=["-n"])],
         devices_per_process: Count | None = None,
         port: Port | None = None,
         grace_seconds: AboveZero = 15.0,

@@ -174,6 +174,8 @@ def prepare_dataset(
     folder = Path(config.out)
     settings = describe_settings(config, identity(tokenizer))
     inputs = [describe_file(file, config.text_field) for file in found.files]
+    if not any((folder / name).exists() for name in (INDEX_NAME, PROGRESS_NAME)):
+        check_empty(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

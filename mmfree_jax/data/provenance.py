@@ -80,9 +80,8 @@ def check_same(
 def check_empty(folder: Path) -> None:
     """Refuses to mix a new data set with files that are something else."""
     with disk_errors(folder):
-        others = sorted(
-            p.name for p in folder.iterdir() if p.name != _LOCK_NAME and not is_leftover(p.name)
-        )
+        found = folder.iterdir() if folder.exists() else ()
+        others = sorted(p.name for p in found if p.name != _LOCK_NAME and not is_leftover(p.name))
     if others:
         raise DataError(
             f"{folder} is not empty (it holds {others[0]}) and not an unfinished data set: give "

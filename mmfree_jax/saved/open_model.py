@@ -16,6 +16,7 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.kernel_choice import without_foreign_kernels
 from mmfree_jax.model.parameters import flatten, param_shapes
 from mmfree_jax.model.weights import Master, Packed, Ternary, Weights, as_weights, can_pack, pack
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
@@ -49,7 +50,7 @@ class SavedModel:
     _packed: packed.PackedFile | None = None
 
     def model(self, compute_dtype: Any = None) -> LanguageModel:
-        """The model, its weights apart.
+        """The model, its weights apart, with kernels that run here.
 
         Args:
           compute_dtype: of activations: float32, bfloat16 or float16; None: as trained, float32
@@ -58,7 +59,8 @@ class SavedModel:
         Raises:
           ConfigError: another dtype.
         """
-        return LanguageModel(_with_dtype(self.config, compute_dtype))
+        config = without_foreign_kernels(self.config, jax.default_backend())
+        return LanguageModel(_with_dtype(config, compute_dtype))
 
     @property
     def tokenizer_path(self) -> Path | None:

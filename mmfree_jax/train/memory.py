@@ -5,9 +5,15 @@ leaves out the compiler's scratch space and fragmentation: expect the real peak 
 somewhat higher, and see the tests for how close it is.
 """
 
+import contextlib
 import dataclasses
+import os
+import resource
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmfree_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
@@ -106,3 +112,39 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
         activations=activations,
         logits=chunk * model.vocab_size * (4 + compute) / mesh.tensor,
     )
+
+
+_SLACK = 2
+"""An estimate must be so many times too large before a run is refused for it."""
+
+
+def check_fits(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuses, before anything is allocated, what is far from fitting into the devices' memory.
+
+    Raises:
+      ConfigError: the estimate is more than twice what a device has.
+    """
+    axes = {name: int(size) for name, size in mesh.shape.items()}
+    needed = estimate_memory(config, MeshConfig(**axes)).total
+    there = device_memory(mesh.local_devices[0])
+    if there is not None and needed > _SLACK * there:
+        raise ConfigError(
+            f"training needs about {needed / 2**30:,.0f} GiB on each device, which has "
+            f"{there / 2**30:,.0f}: lower batch_size ({config.batch_size}), data.seq_len "
+            f"({config.data.seq_len}) or the model ({config.model.num_layers} layers of "
+            f"{config.model.hidden_size}, vocabulary {config.model.vocab_size}); see mmfree info"
+        )
+
+
+def device_memory(device: Any) -> int | None:
+    """Bytes that a device of JAX has; None where it does not tell. A CPU has the process's."""
+    if device.platform != "cpu":
+        stats = device.memory_stats()
+        return None if stats is None else stats.get("bytes_limit")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    of_process = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if of_process != resource.RLIM_INFINITY:
+        limits.append(of_process)
+    with contextlib.suppress(OSError, ValueError):  # "max": the container has no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)

@@ -17,11 +17,13 @@ from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import copy_folder, folder_atomically
 from mmfree_jax.installed import versions
+from mmfree_jax.model.kernel_choice import check_kernels
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
+from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 
 # What decides what a run computes.
@@ -94,6 +96,8 @@ def _arrangement(mesh: Mesh) -> dict[str, Any]:
 def _open_run(config: TrainConfig) -> Run:
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
+    check_kernels(config.model, mesh.devices.flat[0].platform)
+    check_fits(config, mesh)
     data = tuple(open_mixture(config.data))
     for dataset in data:
         check_compatible(dataset, config.model.vocab_size)

@@ -138,6 +138,7 @@ def test_settings_are_checked_however_they_are_made(build, message):
         ("bench edge --out x --quiet nan", "--quiet is nan"),
         ("compile --topology h100x8 --peak-share nan", "--peak-share is nan"),
         ("launch local -n 2 --grace-seconds inf -- train", "--grace-seconds is inf"),
+        ("launch local -n 2147483647 -- train", "--n is 2147483647: set a value in [1, 1024]"),
         ("launch render slurm --name x --nodes 0 -- --preset tiny", "nodes is 0"),
         ("fit runs.csv --level nan", "--level is nan"),
         ("crossing a b --horizon inf", "--horizon is inf"),

@@ -162,6 +162,7 @@ def test_a_folder_that_is_something_else_is_left_alone(source, tmp_path):
     with pytest.raises(DataError, match=r"mine is not empty \(it holds tokenizer\)"):
         run(out, input=(source,))
     assert (out / "tokenizer" / "tokenizer.json").read_text() == "precious"
+    assert [p.name for p in out.iterdir()] == ["tokenizer"]
 
 
 def test_two_processes_do_not_share_a_folder(source, tmp_path):

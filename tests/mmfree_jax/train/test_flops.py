@@ -1,15 +1,18 @@
 """Parameter, operation and memory counts against hand counts and the compiler."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.presets import PRESETS, preset
 from mmfree_jax.train.flops import count_flops, count_parameters, find_device, utilisation
-from mmfree_jax.train.memory import estimate_memory
+from mmfree_jax.train.memory import check_fits, device_memory, estimate_memory
 
 
 @pytest.mark.parametrize(("name", "billions"), [("370M", 0.374), ("1.3B", 1.364), ("2.7B", 2.70)])
@@ -111,7 +114,7 @@ def test_memory_splits_over_the_mesh():
     assert fsdp.parameters == one.parameters / 8
     assert data.optimizer == one.optimizer == 8 * count_parameters(config.model).total
     assert fsdp.activations == data.activations == one.activations / 8
-    with pytest.raises(ConfigError, match="multiple of data x fsdp"):
+    with pytest.raises(ConfigError, match="multiple of mesh.data x mesh.fsdp"):
         estimate_memory(config, MeshConfig(data=3))
     with pytest.raises(ConfigError, match=r"mesh\.data"):
         estimate_memory(config, MeshConfig())
@@ -138,3 +141,27 @@ def test_every_preset_is_counted():
     for name, config in PRESETS.items():
         assert count_parameters(config.model).total > 0, name
         assert estimate_memory(config, MeshConfig(data=1)).total > 0, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "model"),
+    [({"batch_size": 10**9}, {}), ({}, {"hidden_size": 10**8}), ({}, {"vocab_size": 2**31 - 1})],
+)
+def test_what_is_far_from_fitting_is_refused(changes, model):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    tiny = preset("tiny")
+    check_fits(tiny, mesh)
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **model), **changes)
+    with pytest.raises(ConfigError, match=r"needs about [\d,]+ GiB on each device, which has"):
+        check_fits(config, mesh)
+
+
+def test_a_cpu_has_no_more_than_the_process_may_take():
+    assert 2**30 < device_memory(jax.devices()[0]) < 2**50
+    code = (
+        "import resource, jax; from mmfree_jax.train.memory import device_memory;"
+        "resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30));"
+        "assert device_memory(jax.devices()[0]) <= 12 << 30"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

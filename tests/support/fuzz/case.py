@@ -81,7 +81,9 @@ def faults(case: Case, outcome: Outcome, before: set[str], after: dict[str, bool
         found.append(f"exit code {outcome.code}")
     if "Traceback (most recent call last)" in outcome.err + outcome.out:
         found.append("a traceback")
-    lines = [line for line in outcome.err.splitlines() if line.startswith("mmfree: ")]
+    lines = re.findall(r"^mmfree: .*", outcome.err, re.M)
+    # `launch local` passes on what its processes say, behind their numbers.
+    lines = lines or re.findall(r"^\[0\] (mmfree: .*)", outcome.out, re.M)
     if any(line.startswith("mmfree: unexpected error") for line in lines):
         found.append("the last resort had to speak")
     elif any("needs more memory than there is" in line for line in lines):

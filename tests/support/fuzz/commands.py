@@ -75,6 +75,9 @@ GOOD: dict[str, tuple[str, ...]] = {
 OWN_PROCESS = ("compile", "launch local")
 """These set up JAX's devices, or children, before JAX starts."""
 
+_HEAVY = ("bench train", "compile")
+"""Without a configuration these take the default model: a good command, of minutes."""
+
 _SIZES = re.compile(r"size|layers|batch|seq-len|heads|expand|short-conv|length|tokens$|mesh|devices"
                     r"|^-n$|lanes|nodes|window|workers|threads|prefetch")  # fmt: skip
 _NOT_LARGE = re.compile(r"new-tokens|sample-tokens|shard-tokens")
@@ -130,6 +133,8 @@ def draw(seed: int, count: int, workplace: Path) -> Iterator[Case]:
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             change = rng.choice(_CHANGES)
             about.append(change(rng, name, words))
+        if name in _HEAVY and not re.search(r"--config(=| )(?!special/empty)", " ".join(words)):
+            words[:0] = ["--config", "train.yaml"]
         yield Case(
             argv=(*name.split(), *words),
             about="; ".join(about),

@@ -14,7 +14,7 @@ from fuzz.workplace import add_special
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 60.0
-"""How long a command may take; the longest takes a few where nothing else runs."""
+"""How long a command may take; the longest takes ten where nothing else runs."""
 START_SECONDS = 120.0
 """How long JAX may take to start on a machine that is busy."""
 # A command with an interpreter of its own, in 8 GiB of address space.
@@ -89,7 +89,7 @@ class Trials:
         worker.stdin.write(json.dumps(request) + "\n")
         worker.stdin.flush()
         code: int | None = None
-        if select.select([worker.stdout], [], [], SECONDS)[0]:
+        if select.select([worker.stdout], [], [], _patience())[0]:
             answer = worker.stdout.readline()
             code = json.loads(answer)["code"] if answer else worker.wait()
         seconds = time.monotonic() - start
@@ -143,12 +143,17 @@ class Trials:
                 env=self._environment,
             )
             try:
-                code = process.wait(SECONDS)
+                code = process.wait(_patience())
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 code = None
         return Outcome(code, _read(out), _read(err), time.monotonic() - start)
+
+
+def _patience() -> float:
+    """Seconds to wait for a command: longer where others keep the cores busy."""
+    return SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def _environment() -> dict[str, str]:

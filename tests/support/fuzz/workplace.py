@@ -119,7 +119,7 @@ def add_special(folder: Path) -> None:
     (special / "empty").touch()
     (special / "empty.jsonl").touch()
     (special / "empty-folder").mkdir()
-    (special / "file.json").write_text("{}")
+    (special / "file.json").write_text('{"x": 1}')
     (special / "latin1.yaml").write_bytes("name: Grün\n".encode("latin-1"))
     (special / "latin1.jsonl").write_bytes('{"prompt": "Grün"}\n'.encode("latin-1"))
     (special / "latin1.txt").write_bytes("Grün\n".encode("latin-1"))
