@@ -130,8 +130,8 @@ def check_fits(config: TrainConfig, mesh: Mesh) -> None:
     if there is not None and needed > _SLACK * there:
         raise ConfigError(
             f"training needs about {needed / 2**30:,.0f} GiB on each device, which has "
-            f"{there / 2**30:,.0f}: lower batch_size ({config.batch_size}), data.seq_len "
-            f"({config.data.seq_len}) or the model ({config.model.num_layers} layers of "
+            f"{there / 2**30:,.0f}: lower --batch-size ({config.batch_size}), --data.seq-len "
+            f"({config.data.seq_len}) or the model's sizes ({config.model.num_layers} layers of "
             f"{config.model.hidden_size}, vocabulary {config.model.vocab_size}); see mmfree info"
         )
 

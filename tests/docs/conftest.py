@@ -89,7 +89,7 @@ def flags() -> set[str]:
     known = main.commands()
     lines = [[*name.split(), "--help"] for name in known]
     lines += [["launch", "render", platform, "--help"] for platform in PLATFORMS]
-    found: set[str] = {"--help"}
+    found: set[str] = {"--help", "--debug"}
     for words in lines:
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):

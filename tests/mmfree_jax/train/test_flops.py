@@ -114,7 +114,7 @@ def test_memory_splits_over_the_mesh():
     assert fsdp.parameters == one.parameters / 8
     assert data.optimizer == one.optimizer == 8 * count_parameters(config.model).total
     assert fsdp.activations == data.activations == one.activations / 8
-    with pytest.raises(ConfigError, match="multiple of mesh.data x mesh.fsdp"):
+    with pytest.raises(ConfigError, match=r"multiple of mesh\.data x mesh\.fsdp"):
         estimate_memory(config, MeshConfig(data=3))
     with pytest.raises(ConfigError, match=r"mesh\.data"):
         estimate_memory(config, MeshConfig())

@@ -48,6 +48,10 @@ GOOD: dict[str, tuple[str, ...]] = {
     "bench edge": ("--out text/a.txt --sizes tiny --forms jax-cpu --contexts 4 --steps 1",),
     "bench browser": ("--export onnx --tokens 2",),
     "bench kernels": ("--ops norm_quant --sizes tiny --tokens 16 --out new",),
+    "bench packing": (
+        "--model run --data data --out runs.csv --prompts 1 --prompt-tokens 2 --new-tokens 2 "
+        "--dtypes trained --repeats 1",
+    ),
     "bench scaling": ("--report text", "--out text/a.txt --presets tiny --devices 1"),
     "compile": ("--topology cpu:1 --config train.yaml --out new.json",),
     "launch local": ("-n 1 -- info --preset tiny",),
