@@ -158,7 +158,7 @@ def _value(rng: random.Random, command: str, words: list[str]) -> str:
     flag = rng.choice(valued)
     sizes = bool(_SIZES.search(flag.name)) and not _NOT_LARGE.search(flag.name)
     value = wrong_value(rng, flag.metavar, sizes=sizes)
-    if flag.name in words:
+    if flag.name in words[:-1]:
         words[words.index(flag.name) + 1] = value
     elif rng.random() < 0.5 and flag.name.startswith("--"):
         words.insert(_end(words), f"{flag.name}={value}")
