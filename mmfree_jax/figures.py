@@ -50,7 +50,7 @@ def set_ticks(axis: "Axis", label: Callable[[float], str] = number) -> None:
         decades = math.log10(high) - math.log10(low)
         if decades < 0.7:
             axis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-        elif decades < (3 if len(label(high)) < 6 else 2):
+        elif decades < (3 if len(label(10.0 ** math.floor(math.log10(high)))) < 6 else 2):
             subs = (1, 2, 3, 5) if decades < 1.5 else (1, 2, 5)
             axis.set_major_locator(ticker.LogLocator(subs=subs))
         axis.set_minor_formatter(ticker.NullFormatter())

@@ -132,7 +132,7 @@ def draw(record: Row, path: Path) -> None:
 
     rows = [r for r in record["rows"] if r["work"] == "decode" and "failed" not in r]
     first = _first_context(rows)
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
     panels = (
         ("Decoding (tokens/s)", lambda r: r["tokens_per_s"]["median"]),

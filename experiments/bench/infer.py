@@ -20,6 +20,7 @@ from mmfree_jax.experiments.bench.records import (
     spread,
     start,
 )
+from mmfree_jax.figures import set_ticks
 from mmfree_jax.files import open_atomically
 from mmfree_jax.presets import preset
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero
@@ -186,7 +187,7 @@ def draw(record: Row, path: Path) -> None:
 
     rows = record["rows"]
     decode = [r for r in rows if r["work"] == "decode" and r["batch"] == 1 and "failed" not in r]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     panels = (
         ("Peak memory (GB)", lambda r: r.get("peak_gb", r["weights_gb"])),
@@ -195,8 +196,7 @@ def draw(record: Row, path: Path) -> None:
     for axis, (label, value) in zip(axes, panels, strict=True):
         draw_bars(axis, decode, FORMS, value)
         axis.set(yscale="log", xlabel="Model", ylabel=label)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
+        set_ticks(axis.yaxis)
     if decode:
         axes[0].legend(fontsize=8)
     device = decode[0]["device"] if decode else ""

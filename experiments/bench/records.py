@@ -209,5 +209,5 @@ def draw_bars(
             label=labels[form],
             color=f"C{list(labels).index(form) % 10}",
         )
-        axis.bar_label(bars, fmt=number, fontsize=6)
+        axis.bar_label(bars, fmt=number, fontsize=7)
     axis.set_xticks(range(len(sizes)), sizes)

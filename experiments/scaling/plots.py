@@ -179,7 +179,9 @@ def plot_allocation(result: Allocation) -> tuple[Figure, Rows]:
     if result.budgets:
         left.set(xscale="log", xlabel="parameters N", ylabel="loss, nats a token")
         set_ticks(left.xaxis, count)
-        left.legend(fontsize=7, title="FLOPs; small dots: runs, large: minimum", title_fontsize=7)
+        left.legend(fontsize=7, title="FLOPs of the budget; small dots: runs, large: the minimum",
+                    title_fontsize=7, ncols=3, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.14))  # fmt: skip
     else:
         left.set_axis_off()
         left.text(0.5, 0.5, f"approach: {result.approach}", ha="center", va="center")

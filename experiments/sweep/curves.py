@@ -126,8 +126,8 @@ class PhaseSummary:
 
     phase: Phase
     drop: float
-    """Fall of the training loss from the average at the phase's start to that at its end (nats a
-    token)."""
+    """Fall of the training loss from the phase's start to its end, either half way between the
+    record there and the average of those near it (nats a token)."""
     slope: float
     """The same for each 1,000 steps."""
     interval: tuple[float, float]
@@ -164,10 +164,10 @@ def summarise_phases(
         flips = curve.flip_share[
             (curve.flip_steps > phase.first) & (curve.flip_steps <= phase.last)
         ]
-        # Within the phase, so that a turn stays sharp.
-        drop = recent_average(y[::-1], smoothing) - recent_average(y, smoothing)
+        # At its ends, half way from the record to the average within the phase: a turn stays sharp.
+        start, end = ((row[-1] + recent_average(row, smoothing)) / 2 for row in (y[::-1], y))
         found.append(PhaseSummary(
-            phase, drop, float(-1000 * fit[0]), (float(high), float(low)),
+            phase, float(start - end), float(-1000 * fit[0]), (float(high), float(low)),
             float(flips.mean()) if len(flips) else math.nan,
         ))  # fmt: skip
     return found
