@@ -163,6 +163,7 @@ _OF_JOBS = {
         "--project": "p",
         "--zone": "z",
         "--accelerator-type": "v5litepod-8",
+        "--package": "/mnt/shared/wheel",
         "--nfs": "10.0.0.2:/v",
     },
     "gke": {

@@ -28,8 +28,22 @@ _TRACED: dict[tuple[str, TrainConfig], Any] = {}
 @pytest.fixture
 def traced_once(monkeypatch):
     """Runs of one shape share their traced programs: a module may make some thirty runs."""
+    _share_traces(monkeypatch)
+
+
+def _share_traces(patch: pytest.MonkeyPatch) -> None:
     for name in ("jit_train_step", "jit_eval_step"):
-        monkeypatch.setattr(loop, name, functools.partial(_traced, name))
+        patch.setattr(loop, name, functools.partial(_traced, name))
+
+
+@pytest.fixture(scope="session")
+def finished(small_run, tmp_path_factory):
+    """An uninterrupted run: its config, folder and summary. Leave the folder as it is."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    config = dataclasses.replace(small_run, run_dir=str(run_dir))
+    with pytest.MonkeyPatch.context() as patch:
+        _share_traces(patch)
+        return config, run_dir, loop.train(config)
 
 
 def _traced(name: str, config: TrainConfig, *args: Any) -> Any:

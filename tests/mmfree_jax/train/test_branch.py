@@ -1,15 +1,14 @@
 """Runs that go on from a checkpoint of another under new settings."""
 
-import dataclasses
 import json
-import os
 import shutil
-import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from whole_runs import replace, stop_at
 
 from mmfree_jax.cli.train import resolve_config
 from mmfree_jax.config import TrainConfig
@@ -32,26 +31,14 @@ from mmfree_jax.train.step import abstract_state
 pytestmark = pytest.mark.usefixtures("cached_compilation", "traced_once")
 
 
-def _replace(config, **changes):
-    """Fields by dotted name (double underscore for the dot)."""
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        if section:
-            value = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section or field: value})
-    return config
-
-
-@pytest.fixture(scope="module")
-def parent(small_run, tmp_path_factory):
-    """An uninterrupted run of 12 steps, with checkpoints of steps 4, 8 and 12."""
-    run_dir = tmp_path_factory.mktemp("runs") / "parent"
-    train(_replace(small_run, run_dir=str(run_dir), checkpoint__keep_last=3))
-    return run_dir
+@pytest.fixture
+def parent(finished):
+    """The folder of a run of 12 steps, with checkpoints of steps 8 and 12."""
+    return finished[1]
 
 
 def _branch(source, run_dir, **changes):
-    return _replace(branch_config(str(source), str(run_dir)), **changes)
+    return replace(branch_config(str(source), str(run_dir)), **changes)
 
 
 def _taken(source, run_dir, **changes):
@@ -91,14 +78,6 @@ def _events(run_dir):
     return [r["event"] for r in records if r["kind"] == "event"]
 
 
-def _stop_at(step):
-    def on_step(done):
-        if done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return on_step
-
-
 def test_unchanged_a_branch_is_the_uninterrupted_run_bit_for_bit(parent, tmp_path, capsys):
     new = tmp_path / "new"
     summary = train(_branch(f"{parent}@8", new))
@@ -120,18 +99,18 @@ def test_unchanged_a_branch_is_the_uninterrupted_run_bit_for_bit(parent, tmp_pat
     assert len(origin["checkpoint"]) == 64
     assert read_manifest(new / "checkpoints" / "12").origin.to_json() == origin
     assert json.loads((parent / "summary.json").read_text())["origin"] is None
-    assert checkpoint_steps(parent / "checkpoints") == [4, 8, 12]
+    assert checkpoint_steps(parent / "checkpoints") == [8, 12]
 
 
 def test_a_branch_resumes_without_its_parent(parent, tmp_path):
     copy, new = tmp_path / "copy", tmp_path / "new"
     shutil.copytree(parent, copy)
     argv = ["--branch-from", f"{copy}@8", "--run-dir", str(new), "--checkpoint.every-steps", "99"]
-    first = train(resolve_config(argv), on_step=_stop_at(10))
+    first = train(resolve_config(argv), on_step=stop_at(10))
     assert (first["stopped_by"], first["step"]) == ("SIGTERM", 10)
     shutil.rmtree(copy)
     for again in (argv, ["--branch-from", str(copy), *argv[2:]]):  # the step may be left out
-        assert resolve_config(again) == _replace(
+        assert resolve_config(again) == replace(
             from_dict(TrainConfig, read_yaml(new / "config.yaml")), branch_from=again[1]
         )
     assert train(resolve_config(["--config", str(new / "config.yaml")]))["step"] == 12
@@ -200,7 +179,7 @@ def test_another_batch_size_goes_on_at_the_next_row(parent, tmp_path, monkeypatc
 
     monkeypatch.setattr(loop, "make_train_iterator", make_train_iterator)
     config = _branch(f"{parent}@8", new, batch_size=16, eval__batches=0)
-    train(config, on_step=_stop_at(10))
+    train(config, on_step=stop_at(10))
     summary = train(config)
     assert starts == [64, 64 + 2 * 16]
     tokens = {step: tokens for step, (_, _, _, tokens) in _losses(new).items()}
@@ -286,7 +265,7 @@ def _refused(argv, message, error=(ConfigError, CheckpointError)):
 
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(parent, tmp_path):
     new = ["--run-dir", str(tmp_path / "new")]
-    _refused(["--branch-from", f"{parent}@5", *new], "no checkpoint of step 5: it has 4, 8, 12")
+    _refused(["--branch-from", f"{parent}@5", *new], "no checkpoint of step 5: it has 8, 12")
     _refused(["--branch-from", str(tmp_path / "gone"), *new], "gone is not the folder of a")
     _refused(["--branch-from", f"{parent}@best", *new], "best': give a step behind the @")
     (tmp_path / "empty").mkdir()
@@ -307,7 +286,7 @@ def test_its_folder_is_its_own(parent, tmp_path):
         f"holds another run .*branch_from None -> '{parent}': give another --run-dir; or "
         f"its settings, --config {other}/config.yaml$",
     )
-    assert checkpoint_steps(other / "checkpoints") == [4, 8, 12]
+    assert checkpoint_steps(other / "checkpoints") == [8, 12]
 
 
 def test_what_goes_with_it_and_what_does_not(parent, tmp_path):
@@ -319,7 +298,7 @@ def test_what_goes_with_it_and_what_does_not(parent, tmp_path):
     path.write_text(yaml.safe_dump({"branch_from": str(parent), "steps": 20, "data": {"seed": 4}}))
     config = resolve_config(["--config", str(path), *new, "--batch-size", "16"])
     was = from_dict(TrainConfig, read_yaml(parent / "config.yaml"))
-    assert config == _replace(
+    assert config == replace(
         was, run_dir=new[1], branch_from=str(parent), steps=20, data__seed=4, batch_size=16
     )
     path.write_text(yaml.safe_dump({"branch_from": str(parent), "preset": "tiny"}))
@@ -339,7 +318,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_told(parent, tmp_path, c
     assert f"branched from {copy} at step 8" in out
     assert len(_events(new)) == 2
     assert (copy / "checkpoints" / "12").is_dir()  # it is not ours to move away
-    with pytest.raises(CheckpointError, match=r"does not match .*give another step \(4, 8\)"):
+    with pytest.raises(CheckpointError, match=r"does not match .*give another step \(8\)"):
         _taken(f"{copy}@12", tmp_path / "other", steps=20)
 
 
@@ -394,7 +373,7 @@ def test_layers_may_be_unrolled_in_a_branch_and_in_place(parent, tmp_path):
     for step in (9, 10, 11, 12):
         assert unrolled[step][0] == pytest.approx(whole[step][0], rel=1e-3)
     # And back, in the run's own folder.
-    back = _replace(from_dict(TrainConfig, read_yaml(new / "config.yaml")), model__scan_layers=True)
+    back = replace(from_dict(TrainConfig, read_yaml(new / "config.yaml")), model__scan_layers=True)
     shutil.rmtree(new / "checkpoints" / "12")
     train(back)
     assert read_yaml(new / "config.yaml")["model"]["scan_layers"] is True
@@ -416,5 +395,9 @@ def test_a_folder_of_that_very_name_comes_first(parent, tmp_path):
     assert parse_source(str(tmp_path / "run@8")) == Source(tmp_path / "run@8")
 
 
-def test_an_ordinary_run_has_no_origin(parent):
-    assert read_manifest(parent / "checkpoints" / "8").origin == FROM_NOTHING
+def test_a_checkpoint_of_before_there_were_origins(tmp_path, byte_data):
+    old = Path(__file__).parents[1] / "saved" / "old" / "run"
+    assert read_manifest(old / "checkpoints" / "300").origin == FROM_NOTHING
+    changes = {"steps": 400, "data__seq_len": 8, "data__paths": (str(byte_data),)}
+    origin = _taken(old, tmp_path / "new", **changes).origin
+    assert (origin.step, origin.tokens, origin.row) == (300, 300 * 8 * 16, 0)

@@ -1,6 +1,5 @@
 """Whole runs in this process, on a mesh of eight simulated devices."""
 
-import dataclasses
 import errno
 import json
 import logging
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_runs import replace, stop_at
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
@@ -27,16 +27,6 @@ pytestmark = pytest.mark.usefixtures("cached_compilation", "traced_once")
 TIMING = ("time_s", "tokens_per_s", "eta_s", "_share", "_s")
 
 
-def _replace(config, **changes):
-    """Fields by dotted name (double underscore for the dot)."""
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        if section:
-            value = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section or field: value})
-    return config
-
-
 def _records(run_dir, *kinds):
     """The records, without what depends on the clock or on restarts."""
     kept = []
@@ -50,22 +40,6 @@ def _records(run_dir, *kinds):
                 }
             )
     return kept
-
-
-@pytest.fixture(scope="module")
-def finished(small_run, tmp_path_factory):
-    """An uninterrupted run."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    config = _replace(small_run, run_dir=str(run_dir))
-    return config, run_dir, train(config)
-
-
-def _stop_at(step, number=signal.SIGTERM):
-    def on_step(done):
-        if done == step:
-            os.kill(os.getpid(), number)
-
-    return on_step
 
 
 def test_a_run_leaves_everything_behind(finished):
@@ -127,11 +101,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     whole, whole_dir, _ = finished
     if every > 1:
         whole_dir = tmp_path / "whole"
-        whole = _replace(whole, run_dir=str(whole_dir), log__every_steps=every)
+        whole = replace(whole, run_dir=str(whole_dir), log__every_steps=every)
         train(whole)
-    broken = _replace(whole, run_dir=str(tmp_path / "broken"))
+    broken = replace(whole, run_dir=str(tmp_path / "broken"))
     for step in (3, 7):
-        summary = train(broken, on_step=_stop_at(step))
+        summary = train(broken, on_step=stop_at(step))
         assert (summary["status"], summary["stopped_by"]) == ("stopped", "SIGTERM")
         assert checkpoint_steps(tmp_path / "broken" / "checkpoints")[-1] == step
     assert train(broken)["status"] == "complete"
@@ -141,8 +115,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
 
 def test_records_beyond_the_restored_step_are_dropped(small_run, tmp_path):
     """As after a kill between two checkpoints."""
-    config = _replace(small_run, run_dir=str(tmp_path))
-    train(config, on_step=_stop_at(5))
+    config = replace(small_run, run_dir=str(tmp_path))
+    train(config, on_step=stop_at(5))
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"kind": "train", "step": 6, "tokens": 0, "loss": 99.0}\n{"kind": "tra')
@@ -153,9 +127,9 @@ def test_records_beyond_the_restored_step_are_dropped(small_run, tmp_path):
 
 @pytest.mark.slow
 def test_another_mesh_and_accumulation_may_go_on(small_run, tmp_path):
-    config = _replace(small_run, run_dir=str(tmp_path))
-    train(config, on_step=_stop_at(6))
-    other = _replace(config, mesh__fsdp=1, mesh__tensor=2, grad_accum=2, log__every_steps=3)
+    config = replace(small_run, run_dir=str(tmp_path))
+    train(config, on_step=stop_at(6))
+    other = replace(config, mesh__fsdp=1, mesh__tensor=2, grad_accum=2, log__every_steps=3)
     assert train(other)["step"] == 12
 
 
@@ -174,20 +148,20 @@ def test_a_run_directory_with_another_run_is_refused(finished, changes, message)
     config, run_dir, _ = finished
     before = sorted(p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.name != ".lock")
     with pytest.raises(ConfigError, match=message):
-        train(_replace(config, **changes))
+        train(replace(config, **changes))
     assert before == sorted(p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.name != ".lock")
 
 
 def test_a_constant_schedule_may_be_prolonged(small_run, tmp_path):
-    config = _replace(
+    config = replace(
         small_run, run_dir=str(tmp_path), steps=4, optimizer__schedule="constant", eval__batches=0
     )
     train(config)
-    assert train(_replace(config, steps=6))["step"] == 6
+    assert train(replace(config, steps=6))["step"] == 6
 
 
 def test_two_jobs_cannot_share_a_run_directory(small_run, tmp_path):
-    config = _replace(small_run, run_dir=str(tmp_path), steps=3)
+    config = replace(small_run, run_dir=str(tmp_path), steps=3)
     errors = []
 
     def second_job(done):
@@ -203,12 +177,12 @@ def test_two_jobs_cannot_share_a_run_directory(small_run, tmp_path):
 def test_an_unwritable_run_directory_is_named(small_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"run_dir .*file/run cannot be written"):
-        train(_replace(small_run, run_dir=str(tmp_path / "file" / "run")))
+        train(replace(small_run, run_dir=str(tmp_path / "file" / "run")))
 
 
 def test_a_damaged_checkpoint_is_passed_over(small_run, tmp_path, capsys):
-    config = _replace(small_run, run_dir=str(tmp_path))
-    train(config, on_step=_stop_at(7))
+    config = replace(small_run, run_dir=str(tmp_path))
+    train(config, on_step=stop_at(7))
     victim = max(
         (p for p in (tmp_path / "checkpoints" / "7" / "state").rglob("*") if p.is_file()),
         key=lambda p: p.stat().st_size,
@@ -235,9 +209,9 @@ def test_a_damaged_checkpoint_is_passed_over(small_run, tmp_path, capsys):
 def test_bad_input_is_refused_before_anything_is_written(
     small_run, tmp_path, changes, error, message
 ):
-    config = _replace(small_run, run_dir=str(tmp_path / "run"))
+    config = replace(small_run, run_dir=str(tmp_path / "run"))
     with pytest.raises(error, match=message) as e:
-        train(_replace(config, **changes))
+        train(replace(config, **changes))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()
 
@@ -278,7 +252,7 @@ def _poison(monkeypatch, steps):
 
 def test_not_finite_stops_with_step_rows_and_checkpoint(small_run, tmp_path, monkeypatch):
     _poison(monkeypatch, {6})
-    config = _replace(small_run, run_dir=str(tmp_path))
+    config = replace(small_run, run_dir=str(tmp_path))
     with pytest.raises(TrainingError) as e:
         train(config)
     message = str(e.value)
@@ -294,7 +268,7 @@ def test_not_finite_stops_with_step_rows_and_checkpoint(small_run, tmp_path, mon
 
 def test_not_finite_may_be_skipped_within_a_bound(small_run, tmp_path, monkeypatch):
     _poison(monkeypatch, {4, 5, 9})
-    config = _replace(small_run, run_dir=str(tmp_path / "a"), on_nonfinite="skip", max_skips=2)
+    config = replace(small_run, run_dir=str(tmp_path / "a"), on_nonfinite="skip", max_skips=2)
     assert train(config)["status"] == "complete"
     records = {
         r["step"]: r for r in read_history(tmp_path / "a" / "metrics.jsonl") if r["kind"] == "train"
@@ -304,12 +278,12 @@ def test_not_finite_may_be_skipped_within_a_bound(small_run, tmp_path, monkeypat
     # The optimiser has made two updates fewer than steps, so its rate lags by two.
     assert records[8]["learning_rate"] > records[9]["learning_rate"]
     with pytest.raises(TrainingError, match=r"2 updates in a row.*max_skips \(1\)"):
-        train(_replace(config, run_dir=str(tmp_path / "b"), max_skips=1))
+        train(replace(config, run_dir=str(tmp_path / "b"), max_skips=1))
 
 
 def test_a_run_that_skips_every_step_is_not_complete(small_run, tmp_path, monkeypatch):
     _poison(monkeypatch, set(range(small_run.steps)))
-    config = _replace(small_run, run_dir=str(tmp_path), on_nonfinite="skip", max_skips=1000)
+    config = replace(small_run, run_dir=str(tmp_path), on_nonfinite="skip", max_skips=1000)
     message = (
         f"all {small_run.steps} steps were skipped.*nothing was learnt.*--optimizer.learning-rate"
     )
@@ -321,7 +295,7 @@ def test_a_run_that_skips_every_step_is_not_complete(small_run, tmp_path, monkey
 
 
 def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path):
-    config = _replace(small_run, run_dir=str(tmp_path), max_minutes=10.0)
+    config = replace(small_run, run_dir=str(tmp_path), max_minutes=10.0)
     now = [0.0]
 
     def tick(done):
@@ -336,7 +310,7 @@ def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path):
 
 
 def test_checkpoints_by_the_clock(small_run, tmp_path):
-    config = _replace(
+    config = replace(
         small_run,
         run_dir=str(tmp_path),
         checkpoint__every_minutes=5.0,
@@ -359,7 +333,7 @@ def test_a_full_disk_is_one_clear_line(small_run, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(report, "write_text", full)
-    config = _replace(small_run, run_dir=str(tmp_path))
+    config = replace(small_run, run_dir=str(tmp_path))
     with pytest.raises(OutputError, match=r"No space left on device.*it resumes"):
         train(config)
     assert checkpoint_steps(tmp_path / "checkpoints")[-1] == 12
@@ -376,7 +350,7 @@ def test_a_failed_save_ends_the_run_at_the_next_step_in_one_line(small_run, make
             if thread.name.startswith("checkpoint-"):
                 thread.join()
 
-    config = _replace(
+    config = replace(
         small_run,
         run_dir=str(make_disk(700) / "run"),
         steps=100,
@@ -401,7 +375,7 @@ def test_samples_go_on_record(small_run, tmp_path, monkeypatch):
         return prompt + " all people"
 
     monkeypatch.setattr(setup, "load_tokenizer", lambda path: "tokenizer")
-    config = _replace(
+    config = replace(
         small_run,
         run_dir=str(tmp_path),
         eval__sample_tokens=7,
@@ -419,7 +393,7 @@ def test_samples_go_on_record(small_run, tmp_path, monkeypatch):
 def test_metrics_are_read_one_step_late(small_run, tmp_path, monkeypatch):
     """When step s is dispatched, the last record is of step s - 2 at most."""
     path = tmp_path / "metrics.jsonl"
-    config = _replace(
+    config = replace(
         small_run,
         run_dir=str(tmp_path),
         eval__batches=0,
@@ -434,16 +408,16 @@ def test_metrics_are_read_one_step_late(small_run, tmp_path, monkeypatch):
 
 def test_signals_are_put_back(small_run, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    train(_replace(small_run, run_dir=str(tmp_path), steps=3), on_step=_stop_at(2, signal.SIGINT))
+    train(replace(small_run, run_dir=str(tmp_path), steps=3), on_step=stop_at(2, signal.SIGINT))
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_too_little_memory_names_settings_that_can_be_typed():
-    config = _replace(TrainConfig(batch_size=12, grad_accum=2, loss_chunk=512), model__remat="none")
+    config = replace(TrainConfig(batch_size=12, grad_accum=2, loss_chunk=512), model__remat="none")
     assert loop._out_of_memory(config) == (
         "device memory is too small for batch_size 12 / grad_accum 2 at data.seq_len 2048: set "
         "--grad-accum 3 or --model.remat full or --loss-chunk 256 or --mesh.fsdp 2 on as many more "
         "devices"
     )
-    least = _replace(config, batch_size=2, loss_chunk=1, model__remat="full")
+    least = replace(config, batch_size=2, loss_chunk=1, model__remat="full")
     assert loop._out_of_memory(least).endswith(": set --mesh.fsdp 2 on as many more devices")
