@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmfree_jax.errors import DataError
+from mmfree_jax.readable import brief
 
 REGISTERS = 8
 OPS = ("ADD", "SUB", "MUL", "DIV", "EXP", "SIG", "NORM", "LDV", "SV", "TMATMUL")
@@ -98,7 +99,7 @@ _REQUIRED |= {"SIG": {"n", "frac"}}
 def check(i: Instruction) -> str | None:
     """What is wrong with an instruction, or None."""
     if i.op not in OPS:
-        return f"operation {i.op!r} is unknown: the operations are {', '.join(OPS)}"
+        return f"operation {brief(i.op)} is unknown: the operations are {', '.join(OPS)}"
     for r in i.registers():
         if not 0 <= r < REGISTERS:
             return f"register v{r} does not exist: there are v0 to v{REGISTERS - 1}"
@@ -141,9 +142,9 @@ def assemble(text: str) -> list[Instruction]:
         try:
             instruction = _parse(code)
         except ValueError as e:
-            raise DataError(f"line {number}: {code!r}: {e}") from None
+            raise DataError(f"line {number}: {brief(code)}: {e}") from None
         if problem := check(instruction):
-            raise DataError(f"line {number}: {code!r}: {problem}")
+            raise DataError(f"line {number}: {brief(code)}: {problem}")
         program.append(instruction)
     return program
 
@@ -152,7 +153,7 @@ def _parse(code: str) -> Instruction:
     op, _, rest = code.partition(" ")
     op = op.upper()
     if op not in OPS:
-        raise ValueError(f"operation {op!r} is unknown: the operations are {', '.join(OPS)}")
+        raise ValueError(f"operation {brief(op)} is unknown: the operations are {', '.join(OPS)}")
     parts = [part.strip() for part in rest.split(",")] if rest.strip() else []
     operands = [part for part in parts if "=" not in part]
     options: dict[str, int] = {}
@@ -163,9 +164,9 @@ def _parse(code: str) -> Instruction:
             raise ValueError("operands come before options")
         name, _, value = (x.strip() for x in part.partition("="))
         if name not in _OPTIONS[op]:
-            raise ValueError(f"{op} has no option {name!r}: it has {_listed(_OPTIONS[op])}")
+            raise ValueError(f"{op} has no option {brief(name)}: it has {_listed(_OPTIONS[op])}")
         if name in options:
-            raise ValueError(f"option {name!r} is given twice")
+            raise ValueError(f"option {brief(name)} is given twice")
         options[name] = _number(value)
     if missing := _REQUIRED.get(op, {"n"}) - set(options):
         raise ValueError(f"{op} needs {_listed(missing)}")
@@ -198,7 +199,7 @@ def _listed(names: Sequence[str] | set[str]) -> str:
 
 def _register(text: str) -> int:
     if not re.fullmatch(r"v\d+", text):
-        raise ValueError(f"{text!r} is no register: write v0 to v{REGISTERS - 1}")
+        raise ValueError(f"{brief(text)} is no register: write v0 to v{REGISTERS - 1}")
     return int(text[1:])
 
 
@@ -206,7 +207,9 @@ def _number(text: str) -> int:
     try:
         return int(text, 0)
     except ValueError:
-        raise ValueError(f"{text!r} is no number: write it in decimal or 0x hexadecimal") from None
+        raise ValueError(
+            f"{brief(text)} is no number: write it in decimal or 0x hexadecimal"
+        ) from None
 
 
 def disassemble(program: Sequence[Instruction]) -> str:

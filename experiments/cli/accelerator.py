@@ -142,6 +142,8 @@ def run(
     if program.is_file():
         try:
             instructions = assemble(read_text(program))
+        except OSError as e:
+            raise DataError(f"{program}: {e.strerror}; give a readable file") from e
         except (DataError, UnicodeDecodeError) as e:
             raise DataError(f"{program}, {e}") from e
         compiled = Compiled(instructions, np.zeros(1 << 16, np.uint8), {}, Machine(), 0, {})

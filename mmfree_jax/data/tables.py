@@ -7,8 +7,8 @@ from typing import Any
 from mmfree_jax.errors import DataError
 from mmfree_jax.text_files import open_file
 
-Row = tuple[str | None, int]
-"""A text, and how far the file has been read (bytes)."""
+Row = tuple[str | bytes | None, int]
+"""A text, or bytes that are none, and how far the file has been read (bytes)."""
 
 
 def parquet_rows(file: Path, column: str, start: int) -> Iterator[Row]:
@@ -33,12 +33,12 @@ def parquet_rows(file: Path, column: str, start: int) -> Iterator[Row]:
                     for batch in table.iter_batches(
                         batch_size=64, row_groups=[group], columns=[column], use_threads=False
                     ):
-                        for text in _column(batch, path).to_pylist():
+                        for text in _column(batch, path):
                             number += 1
                             if number > start:
-                                yield text, size * number // total
+                                yield _text(text), size * number // total
                 first += rows
-    except pa.ArrowException as e:
+    except (pa.ArrowException, UnicodeDecodeError) as e:  # the latter of a column's name
         raise DataError(f"{file} is not a whole Parquet file ({e}): fetch it again") from e
 
 
@@ -69,12 +69,37 @@ def arrow_rows(file: Path, column: str, start: int) -> Iterator[Row]:
                 if number + rows > start:
                     skip = max(0, start - number)
                     values = _column(batch, path)
+                    _check_offsets(values)
                     position = source.tell() if magic != b"ARROW1" else size
                     for i in range(skip, rows):
-                        yield values[i].as_py(), position
+                        yield _text(values[i]), position
                 number += rows
-    except pa.ArrowException as e:
+    except (pa.ArrowException, UnicodeDecodeError) as e:  # the latter of a column's name
         raise DataError(f"{file} is not a whole Arrow file ({e}): fetch it again") from e
+
+
+def _check_offsets(values: Any) -> None:
+    """Refuses texts that lie outside of the file, of which the library would end the process.
+
+    Raises:
+      ArrowInvalid: there are some.
+    """
+    import pyarrow as pa
+
+    # As bytes: which texts are not UTF-8 is looked at one by one.
+    if pa.types.is_string(values.type):
+        values = values.view(pa.binary())
+    elif pa.types.is_large_string(values.type):
+        values = values.view(pa.large_binary())
+    values.validate(full=True)
+
+
+def _text(value: Any) -> str | bytes | None:
+    """A text of a column; its bytes where they are not UTF-8, which Arrow does not look at."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return getattr(value, "value", value).as_buffer().to_pybytes()
 
 
 def _column(batch: Any, path: list[str]) -> Any:

@@ -13,9 +13,11 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import inspect
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -108,11 +110,30 @@ def restore(folder: Path, abstract_state: Any, *, check_files: bool = True) -> R
 @contextlib.contextmanager
 def orbax_errors(folder: Path) -> Iterator[None]:
     """Turns what Orbax raises while reading into a CheckpointError of one line."""
+    _say_nothing_of_closed_loops()
     try:
         yield
     except Exception as e:  # many kinds, none documented
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from e
+
+
+@functools.cache
+def _say_nothing_of_closed_loops() -> None:
+    """Drops the tracebacks of reads that end after Orbax has given up on another one.
+
+    TensorStore's threads then find the event loop closed, which Python tells as what cannot be
+    raised anywhere, a traceback each; asyncio logs those that were never waited for.
+    """
+    say = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(unraisable.object):
+            say(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: record.exc_info is None)
 
 
 def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:

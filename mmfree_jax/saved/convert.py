@@ -64,6 +64,7 @@ def import_hf(
     if saved.kind != "huggingface":
         raise ConfigError(f"{source} is not a Hugging Face folder: it has no {huggingface.CONFIG}")
     params = _master(saved)
+    saved.tokenizer()  # one that is damaged is refused before anything is written
     with new_folder(target, command="import-hf", sources=[source], overwrite=overwrite) as folder:
         write_model(folder, saved.config, params)
         for name in FILES:

@@ -81,11 +81,14 @@ class TensorFolder:
     def _open(self, file: Path, listed: set[str] | None) -> None:
         try:
             open_file(file).close()  # the library would wait for ever for a pipe
-            handle = self._stack.enter_context(safe_open(str(file), "numpy"))
         except FileNotFoundError as e:
             raise CheckpointError(
                 f"{file} is missing, though the index beside it names it: fetch it again"
             ) from e
+        except OSError as e:
+            raise CheckpointError(f"{file} cannot be read ({e.strerror}): make it readable") from e
+        try:
+            handle = self._stack.enter_context(safe_open(str(file), "numpy"))
         except (SafetensorError, OSError) as e:
             reason = " ".join(str(e).split())
             raise CheckpointError(

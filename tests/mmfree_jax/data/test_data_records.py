@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -394,3 +395,45 @@ def test_bad_settings():
     ]:
         with pytest.raises(ConfigError, match=message):
             PrepareConfig(out="x", input=("a",), **change)
+
+
+def _write_strings(path, offsets, data, kind=None):
+    """An Arrow file of one column of text with these bytes and offsets, whatever they mean."""
+    kind = kind or pa.string()
+    width = np.int64 if kind == pa.large_string() else np.int32
+    buffers = [None, pa.py_buffer(np.array(offsets, width)), pa.py_buffer(data)]
+    array = pa.Array.from_buffers(kind, len(offsets) - 1, buffers)
+    table = pa.record_batch([array], ["text"])
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_batch(table)
+
+
+def _read(path, **options):
+    config = PrepareConfig(out=str(path) + ".out", input=(str(path),), workers=1,
+                           heldout_fraction=0, **options)  # fmt: skip
+    return prepare_dataset(config)[0]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_a_text_in_a_table_that_is_not_utf8_is_a_bad_record(tmp_path, kind):
+    _write_strings(tmp_path / "a.arrow", [0, 3, 6, 9], b"abcd\xffefgh", kind)
+    with pytest.raises(DataError, match=r"a\.arrow, row 2: byte 1 is not UTF-8"):
+        _read(tmp_path / "a.arrow")
+    index = _read(tmp_path / "a.arrow", skip_bad_records=True)
+    assert index.splits["train"][0].documents == 2
+
+
+def test_a_text_in_a_parquet_that_is_not_utf8_is_a_bad_record(tmp_path):
+    raw = pa.array([b"abc", b"d\xffe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": raw}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: byte 1 is not UTF-8"):
+        _read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("offsets", [[0, 2**31 - 1, 9], [0, -5, 9], [3, 1, 9]])
+def test_texts_outside_of_their_file_are_refused(tmp_path, kind, offsets):
+    """The library would end the process over them, or give what lies in memory there."""
+    _write_strings(tmp_path / "a.arrow", offsets, b"abcdefghi", kind)
+    with pytest.raises(DataError, match=r"a\.arrow is not a whole Arrow file"):
+        _read(tmp_path / "a.arrow")

@@ -1,6 +1,8 @@
 """A run, a packed model and a session of an earlier version still give what they gave then."""
 
+import gc
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -41,3 +43,20 @@ def test_the_session_goes_on_the_same(name, capsys):
     assert main(["generate", "--model", str(OLD / name), *args]) == 0
     out = capsys.readouterr().out
     assert out == ",".join(map(str, EXPECTED["session_tokens"])) + "\n"
+
+
+def test_what_orbax_finds_damaged_is_one_line(tmp_path, capfd):
+    """A manifest of that version has no digest of itself: files may be struck from it."""
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/300"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    (folder / "state/array_metadatas/process_0").write_text("{}")
+    (stored,) = (folder / "state/ocdbt.process_0/d").iterdir()
+    stored.write_bytes(bytes(stored.stat().st_size))
+    arguments = ["generate", "--model", str(tmp_path / "run"), "--prompt-ids", "1", "--quiet"]
+    assert main(arguments) == 2
+    gc.collect()  # of what was never waited for, which says so when it goes
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert "300 cannot be read: " in err

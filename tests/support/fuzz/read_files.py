@@ -125,18 +125,21 @@ def _add_tables(folder: Path) -> None:
     pq.write_table(table, folder / "runs.parquet")
 
 
-def add_models(folder: Path, run: Any) -> None:
+def add_models(folder: Path, run: Any, *, session: bool) -> None:
     """Adds what is made of the workplace's models.
 
     Args:
       folder: the workplace, which is the current folder.
       run: runs a command of `mmfree`.
+      session: also a session of this version, for which a model has to be compiled.
     """
     from safetensors.numpy import load_file, save_file
 
+    _sign_checkpoint(folder / "run" / "checkpoints" / "300" / "manifest.json")
     run("import-hf", "hf", "folder")
-    run("generate", "--model", "run", "--prompt-ids", "119,101", "--max-new-tokens", "2",
-        "--temperature", "0", "--save-state", "new-session.safetensors", "--quiet")  # fmt: skip
+    if session:
+        run("generate", "--model", "run", "--prompt-ids", "119,101", "--max-new-tokens", "2",
+            "--temperature", "0", "--save-state", "new-session.safetensors", "--quiet")  # fmt: skip
     shards = folder / "shards"
     shards.mkdir()
     shutil.copyfile("hf/config.json", shards / "config.json")
@@ -149,6 +152,15 @@ def add_models(folder: Path, run: Any) -> None:
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     _add_sweep(folder)
+
+
+def _sign_checkpoint(file: Path) -> None:
+    """Makes a manifest of the earlier version, which has no digest of itself, one of this."""
+    from mmfree_jax.json_shape import digest
+    from mmfree_jax.saved.manifest import FORMAT
+
+    values = json.loads(file.read_text()) | {"format": FORMAT}
+    file.write_text(json.dumps(values | {"sha256": digest(values)}))
 
 
 def _add_sweep(folder: Path) -> None:

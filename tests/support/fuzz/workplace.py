@@ -99,7 +99,7 @@ def _make_models(folder: Path, exports: bool) -> None:
         run("tokenizer", "train", "--input", "text/b.jsonl", "--out", "tokenizer",
             "--vocab-size", "300")  # fmt: skip
         run("export-hf", "run", "hf")
-        read_files.add_models(folder, run)
+        read_files.add_models(folder, run, session=exports)
         if not exports:
             return
         run("export", "onnx", "--model", "run", "--out", "onnx", "--no-web")
