@@ -98,8 +98,11 @@ def expand(line: str) -> Iterator[list[str]]:
         yield list(chosen)
 
 
-COMMANDS = sorted(
-    {(str(path.relative_to(ROOT)), line) for path in documents() for line in documented(path)}
+COMMANDS = sorted(  # each once, with the last of the documents that have it
+    (str(place), line)
+    for line, place in {
+        line: path.relative_to(ROOT) for path in documents() for line in documented(path)
+    }.items()
 )
 
 
