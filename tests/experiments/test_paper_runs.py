@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import re
 import shlex
 from pathlib import Path
@@ -18,8 +17,6 @@ from mmfree_jax.model.parameters import param_shapes
 from mmfree_jax.presets import preset
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("MMFREE_SHARED", ROOT.parent / "shared"))
-TOKENIZER = SHARED / "tokenizer" / "mistral_v1.model"
 
 # tokens, parameters, rows a step, steps, warm-up, micro-batches, rate
 PAPER = {
@@ -58,9 +55,7 @@ def _commands() -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^mmfree (data prepare .*)$", text, re.M)]
 
 
-def test_slimpajama_is_prepared_as_documented(tmp_path, monkeypatch):
-    if not TOKENIZER.is_file():
-        pytest.skip(f"{TOKENIZER} is absent: set MMFREE_SHARED")
+def test_slimpajama_is_prepared_as_documented(tmp_path, monkeypatch, mistral_model):
     files = {
         "train/chunk1": ("train_0", "train_1", "train_20", "train_300"),
         "train/chunk2": ("train_0", "train_1"),
@@ -75,7 +70,7 @@ def test_slimpajama_is_prepared_as_documented(tmp_path, monkeypatch):
             lines = "".join(f"{json.dumps(record)}\n" for record in records)
             (place / f"example_{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (tmp_path / "mistral").mkdir()
-    (tmp_path / "mistral" / "tokenizer.model").symlink_to(TOKENIZER)
+    (tmp_path / "mistral" / "tokenizer.model").symlink_to(mistral_model)
     monkeypatch.chdir(tmp_path)
     documents = []
     for command in _commands():
