@@ -1,5 +1,6 @@
 """Documented figures of training are those of train.txt, kernels.json, scaling.json and others."""
 
+import json
 import re
 
 from mmfree_jax.cli.info import describe
@@ -182,3 +183,15 @@ def test_paper_runs(records, compare):
             [f"# {hours:.0f} hours of one H100 at its measured rate, and {gib:.1f} GiB of it,"],
         )
     compare("docs/paper-runs.md", lines)
+
+
+def test_the_readme_has_the_laptop_run(records, fixed, compare):
+    history = [json.loads(line) for line in records.text("laptop/metrics.jsonl").splitlines()]
+    held_out = [record for record in history if record["kind"] == "eval"][-1]
+    sample = [record for record in history if record["kind"] == "sample"][-1]["text"]
+    loss, bits = fixed(held_out["loss"], 2), fixed(held_out["bits_per_byte"], 2)
+    first, second = sample.split("\n\n")[:2]
+    compare(
+        "README.md",
+        [f"held-out loss {loss} nats a token, {bits} bits a byte", f"> {first}", f"> {second}"],
+    )

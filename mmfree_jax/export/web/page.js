@@ -125,6 +125,11 @@ function addNote(place, note) {
   if (note) add(place.parentElement, "span", "note", note);
 }
 
+/** Tokens of the conversation; the pending ones are read with the next prompt. */
+function wasRead(memory) {
+  return memory.read + memory.pending.length;
+}
+
 /** Shows what was kept, if it is of this model; the worker takes up its state. */
 function restore(manifest) {
   const model = JSON.stringify(manifest.files);
@@ -139,6 +144,7 @@ function restore(manifest) {
     }
     log.scrollTop = log.scrollHeight;
     worker.postMessage({ type: "restore", memory: found.memory });
+    element("read").textContent = wasRead(found.memory);
   } else {
     conversation = { model, turns: [], memory: null };
     keep("conversation", null);
@@ -198,7 +204,7 @@ const receive = {
     answer.dataset.tokens = tokens.join(",");
     if (tokens.length > 1) showSpeed(tokens.length, seconds);
     element("prompt-speed").textContent = `${promptTokens} tokens, ${rate(promptTokens, promptSeconds)}`;
-    element("read").textContent = memory.read + memory.pending.length;
+    element("read").textContent = wasRead(memory);
     conversation.turns.push({ typed: asked, text: answer.textContent, note });
     conversation.memory = memory;
     const isKept = keep("conversation", conversation);

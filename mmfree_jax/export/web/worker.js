@@ -162,7 +162,6 @@ function restore(memory) {
   state = new Tensor("float32", Float32Array.from(memory.state), manifest.state_shape);
   ({ read, pending } = memory);
   logits = memory.logits && Float32Array.from(memory.logits);
-  postMessage({ type: "state", read: read + pending.length });
 }
 
 /** Reads tokens: sets the state, and the logits behind the last one. */
