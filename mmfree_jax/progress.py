@@ -278,10 +278,15 @@ def open_display(kind: Kind, stream: TextIO, patience: float) -> Display:
 
 
 @contextlib.contextmanager
-def show_progress(kind: Kind = "auto") -> Iterator[Display]:
-    """A display on standard error for the time of the block, beside results on standard output."""
-    display = open_display(kind, sys.stderr, patience=2.0)
+def show_progress(stage: str, *, is_shown: bool = True) -> Iterator[Display]:
+    """A display on standard error for the time of the block, beside results on standard output.
+
+    It begins with `stage`, if there is one yet; where not `is_shown` it shows nothing.
+    """
+    display = open_display("auto" if is_shown else "none", sys.stderr, patience=2.0)
     try:
+        if stage:
+            display.stage(stage)
         yield display
     finally:
         display.close()

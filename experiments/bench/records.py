@@ -16,6 +16,7 @@ from mmfree_jax.children import Children
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.presets import preset
+from mmfree_jax.progress import show_progress
 from mmfree_jax.text_files import read_json
 
 Row = dict[str, Any]
@@ -116,10 +117,12 @@ class Study:
         """Keeps rows as they come, in a record that begins with `about`."""
         self.check(out)
         record: Row = about | {"rows": []}
-        for row in rows:
-            record["rows"].append(row)
-            say(self.describe(row))
-            self.write(record, out)
+        with show_progress("measuring") as show:
+            for number, row in enumerate(rows, 1):
+                record["rows"].append(row)
+                say(self.describe(row))
+                self.write(record, out)
+                show.update(number, None, count=f"{number} done")
         return record["rows"]
 
     def exit_code(self, rows: Sequence[Row], out: Path) -> int:

@@ -15,6 +15,7 @@ from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
+from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count
 
 
@@ -45,16 +46,17 @@ def train(argv: Sequence[str]) -> int:
     )
     if arguments.out is not None:
         check_file(arguments.out, r'\{\s*"measurement"')
-    from mmfree_jax.experiments.bench.train import (
-        measure_train_step,  # JAX starts here, not for --help
-    )
+    with show_progress("compiling and measuring the step"):
+        from mmfree_jax.experiments.bench.train import (
+            measure_train_step,  # JAX starts here, not for --help
+        )
 
-    result = measure_train_step(
-        arguments.run,
-        groups=arguments.groups,
-        steps_per_group=arguments.steps_per_group,
-        trace_dir=arguments.trace,
-    )
+        result = measure_train_step(
+            arguments.run,
+            groups=arguments.groups,
+            steps_per_group=arguments.steps_per_group,
+            trace_dir=arguments.trace,
+        )
     record = {
         "measurement": dataclasses.asdict(result),
         "command": "mmfree bench train " + " ".join(argv),

@@ -12,6 +12,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.places import Place
+from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import AboveZero, Count
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
         print(f"note: {e}; passes over the data are left out")
     print(plan_text(runs, tokens))
     todo = [r for r in runs if found.status(r) not in ("done", "failed")]
-    device = device_from_name(a.device) if a.device else probe_device()
+    with show_progress("looking at the devices"):
+        device = device_from_name(a.device) if a.device else probe_device()
     rows = list(found.rows.values())
     whole = estimate(sweep, runs, rows, device, a.parallel, len(a.gpus))
     left = (
@@ -133,7 +135,8 @@ def run(argv: Sequence[str]) -> int:
         max_minutes=a.max_minutes, retry_failed=a.retry_failed, order=a.order,
     )  # fmt: skip
     _announce(a, sweep, need_data=True)
-    tally = run_sweep(sweep, options, say=lambda text: print(text, flush=True))
+    with show_progress("") as show:
+        tally = run_sweep(sweep, options, say=lambda text: print(text, flush=True), show=show)
     counts = [(len(tally.done), "finished"), (len(tally.failed), "failed"),
               (len(tally.stopped), "cut off"), (len(tally.elsewhere), "under way elsewhere"),
               (tally.waiting, "waiting for tuning runs")]  # fmt: skip

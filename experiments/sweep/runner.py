@@ -40,6 +40,7 @@ from mmfree_jax.experiments.sweep.record import make_row, write_failure
 from mmfree_jax.experiments.sweep.state import Snapshot, snapshot
 from mmfree_jax.experiments.sweep.table import append_result
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
+from mmfree_jax.progress import Display
 
 _POLL_SECONDS = 0.1
 
@@ -143,6 +144,7 @@ def run_sweep(
     say: Callable[[str], None] = print,
     command: Callable[[Path], Sequence[str]] = trainer_command,
     clock: Callable[[], float] = time.monotonic,
+    show: Display | None = None,
 ) -> Tally:
     """Runs what is left of this shard: tuning runs first, then those that use their rates.
 
@@ -152,6 +154,7 @@ def run_sweep(
       say: shows a line.
       command: the trainer's command for a config file.
       clock: seconds from any origin.
+      show: shows which runs are under way.
 
     Raises:
       SweepError: the folder holds another sweep.
@@ -164,7 +167,9 @@ def run_sweep(
     deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
     tally, stop = Tally(), _Stop(deadline, clock)
     with Children(options.grace_seconds) as children, stop.listening():
-        _Scheduler(sweep, options, tally, stop, children, say, command, clock).run()
+        _Scheduler(
+            sweep, options, tally, stop, children, say, command, clock, show or Display()
+        ).run()
     tally.signal = stop.signal
     return tally
 
@@ -175,8 +180,9 @@ class _Scheduler:
     def __init__(
         self, sweep: SweepConfig, options: Options, tally: Tally, stop: _Stop, processes: Children,
         say: Callable[[str], None], command: Callable[[Path], Sequence[str]],
-        clock: Callable[[], float],
+        clock: Callable[[], float], show: Display,
     ) -> None:  # fmt: skip
+        self._show = show
         self._sweep, self._options, self._tally, self._stop = sweep, options, tally, stop
         self._say, self._command, self._clock = say, command, clock
         self._processes = processes
@@ -197,12 +203,23 @@ class _Scheduler:
                 while (run := self._next(queue)) and (slots := self._slots_for(run)):
                     queue.remove(run)
                     self._start(run, slots)
+                self._show_children()
                 tuning_ended = any(run.stage == "tuning" for run in self._reap())
                 if tuning_ended or not (queue or self._children):
                     queue = in_order([*queue, *self._news()], self._options.order)
                 time.sleep(_POLL_SECONDS)
         finally:
             self._end_all()
+
+    def _show_children(self) -> None:
+        """Which runs are under way; in lines there are only those that have ended."""
+        if self._show.is_live:
+            self._show.update(
+                self._ended,
+                self._total,
+                *(child.run.name for child in self._children),
+                count=f"{self._ended}/{self._total} runs ended, {len(self._children)} under way",
+            )
 
     def _news(self) -> list[PlannedRun]:
         """This shard's runs that have become ready since the last call, and are to be run."""

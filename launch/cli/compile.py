@@ -17,6 +17,7 @@ from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
 from mmfree_jax.launch.ahead.topology import Topology, missing_compiler, parse_topology, prepare
 from mmfree_jax.launch.xla_flags import with_overlap
 from mmfree_jax.parallel.sharding import mesh_shape
+from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import CountOrZero, PositiveShare
 
 _DESCRIPTION = """Compile the training step for devices that are not here, and say what it costs.
@@ -69,9 +70,10 @@ def compile_ahead(argv: Sequence[str]) -> int:
     reports = []
     for mesh in meshes:
         chosen = dataclasses.replace(config, mesh=mesh)
-        report = compile_step(
-            chosen, topology, simulated=simulated, peak_share=arguments.peak_share
-        )
+        with show_progress(f"compiling for {arguments.topology}"):
+            report = compile_step(
+                chosen, topology, simulated=simulated, peak_share=arguments.peak_share
+            )
         print(describe(report), flush=True)
         reports.append(report)
     if arguments.out is not None:

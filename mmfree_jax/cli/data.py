@@ -1,9 +1,7 @@
 """`mmfree data prepare` and `mmfree data inspect`."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +10,15 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.places import Place
+from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import CountOrZero
+from mmfree_jax.readable import indented, printable
 
 if TYPE_CHECKING:
     from mmfree_jax.data.dataset import DatasetIndex
     from mmfree_jax.data.prepare import PrepareProgress
 
-_PLAIN_SECONDS = 10.0
+_PREPARING = "preparing"
 
 
 def prepare(argv: Sequence[str]) -> int:
@@ -27,8 +27,8 @@ def prepare(argv: Sequence[str]) -> int:
 
     config = parse(PrepareConfig, argv, prog="mmfree data prepare")
     start = time.monotonic()
-    with _progress_display() as show:
-        index, worked = prepare_dataset(config, show)
+    with show_progress("starting workers") as show:
+        index, worked = prepare_dataset(config, _shown_on(show))
     seconds = time.monotonic() - start
     if not worked:
         print(f"{config.out} holds this data set already")
@@ -65,7 +65,8 @@ def inspect(argv: Sequence[str]) -> int:
     for line in _reading_lines(index):
         print(line)
     if config.verify:
-        problems = verify_checksums(index)
+        with show_progress("comparing the checksums of all shards"):
+            problems = verify_checksums(index)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise DataError(f"{problems[0]}{more}: prepare the data set again")
@@ -139,52 +140,24 @@ def _print_samples(index: "DatasetIndex", config: InspectConfig, open_dataset: A
             print(f"\n{split} document {i} ({len(ids):,} tokens)")
             print(f"  ids   {' '.join(map(str, shown))}{more}")
             if tokenizer is not None:
-                print(f"  text  {tokenizer.decode(shown)!r}{more}")
+                print(f"  text{more}\n{indented(tokenizer.decode(shown))}")
 
 
-@contextmanager
-def _progress_display() -> Iterator["Callable[[PrepareProgress], None]"]:
-    """A progress bar on a terminal, else a line every ten seconds; on standard error."""
-    if not sys.stderr.isatty():
-        yield _plain_lines(time.monotonic)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.percentage:5.1f}%"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
+def _shown_on(show: Display) -> "Callable[[PrepareProgress], None]":
+    """Shows how far a preparation is."""
     start = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, note="starting workers")
 
-        def show(p: "PrepareProgress") -> None:
-            rate = p.text_bytes / 1e6 / max(1e-9, time.monotonic() - start)
-            note = f"{p.tokens:,} tokens  {rate:.1f} MB/s  {Path(p.file).name}"
-            bar.update(task, total=p.total_bytes, completed=p.read_bytes, note=note)
-
-        yield show
-
-
-def _plain_lines(clock: Callable[[], float]) -> "Callable[[PrepareProgress], None]":
-    start = last = clock()
-
-    def show(p: "PrepareProgress") -> None:
-        nonlocal last
-        now = clock()
-        if now - last < _PLAIN_SECONDS:
-            return
-        last = now
-        share = p.read_bytes / max(1, p.total_bytes)
-        left = (now - start) * (1 - share) / max(share, 1e-9)
-        print(
-            f"{share:6.1%}  {p.documents:,} documents  {p.tokens:,} tokens  "
-            f"{p.text_bytes / 1e6 / (now - start):.1f} MB/s  about {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+    def update(p: "PrepareProgress") -> None:
+        if show.state.stage != _PREPARING:  # the workers are there
+            show.stage(_PREPARING)
+        rate = p.text_bytes / 1e6 / max(1e-9, time.monotonic() - start)
+        show.update(
+            p.read_bytes,
+            p.total_bytes,
+            f"{p.tokens:,} tokens",
+            f"{rate:.1f} MB/s",
+            f"{p.documents:,} documents",
+            printable(Path(p.file).name),
         )
 
-    return show
+    return update

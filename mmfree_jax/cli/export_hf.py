@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mmfree_jax.progress import show_progress
+
 
 def export_hf(
     source: Annotated[Path, tyro.conf.Positional],
@@ -20,9 +22,10 @@ def export_hf(
       dtype: Dtype of the stored weights; float32 keeps every bit.
       overwrite: Replace an earlier output of this command; nothing else is replaced.
     """
-    from mmfree_jax.saved import convert
+    with show_progress("exporting"):
+        from mmfree_jax.saved import convert
 
-    done = convert.export_hf(source, target, dtype=dtype, overwrite=overwrite)
+        done = convert.export_hf(source, target, dtype=dtype, overwrite=overwrite)
     tokenizer = done.tokenizer or "not in the source"
     print(
         f"{done.folder}: {done.model_type}, {done.parameters:,} parameters, {dtype}, "

@@ -16,7 +16,9 @@ from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, read_prompts_file
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import check_file
 from mmfree_jax.places import Place
+from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, PositiveShare, Seed, Share
+from mmfree_jax.readable import printable
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,15 @@ def generate(argv: Sequence[str]) -> int:
     if "" in config.stop:
         raise ConfigError("--stop is an empty string: give at least one character")
 
-    # Heavy imports wait until the arguments are known to be good.
-    from mmfree_jax.saved.open_model import open_model
+    with show_progress("starting JAX", is_shown=not config.quiet) as show:
+        # Heavy imports wait until the arguments are known to be good.
+        from mmfree_jax.saved.open_model import open_model
 
-    saved = open_model(config.model)
-    model, params = saved.model(), saved.weights()
-    tokenizer = _load_tokenizer(config, saved, needed=_needs_tokenizer(config, prompts))
-    _run(config, model, params, tokenizer, prompts)
+        show.stage("reading the model")
+        saved = open_model(config.model)
+        model, params = saved.model(), saved.weights()
+        tokenizer = _load_tokenizer(config, saved, needed=_needs_tokenizer(config, prompts))
+        _run(config, model, params, tokenizer, prompts, show)
     return 0
 
 
@@ -128,6 +132,7 @@ def _run(
     params: Any,
     tokenizer: Any,
     prompts: list[Prompt],
+    show: Display,
 ) -> None:
     from mmfree_jax.model.weights import as_weights
     from mmfree_jax.saved.session import load_session, save_session
@@ -137,9 +142,10 @@ def _run(
     if config.load_state is not None:
         session = load_session(config.load_state, variables, model.config)
     count, start = 0, time.perf_counter()
+    show.stage("generating, compiling first")
     for first in range(0, len(prompts), config.batch_size):
         batch = prompts[first : first + config.batch_size]
-        printer = _Printer(config, batch, len(prompts) > 1, tokenizer)
+        printer = _Printer(config, batch, len(prompts) > 1, tokenizer, show)
         tokens, texts, reasons, after = _answer(
             config,
             model,
@@ -241,21 +247,30 @@ class _Printer:
     """Writes answers to standard output, whole or as they come."""
 
     def __init__(
-        self, config: GenerateConfig, batch: list[Prompt], titled: bool, tokenizer: Any
+        self,
+        config: GenerateConfig,
+        batch: list[Prompt],
+        titled: bool,
+        tokenizer: Any,
+        show: Display,
     ) -> None:
+        self._show = show  # makes way for the first answer
+        self._readable = printable if sys.stdout.isatty() else str
         self._config, self._batch, self._titled = config, batch, titled
         self._headed = False
         self._tokenizer = tokenizer
 
     def on_text(self, row: int, text: str) -> None:
+        self._show.close()
         if self._config.json:
             self._write_json(self._name(row) | {"text": text})
         else:
             self._head()
-            sys.stdout.write(text)
+            sys.stdout.write(self._readable(text))
             sys.stdout.flush()
 
     def on_tokens(self, row: int, tokens: list[int]) -> None:
+        self._show.close()
         if self._config.json:
             self._write_json(self._name(row) | {"tokens": tokens})
         else:
@@ -277,13 +292,13 @@ class _Printer:
             sys.stdout.write(self._prompt_text(self._batch[0]))
 
     def _prompt_text(self, prompt: Prompt) -> str:
-        if prompt.text is not None:
-            return prompt.text
-        return self._tokenizer.decode(prompt.ids)
+        text = self._tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
+        return self._readable(text)
 
     def finish(
         self, tokens: list[list[int]], texts: Sequence[str | None], reasons: Sequence[str]
     ) -> None:
+        self._show.close()
         config = self._config
         for row, (prompt, text) in enumerate(zip(self._batch, texts, strict=True)):
             if config.json:
@@ -308,7 +323,7 @@ class _Printer:
                 if self._titled:
                     sample = f", sample {prompt.sample}" if config.num_samples > 1 else ""
                     print(f"--- prompt {prompt.index}{sample}")
-                print(self._prompt_text(prompt) + text)
+                print(self._prompt_text(prompt) + self._readable(text))
         sys.stdout.flush()
 
     @staticmethod

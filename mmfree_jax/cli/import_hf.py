@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from mmfree_jax.progress import show_progress
+
 
 def import_hf(
     source: Annotated[Path, tyro.conf.Positional],
@@ -18,9 +20,10 @@ def import_hf(
       target: New folder.
       overwrite: Replace an earlier output of this command; nothing else is replaced.
     """
-    from mmfree_jax.saved import convert
+    with show_progress("importing"):
+        from mmfree_jax.saved import convert
 
-    done = convert.import_hf(source, target, overwrite=overwrite)
+        done = convert.import_hf(source, target, overwrite=overwrite)
     print(
         f"{done.folder}: {done.model_type}, {done.parameters:,} parameters, "
         f"tokenizer {done.tokenizer or 'not in the source'}"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.places import Place
+from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import CountOrZero
 
 
@@ -40,15 +41,16 @@ def pack(argv: Sequence[str]) -> int:
       MMFreeError: bad input; the command line prints it and exits with 2.
     """
     config = parse(PackConfig, argv, prog="mmfree pack")
-    from mmfree_jax.saved.open_model import open_model
-    from mmfree_jax.saved.pack import pack as make_packed
+    with show_progress("packing"):
+        from mmfree_jax.saved.open_model import open_model
+        from mmfree_jax.saved.pack import pack as make_packed
 
-    report = make_packed(
-        open_model(config.model, step=config.step),
-        config.out,
-        bits=config.bits,
-        embedding=config.embedding,
-    )
+        report = make_packed(
+            open_model(config.model, step=config.step),
+            config.out,
+            bits=config.bits,
+            embedding=config.embedding,
+        )
     print(
         f"{report.file}: {report.num_bytes / 2**20:.1f} MiB, {report.weights:,} ternary weights "
         f"at {config.bits} bits; embedding in {report.embedding}, relative error "

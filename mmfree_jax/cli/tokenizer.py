@@ -1,6 +1,5 @@
 """`mmfree tokenizer train`."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.places import Place
+from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def train(argv: Sequence[str]) -> int:
         raise DataError(f"{out} holds a SentencePiece tokenizer: give another --out")
     config_file = r'\{\s*"tokenizer_class": "PreTrainedTokenizerFast",\s*"bos_token"'
     check_file(out / "tokenizer_config.json", config_file)
-    tokenizer = train_bpe(texts, config.vocab_size, show_progress=sys.stderr.isatty())
+    with show_progress("reading the text") as show:
+        tokenizer = train_bpe(_counted(texts, show), config.vocab_size)
     if existing.exists() and load_tokenizer(out).sha256 != tokenizer.sha256:
         raise DataError(
             f"{out} holds another tokenizer ({describe_identity(identity(load_tokenizer(out)))}): "
@@ -73,6 +74,14 @@ def train(argv: Sequence[str]) -> int:
         print(line)
     print(f"tokenizer  {out}: {describe_identity(identity(tokenizer))}")
     return 0
+
+
+def _counted(texts: Iterator[str], show: Display) -> Iterator[str]:
+    """The texts, and how many there were is shown; behind them the trainer is at work."""
+    for number, text in enumerate(texts, 1):
+        show.update(number, None, count=f"{number:,} documents")
+        yield text
+    show.stage("learning the vocabulary")
 
 
 def _texts(config: TokenizerTrainConfig) -> tuple[Iterator[str], "tuple[InputReading, ...]"]:

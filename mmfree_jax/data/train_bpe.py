@@ -9,15 +9,12 @@ from mmfree_jax.errors import DataError
 _MOST_TOKENS = 2**24
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, show_progress: bool = False
-) -> JsonTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """Trains a byte-level BPE: any text can be encoded, and decodes to itself.
 
     Args:
       texts: documents; read once, without being kept.
       vocab_size: tokens, with the 256 bytes and the two special tokens.
-      show_progress: let the trainer draw its own progress bars.
 
     Raises:
       DataError: vocab_size is too small, too large, or larger than the text allows.
@@ -38,7 +35,7 @@ def train_bpe(
         vocab_size=vocab_size,  # type: ignore[call-arg]
         special_tokens=[BOS_TOKEN, EOS_TOKEN],  # type: ignore[call-arg]
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # type: ignore[call-arg]
-        show_progress=show_progress,  # type: ignore[call-arg]
+        show_progress=False,  # type: ignore[call-arg]
     )
     tokenizer.train_from_iterator(texts, trainer)
     trained = JsonTokenizer(tokenizer.to_str(pretty=True).encode(), BOS_TOKEN, EOS_TOKEN)

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from mmfree_jax.config_io import check_keys
 from mmfree_jax.errors import ConfigError, DataError
@@ -34,6 +33,7 @@ from mmfree_jax.files import write_text
 from mmfree_jax.infer.text import Tokenizer, generate_text
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.progress import show_progress
 
 
 class HarnessModel(TemplateLM):
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
           add_bos: put the start-of-text token before every context.
           batch_tokens: tokens in one batch; None: by the device's memory.
           share_contexts: read a context that several choices share once (MLGRU).
-          show_progress: draw a progress bar.
+          show_progress: show how far the work is, on standard error.
           forward: how the model computes; None: as it was trained.
           end_ids: tokens that end a generated text, beside the tokenizer's.
 
@@ -159,8 +159,8 @@ class HarnessModel(TemplateLM):
             for query in self._queries(context, continuation):
                 queries.append(query)
                 owners.append(i)
-        with self._bar(len(queries), "scoring", disable_tqdm) as bar:
-            scores = self.scorer.score(queries, progress=bar.update)
+        with self._shown(len(queries), "scoring", disable_tqdm) as advance:
+            scores = self.scorer.score(queries, progress=advance)
         results = [(0.0, True) if rest else (-math.inf, False) for _, _, rest in requests]
         for owner, score in zip(owners, scores, strict=True):
             total, greedy = results[owner]
@@ -200,8 +200,8 @@ class HarnessModel(TemplateLM):
                 queries.append(Query([*context, *continuation], len(continuation)))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        with self._bar(len(queries), "scoring", disable_tqdm) as bar:
-            scores = self.scorer.score(queries, progress=bar.update)
+        with self._shown(len(queries), "scoring", disable_tqdm) as advance:
+            scores = self.scorer.score(queries, progress=advance)
         for owner, score in zip(owners, scores, strict=True):
             totals[owner] += score.log_likelihood
         for request, total in zip(requests, totals, strict=True):
@@ -221,7 +221,7 @@ class HarnessModel(TemplateLM):
         for i, (_, options) in enumerate(arguments):
             key = json.dumps(options, sort_keys=True, default=str)
             by_settings.setdefault(key, []).append(i)
-        with self._bar(len(requests), "generating", disable_tqdm) as bar:
+        with self._shown(len(requests), "generating", disable_tqdm) as advance:
             for rows in by_settings.values():
                 options = dict(arguments[rows[0]][1])
                 prompts = {i: self._prompt(arguments[i][0], options) for i in rows}
@@ -234,7 +234,7 @@ class HarnessModel(TemplateLM):
                     ):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", arguments[i], text)
-                    bar.update(len(batch))
+                    advance(len(batch))
         return answers
 
     def _prompt(self, text: str, options: dict[str, Any]) -> list[int]:
@@ -263,10 +263,18 @@ class HarnessModel(TemplateLM):
         return output.texts
 
     @contextlib.contextmanager
-    def _bar(self, total: int, what: str, disable: bool) -> Any:
+    def _shown(self, total: int, what: str, disable: bool) -> Iterator[Callable[[int], None]]:
+        """Shows how far the work is; what it gives is called with the number done since."""
         hidden = disable or not self._show or jax.process_index() != 0
-        with tqdm(total=total, desc=what, disable=hidden) as bar:
-            yield bar
+        done = 0
+        with show_progress(what, is_shown=not hidden) as show:
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                show.update(done, total, f"{done:,} of {total:,}")
+
+            yield advance
 
 
 _GENERATED = 256  # lm-eval's own default for max_gen_toks

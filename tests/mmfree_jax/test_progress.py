@@ -8,15 +8,16 @@ import sys
 import pytest
 from terminal import Terminal, screen, without_colours
 
+from mmfree_jax.cli.generate import GenerateConfig, _Printer
+from mmfree_jax.cli.prompts import Prompt
 from mmfree_jax.config_io import dump_yaml
-from mmfree_jax.progress import Lines, fit
+from mmfree_jax.progress import Display, Lines, fit
 
 # Goes through two stages and stays in the second if it is told to.
 _PROGRAM = """
 import sys, time
 from mmfree_jax.progress import show_progress
-with show_progress() as show:
-    show.stage("reading books")
+with show_progress("reading books") as show:
     time.sleep(0.3)
     show.line("read 3 books")
     show.stage("training")
@@ -139,3 +140,38 @@ def test_a_run_interrupted_on_a_terminal_says_so_and_leaves_no_line(small_run, t
     assert last.startswith("  summary ")
     assert not [line for line in said if re.match(r"training|compiling|starting|\^C", line)]
     assert any(line.startswith("SIGINT: saved step ") for line in said)
+
+
+def test_a_preparation_on_a_terminal_leaves_its_summary(tmp_path):
+    (tmp_path / "books.jsonl").write_text('{"text": "we the people"}\n' * 2000)
+    command = [
+        "-m",
+        "mmfree_jax",
+        "data",
+        "prepare",
+        "--tokenizer",
+        "byte",
+        "--heldout-fraction",
+        "0",
+        "--workers",
+        "1",
+    ]
+    paths = ["--input", str(tmp_path / "books.jsonl"), "--out", str(tmp_path / "out")]
+    terminal = Terminal([sys.executable, *command, *paths], columns=60)
+    terminal.read()
+    assert terminal.code == 0
+    assert "preparing 100%" in without_colours(terminal.output)
+    said = [line for line in screen(terminal.output) if line]
+    assert said[0].startswith("data set ")
+    assert said[-1].startswith("prepared in ")
+
+
+@pytest.mark.parametrize(("is_terminal", "written"), [(True, "p\\x1b[2Jhi"), (False, "p\x1b[2Jhi")])
+def test_an_answer_moves_no_cursor_and_a_file_has_it_as_it_is(
+    capsys, monkeypatch, is_terminal, written
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    config = GenerateConfig(model="x", prompt="p", stream=True)
+    printer = _Printer(config, [Prompt(0, "p")], False, None, Display())
+    printer.on_text(0, "\x1b[2Jhi")
+    assert capsys.readouterr().out == written

@@ -26,6 +26,7 @@ from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.progress import Display
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -410,12 +411,12 @@ def test_sotu(tmp_path):
     assert dataset_lib.open_dataset(tmp_path / "out", "heldout").num_documents == 18
 
 
-def test_plain_progress_lines(capsys):
-    times = iter([0.0, 5.0, 10.0, 12.0, 30.0])
-    show = data_cli._plain_lines(lambda: next(times))
-    for k in (1, 2, 3, 6):
-        show(prepare_lib.PrepareProgress("f", k * 100, 1000, k * 10**6, k * 5, k))
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert " ".join(lines[0].split()) == ("20.0% 2 documents 10 tokens 0.2 MB/s about 40 s left")
-    assert "60.0%" in lines[1]
+def test_how_far_a_preparation_is():
+    display = Display()
+    show = data_cli._shown_on(display)
+    show(prepare_lib.PrepareProgress("in/books\x1b[2J.txt", 200, 1000, 2 * 10**6, 10_000, 2))
+    assert (display.state.stage, display.state.count) == ("preparing", "20%")
+    tokens, eta, rate, documents, file = display.state.values
+    assert (tokens, documents, file) == ("10,000 tokens", "2 documents", "books\\x1b[2J.txt")
+    assert eta.startswith("ETA ")
+    assert rate.endswith(" MB/s")
