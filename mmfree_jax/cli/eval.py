@@ -65,6 +65,7 @@ def evaluate(
     if tasks is not None:
         from mmfree_jax.evaluate.tasks import check_installed
 
+        os.environ["TQDM_DISABLE"] = "1"  # lm-eval's own bars; read when tqdm is imported
         check_installed()
 
     variants = None
@@ -132,7 +133,6 @@ def evaluate(
     from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.end_tokens import end_ids
 
-    os.environ["TQDM_DISABLE"] = "1"  # lm-eval draws bars of its own
     names = list(PAPER_TASKS) if tasks == "paper" else [t.strip() for t in tasks.split(",")]
     if "" in names:
         raise ConfigError(f"--tasks is {tasks!r}: give names separated by commas")

@@ -91,10 +91,12 @@ def train(
       ProcessLostError: another process is gone.
     """
     is_writer = jax.process_index() == 0
-    if not is_writer:
+    if display is None:
+        kind = config.log.progress if is_writer else "none"
+        display = open_display(kind, sys.stdout, patience=0.0)
+    elif not is_writer:
+        display.close()
         display = Display()
-    elif display is None:
-        display = open_display(config.log.progress, sys.stdout, patience=0.0)
     with (
         contextlib.closing(display),
         contextlib.ExitStack() as held,

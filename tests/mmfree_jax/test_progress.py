@@ -162,7 +162,7 @@ def test_a_preparation_on_a_terminal_leaves_its_summary(tmp_path):
     assert terminal.code == 0
     assert "preparing 100%" in without_colours(terminal.output)
     said = [line for line in screen(terminal.output) if line]
-    assert said[0].startswith("data set ")
+    assert said[0].startswith("data set")
     assert said[-1].startswith("prepared in ")
 
 
