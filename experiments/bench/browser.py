@@ -117,9 +117,11 @@ def chromium(profile: Path, *, timeout_s: float = 60) -> Iterator[Any]:
 
     Raises:
       ConfigError: selenium, Chromium or its driver is not installed.
+      BrowserError: Chromium does not start.
     """
     import_optional("selenium", "a test of the web page", "pip install selenium")
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.chrome.service import Service
 
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -133,7 +135,13 @@ def chromium(profile: Path, *, timeout_s: float = 60) -> Iterator[Any]:
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     # With both paths given, selenium looks for no driver and no browser of its own.
-    browser = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        browser = webdriver.Chrome(options=options, service=Service(driver))
+    except WebDriverException as e:
+        raise BrowserError(
+            f"{binary} does not start ({' '.join(str(e.msg).split())[:300]}): look whether "
+            "it runs here without a display, with memory to spare"
+        ) from e
     browser.set_script_timeout(timeout_s)
     browser.command_executor.client_config.timeout = timeout_s  # type: ignore[attr-defined]
     try:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from mmfree_jax.cli.parse_errors import one_line
 from mmfree_jax.cli.synonyms import find_option
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
@@ -62,7 +63,7 @@ def parse(
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        raise ConfigError(_one_line(captured.getvalue(), prog, _meant(target, argv))) from e
+        raise ConfigError(one_line(captured.getvalue(), prog, _meant(target, argv))) from e
     sys.stderr.write(captured.getvalue())
     call = None if inspect.isclass(target) else result
     values = _fields(result) if call is None else call.keywords
@@ -108,7 +109,7 @@ def _meant(target: Any, argv: Sequence[str]) -> dict[str, str]:
             continue
         if (option := find_option(given, ours)) is not None:
             meant[given] = f"--{option}" if len(option) > 1 else f"-{option}"
-    return meant
+    return {given: option for given, option in meant.items() if given != option}
 
 
 def _negated(flag: str) -> str:
@@ -145,34 +146,6 @@ def _wide_lines() -> Iterator[None]:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
-
-
-def _one_line(text: str, prog: str, meant: dict[str, str]) -> str:
-    """The gist of tyro's boxed message: its first paragraph, and what may have been meant.
-
-    `meant` has our options for flags of other programs; else it is what tyro suggests.
-    """
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line.strip(" │") for line in text.splitlines()]
-    # A title, drawn into the box or underlined, then paragraphs between rules.
-    paragraphs: list[list[str]] = [[]]
-    for line in [line for line in lines if line][1:]:
-        if re.fullmatch(r"[-─╰╯]+", line):
-            paragraphs.append([])
-        else:
-            paragraphs[-1].append(line)
-    message = " ".join(next((p for p in paragraphs if p), ["the arguments cannot be read"]))
-    message = re.sub(r"\[/?bold\]", "", message).partition(". Got errors:")[0]
-    message = message[:1].lower() + message[1:].rstrip(".")
-    expected = re.search(r"Argument helptext: (.*?) \(default", " ".join(lines))
-    if expected and "--" in expected.group(1):
-        message += f"; use {expected.group(1).rstrip('.')}"
-    suggested = re.search(r"Perhaps you meant:?\s*(--[\w.-]+)", " ".join(lines))
-    if meant:
-        message += "; perhaps you meant " + ", ".join(f"{b} for {a}" for a, b in meant.items())
-    elif suggested:
-        message += f"; perhaps you meant {suggested.group(1)}"
-    return f"{message}; see {prog} --help"
 
 
 def _list_of(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstructorSpec:

@@ -71,9 +71,9 @@ def test_a_resolved_config_comes_back_the_same(tmp_path):
     ("argv", "parts"),
     [
         (["--model.hidden-sise", "3"], ["--model.hidden-sise", "--model.hidden-size"]),
-        (["--model.hidden-size", "big"], ["--model.hidden-size", "'big'", "INT"]),
+        (["--model.hidden-size", "big"], ["--model.hidden-size", "'big'", "whole number"]),
         (["--model.hidden-size", "-3"], ["model.hidden_size is -3", "above 0"]),
-        (["--model.remat", "some"], ["--model.remat", "'some'", "'dots'"]),
+        (["--model.remat", "some"], ["--model.remat", "'some'", "dots"]),
         (["--model.hidden-size"], ["--model.hidden-size"]),
         (["--preset", "99B"], ["preset is '99B'", "370M"]),
         (["--preset"], ["--preset has no value"]),

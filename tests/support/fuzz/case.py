@@ -8,7 +8,8 @@ from typing import Protocol
 
 LONGEST_LINE = 1200
 """Characters of an error's line, its beginning included."""
-_STAYS = re.compile(r"/\.verified\.json$")  # notes for the next time, whole at any time
+# Notes for the next time, and the lock of a run that was there before.
+_STAYS = re.compile(r"/\.verified\.json$|^run/\.lock$")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "bench train": ("--config train.yaml --groups 1 --steps-per-group 1 --out new.json",),
     "bench infer": ("--out new --sizes tiny --steps 1 --repeats 1 --join text",),
     "bench edge": ("--out text/a.txt --sizes tiny --forms jax-cpu --contexts 4 --steps 1",),
-    "bench browser": ("--export onnx --tokens 2",),
+    "bench browser": ("--export text --tokens 2",),
     "bench kernels": ("--ops norm_quant --sizes tiny --tokens 16 --out new",),
     "bench packing": (
         "--model run --data data --out runs.csv --prompts 1 --prompt-tokens 2 --new-tokens 2 "
