@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_runs import replace, stop_at
 
 from mmfree_jax.config import LogConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.saved.history import read_history
+from mmfree_jax.train.loop import train
 from mmfree_jax.train.sinks import make_sinks
 
 wandb = pytest.importorskip("wandb", reason="wandb (the extra `wandb`) is not installed")
@@ -109,6 +112,26 @@ def test_a_resumed_run_goes_on_under_its_id(tmp_path):
     assert {name for name in row if not name.startswith("_")} | {"_step"} == set(expected)
     (row,) = _history(second)
     assert (row["_step"], row["train/loss"]) == (30, 2.25)
+
+
+@pytest.mark.usefixtures("cached_compilation", "traced_once")
+def test_all_numbers_of_an_interrupted_run_are_in_its_files(small_run, tmp_path):
+    config = replace(small_run, run_dir=str(tmp_path), log__wandb_project="ternary")
+    assert train(config, on_step=stop_at(7))["stopped_by"] == "SIGTERM"
+    assert train(config)["step"] == 12
+    wandb.teardown()
+    sent: dict[int, dict[str, Any]] = {}
+    paths = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(paths) == 2
+    for path in paths:
+        for row in _history(path):
+            sent.setdefault(row["_step"], {}).update(row)
+    records = read_history(tmp_path / "metrics.jsonl")
+    assert {record["kind"] for record in records} >= {"train", "eval", "event"}
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                assert sent[record["step"]][f"{record['kind']}/{name}"] == value
 
 
 def test_two_runs_have_two_ids(tmp_path):
