@@ -7,6 +7,7 @@ and so does a terminal that cannot move its cursor (TERM=dumb).
 """
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -99,7 +100,7 @@ class Lines(Display):
     """A stage that lasts is a line, and so is how far it is, now and then."""
 
     def __init__(self, stream: TextIO, patience: float) -> None:
-        """A stage is said once it has lasted `patience` seconds; 0: at once."""
+        """A stage is said once it has lasted `patience` seconds; 0: at once; infinite: never."""
         super().__init__()
         self._stream, self._patience = stream, patience
         self._timer: threading.Timer | None = None
@@ -115,7 +116,7 @@ class Lines(Display):
         """See `Display`."""
         before = self.state
         super().stage(text)
-        self._say_in(_LINE_SECONDS, text)
+        self._say_in(max(self._patience, _LINE_SECONDS), text)
         try:
             yield
         finally:
@@ -148,6 +149,8 @@ class Lines(Display):
         self._cancel()
         if seconds <= 0:
             self.line(text)
+            return
+        if seconds == math.inf:
             return
         self._timer = threading.Timer(seconds, self.line, [text])
         self._timer.daemon = True
@@ -281,9 +284,10 @@ def open_display(kind: Kind, stream: TextIO, patience: float) -> Display:
 def show_progress(stage: str, *, is_shown: bool = True) -> Iterator[Display]:
     """A display on standard error for the time of the block, beside results on standard output.
 
-    It begins with `stage`, if there is one yet; where not `is_shown` it shows nothing.
+    It begins with `stage`, if there is one yet; where not `is_shown` it shows nothing. In a file
+    there are only lines on how far something long is, so that an error stays one line.
     """
-    display = open_display("auto" if is_shown else "none", sys.stderr, patience=2.0)
+    display = open_display("auto" if is_shown else "none", sys.stderr, patience=math.inf)
     try:
         if stage:
             display.stage(stage)

@@ -87,7 +87,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines():
 def test_what_goes_to_a_file_has_no_control_codes():
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True)
     assert done.stdout == "a line on standard output\nthe result\n"
-    assert done.stderr == "read 3 books\na warning\n"  # no stage has lasted long enough to be said
+    assert done.stderr == "read 3 books\na warning\n"
 
 
 def test_what_is_redirected_gets_where_it_should(tmp_path):
