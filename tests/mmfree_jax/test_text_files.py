@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmfree_jax.cli.prompts import read_prompts_file
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.data.sources import InputFile, ReadOptions, read_batches
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.isa import assemble
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.read import read_runs
@@ -124,6 +125,33 @@ def test_prompts(encoding, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes('{"prompt": "ü"}\r\n'.encode(encoding))
     assert [p.text for p in read_prompts_file(file)] == ["ü"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (r'{"prompt": "a\ud800"}', r"line 2 is not JSON: '\\ud800' is half of a surrogate pair"),
+        ('{"prompt": ' + "[" * 100_000, "line 2 is not JSON: nested more than 100 deep"),
+        ('{"prompt_ids": [' + "1" * 41 + "]}", "line 2 is not JSON: a whole number has 41 digits"),
+    ],
+)
+def test_prompts_that_are_none(line, told, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(DataError, match=told):
+        read_prompts_file(tmp_path / "prompts.jsonl")
+
+
+def test_a_pipe_of_prompts_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(DataError, match=r"prompts\.txt: a named pipe, not a file"):
+        read_prompts_file(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_pipe_of_texts_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: a named pipe, not a file"):
+        list(read_batches(InputFile(tmp_path / name), ReadOptions()))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

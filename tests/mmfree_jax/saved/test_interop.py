@@ -17,7 +17,7 @@ from mmfree_jax.cli.main import main
 from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.data.train_bpe import train_bpe
-from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved import huggingface
@@ -549,6 +549,14 @@ def test_export_refuses_what_no_package_computes(tmp_path):
     with pytest.raises(ConfigError, match="hybrid"):
         export_hf(tmp_path / "m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_tokenizer_is_damaged_is_not_imported(tmp_path):
+    _write_folder(tmp_path / "hf", HGRN)
+    (tmp_path / "hf/tokenizer.json").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"hf/tokenizer\.json is not a Hugging Face tokenizer"):
+        import_hf(tmp_path / "hf", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_target_that_exists_is_kept(tmp_path):
