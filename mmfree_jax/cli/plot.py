@@ -38,7 +38,7 @@ def plot(
     from mmfree_jax.train.metric_series import read_metrics
     from mmfree_jax.train.plot import plot_metrics
 
-    if names_only:
+    if names_only and runs:
         for run in runs:
             print(f"{run}: {', '.join(read_metrics(run).logged)}")
         return 0

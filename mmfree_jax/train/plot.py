@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,11 @@ def plot_metrics(runs: Sequence[Path], output: Path, **options: Any) -> list[str
         raise ConfigError(f"output is {str(output)!r}: let it end in .{', .'.join(_BEGINS)}")
     check_file(output, _BEGINS[kind], sources=[run / METRICS for run in runs])
     figure, notes = draw_metrics(runs, **options)
-    with open_atomically(output) as file:
+    with warnings.catch_warnings(record=True) as caught, open_atomically(output) as file:
+        warnings.filterwarnings("always", "Glyph .* missing")
         figure.savefig(file, dpi=150, format=kind)
+    if caught:
+        notes.append("the font of figures lacks characters of the names: boxes stand for them")
     return notes
 
 
@@ -136,6 +140,8 @@ def draw_metrics(
         raise ConfigError(f"smoothing is {smoothing}: set a value in [0, 1)")
     if not runs:
         raise ConfigError("no run to plot: name at least one run directory")
+    if not metrics:
+        raise ConfigError("metrics is empty: name at least one, such as loss")
     if labels is not None and len(labels) != len(runs):
         raise ConfigError(f"labels has {len(labels)} names for {len(runs)} runs: give one for each")
     found = [read_metrics(run) for run in runs]

@@ -132,10 +132,13 @@ def test_more_runs_than_colours_differ_in_their_lines(runs, figures, tmp_path):
 def test_names_are_shown_as_they_are_and_tell_runs_apart(runs, figures, tmp_path):
     odd = shutil.copytree(runs[0], tmp_path / "x" / "_1$e^")
     same = shutil.copytree(runs[0], tmp_path / "x" / "a")
-    plot_metrics([odd, runs[0]], tmp_path / "c.png")
+    assert plot_metrics([odd, runs[0]], tmp_path / "c.png") == []
     plot_metrics([runs[0], same], tmp_path / "c.svg")
     assert {"_1$e^", "a"} < set(legend(figures[0]))
     assert {"a", "x/a"} < set(legend(figures[1]))
+    assert plot_metrics([runs[0]], tmp_path / "c.png", labels=["日本"]) == [
+        "the font of figures lacks characters of the names: boxes stand for them"
+    ]
 
 
 def test_what_is_not_finite_is_counted_and_alone_refused(runs, figures, tmp_path, capsys):
@@ -222,7 +225,9 @@ def test_list_prints_the_names(runs, capsys):
     [
         (["/nowhere"], "/nowhere/metrics.jsonl is missing: give the folder of a training run"),
         (["RUN/metrics.jsonl"], "metrics.jsonl is missing: give the folder"),
-        ([], "run"),
+        ([], "no run to plot"),
+        (["--list"], "no run to plot"),
+        (["RUN", "--metrics"], "metrics is empty: name at least one, such as loss"),
         (["RUN", "--smoothing", "1.5"], "smoothing is 1.5"),
         (["RUN", "--labels", "x", "y"], "labels has 2 names"),
         (["RUN", "--output", "/tmp/x.word"], "let it end in .png, .svg, .pdf"),
