@@ -10,9 +10,9 @@ def smooth(values: Sequence[float] | np.ndarray, weight: float) -> np.ndarray:
     """Exponential average over as many values before as after, so that the curve does not lag.
 
     A neighbour k values away counts `weight`**k, and the sum is divided by that of its weights:
-    nothing pulls the curve to 0, and a straight line stays as it is. At the ends there are fewer
-    neighbours: the curve starts at the first value and ends at the last. Near the start, where a
-    loss falls fastest, only the values in the nearer half of the way count.
+    nothing pulls the curve to 0, and a straight line stays as it is. Near the start, where a loss
+    falls fastest, only the values in the nearer half of the way there count: the curve starts at
+    the first value. At the end it is the average of the last values, since there is none after.
 
     A value that is NaN or infinite is left out of its neighbours' averages.
 
@@ -30,10 +30,11 @@ def smooth(values: Sequence[float] | np.ndarray, weight: float) -> np.ndarray:
     total, weights, n = kept.copy(), np.ones(len(kept)), len(kept)
     # Beyond this neighbours count less than 1/10,000.
     reach = math.ceil(math.log(1e-4) / math.log(weight)) if weight else 0
-    for k in range(1, min(reach, (n - 1) // 3) + 1):
-        inside = slice(2 * k, n - k)
-        total[inside] += weight**k * (kept[k : n - 2 * k] + kept[3 * k :])
-        weights[inside] += 2 * weight**k
+    for k in range(1, min(reach, (n - 1) // 2) + 1):
+        total[2 * k :] += weight**k * kept[k : n - k]
+        weights[2 * k :] += weight**k
+        total[2 * k : n - k] += weight**k * kept[3 * k :]
+        weights[2 * k : n - k] += weight**k
     result[finite] = total / weights
     return result
 
