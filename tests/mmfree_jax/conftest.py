@@ -1,5 +1,8 @@
 """A small run, shared by the tests of training and the command line."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -47,17 +50,31 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
+@pytest.fixture(scope="session")
+def keep_compiled(compilation_cache: Path) -> Callable[[], AbstractContextManager[None]]:
+    """Within what this returns each program is compiled once."""
+
+    @contextlib.contextmanager
+    def keep() -> Iterator[None]:
+        options = {
+            "jax_compilation_cache_dir": str(compilation_cache),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in options}
+        for name, value in options.items():
+            jax.config.update(name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+
+    return keep
+
+
 @pytest.fixture
-def cached_compilation(compilation_cache: Path):
+def cached_compilation(keep_compiled: Callable[[], AbstractContextManager[None]]):
     """Runs of one test module compile each program once."""
-    options = {
-        "jax_compilation_cache_dir": str(compilation_cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with keep_compiled():
+        yield

@@ -37,11 +37,11 @@ def _share_traces(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished(small_run, tmp_path_factory):
+def finished(small_run, tmp_path_factory, keep_compiled):
     """An uninterrupted run: its config, folder and summary. Leave the folder as it is."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     config = dataclasses.replace(small_run, run_dir=str(run_dir))
-    with pytest.MonkeyPatch.context() as patch:
+    with keep_compiled(), pytest.MonkeyPatch.context() as patch:
         _share_traces(patch)
         return config, run_dir, loop.train(config)
 
