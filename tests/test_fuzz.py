@@ -19,7 +19,7 @@ def test_a_few_trials_of_every_source(tmp_path):
         scratch=tmp_path,
         keep=tmp_path / "wrong",
         seed=1,
-        count=5,
+        count=12,
         seconds=120,
         exports=False,
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.children import Children
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.presets import preset
 from mmfree_jax.progress import show_progress
@@ -125,10 +125,15 @@ class Study:
                 show.update(number, None, count=f"{number} done")
         return record["rows"]
 
-    def exit_code(self, rows: Sequence[Row], out: Path) -> int:
-        """Names the files; 1 if no measurement succeeded, else 0."""
+    def conclude(self, rows: Sequence[Row], out: Path, *, measured: bool = True) -> None:
+        """Names the files.
+
+        Raises:
+          MMFreeError: the rows were `measured` now, and no measurement succeeded.
+        """
         say(", ".join(map(str, self.files(out))) + f": {len(rows)} rows")
-        return 1 if all("failed" in row for row in rows) else 0
+        if measured and all("failed" in row for row in rows):
+            raise MMFreeError(f"no measurement succeeded: see the reasons in {self.files(out)[0]}")
 
     def join(self, folders: Sequence[Path], out: Path) -> list[Row]:
         """Puts the rows of earlier runs into one record, table and figure.

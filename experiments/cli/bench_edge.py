@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.errors import MMFreeError
 
 
 def bench_edge(argv: Sequence[str]) -> int:
@@ -12,7 +13,10 @@ def bench_edge(argv: Sequence[str]) -> int:
     plan = parse(Plan, argv, prog="mmfree bench edge")
     rows = measure(plan, "mmfree bench edge " + " ".join(argv))
     if not plan.prepare_only:
-        return STUDY.exit_code(rows, plan.out)
+        STUDY.conclude(rows, plan.out)
+        return 0
     for row in rows:
         print(STUDY.describe(row))
-    return 1 if rows else 0
+    if rows:
+        raise MMFreeError(f"{len(rows)} models could not be prepared: their reasons are above")
+    return 0

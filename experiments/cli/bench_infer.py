@@ -11,5 +11,5 @@ def bench_infer(argv: Sequence[str]) -> int:
 
     plan = parse(Plan, argv, prog="mmfree bench infer")
     rows = measure(plan, "mmfree bench infer " + " ".join(argv))
-    code = STUDY.exit_code(rows, plan.out)
-    return 0 if plan.join else code
+    STUDY.conclude(rows, plan.out, measured=not plan.join)
+    return 0

@@ -11,6 +11,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config
 from mmfree_jax.config import MeshConfig, TrainConfig
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.launch.ahead.compile import compile_step, describe
 from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
@@ -85,11 +86,17 @@ def compile_ahead(argv: Sequence[str]) -> int:
             default=None,
         )
         if best is None:
-            print("none of these fits: set a smaller --batch-size or a larger --grad-accum")
-            return 1
+            raise ConfigError(
+                "none of these meshes fits: set a smaller --batch-size or a larger --grad-accum"
+            )
         flags = " ".join(f"--mesh.{name} {size}" for name, size in best["mesh"].items())
         print(f"suggested: {flags}")
-    return 1 if any(r["memory_gib"]["fits"] is False for r in reports[:1]) else 0
+    elif reports[0]["memory_gib"]["fits"] is False:
+        raise ConfigError(
+            "the step does not fit: set a smaller --batch-size or a larger --grad-accum, or let "
+            "--suggest 3 look for another mesh"
+        )
+    return 0
 
 
 def _suggest(config: TrainConfig, arguments: _Arguments, topology: Topology) -> list[MeshConfig]:

@@ -9,7 +9,7 @@ from typing import Any
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import parse_yaml
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.json_shape import fault
@@ -101,7 +101,9 @@ def scaling(argv: Sequence[str]) -> int:
         write_text(out / STUDY, json.dumps(about))
         records = run_study(unique, options, say=_say)
         _report(out)
-        return 0 if any("error" not in record for record in records) else 1
+        if all("error" in record for record in records):
+            raise MMFreeError(f"no configuration was measured: see the reasons in {out}")
+        return 0
 
     return parse(measure, argv, prog="mmfree bench scaling")
 
