@@ -82,22 +82,37 @@ def measure(params: dict[str, Any], config: Any, batch: dict[str, jax.Array]) ->
     int8_backward.input_gradient, int8_backward.weight_gradient = input_gradient, weight_gradient
     try:
         config = dataclasses.replace(config, backward="int8", scan_layers=False, remat="none")
-        model = LanguageModel(config)
-
-        @jax.jit
-        def gradients(params: dict[str, Any]) -> Any:
-            weights = training_weights(params, config)
-
-            def loss(params: dict[str, Any]) -> jax.Array:
-                return loss_sums(dataclasses.replace(weights, params=params), batch, model=model)[0]
-
-            return jax.grad(loss)(params)
-
-        jax.block_until_ready(gradients(params))
+        jax.block_until_ready(gradients(params, config, batch))
         jax.effects_barrier()
     finally:
         int8_backward.input_gradient, int8_backward.weight_gradient = exact_dx, exact_dw
     return errors
+
+
+def gradients(params: dict[str, Any], config: Any, batch: dict[str, jax.Array]) -> Any:
+    """The gradient of a batch's summed loss, a tree as `params`."""
+    model = LanguageModel(config)
+
+    @jax.jit
+    def of(params: dict[str, Any]) -> Any:
+        weights = training_weights(params, config)
+
+        def loss(params: dict[str, Any]) -> jax.Array:
+            return loss_sums(dataclasses.replace(weights, params=params), batch, model=model)[0]
+
+        return jax.grad(loss)(params)
+
+    return of(params)
+
+
+def read_batch(data: str, rows: int, length: int) -> dict[str, jax.Array]:
+    """The first rows of a prepared data set's training part, as `measure` takes them."""
+    tokens = np.asarray(open_dataset(data, TRAIN).tokens(0, rows * length + 1), np.int32)
+    return {
+        "tokens": jnp.asarray(tokens[:-1].reshape(rows, length)),
+        "targets": jnp.asarray(tokens[1:].reshape(rows, length)),
+        "segment_ids": jnp.ones((rows, length), jnp.int32),
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -109,22 +124,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
     options = parser.parse_args(argv)
     model, params = mmfree_jax.load_pretrained(options.run)
-    tokens = np.asarray(
-        open_dataset(options.data, TRAIN).tokens(0, options.rows * options.length + 1), np.int32
-    )
-    shape = (options.rows, options.length)
-    batch = {
-        "tokens": jnp.asarray(tokens[:-1].reshape(shape)),
-        "targets": jnp.asarray(tokens[1:].reshape(shape)),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-    }
+    batch = read_batch(options.data, options.rows, options.length)
     errors = measure(params, model.config, batch)
     table = {
         name: {key: round(float(np.mean(values)), 5) for key, values in products.items()}
         for name, products in errors.items()
     }
     device = jax.devices()[0].device_kind
-    print(json.dumps({"run": options.run, "tokens": shape, "device": device, "errors": table}))
+    print(
+        json.dumps(
+            {"run": options.run, "tokens": batch["tokens"].shape, "device": device, "errors": table}
+        )
+    )
     return 0
 
 

@@ -23,7 +23,7 @@ from ..norm_quant import xla as norm_xla
 from ..norm_quant.api import Statistics
 from ..over_tokens import TOKENS, WHOLE, over_tokens
 from ..ternary_matmul import api as ternary_matmul
-from . import int8_backward, pallas_tpu
+from . import int8_backward, int8_kernels, pallas_tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +179,12 @@ def _backward(
 
     # The products are stored in x's dtype, which halves the traffic of a bf16 backward; the
     # weights' scales go on afterwards, in float32.
-    into_inputs = _dot_rows if options.backward == "bf16" else int8_backward.input_gradient
-    d_inputs = tuple(into_inputs(d, t, d.dtype) for d, t in zip(d_outputs, trits, strict=True))
+    x_scales = [a / 127.0 for a in stats.absmaxes] if options.backward == "int8" else [None]
+    products = tuple(
+        _input_gradient(options, d, t, scale if any_weight else None)
+        for d, t, scale in zip(d_outputs, trits, _each(x_scales, trits), strict=True)
+    )
+    d_inputs, largest = (tuple(a) for a in zip(*products, strict=True))
     d_scales = w_scales
     if len(distinct) != len(d_inputs):
         scaled = [d * s.reshape(()) for d, s in zip(d_inputs, w_scales, strict=True)]
@@ -197,6 +201,7 @@ def _backward(
         times_silu=times_silu,
         gated=options.gated,
         d_skip=d_skip,
+        input_dtype=jnp.int8 if options.backward == "int8" else None,
         implementation=_norm_implementation(options),
         token_axes=options.token_axes,
     )
@@ -206,13 +211,13 @@ def _backward(
         if not options.int8_activations:
             h = _ungated(options, x)
             inputs = _unquantized(h, distinct, outer_weight, stats, times_silu)
-        into_weights = functools.partial(_weight_gradient, options)
         d_ws = [
-            None if dtype is None else into_weights(d, n, absmax, dtype)
-            for d, n, absmax, dtype in zip(
+            None if dtype is None else _weight_gradient(options, d, n, scale, columns, dtype)
+            for d, n, scale, columns, dtype in zip(
                 d_outputs,
                 _each(inputs, trits),
-                _each(stats.absmaxes or (None,), trits),
+                _each(x_scales, trits),
+                largest,
                 options.weight_dtypes,
                 strict=True,
             )
@@ -278,24 +283,50 @@ def _each(inputs: Sequence[Any], consumers: Sequence[Any]) -> Sequence[Any]:
     return inputs if len(inputs) == len(consumers) else [inputs[0]] * len(consumers)
 
 
+def _input_gradient(
+    options: Options, d: jax.Array, trits: jax.Array, x_scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """d T in d's dtype, and what the kernel of the weight's gradient needs to know of d."""
+    if options.backward == "bf16":
+        return _dot(d, trits, 0, d.dtype), None
+    m = d.size // d.shape[-1]
+    if int8_kernels.fit(
+        m, *trits.shape, implementation=options.implementation, token_axes=options.token_axes
+    ):
+        return int8_kernels.input_gradient(
+            d, trits, x_scale, d.dtype, token_axes=options.token_axes
+        )
+    return int8_backward.input_gradient(d, trits, d.dtype), None
+
+
 def _weight_gradient(
     options: Options,
     d: jax.Array,
     x: jax.Array,
-    absmax: jax.Array | None,
+    x_scale: jax.Array | None,
+    largest: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """d^T x over tokens, where x holds the dequantised inputs, [..., K] in the compute dtype."""
-    if options.backward != "int8" or absmax is None:
+    """d^T x over tokens.
+
+    Args:
+      options: of the call.
+      d: [..., N].
+      x: [..., K], the inputs in the compute dtype; in int8 with `x_scale`.
+      x_scale: [..., 1]; None where the product is not in int8.
+      largest: as `_input_gradient` returned it.
+      out_dtype: of the result.
+
+    Returns:
+      [N, K].
+    """
+    if x_scale is None:
         return _token_dot(d, x, out_dtype)
-    # The int8 inputs again: 127 steps of a row survive the 8 bits of a bfloat16's fraction.
-    scale = absmax / 127
-    q = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -128, 127).astype(jnp.int8)
-    return int8_backward.weight_gradient(d, q, scale, out_dtype)
-
-
-def _dot_rows(d: jax.Array, trits: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    return _dot(d, trits, 0, out_dtype)
+    if largest is None:
+        return int8_backward.weight_gradient(d, x, x_scale, out_dtype)
+    return int8_kernels.weight_gradient(
+        d, x, x_scale, largest, out_dtype, token_axes=options.token_axes
+    )
 
 
 def _dot(x: jax.Array, trits: jax.Array, axis: int, out_dtype: jax.typing.DTypeLike) -> jax.Array:

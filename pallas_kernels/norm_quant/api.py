@@ -139,6 +139,7 @@ def norm_backward(
     times_silu: jax.Array | None = None,
     gated: bool = False,
     d_skip: jax.Array | None = None,
+    input_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     token_axes: Sequence[str] = (),
     interpret: bool = False,
@@ -158,26 +159,29 @@ def norm_backward(
       gradients: [..., K] for each consumer, to be multiplied by
       gradient_scales: one float32 each.
       d_skip: x's gradient through a connection around the norm, to be added; in x's dtype.
+      input_dtype: of the inputs that are returned; int8 for them as they are quantised, without
+        their scales. None: x's dtype.
       implementation, token_axes, interpret: see `norm_quant`.
 
     Returns:
       The gradient of x in x's dtype; of each own weight and of the outer weight in float32
-      (None where there is none); the dequantised inputs [..., K] in x's dtype, one for each
-      absmax in stats; and the gradient of times_silu in its dtype, or None.
+      (None where there is none); the dequantised inputs [..., K] in `input_dtype`, one for
+      each absmax in stats; and the gradient of times_silu in its dtype, or None.
     """
     implementation = _check(implementation, gradients[0].shape[-1], token_axes)
     if d_skip is not None and (gated or implementation != "pallas_triton"):
         d_x, d_weights, d_outer, inputs, d_s = norm_backward(
             x, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
-            times_silu=times_silu, gated=gated, implementation=implementation,
-            token_axes=token_axes, interpret=interpret,
+            times_silu=times_silu, gated=gated, input_dtype=input_dtype,
+            implementation=implementation, token_axes=token_axes, interpret=interpret,
         )  # fmt: skip
         return d_x + d_skip, d_weights, d_outer, inputs, d_s
     if gated and implementation != "pallas_triton":
         h = xla.glu(x).astype(x.dtype)
         d_h, d_weights, d_outer, inputs, _ = norm_backward(
             h, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
-            implementation=implementation, token_axes=token_axes, interpret=interpret,
+            input_dtype=input_dtype, implementation=implementation, token_axes=token_axes,
+            interpret=interpret,
         )  # fmt: skip
         return xla.glu_backward(x, d_h), d_weights, d_outer, inputs, None
     if implementation == "xla":
@@ -191,13 +195,15 @@ def norm_backward(
         inputs = ()
         if stats.absmaxes:
             inputs = xla.requantize(
-                x, weights, outer_weight, stats, dtype=x.dtype, times_silu=times_silu
+                x, weights, outer_weight, stats, dtype=input_dtype or x.dtype, times_silu=times_silu
             )
         if times_silu is not None and d_s is not None:
             d_s = d_s.astype(times_silu.dtype)
         return d_x.astype(x.dtype), d_weights, d_outer, inputs, d_s
 
-    kernel = functools.partial(_KERNELS[implementation].norm_backward, interpret=interpret)
+    kernel = functools.partial(
+        _KERNELS[implementation].norm_backward, input_dtype=input_dtype, interpret=interpret
+    )
     if gated:
         kernel = functools.partial(kernel, gated=True)
     split_over_mesh = bool(token_axes) and devices_in_mesh() > 1

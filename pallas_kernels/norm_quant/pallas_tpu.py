@@ -84,6 +84,7 @@ def norm_backward(
     *,
     eps: float,
     times_silu: jax.Array | None = None,
+    input_dtype: jax.typing.DTypeLike | None = None,
     interpret: bool = False,
 ) -> tuple[
     jax.Array,
@@ -112,7 +113,7 @@ def norm_backward(
         out_shape=[
             jax.ShapeDtypeStruct((m, k), x.dtype),
             *([] if times_silu is None else [jax.ShapeDtypeStruct((m, k), times_silu.dtype)]),
-            *[jax.ShapeDtypeStruct((m, k), x.dtype)] * requantized,
+            *[jax.ShapeDtypeStruct((m, k), input_dtype or x.dtype)] * requantized,
             *[jax.ShapeDtypeStruct((1, k), jnp.float32)] * sums,
         ],
         grid=(pl.cdiv(m, rows),),
@@ -254,8 +255,10 @@ def _backward_kernel(
         if requantize:
             absmax = read(absmax_refs[j])
             n = v if b is None else v * b
-            q = round_to_int8(n, absmax).astype(jnp.float32)
-            input_refs[j][...] = (q * (absmax / 127.0)).astype(x_ref.dtype)
+            q = round_to_int8(n, absmax)
+            if input_refs[j].dtype != jnp.int8:
+                q = (q.astype(jnp.float32) * (absmax / 127.0)).astype(x_ref.dtype)
+            input_refs[j][...] = q
         g = read(gradient_refs[j]) * scale_refs[j][...]
         if b is not None:
             add_up(sum_refs[j], g * v)

@@ -32,7 +32,7 @@ def _forward_plan(k: int) -> _Plan:
     return _Plan(warps, 132 * min(8, 48 // warps))
 
 
-def _backward_plan(k: int, rows: int, vectors: int) -> _Plan:
+def _backward_plan(k: int, rows: int, vectors: int, *, int8_inputs: bool) -> _Plan:
     """For `rows` inputs of a row each and `vectors` kept from row to row.
 
     The values that live at once should fit in registers: where ptxas spills them, the kernel
@@ -46,11 +46,15 @@ def _backward_plan(k: int, rows: int, vectors: int) -> _Plan:
     def registers(warps: int) -> float:
         return _ELEMENTS_PER_THREAD * pl.cdiv(k, 32 * warps * _ELEMENTS_PER_THREAD) * values
 
+    if int8_inputs and k > 2048:
+        # Wide rows over few threads are shuffled through shared memory for the int8 store.
+        return _Plan(16, 132 * 2, ahead=registers(16) <= 120)
     if k > 2048 and registers(16) <= 80:
         return _Plan(16, 132 * 2)
     if registers(8) <= 240:
         return _Plan(8, 132 * 2)
-    return _Plan(16, 132 * 2, ahead=False)
+    # 6912 columns, gated: 1.56 ms with 8 warps, 2.60 with 16.
+    return _Plan(8, 132, ahead=False) if k > 4096 else _Plan(16, 132 * 2, ahead=False)
 
 
 def norm_quant(
@@ -120,6 +124,7 @@ def norm_backward(
     times_silu: jax.Array | None = None,
     gated: bool = False,
     d_skip: jax.Array | None = None,
+    input_dtype: jax.typing.DTypeLike | None = None,
     plan: _Plan | None = None,
     interpret: bool = False,
 ) -> tuple[
@@ -136,23 +141,26 @@ def norm_backward(
 
     Returns:
       The gradient of x in x's dtype, those of the norm weights and of the outer weight in
-      float32, the dequantised inputs in x's dtype (none where stats holds no absmax), and
-      the gradient of times_silu in its dtype.
+      float32, the inputs in `input_dtype` as `api.norm_backward` says (none where stats holds no
+      absmax), and the gradient of times_silu in its dtype.
     """
     m, k = gradients[0].shape
+    input_dtype = jnp.dtype(input_dtype or x.dtype)
     given, x = x, x.reshape(2 * m, k) if gated else x
     count, requantized = len(weights), len(stats.absmaxes)
     own, outer, modulated = weights[0] is not None, outer_weight is not None, times_silu is not None
     padded = pl.next_power_of_2(k)
     rows = 1 + (gated or modulated) + (d_skip is not None) + count
-    plan = plan or _backward_plan(k, rows, 2 * (count * own + outer))
+    plan = plan or _backward_plan(
+        k, rows, 2 * (count * own + outer), int8_inputs=input_dtype == jnp.int8
+    )
     programs = min(plan.programs, m)
     sums = count * own + outer
     # Each row is read by the program that writes it, before: a gated x, the largest array of a
     # block, shares memory with its gradient, and the gradients do with the dequantised inputs.
     first = 1 + modulated + (d_skip is not None)
     aliases = {first + j: 1 + modulated + j for j in range(requantized)}
-    if any(g.dtype != x.dtype for g in gradients):
+    if any(g.dtype != input_dtype for g in gradients):
         aliases = {}
     d_x, *outputs = pl.pallas_call(
         functools.partial(
@@ -163,7 +171,7 @@ def norm_backward(
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             *([] if times_silu is None else [jax.ShapeDtypeStruct((m, k), times_silu.dtype)]),
-            *[jax.ShapeDtypeStruct((m, k), x.dtype)] * requantized,
+            *[jax.ShapeDtypeStruct((m, k), input_dtype)] * requantized,
             *[jax.ShapeDtypeStruct((sums * programs, k), jnp.float32)] * (sums > 0),
         ],
         grid=(programs,),

@@ -33,7 +33,7 @@ from .reference import MIN_ABSMAX
 _ROUNDER = 12582912.0
 
 
-class _Columns:
+class Columns:
     """Loads and stores of whole rows, masked beyond K."""
 
     def __init__(self, k: int, padded: int) -> None:
@@ -51,10 +51,11 @@ class _Columns:
         return self.load(ref).astype(jnp.float32)
 
     def store(self, ref: Ref, value: jax.Array, row: Any) -> None:
+        """One row, in the dtype of where it goes."""
         pltriton.store(ref.at[row, self.slice], value.astype(ref.dtype), mask=self.mask)
 
 
-def _walk(
+def walk(
     load: Callable[[Any], Any],
     body: Callable[[Any, Any, Any], Any],
     init: Any,
@@ -94,7 +95,7 @@ def _product(*factors: jax.Array | None) -> Any:
     return functools.reduce(lambda a, b: a * b, present) if present else None
 
 
-def _rounded(value: jax.Array) -> jax.Array:
+def rounded(value: jax.Array) -> jax.Array:
     """Halves to even, as an int32 whose low byte is the integer."""
     return lax.bitcast_convert_type(value + _ROUNDER, jnp.int32)
 
@@ -124,7 +125,7 @@ def forward_kernel(
     q_refs, scale_refs = refs[:count], refs[count : 2 * count]
     absmax_refs, stat_refs = refs[2 * count : 3 * count], refs[3 * count :]
     m, k = q_refs[0].shape
-    columns = _Columns(k, padded)
+    columns = Columns(k, padded)
     a = None if outer_ref is None else columns.weight(outer_ref)
     weights = [_product(a, None if r is None else columns.weight(r)) for r in weight_refs]
 
@@ -163,10 +164,10 @@ def forward_kernel(
             pltriton.store(absmax_refs[j].at[row], absmax)
             pltriton.store(scale_refs[j].at[row], absmax / 127.0)
             # No magnitude exceeds 127, as none exceeds the row's largest.
-            columns.store(q_refs[j], _rounded(y * (gain * (127.0 / absmax))), row)
+            columns.store(q_refs[j], rounded(y * (gain * (127.0 / absmax))), row)
         return carry
 
-    _walk(load, body, jnp.int32(0), m=m, programs=programs, ahead=ahead)
+    walk(load, body, jnp.int32(0), m=m, programs=programs, ahead=ahead)
 
 
 def backward_kernel(
@@ -199,7 +200,7 @@ def backward_kernel(
     input_refs = [refs.pop(0) for _ in absmax_refs]
     (sums_ref,) = refs or (None,)
     m, k = gradient_refs[0].shape
-    columns = _Columns(k, padded)
+    columns = Columns(k, padded)
     scales = [ref[0] for ref in scale_refs]
     b = [None if ref is None else columns.weight(ref) for ref in weight_refs]
     a = None if outer_ref is None else columns.weight(outer_ref)
@@ -237,8 +238,10 @@ def backward_kernel(
             if requantize:
                 absmax = absmaxes[j]
                 n = v if b[j] is None else v * b[j]
-                q = _rounded(n * (127.0 / absmax)).astype(jnp.int8).astype(jnp.float32)
-                columns.store(input_refs[j], q * (absmax / 127.0), row)
+                q = rounded(n * (127.0 / absmax)).astype(jnp.int8)
+                if input_refs[j].dtype != jnp.int8:
+                    q = q.astype(jnp.float32) * (absmax / 127.0)
+                columns.store(input_refs[j], q, row)
             if b[j] is not None:
                 sums[j] += g * v
                 g = g * b[j]
@@ -270,6 +273,6 @@ def backward_kernel(
 
     count_sums = 0 if sums_ref is None else sums_ref.shape[0] // programs
     init = tuple(jnp.zeros((padded,), jnp.float32) for _ in range(count_sums))
-    sums = _walk(load, body, init, m=m, programs=programs, ahead=ahead)
+    sums = walk(load, body, init, m=m, programs=programs, ahead=ahead)
     for j, value in enumerate(sums):
         columns.store(sums_ref, value, j * programs + pl.program_id(0))

@@ -133,11 +133,14 @@ def requantize(
     dtype: jax.typing.DTypeLike,
     times_silu: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The dequantised inputs q_j absmax_j / 127, recomputed for the weights' gradients."""
+    """The inputs recomputed for the weights' gradients: q_j in int8, or q_j absmax_j / 127."""
     _, v = normalize(x, outer_weight, stats, times_silu)
+    qs = [round_to_int8(weigh(v, b), a) for b, a in zip(weights, stats.absmaxes, strict=True)]
+    if dtype == jnp.int8:
+        return tuple(qs)
     return tuple(
-        (round_to_int8(weigh(v, b), a).astype(jnp.float32) * (a / 127.0)).astype(dtype)
-        for b, a in zip(weights, stats.absmaxes, strict=True)
+        (q.astype(jnp.float32) * (a / 127.0)).astype(dtype)
+        for q, a in zip(qs, stats.absmaxes, strict=True)
     )
 
 

@@ -22,6 +22,8 @@ from . import (
 )
 
 IMPLEMENTATIONS = (*xla.OPERAND_DTYPES, "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
+# Products of int8 values that an int32 sum can hold, whatever they are.
+MAX_INT8_COLUMNS = 2**31 // 128**2 - 1
 # Tiles from which a Hopper's 132 multiprocessors count as busy. With fewer, part of the chip
 # idles, and nobody has measured who wins.
 _FULL_CHIP = 128

@@ -92,22 +92,33 @@ def marks(platform):
     ("platform", "implementation"), [("tpu", "pallas_tpu"), ("cuda", "pallas_mosaic_gpu")]
 )
 @pytest.mark.parametrize(
-    ("k", "widths", "form"),
+    ("k", "widths", "form", "backward"),
     [
-        (1024, (1024, 1024, 1024), "outer"),
-        (2560, (13824,), "outer"),
-        (2560, (2560,), "times_silu"),
-        (6912, (2560,), "gated"),
+        (1024, (1024, 1024, 1024), "outer", "bf16"),
+        (2560, (13824,), "outer", "bf16"),
+        (2560, (2560,), "times_silu", "bf16"),
+        (6912, (2560,), "gated", "bf16"),
+        (2048, (2048, 2048, 2048), "outer", "int8"),
+        (5632, (2048,), "gated", "int8"),
+        (2048, (11264,), "outer", "int8_dx"),
     ],
 )
-def test_a_layer_and_its_gradients(platform, implementation, k, widths, form):
+def test_a_layer_and_its_gradients(platform, implementation, k, widths, form, backward):
     def loss(x, a, norms, ws):
         trits, scales = zip(*(ternarize(jax.lax.stop_gradient(w)) for w in ws), strict=True)
         options = {"outer": {"outer_norm_weight": a}, "gated": {"gated": True}}.get(form)
         if options is None:
             options = {"outer_norm_weight": a, "times_silu": x * 2}
         ys = bitlinear_many(
-            x, norms, ws, trits, scales, eps=1e-6, implementation=implementation, **options
+            x,
+            norms,
+            ws,
+            trits,
+            scales,
+            eps=1e-6,
+            implementation=implementation,
+            backward=backward,
+            **options,
         )
         return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in ys)
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.pallas_kernels.bitlinear import int8_backward
+from mmfree_jax.pallas_kernels.bitlinear import int8_backward, int8_kernels, int8_triton
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.norm_quant import api as norm_quant
 from mmfree_jax.pallas_kernels.ternary_matmul.reference import ternarize
 
 
@@ -107,3 +108,77 @@ def test_unknown_and_senseless_options_are_refused():
         bitlinear_many(
             x, None, (w,), (trits,), (scale,), eps=1e-6, backward="int8", int8_activations=False
         )
+
+
+def _uneven_gradient(m: int, n: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(m + n)
+    d_MN = rng.standard_normal((m, n)) * np.exp(rng.standard_normal((m, 1)))
+    return jnp.asarray(d_MN, jnp.bfloat16), jnp.asarray(np.exp(rng.standard_normal(m)), jnp.float32)
+
+
+@pytest.mark.parametrize(("m", "n"), [(256, 384), (64, 128), (1100, 131)])
+def test_the_kernel_rounds_rows_as_the_definition_does(m, n):
+    d_MN, x_scale_M = _uneven_gradient(m, n)
+    q_MN, scale_M, largest_N = int8_triton.quantize_rows(d_MN, x_scale_M, interpret=True)
+    expected_q, expected_scale = int8_backward.quantize(d_MN, -1)
+    np.testing.assert_array_equal(q_MN, expected_q)
+    np.testing.assert_allclose(scale_M, expected_scale[:, 0], rtol=1e-6)
+    folded_MN = np.asarray(d_MN, np.float32) * np.asarray(x_scale_M)[:, None]
+    np.testing.assert_array_equal(largest_N, np.abs(folded_MN).max(0))
+    without = int8_triton.quantize_rows(d_MN, None, interpret=True)
+    np.testing.assert_array_equal(without[0], q_MN)
+    assert without[2] is None
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 128), (192, 384)])
+def test_the_kernel_rounds_columns_into_the_transpose(m, n):
+    d_MN, x_scale_M = _uneven_gradient(m, n)
+    folded_MN = d_MN.astype(jnp.float32) * x_scale_M[:, None]
+    expected_q, expected_scale = int8_backward.quantize(folded_MN, 0)
+    q_NM, scale_N = int8_triton.quantize_columns(
+        d_MN, x_scale_M, jnp.abs(folded_MN).max(0), interpret=True
+    )
+    np.testing.assert_array_equal(q_NM, np.asarray(expected_q).T)
+    np.testing.assert_allclose(scale_N, expected_scale[0], rtol=1e-6)
+    np.testing.assert_array_equal(
+        int8_triton.transpose(expected_q, interpret=True), np.asarray(expected_q).T
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_kernels_mark_rows_and_columns_that_are_not_finite(bad):
+    d_MN, x_scale_M = _uneven_gradient(64, 128)
+    d_MN = d_MN.at[5, 7].set(bad)
+    _, scale_M, largest_N = int8_triton.quantize_rows(d_MN, x_scale_M, interpret=True)
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(scale_M)), [5])
+    _, scale_N = int8_triton.quantize_columns(d_MN, x_scale_M, largest_N, interpret=True)
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(scale_N)), [7])
+
+
+def test_the_kernels_take_the_sizes_that_they_were_made_for():
+    named = {"implementation": "pallas_mosaic_gpu"}
+    assert int8_kernels.fit(16384, 11264, 2048, **named)
+    assert not int8_kernels.fit(16384, 11264, 2048, implementation="xla_int8")
+    assert not int8_kernels.fit(100, 11264, 2048, **named)  # Rows of a tile that is turned.
+    assert not int8_kernels.fit(16384, 1000, 2048, **named)
+    # 128 products of 127 by 128 fewer than an int32 sum can hold of -128 by -128.
+    assert not int8_kernels.fit(131072, 1024, 1024, **named)
+    assert not int8_kernels.fit(16384, 1024, 1024, implementation=None)  # No Hopper here.
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton", "pallas_tpu"])
+def test_the_norms_backward_gives_the_quantised_inputs_of_the_forward(implementation, gated):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (6, 96 if gated else 48))
+    weights = tuple(1 + 0.1 * jax.random.normal(key, (48,)) for key in keys[1:3])
+    gradients = (jax.random.normal(keys[3], (6, 48)),) * 2
+    ones = (jnp.ones((1, 1)),) * 2
+    options = {"implementation": implementation, "interpret": True, "gated": gated}
+    _, qs, _, stats = norm_quant.norm_quant(x, weights, eps=1e-6, **options)
+    inputs = norm_quant.norm_backward(
+        x, weights, None, stats, gradients, ones, eps=1e-6, input_dtype=jnp.int8, **options
+    )[3]
+    for found, q in zip(inputs, qs, strict=True):
+        assert found.dtype == jnp.int8
+        np.testing.assert_array_equal(found, q)
