@@ -105,8 +105,8 @@ class ModelConfig:
     the rest; plain is the textbook straight-through composition, for comparison."""
     backward: Literal["bf16", "int8_dx", "int8"] = "bf16"
     """Operands of the fused BitLinears' backward products. bf16: the compute dtype; int8_dx: the
-    incoming gradient in int8 for the inputs' gradient; int8: for the weights' gradient too. The
-    head's stay in the compute dtype."""
+    incoming gradient in int8 for the inputs' gradient; int8: for the weights' gradient too, which
+    learnt a little worse (docs/kernels.md). The head's stay in the compute dtype."""
     matmul_kernel: MatmulKernel | None = None
     """Implementation of the ternary product; None: the fastest known here."""
     recurrence_kernel: RecurrenceKernel | None = None

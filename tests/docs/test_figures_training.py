@@ -195,3 +195,29 @@ def test_the_readme_has_the_laptop_run(records, fixed, compare):
         "README.md",
         [f"held-out loss {loss} nats a token, {bits} bits a byte", f"> {first}", f"> {second}"],
     )
+
+
+def test_backward_products_in_8_bits(records, compare):
+    name = "h100/backward8.json"
+
+    def rate(preset, backward, visit):
+        row = records.row(name, preset=preset, backward=backward, visit=visit)
+        return f"{row['tokens_per_s'] / 1e3:.1f}k"
+
+    losses = {key: run["eval_loss"] for key, run in records["backward8/summaries.json"].items()}
+
+    def worse(backward, seeds):
+        differences = [losses[f"{backward}-{s}"] - losses[f"bf16-{s}"] for s in range(seeds)]
+        return f"{sum(differences) / seeds:+.4f} ({seeds} seeds)"
+
+    lines = [
+        f"| 370M | {rate('370M', 'bf16', 1)} | {rate('370M', 'int8_dx', 1)} "
+        f"| {rate('370M', 'int8', 2)} |",
+        f"| 1.3B | {rate('1.3B', 'bf16', 1)} | {rate('1.3B', 'int8_dx', 3)} "
+        f"| {rate('1.3B', 'int8', 2)} |",
+        f"| 2.7B | {rate('2.7B', 'bf16', 2)} | {rate('2.7B', 'int8_dx', 3)} "
+        f"| {rate('2.7B', 'int8', 2)} |",
+        "| held-out loss at 61M parameters, 82M tokens, against bf16 | "
+        f"| {worse('int8_dx', 3)} | {worse('one_scale', 2)} |",
+    ]
+    compare("docs/kernels.md", lines)
