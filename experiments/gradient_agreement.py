@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.experiments.gradient_rounding import gradients, read_batch
 from mmfree_jax.model.parameters import flatten
+from mmfree_jax.model.weights import Master
 from mmfree_jax.saved.open_model import open_model
 
 
@@ -56,7 +57,9 @@ def main(argv: list[str]) -> int:
     for step in options.steps:
         saved = open_model(options.run, step=step)
         config = dataclasses.replace(saved.config, matmul_kernel=options.matmul_kernel)
-        params = saved.weights("master").params
+        weights = saved.weights("master")
+        assert isinstance(weights, Master)
+        params = weights.params
         exact = gradients(params, dataclasses.replace(config, backward="bf16"), batch)
         line = {"run": options.run, "step": step, "tokens": batch["tokens"].shape}
         for backward in ("int8_dx", "int8"):

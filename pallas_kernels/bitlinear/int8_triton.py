@@ -47,7 +47,9 @@ def quantize_rows(
     programs = min(programs, m)
     padded = pl.next_power_of_2(n)
     q, scale, *largest = pl.pallas_call(
-        functools.partial(_rows_kernel, folded=x_scale is not None, padded=padded),
+        functools.partial(
+            _rows_kernel, folded=x_scale is not None, padded=padded, programs=programs
+        ),
         out_shape=[
             jax.ShapeDtypeStruct((m, n), jnp.int8),
             jax.ShapeDtypeStruct((m,), jnp.float32),
@@ -61,7 +63,7 @@ def quantize_rows(
     return q, scale, from_magnitude(jnp.max(largest[0], axis=0)) if largest else None
 
 
-def _rows_kernel(d_ref: Ref, *all_refs: Ref, folded: bool, padded: int) -> None:
+def _rows_kernel(d_ref: Ref, *all_refs: Ref, folded: bool, padded: int, programs: int) -> None:
     refs = list(all_refs)
     x_scale_ref = refs.pop(0) if folded else None
     q_ref, scale_ref, *largest_ref = refs
@@ -79,7 +81,6 @@ def _rows_kernel(d_ref: Ref, *all_refs: Ref, folded: bool, padded: int) -> None:
         columns.store(q_ref, rounded(d * (1.0 / scale)), row)
         return [jnp.maximum(a, magnitude(d * x_scale[0])) for a in largest]
 
-    programs = pl.num_programs(0)
     init = [jnp.zeros((padded,), jnp.int32)] if folded else []
     largest = walk(load, body, init, m=m, programs=programs, ahead=True)
     for ref, values in zip(largest_ref, largest, strict=True):
