@@ -162,18 +162,18 @@ def test_a_parameter_without_a_line_in_the_table_is_an_error():
         param_spec("blocks/mixer/new_proj/weight")
 
 
-def _run(config, batch):
+def _run(config, batch, state=None):
     optimizer = _optimizer()
-    state = init_state(config, optimizer, jax.random.key(0))
+    state = state or init_state(config, optimizer, jax.random.key(0))
     step = jax.jit(lambda s, b: train_step(s, b, _SCHEDULE, config=config, optimizer=optimizer))
     return step(state, batch)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     config = _config()
-    batch = _batch(config, 0)
-    whole, whole_metrics = _run(config, batch)
-    parts, parts_metrics = _run(dataclasses.replace(config, grad_accum=4), batch)
+    batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
+    whole, whole_metrics = _run(config, batch, state)
+    parts, parts_metrics = _run(dataclasses.replace(config, grad_accum=4), batch, state)
     for name in whole_metrics:
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-5)
     # Adam's first moments are the gradients up to a factor.
@@ -185,8 +185,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 
 
 def test_remat_and_unrolled_layers_change_nothing():
-    batch = _batch(_config(), 0)
-    _, expected = _run(_config(), batch)
+    config = _config()
+    batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
+    _, expected = _run(config, batch, state)
     unrolled = {"scan_layers": False}
     for changes in (
         {"remat": "full"},
@@ -195,7 +196,7 @@ def test_remat_and_unrolled_layers_change_nothing():
         unrolled,
         {"remat": "states", **unrolled},
     ):
-        _, metrics = _run(replace_model(_config(), **changes), batch)
+        _, metrics = _run(replace_model(config, **changes), batch, state)
         np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
 
 
