@@ -41,9 +41,9 @@ def test_a_name_from_elsewhere_is_answered_with_ours(capsys, command, suggestion
 @pytest.mark.parametrize(
     ("command", "end"),
     [
-        ("train --stepz 3", "--stepz, 3; perhaps you meant --steps; see mmfree train --help\n"),
-        ("train --zzz 3", "--zzz, 3; see mmfree train --help\n"),
-        ("sweep run x --lr 1", "--lr, 1; see mmfree sweep run --help\n"),  # it has none
+        ("train --stepz 3", "unknown option --stepz; perhaps you meant --steps; see mmfree train --help\n"),
+        ("train --zzz 3", "unknown option --zzz; see mmfree train --help\n"),
+        ("sweep run x --lr 1", "unknown option --lr; see mmfree sweep run --help\n"),  # it has none
     ],
 )
 def test_what_is_no_such_name_is_left_to_its_spelling(capsys, command, end):
