@@ -41,7 +41,10 @@ def test_a_name_from_elsewhere_is_answered_with_ours(capsys, command, suggestion
 @pytest.mark.parametrize(
     ("command", "end"),
     [
-        ("train --stepz 3", "unknown option --stepz; perhaps you meant --steps; see mmfree train --help\n"),
+        (
+            "train --stepz 3",
+            "unknown option --stepz; perhaps you meant --steps; see mmfree train --help\n",
+        ),
         ("train --zzz 3", "unknown option --zzz; see mmfree train --help\n"),
         ("sweep run x --lr 1", "unknown option --lr; see mmfree sweep run --help\n"),  # it has none
     ],
