@@ -25,8 +25,8 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator import fixed
 from mmfree_jax.experiments.accelerator.numerics import Numerics
-from mmfree_jax.model import LanguageModel, functional
-from mmfree_jax.model.weights import Ternary, Weights, can_pack
+from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.weights import Ternary, Weights, can_pack, lower_bounds
 
 Tree = dict[str, Any]
 
@@ -112,12 +112,7 @@ def real_parts(weights: Weights, config: ModelConfig, gains: Tree | None = None)
     layers["trits/down"] = np.asarray(trits["glu"]["down_proj"]["trits"])
     if gains is None:
         layers["weight/v"], layers["weight/v2"] = outer, glu_outer
-    bounds = (
-        functional.forget_gate_lower_bounds(params["lower_bounds"])
-        if config.use_lower_bound
-        else np.zeros((config.num_layers, config.hidden_size))
-    )
-    layers["bound"] = f32(bounds)
+    layers["bound"] = f32(lower_bounds(params.get("lower_bounds"), config))
 
     final_outer = f32(params["final_norm"]["scale"])
     final: Tree = {"trits/head": np.asarray(ternary["head"]["trits"])}

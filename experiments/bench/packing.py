@@ -22,12 +22,11 @@ import numpy as np
 from mmfree_jax.cli.parse import Names
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.dataset import open_dataset
-from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.bench.edge_process import summary
 from mmfree_jax.experiments.bench.infer_process import decode_loop
 from mmfree_jax.experiments.bench.records import one_of
 from mmfree_jax.files import check_file, write_text
-from mmfree_jax.infer.agreement import Streams, compare_streams, greedy_streams
+from mmfree_jax.infer.agreement import Streams, compare_streams, greedy_streams, held_out_documents
 from mmfree_jax.installed import versions
 from mmfree_jax.model import LanguageModel, init_state
 from mmfree_jax.model.weights import Packed, Ternary, Weights, as_weights
@@ -88,7 +87,12 @@ def measure(plan: Plan, about: Mapping[str, Any]) -> Iterator[Row]:
     record_file = plan.out / "packing.json"
     check_file(record_file, r'\{\s*"command"')
     saved = open_model(plan.model)
-    documents_PT = held_out(plan)
+    documents_PT = held_out_documents(
+        plan.data,
+        count=plan.prompts,
+        length=plan.prompt_tokens + plan.new_tokens,
+        flag="--prompts",
+    )
     record: Row = {
         **about,
         "device": jax.devices()[0].device_kind,
@@ -102,20 +106,6 @@ def measure(plan: Plan, about: Mapping[str, Any]) -> Iterator[Row]:
         record["rows"].append(row)
         write_text(record_file, json.dumps(record, indent=1) + "\n")
         yield row
-
-
-def held_out(plan: Plan) -> np.ndarray:
-    """The first tokens of held-out documents, evenly chosen: [P, prompt and new tokens] int32."""
-    dataset = open_dataset(plan.data, "heldout")
-    length = plan.prompt_tokens + plan.new_tokens
-    long = [i for i in range(dataset.num_documents) if len(dataset.document(i)) >= length]
-    if len(long) < plan.prompts:
-        raise DataError(
-            f"{plan.data} has {len(long)} held-out documents of {length} tokens: ask for fewer "
-            "--prompts"
-        )
-    chosen = np.linspace(0, len(long) - 1, plan.prompts).round().astype(int)
-    return np.stack([dataset.document(long[i])[:length] for i in chosen])
 
 
 def _rows(plan: Plan, saved: SavedModel, documents_PT: np.ndarray) -> Iterator[Row]:

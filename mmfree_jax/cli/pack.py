@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import CountOrZero
+from mmfree_jax.ranges import Count, CountOrZero
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class PackConfig:
     the model's greedy text, bfloat16 where its residual stream is, else float32."""
     step: CountOrZero | None = None
     """Checkpoint of a training run to pack (step); None: the newest."""
+    agreement_prompts: CountOrZero = 8
+    """Prompts behind which the packed model's greedy text is compared with the trained one's; the
+    result is printed and kept in the file. 0: none, and never more than one parameter in memory."""
+    agreement_tokens: Count = 64
+    """Tokens compared behind each prompt."""
+    agreement_data: Place | None = None
+    """Prepared data set whose held-out documents begin the prompts; None: the model samples
+    them."""
 
 
 def pack(argv: Sequence[str]) -> int:
@@ -41,19 +50,46 @@ def pack(argv: Sequence[str]) -> int:
       MMFreeError: bad input; the command line prints it and exits with 2.
     """
     config = parse(PackConfig, argv, prog="mmfree pack")
-    with show_progress("packing"):
-        from mmfree_jax.saved.open_model import open_model
+    if config.agreement_data is not None and not config.agreement_prompts:
+        raise ConfigError("--agreement-data is set, but --agreement-prompts is 0: leave one out")
+    with show_progress("packing") as display:
+        from mmfree_jax.infer.agreement import PROMPT_TOKENS, held_out_documents, measure_agreement
+        from mmfree_jax.saved.open_model import SavedModel, open_model
         from mmfree_jax.saved.pack import pack as make_packed
+        from mmfree_jax.saved.packed import StreamAgreement
+
+        saved = open_model(config.model, step=config.step)
+        documents = None
+        if config.agreement_data is not None:
+            documents = held_out_documents(
+                config.agreement_data,
+                count=config.agreement_prompts,
+                length=PROMPT_TOKENS,
+                flag="--agreement-prompts",
+            ).tolist()
+
+        def measure(packed: SavedModel) -> StreamAgreement:
+            display.stage("comparing greedy text")
+            return measure_agreement(
+                saved,
+                packed,
+                prompts=config.agreement_prompts,
+                new_tokens=config.agreement_tokens,
+                documents=documents,
+            )
 
         report = make_packed(
-            open_model(config.model, step=config.step),
+            saved,
             config.out,
             bits=config.bits,
             embedding=config.embedding,
+            measure=measure if config.agreement_prompts else None,
         )
     print(
         f"{report.file}: {report.num_bytes / 2**20:.1f} MiB, {report.weights:,} ternary weights "
         f"at {config.bits} bits; embedding in {report.embedding}, relative error "
         f"{report.embedding_error:.2e}"
     )
+    if report.agreement is not None:
+        print(report.agreement)
     return 0

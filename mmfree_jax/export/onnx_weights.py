@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -91,8 +90,8 @@ def write_weights(model: SavedModel, file: DataFile, *, padded: bool, embedding:
     """Writes every tensor that the graphs of `onnx_graph` read, holding one parameter at a time."""
     c = model.config
     _write_embedding(model, file, embedding)
-    raw_LD = model.leaf("lower_bounds") if c.use_lower_bound else None
-    for layer, bound_E in enumerate(np.asarray(jax.jit(lower_bounds, static_argnums=1)(raw_LD, c))):
+    raw_LD = jnp.asarray(model.leaf("lower_bounds")) if c.use_lower_bound else None
+    for layer, bound_E in enumerate(np.asarray(lower_bounds(raw_LD, c))):
         file.write(f"layers.{layer}.lower_bound", bound_E)
     for name, path in (
         ("mixer_norm", "blocks/mixer_norm/scale"),

@@ -191,6 +191,19 @@ def can_pack(config: ModelConfig) -> bool:
     return config.family == "matmulfree" and not config.short_conv
 
 
+def ternarise_matrix(master: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`ternarize`, as a program of its own wherever weights are made for decoding or a file.
+
+    A scale is a float32 sum, whose order a compiler chooses for each program. One program for each
+    shape gives one scale on one kind of device; inside a larger program (training) it is part of
+    that.
+    """
+    return _ternarise_matrix(master.astype(jnp.float32))
+
+
+_ternarise_matrix = jax.jit(lambda master: ternarize(master), inline=True)
+
+
 def ternary_weights(params: Params, config: ModelConfig) -> Params:
     """Trits and scale of every ternary weight: the tree `Ternary.ternary`.
 
@@ -205,7 +218,7 @@ def ternary_weights(params: Params, config: ModelConfig) -> Params:
                 if inner := visit(value, (*path, name)):
                     out[name] = inner
             elif is_ternary(config, (*path, name)):
-                trits, scale = ternarize(jax.lax.stop_gradient(value))
+                trits, scale = ternarise_matrix(jax.lax.stop_gradient(value))
                 out |= {"trits": trits, "scale": scale}
         return out
 
@@ -222,7 +235,6 @@ def training_weights(params: Params, config: ModelConfig) -> Master | Ternary:
     return Ternary(params, ternary_weights(params, config))
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def ternarise(params: Params, config: ModelConfig) -> Master | Ternary:
     """The weights that decoding reads: `training_weights` without the masters of trits."""
 
@@ -254,16 +266,15 @@ def pack(weights: Ternary, config: ModelConfig) -> Packed:
     """
     if not can_pack(config):
         raise ConfigError(f"the model is a {config.family}: only MatMul-free models run packed")
-    return for_this_device(_pack(weights, config))
 
-
-@functools.partial(jax.jit, static_argnames="config")
-def _pack(weights: Ternary, config: ModelConfig) -> Packed:
     def linear(*path: str) -> PackedLinear:
         own, params = _at(weights.ternary, path), _at(weights.params, path)
-        return PackedLinear(packed_matmul.pack(own["trits"]), own["scale"], params["norm_scale"])
+        return PackedLinear(_pack_matrix(own["trits"]), own["scale"], params["norm_scale"])
 
-    return _assemble(weights.params, linear, config)
+    return for_this_device(_assemble(weights.params, linear, config))
+
+
+_pack_matrix = jax.jit(lambda trits: packed_matmul.pack(trits))
 
 
 def packed_from_tree(
@@ -316,10 +327,17 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
 
 
 def lower_bounds(raw_LD: jax.Array | None, config: ModelConfig) -> jax.Array:
-    """The forget gates' lower bounds [L, E] of the learned logits; zero without them."""
+    """The forget gates' lower bounds [L, E] of the learned logits; zero without them.
+
+    A program of its own, as in `ternarise_matrix`: fused with others its sums have other last
+    bits, and a model packed in memory parts from its packed file after some greedy tokens.
+    """
     if raw_LD is None:
         return jnp.zeros((config.num_layers, config.state_size), jnp.float32)
-    return forget_gate_lower_bounds(raw_LD)
+    return _lower_bounds(raw_LD.astype(jnp.float32))
+
+
+_lower_bounds = jax.jit(forget_gate_lower_bounds)
 
 
 def matrix_scales(weights: Weights) -> list[jax.Array]:

@@ -1,10 +1,11 @@
 """Numbers that tell models apart, the same for trained, ternary and packed weights.
 
-A digest would do if ternarising gave the same bits everywhere. It does not: a matrix's scale is a
-sum over all of it, which devices order differently, and a weight that lies on a boundary to within
-a last bit then gets another trit, one in ten million or so. So trits are compared by sums, with
-that much slack. What is not ternary is compared exactly as bfloat16, which is what packed files
-keep by default; a model packed with an int8 embedding is therefore another model.
+A digest would do if ternarising gave the same bits everywhere. It does so on one kind of device
+only: a matrix's scale is a sum over all of it, which devices order differently, and a weight that
+lies on a boundary to within a last bit then gets another trit, one in ten million or so. So trits
+are compared by sums, with that much slack. What is not ternary is compared exactly as bfloat16,
+in which packed files may keep the embedding, and those of earlier versions the norms; a model
+packed with an int8 embedding is therefore another model.
 """
 
 import dataclasses

@@ -18,8 +18,16 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import without_foreign_kernels
 from mmfree_jax.model.parameters import flatten, param_shapes
-from mmfree_jax.model.weights import Master, Packed, Ternary, Weights, as_weights, can_pack, pack
-from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+from mmfree_jax.model.weights import (
+    Master,
+    Packed,
+    Ternary,
+    Weights,
+    as_weights,
+    can_pack,
+    pack,
+    ternarise_matrix,
+)
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.saved import huggingface, model_folder, packed, run_model
 from mmfree_jax.saved.kinds import Kind, kind_of
@@ -101,7 +109,7 @@ class SavedModel:
         """
         if self._packed is not None:
             return self._packed.ternary(name, param_shapes(self.config)[name].shape)
-        trits, scale = _ternarize(jnp.asarray(self.leaf(name)))
+        trits, scale = ternarise_matrix(jnp.asarray(self.leaf(name)))
         return np.asarray(trits), np.asarray(scale)
 
     def weights(self, form: Form | None = None, mesh: Mesh | None = None) -> Weights:
@@ -141,9 +149,6 @@ class SavedModel:
         weights = as_weights(self._read(param_shapes(config), None), config)
         assert isinstance(weights, Ternary)
         return pack(weights, config)
-
-
-_ternarize = jax.jit(lambda master: ternarize(master))
 
 
 def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> SavedModel:

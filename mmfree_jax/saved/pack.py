@@ -20,9 +20,8 @@ from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.files import copy_folder, new_folder
 from mmfree_jax.model.parameters import param_shapes
-from mmfree_jax.model.weights import is_ternary
+from mmfree_jax.model.weights import is_ternary, ternarise_matrix
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
-from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.huggingface_tokenizer import FILES, TOKENIZER_MODELS
 from mmfree_jax.saved.kinds import PACKED_FILE
@@ -148,7 +147,7 @@ def write_packed(
         """The tensors that stand for a parameter."""
         layer = name.rpartition("/")[0]
         if name in ternary:
-            trits, scale = _ternarize(master)
+            trits, scale = ternarise_matrix(master)
             return {f"{layer}/packed": _pack(trits, bits=bits), f"{layer}/scale": scale}
         if name == EMBEDDING and kept == "int8":
             values, scale = quantize_rows(master)
@@ -182,7 +181,6 @@ def write_packed(
     return PackReport(file, file.stat().st_size, count, kept, error)
 
 
-_ternarize = jax.jit(lambda master: ternarize(master))
 _pack = jax.jit(packed_matmul.pack, static_argnames="bits")
 
 

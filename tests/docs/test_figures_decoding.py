@@ -191,3 +191,44 @@ def test_before_and_after(records, compare):
         before, after = medians(f"decode-{task}")
         lines.append(f"{text} {after} from {before}")
     compare("docs/inference.md", lines)
+
+
+def test_packed_forms(records, compare, fixed):
+    def row(**wanted):
+        return records.row("h100/packing.json", **wanted)
+
+    def kept(form, program, dtypes="trained"):
+        return row(work="form", dtypes=dtypes, program=program, form=form)["kept"]
+
+    lines = []
+    for form, name in (
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16 (the default)"),
+        ("int8", "int8"),
+        ("bfloat16 norms", "bfloat16, norms too (earlier versions)"),
+    ):
+        size = error = ""
+        if form != "bfloat16 norms":
+            pack = row(work="pack", form=form)
+            size = f" {pack['bytes'] / 1e6:.1f} "
+            error = f" {pack['embedding_error']:.1e} ".replace("e-0", "e-").replace("0.0e+00", "0")
+        time = row(work="time", dtypes="trained", form=form)["ms_per_token"]["median"]
+        cells = [str(kept(form, "xla")), str(kept(form, "packed")), fixed(time, 3)]
+        lines.append(f"| {name} |{size or ' '}|{error or ' '}| {' | '.join(cells)} |")
+    programs = {
+        dtypes: row(work="program", dtypes=dtypes, program="packed")["kept"]
+        for dtypes in ("trained", "float32", "float32-between")
+    }
+    logits = row(work="logits", dtypes="trained", program="packed", form="trained")
+    summary = records["h100/packing.json"]["training"]["summary"]
+    assert summary["status"] == "complete"
+    lines += [
+        f"trained on {summary['tokens'] / 1e6:.1f}M tokens",
+        f"held-out loss {summary['eval_loss']:.3f}",
+        f"these keep {programs['trained']} of the 64 texts",
+        f"KL divergence of {logits['kl_nats']:.1e} nats".replace("e-0", "e-"),
+        f"({logits['loss']:.3f})",
+        f"does not end this ({programs['float32']} of 64)",
+        f"a bfloat16 stream ({programs['float32-between']} of 64)",
+    ]
+    compare("docs/inference.md", lines)

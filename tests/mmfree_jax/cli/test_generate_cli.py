@@ -234,8 +234,11 @@ def test_a_folder_that_is_no_model_is_named(capsys, tmp_path):
 
 def test_pack_and_generate_give_the_trained_models_stream(run, capsys, tmp_path):
     assert main(["pack", "--model", str(run[0]), "--out", str(tmp_path / "p"),
-                 "--embedding", "float32"]) == 0  # fmt: skip
-    assert "2 bits" in capsys.readouterr().out
+                 "--embedding", "float32", "--agreement-prompts", "1",
+                 "--agreement-tokens", "4"]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "2 bits" in said
+    assert "1 of 1 prompts (sampled from the model) keep the unpacked model's 4 greedy" in said
     args = ["--prompt-ids", "1,2,3", "--max-new-tokens", 12, "--temperature", 0, "--quiet"]
     _, expected, _ = run_main(capsys, "--model", run[0], *args)
     code, out, err = run_main(capsys, "--model", tmp_path / "p", *args)
