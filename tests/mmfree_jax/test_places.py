@@ -29,7 +29,7 @@ TEXTS = {
     "--columns.budget", "--columns.family", "--columns.flops", "--columns.loss",
     "--columns.loss-sd", "--columns.params", "--columns.params-non-embedding",
     "--columns.params-ternary", "--columns.provenance", "--columns.run", "--columns.seed",
-    "--columns.tokens", "--context-forms", "--device", "--devices", "--energy-size",
+    "--columns.tokens", "--context-forms", "--device", "--devices", "--dtypes", "--energy-size",
     "--eval.sample-prompt", "--families", "--forms", "--gpus", "--image", "--labels", "--layouts",
     "--log.wandb-project", "--metrics", "--mode", "--name", "--nfs",
     "--numerics", "--ops", "--package",
