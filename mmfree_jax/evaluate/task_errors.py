@@ -12,13 +12,14 @@ from pathlib import Path
 from lm_eval.api.model import TemplateLM
 
 from mmfree_jax.errors import DataError, MMFreeError
-from mmfree_jax.text_files import open_file
+from mmfree_jax.text_files import DEEPEST, open_file, parse_json, read_bytes
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 
 
 def check_is_file(file: Path) -> None:
-    """Refuses a pipe or a device in the place of a task's data, which lm-eval would wait for.
+    """Refuses a pipe or a device in the place of a task's data, which lm-eval would wait for,
+    and JSON so deep that its reader would end the process.
 
     Raises:
       DataError: names it.
@@ -27,9 +28,17 @@ def check_is_file(file: Path) -> None:
         return
     try:
         open_file(file).close()
+        lines = read_bytes(file).split(b"\n") if file.suffix in (".jsonl", ".json") else []
     except OSError as e:
         if e.errno == errno.EINVAL:
             raise DataError(f"{file} is {e.strerror}: give a task's data as a file") from e
+        return
+    for number, line in enumerate(lines, 1):
+        if line.count(b"[") + line.count(b"{") > DEEPEST:  # maybe in each other
+            try:
+                parse_json(line)
+            except ValueError as e:
+                raise DataError(f"{file}, line {number}: {e}: repair it") from e
 
 
 @contextlib.contextmanager

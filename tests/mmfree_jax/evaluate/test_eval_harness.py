@@ -349,6 +349,11 @@ def test_the_data_of_a_task_is_a_file(adapter, tmp_path):
     os.mkfifo(tmp_path / "rows.json")
     with pytest.raises(DataError, match=r"rows\.json is a named pipe, not a file"):
         harness.run_tasks(adapter, ["letters"], tasks_dir=tmp_path)
+    (tmp_path / "rows.json").unlink()
+    deep = '{"q": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (tmp_path / "rows.json").write_text('{"q": "b"}\n' + deep + "\n")
+    with pytest.raises(DataError, match=r"rows\.json, line 2: nested more than 100 deep"):
+        harness.run_tasks(adapter, ["letters"], tasks_dir=tmp_path)
 
 
 @pytest.fixture
