@@ -45,7 +45,7 @@ def test_an_analysis_keeps_what_it_reads(tmp_path, capsys):
     _refused(capsys, ["fit", source, *_LINE, "--out", tmp_path / "x.json"], source)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "photo.png", "notes", "drawing.svg", "a.tiff"])
+@pytest.mark.parametrize("name", ["photo.png", "notes", "drawing.svg"])
 def test_a_figure_keeps_what_it_did_not_write(tmp_path, capsys, name):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f'{{"kind": "train", "step": {s}, "loss": 2.0}}\n' for s in (1, 2, 3))
@@ -57,6 +57,18 @@ def test_a_figure_keeps_what_it_did_not_write(tmp_path, capsys, name):
     for suffix in ("png", "svg", "pdf", "SVG"):
         for _ in range(2):
             assert main(["plot", str(tmp_path), "--output", str(tmp_path / f"own.{suffix}")]) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "a.tiff"])
+def test_a_figure_has_the_name_of_one(tmp_path, capsys, name):
+    history = (
+        '{"kind": "train", "step": 1, "loss": 2.0}\n{"kind": "train", "step": 2, "loss": 2.0}\n'
+    )
+    (tmp_path / "metrics.jsonl").write_text(history)
+    assert main(["plot", str(tmp_path), "--output", str(tmp_path / name)]) == 2
+    assert "let it end in .png, .svg, .pdf" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == history
+    assert not (tmp_path / "a.tiff").exists()
 
 
 def test_a_session_keeps_what_is_none(tmp_path, capsys):

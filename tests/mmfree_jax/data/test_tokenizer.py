@@ -238,8 +238,10 @@ def test_train_command(tmp_path, capsys):
         tokenizer_cli.train(["--out", str(tmp_path / "u")])
     with pytest.raises(ConfigError, match="vocab-size"):
         tokenizer_cli.train([*args[:-1], "many"])
-    with pytest.raises(DataError, match="99999999999: set --vocab-size 16777216 or less"):
+    with pytest.raises(ConfigError, match="99999999999: set at most 2147483647"):
         tokenizer_cli.train([*args[:-1], "99999999999"])
+    with pytest.raises(DataError, match="16777217: set --vocab-size 16777216 or less"):
+        tokenizer_cli.train([*args[:-1], "16777217"])
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path, monkeypatch):
