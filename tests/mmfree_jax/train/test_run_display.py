@@ -3,27 +3,12 @@
 import sys
 
 import pytest
+from run_records import EVAL, TRAIN
 
 from mmfree_jax.progress import Display, Lines, open_display
 from mmfree_jax.readable import format_count, format_seconds, printable
 from mmfree_jax.train.run_display import TRAINING, RunDisplay, format_record
 
-TRAIN = {
-    "kind": "train",
-    "step": 20,
-    "tokens": 2048,
-    "time_s": 3.0,
-    "loss": 2.5,
-    "grad_norm": 1.25,
-    "learning_rate": 4e-3,
-    "tokens_per_s": 12_345.0,
-    "mfu": 0.371,
-    "eta_s": 3725.0,
-    "zero_share": 0.31,
-    "changed_share": 0.012,
-    "skipped_steps": 0,
-}
-EVAL = {"kind": "eval", "step": 20, "loss": 2.0, "perplexity": 7.39, "bits_per_byte": 1.1}
 SAMPLE = {"kind": "sample", "step": 20, "prompt": "we", "text": "we\nhold [bold]\x1b[2J"}
 
 
