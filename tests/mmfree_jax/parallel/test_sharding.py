@@ -46,7 +46,7 @@ def test_only_the_outermost_axis_crosses_slices(shape, crossing):
 
 
 def test_slices_that_the_mesh_cannot_divide_are_refused():
-    with pytest.raises(ConfigError, match=r"3 slices or hosts: make mesh\.data"):
+    with pytest.raises(ConfigError, match=r"3 slices or hosts: make --mesh\.data"):
         sharding._arrange(_slices(3, 2), (1, 2, 1, 1))
 
 
@@ -82,7 +82,7 @@ def test_tokens_are_flattened_in_each_devices_own_order():
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
-        (MeshConfig(data=2, sequence=4), {"seq_len": 18}, r"data\.seq_len is 18: .* \(4\)"),
+        (MeshConfig(data=2, sequence=4), {"seq_len": 18}, r"data\.seq_len is 18, not .* \(4\): set --data\.seq-len 20"),
         (MeshConfig(data=4, sequence=2), {"preset": "tiny-transformer"}, "attention needs whole"),
     ],
 )

@@ -178,7 +178,7 @@ for step in range(1, 40):
     sink.write({"kind": "train", "step": step, "loss": 2.0})
     time.sleep(0.02)
 sink.close()
-print("trained on")
+print("trained on", flush=True)
 os._exit(0)  # what W&B says at its own exit is not ours
 """
 
