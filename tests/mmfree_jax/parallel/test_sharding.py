@@ -82,7 +82,7 @@ def test_tokens_are_flattened_in_each_devices_own_order():
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
-        (MeshConfig(data=2, sequence=4), {"seq_len": 18}, r"data\.seq_len is 18, not .* \(4\): set --data\.seq-len 20"),
+        (MeshConfig(data=2, sequence=4), {"seq_len": 18}, r"not .* \(4\): set --data\.seq-len 20"),
         (MeshConfig(data=4, sequence=2), {"preset": "tiny-transformer"}, "attention needs whole"),
     ],
 )
