@@ -1,5 +1,6 @@
 """Speed and memory on a CPU without JAX: every measurement in a process of its own."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,6 +22,7 @@ from mmfree_jax.experiments.bench.records import (
     say,
 )
 from mmfree_jax.export import onnx_session
+from mmfree_jax.files import disk_errors
 from mmfree_jax.places import Place
 from mmfree_jax.presets import preset
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative
@@ -163,7 +165,9 @@ def measure(plan: Plan, command: str, say: Say = say) -> list[Row]:
     check(plan)
     if plan.models is None:
         parent = plan.out.parent if plan.out.parent.is_dir() else None
-        with tempfile.TemporaryDirectory(dir=parent) as folder:
+        with contextlib.ExitStack() as held:
+            with disk_errors(plan.out, "choose another place"):
+                folder = held.enter_context(tempfile.TemporaryDirectory(dir=parent))
             return measure(dataclasses.replace(plan, models=Path(folder)), command, say)
     todo = tasks(plan, plan.models.absolute())
     failures: dict[int, str] = {}

@@ -218,6 +218,13 @@ def test_bad_options_are_named(flag, value, match, tmp_path, capsys):
     assert match in capsys.readouterr().err
 
 
+def test_a_place_that_takes_no_folder_is_named(capsys):
+    assert main(["bench", "edge", "--out", "/proc/self/mem", "--sizes", "tiny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmfree: error: /proc/self/mem cannot be written (No such file")
+    assert error.count("\n") == 1
+
+
 def test_the_peer_has_the_size_of_the_preset():
     dims = edge_models.peer_dims("370M")
     assert (dims["layers"], dims["width"], dims["glu"], dims["heads"]) == (24, 1024, 2816, 16)
