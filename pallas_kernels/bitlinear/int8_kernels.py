@@ -64,14 +64,7 @@ def input_gradient(
     ) -> tuple[jax.Array, jax.Array | None]:
         scale = None if x_scale is None else x_scale.reshape(-1)
         q, d_scale, largest = int8_triton.quantize_rows(d.reshape(-1, d.shape[-1]), scale)
-        d_x = ternary_matmul.ternary_matmul(
-            q,
-            d_scale[:, None],
-            int8_triton.transpose(trits),
-            jnp.ones((1,), jnp.float32),
-            out_dtype=out_dtype,
-            implementation=_KERNEL,
-        )
+        d_x = _product(q, d_scale, trits, out_dtype)
         d_x = d_x.reshape(*d.shape[:-1], d_x.shape[-1])
         return d_x, None if largest is None else largest[None]
 
@@ -110,14 +103,21 @@ def weight_gradient(
         q, d_scale = int8_triton.quantize_columns(
             d.reshape(-1, d.shape[-1]), x_scale.reshape(-1), largest[0]
         )
-        d_w = ternary_matmul.ternary_matmul(
-            q,
-            d_scale[:, None],
-            int8_triton.transpose(x.reshape(-1, x.shape[-1])),
-            jnp.ones((1,), jnp.float32),
-            out_dtype=out_dtype,
-            implementation=_KERNEL,
-        )
+        d_w = _product(q, d_scale, x.reshape(-1, x.shape[-1]), out_dtype)
         return (jax.lax.psum(d_w, tuple(token_axes)) if split_over_mesh else d_w,)
 
     return over_tokens(local, token_axes, (TOKENS,) * 4, (WHOLE,))(d, x, x_scale, largest)[0]
+
+
+def _product(
+    q: jax.Array, scale: jax.Array, right: jax.Array, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """(q right) scale: int8 [M, K] by int8 [K, N], a float32 scale [M] for each row of q."""
+    return ternary_matmul.ternary_matmul(
+        q,
+        scale[:, None],
+        int8_triton.transpose(right),
+        jnp.ones((1,), jnp.float32),
+        out_dtype=out_dtype,
+        implementation=_KERNEL,
+    )

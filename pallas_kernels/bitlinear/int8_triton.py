@@ -14,7 +14,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
-from ..keep_nan import at_least, from_magnitude, magnitude
+from ..keep_nan import at_least, from_magnitude, largest_magnitude, magnitude
 from ..norm_quant.triton_kernels import Columns, rounded, walk
 from ..refs import Ref
 from .int8_backward import LARGEST, TINY
@@ -76,7 +76,7 @@ def _rows_kernel(d_ref: Ref, *all_refs: Ref, folded: bool, padded: int, programs
 
     def body(row: Any, loaded: Any, largest: Any) -> Any:
         d, *x_scale = loaded
-        scale = _scale(from_magnitude(jnp.max(magnitude(d))))
+        scale = _scale(largest_magnitude(d))
         pltriton.store(scale_ref.at[row], scale)
         columns.store(q_ref, rounded(d * (1.0 / scale)), row)
         return [jnp.maximum(a, magnitude(d * x_scale[0])) for a in largest]

@@ -161,7 +161,7 @@ def test_the_kernels_take_the_sizes_that_they_were_made_for():
     assert not int8_kernels.fit(16384, 11264, 2048, implementation="xla_int8")
     assert not int8_kernels.fit(100, 11264, 2048, **named)  # Rows of a tile that is turned.
     assert not int8_kernels.fit(16384, 1000, 2048, **named)
-    # 128 products of 127 by 128 fewer than an int32 sum can hold of -128 by -128.
+    # So many products of -128 by -128 overflow an int32 sum.
     assert not int8_kernels.fit(131072, 1024, 1024, **named)
     assert not int8_kernels.fit(16384, 1024, 1024, implementation=None)  # No Hopper here.
 
