@@ -120,7 +120,7 @@ def orbax_errors(folder: Path) -> Iterator[None]:
 
 @functools.cache
 def _say_nothing_of_closed_loops() -> None:
-    """Drops the tracebacks of reads that end after Orbax has given up on another one.
+    """Drops the tracebacks of reads and writes that end after Orbax gave up on another one.
 
     TensorStore's threads then find the event loop closed, which Python tells as what cannot be
     raised anywhere, a traceback each; asyncio logs those that were never waited for.
@@ -221,6 +221,7 @@ class Checkpointer:
         self._failure: tuple[int, BaseException] | None = None
         self._is_writer = jax.process_index() == 0
         logging.getLogger("absl").addFilter(_is_not_of_orbax_threads)
+        _say_nothing_of_closed_loops()
         with disk_errors(folder, "make room there, or give another --run-dir"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._is_writer:

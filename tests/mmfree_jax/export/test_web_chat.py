@@ -342,7 +342,12 @@ def test_a_wrong_setting_is_said_shown_and_given_the_focus(site, browser):
     assert len(answer(browser)) == 2
 
 
-def test_the_page_is_worked_by_keyboard_and_has_names_for_screen_readers(site, browser):
+def test_the_page_is_worked_by_keyboard_and_has_names_for_screen_readers(
+    site, browser, monkeypatch
+):
+    # Without an end token, so that nothing but Escape ends the answer.
+    endless = {"export.json": _manifest(site, eos_token_id=None, end_ids=[])}
+    monkeypatch.setattr(site, "instead", endless)
     assert show(browser, site) == "ready", text_of(browser, "error")
     assert _focused(browser) == "prompt"
     summary = browser.find_element("tag name", "summary")

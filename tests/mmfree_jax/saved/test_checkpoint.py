@@ -194,7 +194,7 @@ _FULL_DISK = """
     checkpointer.save(1, state, {})
     checkpointer.wait()
     if sys.argv[2] == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     else:
         with open(folder / "ballast", "wb", buffering=0) as file:
             try:
@@ -202,8 +202,10 @@ _FULL_DISK = """
                     file.write(bytes(4096))
             except OSError:
                 pass
+    # Many arrays, so that some still write when the first failure ends the save.
+    many = {str(i): jax.random.normal(jax.random.key(i), (64, 256)) for i in range(32)}
     try:
-        checkpointer.save(2, state, {})
+        checkpointer.save(2, many, {})
         checkpointer.wait()
     except CheckpointError as e:
         print(e)
