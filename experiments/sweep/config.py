@@ -8,6 +8,7 @@ training config.
 import os
 import re
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from mmfree_jax.config import TrainConfig, replace_model
@@ -132,6 +133,27 @@ class ReplicateConfig:
 
 
 @dataclass(frozen=True)
+class CellConfig:
+    """One size with budgets of its own, where not every size has all of them."""
+
+    size: str
+    """Preset or shape."""
+    tokens: tuple[AboveZero, ...]
+    """Token budgets."""
+    families: tuple[str, ...] = ()
+    """Names of the families that have it; empty: all."""
+    seeds: tuple[Seed, ...] = ()
+    """Seeds in place of the sweep's `seeds`, whose first is among them; empty: those."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "cells.")
+        check_size(self.size)
+        _require(bool(self.tokens), "cells.tokens", [], "give at least one budget")
+        for name in ("tokens", "families", "seeds"):
+            _distinct(f"cells.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """A set of runs: families x sizes x budgets x learning rates x seeds."""
 
@@ -149,6 +171,8 @@ class SweepConfig:
     or, with sizes, the range in which a size must lie to be run at a budget."""
     flop_budgets: tuple[AboveZero, ...] = ()
     """Training FLOPs (every component, 3 x forward), each spent at several sizes."""
+    cells: tuple[CellConfig, ...] = ()
+    """Sizes with budgets of their own, in place of `sizes` and of budgets for all of them."""
     count: Literal["non-embedding", "total"] = "non-embedding"
     """Which parameters tokens_per_parameter means."""
     seeds: tuple[Seed, ...] = (0,)
@@ -181,27 +205,31 @@ class SweepConfig:
         _distinct("sizes", self.sizes)
         for name in ("tokens", "tokens_per_parameter", "flop_budgets"):
             _distinct(name, getattr(self, name))
-        kinds = [n for n in ("tokens", "tokens_per_parameter", "flop_budgets") if getattr(self, n)]
+        kinds = [n for n in ("tokens", "tokens_per_parameter", "flop_budgets", "cells")
+                 if getattr(self, n)]  # fmt: skip
         _require(
             len(kinds) == 1 or kinds == ["tokens_per_parameter", "flop_budgets"],
             "budgets",
             kinds,
-            "give tokens, or tokens_per_parameter, or flop_budgets (with tokens_per_parameter)",
+            "give tokens, or tokens_per_parameter, or flop_budgets (with tokens_per_parameter), or "
+            "cells",
         )
-        _require(bool(self.sizes) or len(kinds) == 2, "sizes", [],
+        _require(bool(self.sizes) or bool(self.cells) or len(kinds) == 2, "sizes", [],
                  "name some, or give flop_budgets and tokens_per_parameter")  # fmt: skip
         for size in (*self.sizes, *self.tuning.sizes, *self.replicates.sizes):
             check_size(size)
-        if self.sizes:
+        named = self.named_sizes
+        if named:
             for family in self.families:
-                unknown = set(family.learning_rates_at) - set(self.sizes)
+                unknown = set(family.learning_rates_at) - set(named)
                 _require(not unknown, "families.learning_rates_at", sorted(unknown),
-                         f"choose among sizes ({', '.join(self.sizes)})")  # fmt: skip
+                         f"choose among sizes ({', '.join(named)})")  # fmt: skip
             for name in ("tuning", "replicates"):
-                unknown = set(getattr(self, name).sizes) - set(self.sizes)
+                unknown = set(getattr(self, name).sizes) - set(named)
                 _require(not unknown, f"{name}.sizes", sorted(unknown),
-                         f"choose among sizes ({', '.join(self.sizes)})")  # fmt: skip
+                         f"choose among sizes ({', '.join(named)})")  # fmt: skip
         _require(bool(self.seeds), "seeds", [], "give at least one")
+        self._check_cells()
         _distinct("seeds", self.seeds)
         again = set(self.seeds) & set(self.replicates.seeds)
         _require(not again, "replicates.seeds", sorted(again), "use seeds that `seeds` lacks")
@@ -218,8 +246,34 @@ class SweepConfig:
                     _require(not (isinstance(given, dict) and name in given),
                              f"{where}.optimizer.{name}", given,
                              "use families.learning_rates and warmup_fraction")  # fmt: skip
-            for size in self.sizes:
+            for size in named:
                 base_train_config(self, family, size)
+
+    @property
+    def named_sizes(self) -> tuple[str, ...]:
+        """The sizes that are named, each once; none where the plan derives them."""
+        return self.sizes or tuple(dict.fromkeys(cell.size for cell in self.cells))
+
+    def _check_cells(self) -> None:
+        _require(
+            not (self.cells and self.sizes),
+            "sizes",
+            list(self.sizes),
+            "leave it out: cells name theirs",
+        )
+        labels = [family.label for family in self.families]
+        seen: set[tuple[str, str, float, int]] = set()
+        for cell in self.cells:
+            unknown = set(cell.families) - set(labels)
+            _require(not unknown, "cells.families", sorted(unknown),
+                     f"choose among families ({', '.join(labels)})")  # fmt: skip
+            _require(not cell.seeds or self.seeds[0] in cell.seeds, "cells.seeds", list(cell.seeds),
+                     f"keep {self.seeds[0]}, the first of `seeds`")  # fmt: skip
+            for key in product(cell.families or labels, [cell.size], cell.tokens,
+                               cell.seeds or self.seeds):  # fmt: skip
+                _require(key not in seen, "cells", f"{key[1]} at {key[2]:g} tokens",
+                         f"give it once for {key[0]} and seed {key[3]}")  # fmt: skip
+                seen.add(key)
 
 
 def check_size(size: str) -> None:

@@ -64,6 +64,17 @@ class PlannedRun:
         return dataclasses.replace(self, config=config, rate_known=True)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What main runs of one family have in common: a size and a budget."""
+
+    size: str
+    tokens: float
+    budget: float | None
+    """FLOPs, in isoFLOP designs."""
+    seeds: tuple[int, ...]
+
+
 def format_tokens(tokens: float) -> str:
     """A count of tokens with four digits and its unit: 8000512 -> "8.001M"."""
     for unit, letter in ((1e9, "B"), (1e6, "M")):
@@ -110,8 +121,21 @@ def shape_ladder() -> tuple[str, ...]:
     )
 
 
-def _cells(sweep: SweepConfig, family: FamilyConfig) -> list[tuple[str, float, float | None]]:
-    """(size, tokens, budget) of one family's main runs."""
+def _cells(sweep: SweepConfig, family: FamilyConfig) -> list[Cell]:
+    """The cells of one family's main runs."""
+    if sweep.cells:
+        return [
+            Cell(cell.size, tokens, None, cell.seeds or sweep.seeds)
+            for cell in sweep.cells if family.label in (cell.families or (family.label,))
+            for tokens in cell.tokens
+        ]  # fmt: skip
+    return [
+        Cell(size, tokens, budget, sweep.seeds) for size, tokens, budget in _grid(sweep, family)
+    ]
+
+
+def _grid(sweep: SweepConfig, family: FamilyConfig) -> list[tuple[str, float, float | None]]:
+    """(size, tokens, budget) where all sizes have the same budgets."""
 
     def base(size: str) -> TrainConfig:
         return base_train_config(sweep, family, size)
@@ -179,7 +203,7 @@ def tuning_runs(sweep: SweepConfig) -> list[PlannedRun]:
     if not sweep.tuning.is_on:
         return runs
     for family in sweep.families:
-        known = tuple(dict.fromkeys(size for size, _, _ in _cells(sweep, family)))
+        known = tuple(dict.fromkeys(cell.size for cell in _cells(sweep, family)))
         for size in sweep.tuning.sizes or known:
             tokens = sweep.tuning.tokens
             if tokens is None:
@@ -203,10 +227,11 @@ def main_runs(
     """
     runs: list[PlannedRun] = []
     for family in sweep.families:
-        for size, tokens, budget in _cells(sweep, family):
+        for cell in _cells(sweep, family):
+            size = cell.size
             more = sweep.replicates.seeds if size in sweep.replicates.sizes else ()
-            for seed in (*sweep.seeds, *more):
-                run = _planned(sweep, family, "main", size, tokens, budget, seed)
+            for seed in dict.fromkeys((*cell.seeds, *more)):
+                run = _planned(sweep, family, "main", size, cell.tokens, cell.budget, seed)
                 if not sweep.tuning.is_on:
                     runs += [run.with_rate(rate) for rate in _rates(family, run)]
                     continue

@@ -83,6 +83,21 @@ def test_a_range_of_ratios_leaves_sizes_out():
     assert {r.size for r in runs} == {"rung-1M"}  # 3M would get 0.8 tokens a parameter
 
 
+def test_cells_have_budgets_families_and_seeds_of_their_own():
+    cells = [{"size": "rung-1M", "tokens": [1e5, 3e5]},
+             {"size": "3x96", "tokens": [2e5], "families": ["transformer"],
+              "seeds": [0, 1]}]  # fmt: skip
+    sweep = make(sizes=[], tokens=[], cells=cells, tuning={"tokens": 1e5})
+    found = {(r.family, r.size, r.tokens, r.seed) for r in main_runs(sweep)}
+    assert found == {
+        ("matmulfree", "rung-1M", 100096, 0), ("matmulfree", "rung-1M", 300032, 0),
+        ("transformer", "rung-1M", 100096, 0), ("transformer", "rung-1M", 300032, 0),
+        ("transformer", "3x96", 199936, 0), ("transformer", "3x96", 199936, 1),
+    }  # fmt: skip
+    tuned = {(r.family, r.size) for r in tuning_runs(sweep)}
+    assert tuned == {(family, size) for family, size, _, _ in found}
+
+
 def test_tuning_comes_first_and_gives_the_rates():
     sweep = make(tuning={"tokens": 1e5, "sizes": ["rung-1M"]}, tokens=[1e5, 2e5])
     tuning = tuning_runs(sweep)
@@ -203,6 +218,29 @@ def test_a_rate_is_carried_to_other_sizes_by_a_power_law():
         ({"replicates": {"sizes": ["rung-1M"], "seeds": [0]}}, "use seeds that `seeds` lacks"),
         ({"families": [{}], "sizes": ["3x96"]}, "has no preset rate"),
         ({"seeds": []}, "seeds is"),
+        ({"cells": [{"size": "tiny", "tokens": [1e5]}]}, "budgets is"),
+        ({"tokens": [], "cells": [{"size": "tiny", "tokens": [1e5]}]}, "cells name theirs"),
+        (
+            {"tokens": [], "sizes": [], "cells": [{"size": "big", "tokens": [1e5]}]},
+            "sizes is 'big'",
+        ),
+        ({"tokens": [], "sizes": [], "cells": [{"size": "tiny", "tokens": []}]}, "cells.tokens"),
+        (
+            {"tokens": [], "sizes": [], "cells": [{"size": "tiny", "tokens": [1e5]}] * 2},
+            "cells is 'tiny at 100000 tokens': give it once for matmulfree and seed 0",
+        ),
+        (
+            {"tokens": [], "sizes": [], "cells": [{"size": "tiny", "tokens": [1e5], "seeds": [1]}]},
+            "keep 0, the first of",
+        ),
+        (
+            {
+                "tokens": [],
+                "sizes": [],
+                "cells": [{"size": "tiny", "tokens": [1e5], "families": ["mamba"]}],
+            },
+            "choose among families",
+        ),
     ],
 )
 def test_bad_configs_are_refused_in_one_line(change, message):
