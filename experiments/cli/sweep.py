@@ -90,7 +90,9 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     options = Options(parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage)
     found = snapshot(sweep)
     by_stage = {"tuning": found.tuning, "main": found.main}
-    sharded = [run for stage in options.stages for run in shard(by_stage[stage], *options.shard)]
+    sharded = [
+        run for stage in options.stages for run in shard(sweep, by_stage[stage], *options.shard)
+    ]
     runs = without_repeats(sweep, sharded)
     try:
         tokens = check_data(runs)
@@ -113,6 +115,9 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     index, count = options.shard
     label = "all" if count == 1 else f"shard {index}/{count}"
     print(cost_text(whole, left, label if a.stage == "all" else f"{label}, {a.stage}"), flush=True)
+    if sweep.widen_rates:
+        print(f"to this come up to {sweep.widen_rates} rates at each end of a list, while the best "
+              "one is at that end", flush=True)  # fmt: skip
     return len(todo)
 
 

@@ -18,6 +18,7 @@ from mmfree_jax.places import Place
 from mmfree_jax.presets import PRESETS, preset
 from mmfree_jax.ranges import (
     AboveZero,
+    CountOrZero,
     NotNegative,
     PositiveShare,
     Seed,
@@ -179,6 +180,9 @@ class SweepConfig:
     """Seeds of the initialisation and of the order of the data."""
     replicates: ReplicateConfig = field(default_factory=ReplicateConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    widen_rates: CountOrZero = 0
+    """Most rates to add at each end of a list of rates while the best one is at that end; 0:
+    none, the best one is marked."""
     warmup_fraction: ShareBelowOne = 0.0
     """Share of the steps of each run that warm up."""
     min_steps: TwoOrMore = 10
@@ -236,6 +240,11 @@ class SweepConfig:
         if self.tuning.is_on:
             bare = [f.label for f in self.families if not f.learning_rates]
             _require(not bare, "families.learning_rates", bare, "tuning needs rates to try")
+        if self.widen_rates:
+            lists = [rates for f in self.families
+                     for rates in (f.learning_rates, *f.learning_rates_at.values())]  # fmt: skip
+            _require(all(len(rates) > 1 for rates in lists), "widen_rates", self.widen_rates,
+                     "give each family two rates or more, whose ratio goes on")  # fmt: skip
         for i, family in enumerate(self.families):
             for where, values in (("train", self.train), (f"families[{i}].train", family.train)):
                 for name in _PLANNED:

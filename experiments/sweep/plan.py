@@ -57,6 +57,11 @@ class PlannedRun:
         rate = f"{self.learning_rate:.4g}" if self.rate_known else "tuned"
         return f"{self.family}-{self.size}-t{format_tokens(self.tokens)}-lr{rate}-s{self.seed}"
 
+    @property
+    def cell(self) -> tuple[Stage, str, str, int]:
+        """What runs have in common that differ in rate and seed alone."""
+        return self.stage, self.family, self.size, self.tokens
+
     def with_rate(self, rate: float) -> "PlannedRun":
         """The same run at a learning rate."""
         optimizer = dataclasses.replace(self.config.optimizer, learning_rate=rate)
@@ -192,7 +197,7 @@ def _rates(family: FamilyConfig, run: PlannedRun) -> tuple[float, ...]:
     return family.rates_at(run.size) or (run.config.optimizer.learning_rate,)
 
 
-def _in_order(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+def cheapest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """Cheapest first, so that an early end leaves the most finished runs."""
     return sorted(runs, key=lambda r: (r.flops, r.family, r.size, r.seed, r.learning_rate))
 
@@ -212,7 +217,7 @@ def tuning_runs(sweep: SweepConfig) -> list[PlannedRun]:
                 tokens = sweep.tuning.tokens_per_parameter * parameters(base, sweep.count)
             run = _planned(sweep, family, "tuning", size, tokens, None, sweep.seeds[0])
             runs += [run.with_rate(rate) for rate in _rates(family, run)]
-    return _in_order(runs)
+    return cheapest_first(runs)
 
 
 def main_runs(
@@ -237,7 +242,7 @@ def main_runs(
                     continue
                 rate = rate_of(family.label, size) if rate_of else None
                 runs.append(run if rate is None else run.with_rate(rate))
-    runs = _in_order(runs)
+    runs = cheapest_first(runs)
     _check_names(runs)
     return runs
 
@@ -268,9 +273,18 @@ def _check_names(runs: Sequence[PlannedRun]) -> None:
         seen[run.name] = digest
 
 
-def shard(runs: Sequence[PlannedRun], index: int, count: int) -> list[PlannedRun]:
-    """Every `count`-th run from the `index`-th (from 0): disjoint, complete, about equal."""
-    return list(runs[index::count])
+def shard(
+    sweep: SweepConfig, runs: Sequence[PlannedRun], index: int, count: int
+) -> list[PlannedRun]:
+    """Every `count`-th run from the `index`-th (from 0): disjoint, complete, about equal.
+
+    Where cells get more rates as they go (`widen_rates`), every `count`-th cell instead: runs
+    that are added then belong to the shard that made the others of their cell.
+    """
+    if not sweep.widen_rates:
+        return list(runs[index::count])
+    own = set(list(dict.fromkeys(run.cell for run in runs))[index::count])
+    return [run for run in runs if run.cell in own]
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

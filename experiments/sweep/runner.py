@@ -204,8 +204,9 @@ class _Scheduler:
                     queue.remove(run)
                     self._start(run, slots)
                 self._show_children()
-                tuning_ended = any(run.stage == "tuning" for run in self._reap())
-                if tuning_ended or not (queue or self._children):
+                ended = self._reap()
+                more = self._sweep.widen_rates or any(run.stage == "tuning" for run in ended)
+                if (ended and more) or not (queue or self._children):
                     queue = in_order([*queue, *self._news()], self._options.order)
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -227,7 +228,7 @@ class _Scheduler:
         news = []
         self._tally.waiting = 0
         for stage in self._options.stages:
-            for run in shard(getattr(found, stage), *self._options.shard):
+            for run in shard(self._sweep, getattr(found, stage), *self._options.shard):
                 if not run.rate_known:
                     self._tally.waiting += 1
                 elif run.name not in self._seen:

@@ -5,7 +5,8 @@ runs/NAME/ (its run directory), logs/NAME.log (what it printed), failures/NAME.j
 failed, gone once it succeeds) and locks/NAME.lock (held while it runs).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.plan import (
     PlannedRun,
+    cheapest_first,
     config_hash,
     main_runs,
     parameters,
@@ -24,6 +26,7 @@ from mmfree_jax.experiments.sweep.plan import (
 )
 from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
 from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
+from mmfree_jax.experiments.sweep.widening import widened
 from mmfree_jax.files import is_locked
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
@@ -99,14 +102,27 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
     out = Path(sweep.out)
     rows = {row["run"]: row for row in read_results(out)}
     failures = {k: v for k, v in read_failures(out).items() if k not in rows}
-    tuning = tuning_runs(sweep)
-    choices = _choices(sweep, tuning, rows, failures)
+
+    def loss_of(run: PlannedRun) -> float | None:
+        if run.name in rows:
+            return float(rows[run.name]["loss"])
+        return math.inf if failures.get(run.name, {}).get("kind") == "diverged" else None
+
+    def wider(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+        most, seed = sweep.widen_rates, sweep.seeds[0]
+        return cheapest_first(widened(runs, loss_of, most=most, first_seed=seed))
+
+    tuning = wider(tuning_runs(sweep))
+    choices = _choices(sweep, tuning, loss_of)
 
     def rate_of(family: str, size: str) -> float | None:
         choice = choices.get((family, size))
         return None if choice is None else choice.rate
 
-    found = Snapshot(sweep, rows, failures, tuning, main_runs(sweep, rate_of), choices)
+    main = main_runs(sweep, rate_of)
+    if not sweep.tuning.is_on:
+        main = wider(main)
+    found = Snapshot(sweep, rows, failures, tuning, main, choices)
     _check_rows(found)
     return found
 
@@ -131,21 +147,20 @@ def _check_rows(found: Snapshot) -> None:
 
 
 def _choices(
-    sweep: SweepConfig, tuning: Sequence[PlannedRun], rows: dict[str, Row],
-    failures: dict[str, dict[str, Any]],
-) -> dict[tuple[str, str], Choice]:  # fmt: skip
+    sweep: SweepConfig,
+    tuning: Sequence[PlannedRun],
+    loss_of: Callable[[PlannedRun], float | None],
+) -> dict[tuple[str, str], Choice]:
     """The rates that are known: of a tuned size once its tuning runs are all in the table or
     diverged, of the other sizes once those of the whole family are."""
     tried: dict[tuple[str, str], dict[float, float]] = {}
     unfinished = set()
     for run in tuning:
-        losses = tried.setdefault((run.family, run.size), {})
-        if run.name in rows:
-            losses[run.learning_rate] = float(rows[run.name]["loss"])
-        elif failures.get(run.name, {}).get("kind") == "diverged":
-            losses[run.learning_rate] = float("inf")
-        else:
+        losses, loss = tried.setdefault((run.family, run.size), {}), loss_of(run)
+        if loss is None:
             unfinished.add((run.family, run.size))
+        else:
+            losses[run.learning_rate] = loss
     open_families = {family for family, _ in unfinished}
     sizes = {(r.family, r.size): float(parameters(r.config, "non-embedding"))
              for r in (*main_runs(sweep), *tuning)}  # fmt: skip

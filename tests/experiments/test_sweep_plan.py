@@ -117,8 +117,9 @@ def test_tuning_comes_first_and_gives_the_rates():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
 def test_shards_are_disjoint_and_complete(count):
-    runs = main_runs(make(tokens=[1e5, 3e5], seeds=[0, 1, 2]))
-    parts = [shard(runs, i, count) for i in range(count)]
+    sweep = make(tokens=[1e5, 3e5], seeds=[0, 1, 2])
+    runs = main_runs(sweep)
+    parts = [shard(sweep, runs, i, count) for i in range(count)]
     names = [r.name for part in parts for r in part]
     assert sorted(names) == sorted(r.name for r in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

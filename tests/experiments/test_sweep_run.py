@@ -469,6 +469,17 @@ def test_a_wider_list_of_rates_goes_on_from_the_old_one(make, trainer):
     assert "5 done; " in status_text(snapshot(wide))
 
 
+def test_rates_are_added_in_the_call_that_finds_the_best_at_an_end(make, trainer):
+    sweep = make(tuning={"tokens": 1e4}, rates=(1e-3, 2e-3), sizes=["rung-1M"], tokens=[2e4],
+                 widen_rates=3)  # fmt: skip
+    tally = run_sweep(sweep, Options(), say=quiet, command=trainer)
+    assert sorted(tally.done) == [
+        "matmulfree-rung-1M-t19.97K-lr0.004-s0",
+        *(f"matmulfree-rung-1M-t9.984K-lr0.00{digit}-s0" for digit in (1, 2, 4, 8)),
+    ]
+    assert not run_sweep(sweep, Options(), say=quiet, command=trainer).done
+
+
 def test_a_size_may_have_rates_of_its_own(make, trainer):
     own = {"base": "matmulfree", "learning_rates": [1e-3, 2e-3],
            "learning_rates_at": {"rung-3M": [2e-3, 2.667e-3, 4e-3]}}  # fmt: skip
