@@ -82,6 +82,7 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     """Prints the plan and its cost; returns how many runs are left to this shard."""
     from mmfree_jax.errors import DataError
     from mmfree_jax.experiments.sweep.cost import device_from_name, estimate, probe_device
+    from mmfree_jax.experiments.sweep.notes import plan_notes
     from mmfree_jax.experiments.sweep.plan import shard, without_repeats
     from mmfree_jax.experiments.sweep.report import cost_text, plan_text
     from mmfree_jax.experiments.sweep.runner import Options
@@ -102,6 +103,8 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
         tokens = None
         print(f"note: {e}; passes over the data are left out")
     print(plan_text(runs, tokens))
+    for note in plan_notes(sweep, runs, tokens):
+        print(note)
     todo = [r for r in runs if found.status(r) not in ("done", "failed")]
     with show_progress("looking at the devices"):
         device = device_from_name(a.device) if a.device else probe_device()

@@ -12,6 +12,7 @@ from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.config import FamilyConfig, SweepConfig, base_train_config
+from mmfree_jax.experiments.sweep.shapes import ANY_SHAPE, Derived, derive_sizes
 from mmfree_jax.train.flops import count_flops, count_parameters
 
 Stage = Literal["tuning", "main"]
@@ -112,20 +113,6 @@ def flops_per_token(config: TrainConfig) -> float:
     return count_flops(config.model, config.data.seq_len).training
 
 
-def shape_ladder() -> tuple[str, ...]:
-    """Shapes that sizes are derived from: 28 to 56 channels of width a layer.
-
-    The preset ladder has 32 to 53. Widths are multiples of 64 and, below 320, also odd
-    multiples of 32, as far as they divide into attention heads.
-    """
-    widths = (96, 160, 288, *range(64, 2049, 64))
-    return tuple(
-        f"{layers}x{width}"
-        for width in sorted(widths)
-        for layers in range(max(2, -(-width // 56)), max(2, width // 28) + 1)
-    )
-
-
 def _cells(sweep: SweepConfig, family: FamilyConfig) -> list[Cell]:
     """The cells of one family's main runs."""
     if sweep.cells:
@@ -151,23 +138,34 @@ def _grid(sweep: SweepConfig, family: FamilyConfig) -> list[tuple[str, float, fl
     if not sweep.flop_budgets:
         sizes = [(s, parameters(base(s), sweep.count)) for s in sweep.sizes]
         return [(size, ratio * n, None) for size, n in sizes for ratio in ratios]
-    cells = []
+    if not sweep.sizes:
+        return [
+            (d.size, d.budget / flops_per_token(base(d.size)), d.budget)
+            for d in derived_sizes(sweep).sizes
+        ]
+    low, high = (min(ratios), max(ratios)) if ratios else (0.0, math.inf)
+    cells: list[tuple[str, float, float | None]] = []
     for budget in sweep.flop_budgets:
-        candidates = []
-        for size in sweep.sizes or shape_ladder():
-            tokens = budget / flops_per_token(base(size))
-            candidates.append((size, tokens, tokens / parameters(base(size), sweep.count)))
-        if sweep.sizes:
-            low, high = (min(ratios), max(ratios)) if ratios else (0.0, math.inf)
-            chosen = [c for c in candidates if low <= c[2] <= high]
-        else:
-            nearest = [min(candidates, key=lambda c: abs(math.log(c[2] / r))) for r in ratios]
-            chosen = [c for c in candidates if c in nearest]
+        every = [(size, budget / flops_per_token(base(size))) for size in sweep.sizes]
+        chosen = [(size, tokens) for size, tokens in every
+                  if low <= tokens / parameters(base(size), sweep.count) <= high]  # fmt: skip
         if not chosen:
             raise ConfigError(f"flop_budgets: {budget:.3g} FLOPs leave no size with {low:g} to "
                               f"{high:g} tokens a parameter; change either")  # fmt: skip
-        cells += [(size, tokens, budget) for size, tokens, _ in chosen]
+        cells += [(size, tokens, budget) for size, tokens in chosen]
     return cells
+
+
+def derived_sizes(sweep: SweepConfig) -> Derived:
+    """The sizes of a sweep that names none; nothing where it does.
+
+    Raises:
+      ConfigError: too few shapes at a budget.
+    """
+    if sweep.named_sizes:
+        return Derived((), ())
+    bases = [(f.label, base_train_config(sweep, f, ANY_SHAPE)) for f in sweep.families]
+    return derive_sizes(bases, sweep.flop_budgets, sweep.tokens_per_parameter, sweep.count)
 
 
 def _planned(
