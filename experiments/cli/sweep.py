@@ -78,7 +78,9 @@ def _shard(text: str | None) -> tuple[int, int]:
                           "set: start it with sbatch --array, or give i/n") from e  # fmt: skip
 
 
-def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
+def _announce(
+    a: _Cost, sweep: "SweepConfig", *, need_data: bool, retry_failed: bool = False
+) -> int:
     """Prints the plan and its cost; returns how many runs are left to this shard."""
     from mmfree_jax.errors import DataError
     from mmfree_jax.experiments.sweep.cost import device_from_name, estimate, probe_device
@@ -105,7 +107,8 @@ def _announce(a: _Cost, sweep: "SweepConfig", *, need_data: bool) -> int:
     print(plan_text(runs, tokens))
     for note in plan_notes(sweep, runs, tokens):
         print(note)
-    todo = [r for r in runs if found.status(r) not in ("done", "failed")]
+    ended = ("done",) if retry_failed else ("done", "failed")
+    todo = [r for r in runs if found.status(r) not in ended]
     with show_progress("looking at the devices"):
         device = device_from_name(a.device) if a.device else probe_device()
     rows = list(found.rows.values())
@@ -142,19 +145,22 @@ def run(argv: Sequence[str]) -> int:
         parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage,
         max_minutes=a.max_minutes, retry_failed=a.retry_failed, order=a.order,
     )  # fmt: skip
-    _announce(a, sweep, need_data=True)
+    _announce(a, sweep, need_data=True, retry_failed=a.retry_failed)
     with show_progress("") as show:
         tally = run_sweep(sweep, options, say=lambda text: print(text, flush=True), show=show)
     counts = [(len(tally.done), "finished"), (len(tally.failed), "failed"),
+              (len(tally.standing), "failed before and not tried again"),
               (len(tally.stopped), "cut off"), (len(tally.elsewhere), "under way elsewhere"),
               (tally.waiting, "waiting for tuning runs")]  # fmt: skip
     print("; ".join(f"{n} {what}" for n, what in counts if n) or "nothing was left to do")
     if tally.signal is not None:
         return 128 + (tally.signal or signal.SIGTERM)
-    if tally.failed:
+    if failed := tally.standing | tally.failed:
         sys.stdout.flush()
-        raise SweepError(f"{len(tally.failed)} runs failed, the others are in the table: see "
-                         f"`mmfree sweep status {a.config}`, and --retry-failed")  # fmt: skip
+        name, reason = next(iter(failed.items()))
+        what = f"run {name} failed" if len(failed) == 1 else f"{len(failed)} runs failed, {name}"
+        raise SweepError(f"{what} ({reason}): `mmfree sweep status {a.config}` has each reason; "
+                         "once it is put right --retry-failed tries again")  # fmt: skip
     return 0
 
 

@@ -89,6 +89,8 @@ class Tally:
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """Name -> reason."""
+    standing: dict[str, str] = field(default_factory=dict)
+    """The same of runs that failed in an earlier call and were not tried again."""
     stopped: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
     """Under way in another process."""
@@ -243,6 +245,8 @@ class _Scheduler:
         if status == "running":
             self._tally.elsewhere.append(run.name)
         retry = status == "failed" and self._options.retry_failed
+        if status == "failed" and not retry:
+            self._tally.standing[run.name] = found.failures[run.name]["reason"]
         return retry or status in ("pending", "cut off")
 
     def _next(self, queue: Sequence[PlannedRun]) -> PlannedRun | None:

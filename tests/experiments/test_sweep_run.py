@@ -397,11 +397,17 @@ def test_the_commands(tmp_path, data, trainer, monkeypatch, capsys):
     monkeypatch.setattr("mmfree_jax.experiments.sweep.runner.run_sweep.__kwdefaults__",
                         {**run_sweep.__kwdefaults__, "command": trainer})  # fmt: skip
     path = config_file(tmp_path, data, "[0.002, 0.004, 0.7]")
+    script = tmp_path / "repaired.py"
+    script.write_text(_TRAINER.replace("rate == 0.7", "False"))
+
+    def repaired(config: Path) -> list[str]:
+        return [sys.executable, str(script), str(config)]
+
     assert cli.plan([str(path), "--device", "H100"]) == 0
     text = capsys.readouterr().out
     assert "all: 3 runs," in text
     assert "data sheet" in text
-    with pytest.raises(SweepError, match="1 runs failed, the others are in the table"):
+    with pytest.raises(SweepError, match=r"run \S+lr0.7-s0 failed \(exit code 1: RuntimeError"):
         cli.run([str(path), "--device", "H100"])
     text = capsys.readouterr().out
     assert text.index("all: 3 runs") < text.index("[1/3]")  # cost first
@@ -414,8 +420,18 @@ def test_the_commands(tmp_path, data, trainer, monkeypatch, capsys):
     assert "edge" in text
     best = list(csv.DictReader((tmp_path / "cli" / "best.csv").open()))
     assert [float(r["learning_rate"]) for r in best] == [0.004]
+    # What stands failed is said each time, and how it is tried again.
+    with pytest.raises(SweepError, match=r"lr0.7-s0 failed .* a bug\).*--retry-failed tries again"):
+        cli.run([str(path), "--device", "H100"])
+    text = capsys.readouterr().out
+    assert "left: 0 runs" in text
+    assert "1 failed before and not tried again" in text
+    monkeypatch.setattr("mmfree_jax.experiments.sweep.runner.run_sweep.__kwdefaults__",
+                        {**run_sweep.__kwdefaults__, "command": repaired})  # fmt: skip
+    assert cli.run([str(path), "--device", "H100", "--retry-failed"]) == 0
+    assert "left: 1 runs" in capsys.readouterr().out
     assert cli.run([str(path), "--device", "H100"]) == 0
-    assert "left: 0 runs" in capsys.readouterr().out
+    assert "nothing was left to do" in capsys.readouterr().out
 
 
 def test_the_commands_refuse_bad_input(tmp_path, data, monkeypatch):
