@@ -9,10 +9,11 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Fitting, outputs
-from mmfree_jax.ranges import AboveZero
+from mmfree_jax.ranges import Range
 
-_DESCRIPTION = """Compares two families of runs: where their loss curves cross under every law, with
-a joint bootstrap, the probability that they do not cross, and what can be concluded."""
+_DESCRIPTION = """Compares two families of runs: every crossing of their loss curves under every
+law, with a joint bootstrap, the probability that either has the lower loss at a compute and that
+they do not cross, and what can be concluded."""
 
 LawName = Literal["line", "power", "power-floor", "chinchilla", "gadre", "broken"]
 
@@ -31,8 +32,8 @@ class Arguments(Fitting):
     """Laws to compare; those that the runs cannot determine are skipped with the reason."""
     use: Literal["frontier", "all"] = "frontier"
     """Runs for laws of compute alone: those that no cheaper run beats, or all."""
-    horizon: AboveZero = 30.0
-    """Where the search for a crossing ends (log10 FLOPs)."""
+    horizon: Annotated[float, Range(0, 100, open_low=True)] = 30.0
+    """Where the search for crossings ends (log10 FLOPs)."""
     out: Path = Path("crossing.json")
 
 

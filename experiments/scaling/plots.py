@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from mmfree_jax.experiments.scaling.crossing import Crossing, curve
+from mmfree_jax.experiments.scaling.compute_optimal import curve
+from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
 from mmfree_jax.experiments.scaling.gap import GapTrend, Pairs
@@ -89,13 +90,19 @@ def plot_fit(fit: Fit) -> tuple[Figure, Rows]:
 
 
 def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
-    """Left: both families under every law; right: where the joint bootstrap puts the crossing."""
+    """Both families under every law; their difference; who leads how often; the crossings.
+
+    The difference and the share of resamples in which the first family leads have their bands;
+    without resamples these two are empty.
+    """
     rows: Rows = []
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    places = [r.point for r in result.laws if r.point is not None]
+    figure = Figure(figsize=(10.5, 8.4), layout="constrained")
+    (left, gap), (lead, right) = figure.subplots(2, 2)
+    places = [t.at for r in result.laws for t in r.turns]
     top = min(result.horizon, max([result.data[1] + 3, *places]) + 1)
     grid = np.linspace(result.data[0], top, 200)
+    colours = {r.law: COLOURS[j % len(COLOURS)] for j, r in enumerate(result.laws)}
+    lines = {}
     for k, (name, style) in enumerate(zip(result.names, ("-", "--"), strict=True)):
         fit = max((r.fits[k] for r in result.laws), key=lambda f: len(f.frame))
         c = fit.inputs.get("compute", 6 * fit.frame.params * fit.frame.tokens)
@@ -104,9 +111,10 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
                      facecolor="black" if k == 0 else "white", zorder=3)  # fmt: skip
         rows += [{"series": f"{name} run", "compute": a, "loss": b}
                  for a, b in zip(c, loss, strict=True)]  # fmt: skip
-        for j, r in enumerate(result.laws):
+        for r in result.laws:
             line = curve(r.fits[k].law, r.fits[k].vector(), grid)[0]
-            left.plot(10**grid, line, style, color=COLOURS[j % len(COLOURS)], lw=1)
+            lines[k, r.law] = line
+            left.plot(10**grid, line, style, color=colours[r.law], lw=1)
             rows += [{"series": f"{name} {r.law}", "compute": 10**g, "loss": v}
                      for g, v in zip(grid, line, strict=True)]  # fmt: skip
     seen = np.concatenate([np.exp(f.log_loss) for r in result.laws for f in r.fits])
@@ -120,34 +128,59 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
                                       mfc="black" if k == 0 else "white")
         for k, (name, style) in enumerate(zip(result.names, ("-", "--"), strict=True))
     }  # fmt: skip
-    keys |= {r.law: Line2D([], [], color=COLOURS[j % len(COLOURS)], lw=2)
-             for j, r in enumerate(result.laws)}  # fmt: skip
+    keys |= {law: Line2D([], [], color=colour, lw=2) for law, colour in colours.items()}
     keys["compute of the runs"] = grey
     left.legend(list(keys.values()), list(keys), fontsize=7)
+    inside = grid <= result.data[1] + 3
+    apart = []
+    for r in result.laws:
+        difference = lines[0, r.law] - lines[1, r.law]
+        gap.plot(grid, difference, color=colours[r.law], lw=1)
+        apart.append(difference[inside])
+        if r.lead is None:
+            continue
+        p, x = r.lead.probability, r.lead.log10_c
+        gap.fill_between(x, *r.lead.gap, color=colours[r.law], alpha=0.12, lw=0)
+        lead.plot(x, p, color=colours[r.law], lw=1)
+        lead.fill_between(x, *r.lead.band, color=colours[r.law], alpha=0.2, lw=0)
+        rows += [{"series": f"lead {r.law}", "log10_compute": x[i], "probability_lower": p[i],
+                  "low": r.lead.band[0, i], "high": r.lead.band[1, i],
+                  "gap_low": r.lead.gap[0, i], "gap_high": r.lead.gap[1, i]}
+                 for i in range(0, len(x), 10)]  # fmt: skip
+    widest = float(np.nanmax(np.abs(np.concatenate([*apart, np.full(1, 1e-6)]))))
+    gap.set_ylim(-1.5 * widest, 1.5 * widest)
+    gap.set_xlim(result.data[0] - 0.5, top)
+    gap.set_ylabel(f"loss of {result.names[0]} less {result.names[1]}, nats")
+    gap.axhline(0, color="black", lw=0.8)
+    lead.set_ylim(-0.03, 1.03)
+    lead.set_ylabel(f"P({result.names[0]} has the lower loss)")
+    lead.axhline(0.5, color="black", lw=0.8)
     for j, r in enumerate(result.laws):
-        colour, y = COLOURS[j % len(COLOURS)], len(result.laws) - j
-        if r.interval is not None:
-            low = r.interval[0] if r.interval[0] is not None else result.horizon
-            high = r.interval[1] if r.interval[1] is not None else result.horizon
-            right.plot([low, high], [y, y], color=colour, lw=2)
-        if r.point is not None:
-            right.plot(r.point, y, "o", color=colour)
+        y = len(result.laws) - j
+        for place, interval in [(t.at, t.interval) for t in r.turns] or [(None, r.interval)]:
+            low, high = interval or (None, None)
+            if interval is not None:
+                ends = (result.data[0] if low is None else low,
+                        result.horizon if high is None else high)  # fmt: skip
+                right.plot(ends, [y, y], color=colours[r.law], lw=2)
+            if place is not None:
+                right.plot(place, y, "o", color=colours[r.law])
+            rows.append({"series": f"crossing {r.law}", "log10_compute": place, "low": low,
+                         "high": high, "probability_none": r.probability_none})  # fmt: skip
         none = "no bootstrap" if r.probability_none is None else f"{r.probability_none:.2f}"
         right.text(result.horizon, y + 0.12, f"P(no crossing) = {none}", ha="right", fontsize=7)
-        rows.append({"series": f"crossing {r.law}", "log10_compute": r.point,
-                     "low": None if r.interval is None else r.interval[0],
-                     "high": None if r.interval is None else r.interval[1],
-                     "probability_none": r.probability_none})  # fmt: skip
-    right.axvspan(*result.data, color="black", alpha=0.05, lw=0)
     right.set_yticks(range(len(result.laws), 0, -1), [r.law for r in result.laws])
     right.set_ylim(0.1, len(result.laws) + 0.7)
-    right.set_xlim(result.data[0] - 0.5, result.horizon + 0.5)
-    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{x:g}}}$"))
-    right.set_xlabel("compute of the crossing, FLOPs")
-    level = next((f.level for r in result.laws for f in r.fits), 0.95)
+    for axes in (lead, right):
+        axes.set_xlim(result.data[0] - 0.5, result.horizon + 0.5)
+    for axes in (gap, lead, right):
+        axes.axvspan(*result.data, color="black", alpha=0.05, lw=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{x:g}}}$"))
+        axes.set_xlabel("training compute, FLOPs")
+    right.set_xlabel("compute of the crossings, FLOPs")
     marks = {
         "central estimate": Line2D([], [], color=_GREY, marker="o", ls=""),
-        f"{100 * level:.0f}% interval": Line2D([], [], color=_GREY, lw=2),
+        f"{100 * result.level:.0f}% interval": Line2D([], [], color=_GREY, lw=2),
         "compute of the runs": grey,
     }
     right.legend(list(marks.values()), list(marks), fontsize=7, ncols=3, loc="lower right")

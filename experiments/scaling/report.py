@@ -7,6 +7,7 @@ import numpy as np
 from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.isoflop import Allocation, optimal_allocation
+from mmfree_jax.experiments.scaling.law_crossing import LawCrossing
 from mmfree_jax.installed import versions
 
 _PACKAGES = ("mmfree-jax", "numpy", "scipy")  # what computed a result
@@ -142,55 +143,82 @@ def crossing_document(result: Crossing) -> dict[str, Any]:
     return {
         "families": list(result.names),
         "conclusion": result.conclusion,
-        "laws": {
-            r.law: {
-                "log10_compute": r.point,
-                "interval": None if r.interval is None else list(r.interval),
-                "interval_given_crossing": None if r.conditional is None else list(r.conditional),
-                "probability_no_crossing": r.probability_none,
-                "crossings_in_range": r.count,
-                "lower_before": result.names[r.leader_before],
-                "lower_after": result.names[r.leader_after],
-                "resamples": len(r.draws),
-                "decades_beyond_data": None if r.point is None else
-                max(0.0, r.point - result.data[1]),
-                "fits": [{"parameters": f.parameters, "objective": f.search.objective,
-                          "objective_function": f.objective.formula, "n": len(f.frame),
-                          "intervals": {k: list(v) for k, v in f.intervals.items()}}
-                         for f in r.fits],
-                "warnings": r.warnings,
-            }
-            for r in result.laws
-        },
+        "laws": {r.law: _law_document(r, result) for r in result.laws},
         "spread_over_laws": {
             "lowest": min(points, default=None), "highest": max(points, default=None),
             "laws_without_crossing": [r.law for r in result.laws if r.point is None],
         },
         "laws_not_fitted": result.skipped,
         "data_log10_compute": list(result.data),
+        "both_families_up_to_log10_compute": result.shared,
         "horizon_log10_compute": result.horizon,
         "interval_level": result.level,
-        "interval_method": "joint percentile bootstrap; a resample without a crossing counts as "
-        "later than any, so null is beyond the horizon or never",
+        "interval_method": "computes around a crossing at which neither family has the lower loss "
+        "in enough joint bootstrap resamples; null is the end of the range: before the data, or "
+        "beyond the horizon or never",
         "conventions": {"flops": result.flops},
         "warnings": result.warnings,
         "versions": versions(*_PACKAGES),
     }  # fmt: skip
 
 
+def _law_document(r: LawCrossing, result: Crossing) -> dict[str, Any]:
+    """One law of a comparison: all crossings, the first of them again, and the lead by compute."""
+
+    def beyond(at: float) -> float:
+        return max(0.0, at - result.shared)
+
+    lead = r.lead
+    document: dict[str, Any] = {
+        "log10_compute": r.point,
+        "interval": None if r.interval is None else list(r.interval),
+        "interval_given_crossing": None if lead is None or lead.conditional is None else
+        list(lead.conditional),
+        "probability_no_crossing": r.probability_none,
+        "crossings_in_range": len(r.turns),
+        "crossings": [{"log10_compute": t.at, "interval": t.interval and list(t.interval),
+                       "lower_beyond": result.names[t.leader],
+                       "decades_beyond_data": beyond(t.at)} for t in r.turns],
+        "lower_before": None if r.leader_before is None else result.names[r.leader_before],
+        "lower_after": result.names[r.turns[0].leader] if r.turns else None,
+        "resamples": 0 if lead is None else lead.refits,
+        "decades_beyond_data": None if r.point is None else beyond(r.point),
+        "fits": [{"parameters": f.parameters, "objective": f.search.objective,
+                  "objective_function": f.objective.formula, "n": len(f.frame),
+                  "intervals": {k: list(v) for k, v in f.intervals.items()}}
+                 for f in r.fits],
+        "warnings": r.warnings,
+    }  # fmt: skip
+    if lead is not None:
+        some = slice(None, None, 10)
+        document["lead"] = {
+            "of": result.names[0],
+            "log10_compute": lead.log10_c[some].round(3),
+            "probability_lower": lead.probability[some],
+            "probability_interval": lead.band[:, some],
+            "loss_difference_interval": lead.gap[:, some],
+        }
+        document["settled"] = [
+            {"from": s.low, "to": s.high, "lower": None if s.leader is None else
+             result.names[s.leader]} for s in r.spans
+        ]  # fmt: skip
+    return document
+
+
 def crossing_text(result: Crossing) -> str:
     """A comparison as lines of text."""
-    lines = [f"{result.names[0]} against {result.names[1]}, log10 FLOPs of the crossing "
+    lines = [f"{result.names[0]} against {result.names[1]}, log10 FLOPs of every crossing "
              f"({100 * result.level:.0f}% joint bootstrap):"]  # fmt: skip
     for r in result.laws:
-        what = "no crossing" if r.point is None else f"{r.point:.2f}"
-        if r.interval is not None and r.probability_none is not None:
-            ends = [f"{e:.2f}" if e is not None else "never" for e in r.interval]
-            what += f" [{ends[0]}, {ends[1]}], P(no crossing) = {r.probability_none:.2f}"
+        places = [(f"{t.at:.2f}", t.interval) for t in r.turns] or [("no crossing", r.interval)]
+        what = ", ".join(f"{at}{_ends(interval)}" for at, interval in places)
+        if r.probability_none is not None:
+            what += f", P(no crossing) = {r.probability_none:.2f}"
         else:
-            what += " (no interval: too few runs for a bootstrap)"
+            what += " (no interval: see warnings)"
         lines.append(f"  {r.law:<12} {what}")
     lines += [f"  {name:<12} not fitted: {why}" for name, why in result.skipped.items()]
+    lines += _lead_lines(result)
     lines.append(result.conclusion)
     own = [f"{r.law}: {w}" for r in result.laws for w in r.warnings]
     shown = [*result.warnings, *own]
@@ -198,6 +226,33 @@ def crossing_text(result: Crossing) -> str:
     if len(shown) > 12:
         lines.append(f"  ({len(shown) - 12} more warnings are in the JSON)")
     return "\n".join(lines)
+
+
+def _ends(interval: tuple[float | None, float | None] | None) -> str:
+    """An interval of a crossing, behind its place."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return (f" [{'before the data' if low is None else f'{low:.2f}'}, "
+            f"{'never' if high is None else f'{high:.2f}'}]")  # fmt: skip
+
+
+def _lead_lines(result: Crossing) -> list[str]:
+    """P(the first family has the lower loss) at whole decades, a line a law."""
+    leads = [(r.law, r.lead) for r in result.laws if r.lead is not None]
+    if not leads:
+        return []
+    first, last = int(np.ceil(result.data[0])), int(np.floor(result.horizon))
+    decades = np.arange(first, last + 1, max(1, (last - first + 7) // 8))
+    grid = leads[0][1].log10_c
+    at = [int(np.argmin(np.abs(grid - d))) for d in decades]
+    width = max(float(np.max(lead.band[1] - lead.band[0])) for _, lead in leads) / 2
+    lines = [f"P({result.names[0]} has the lower loss), {leads[0][1].refits} joint resamples "
+             f"(+-{width:.2f} at most):",
+             "  log10 FLOPs  " + "".join(f"{d:>6}" for d in decades)]  # fmt: skip
+    for law, lead in leads:
+        lines.append(f"  {law:<12} " + "".join(f"{p:>6.2f}" for p in lead.probability[at]))
+    return lines
 
 
 def allocation_document(results: list[Allocation]) -> dict[str, Any]:
