@@ -61,7 +61,8 @@ class ModelConfig:
     mixer: Literal["mlgru", "attention"] = "mlgru"
     """Token mixer: the MatMul-free gated linear recurrence, or causal attention with RoPE."""
     vocab_size: Count = 32_000
-    """Rows of the embedding and of the head (tokens)."""
+    """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
+    preset other than a rung says it, commands take the vocabulary of data.paths."""
     hidden_size: Count = 1024
     """Width of the residual stream (channels)."""
     num_layers: Layers = 24

@@ -104,6 +104,11 @@ def _build() -> dict[str, TrainConfig]:
 PRESETS: dict[str, TrainConfig] = _build()
 
 
+def names_vocabulary(name: str) -> bool:
+    """Whether a preset is of a certain vocabulary, as all are but the ladder's rungs."""
+    return name.removesuffix(_TRANSFORMER_SUFFIX) not in _LADDER
+
+
 def preset(name: str) -> TrainConfig:
     """The configuration called `name`, for example "370M" or "1.3B-transformer".
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.train import base_config
+from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
@@ -303,7 +303,7 @@ def report(argv: Sequence[str]) -> int:
         default=_ReportArguments(None, None, None, 1, False, base),
     )
     sizes = {name: preset(name).model for name in ("370M", "1.3B", "2.7B")}
-    own = arguments.settings.model
+    own = with_vocabulary(argv, arguments.settings, run_flag="--run").model
     if own != TrainConfig().model:
         check_supported(own)
         sizes = {arguments.preset or f"{own.num_layers} layers of {own.hidden_size}": own}

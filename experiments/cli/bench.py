@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.train import base_config
+from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
@@ -52,7 +52,7 @@ def train(argv: Sequence[str]) -> int:
         )
 
         result = measure_train_step(
-            arguments.run,
+            with_vocabulary(argv, arguments.run),
             groups=arguments.groups,
             steps_per_group=arguments.steps_per_group,
             trace_dir=arguments.trace,

@@ -103,7 +103,8 @@ def _announce(
         if need_data:
             raise
         tokens = None
-        print(f"note: {e}; passes over the data are left out")
+        print(f"note: {e}; passes over the data are left out, and rungs and shapes without "
+              "model.vocab_size are taken to have 32,000 tokens")  # fmt: skip
     print(plan_text(runs, tokens))
     for note in plan_notes(sweep, runs, tokens):
         print(note)

@@ -13,9 +13,10 @@ from typing import Literal
 
 from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
+from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
-from mmfree_jax.presets import PRESETS, preset
+from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.ranges import (
     AboveZero,
     CountOrZero,
@@ -301,8 +302,11 @@ def check_size(size: str) -> None:
 def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> TrainConfig:
     """The training config of one family at one size, before budget, rate and seed.
 
+    A shape or a rung has the vocabulary of its data where `train` names none and they are there.
+
     Raises:
       ConfigError: a setting in `train` is unknown or malformed, or a bare shape has no rate.
+      DataError: the data are damaged.
     """
     suffix = "-transformer" if family.base == "transformer" else ""
     shape = _SHAPE.fullmatch(size)
@@ -315,7 +319,14 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
     else:
         config = preset(size + suffix)
     config = from_dict(TrainConfig, sweep.train, config, "train")
-    return from_dict(TrainConfig, family.train, config, f"families.{family.label}.train")
+    config = from_dict(TrainConfig, family.train, config, f"families.{family.label}.train")
+    return with_data_vocabulary(config) if leaves_vocabulary(sweep, family, size) else config
+
+
+def leaves_vocabulary(sweep: SweepConfig, family: FamilyConfig, size: str) -> bool:
+    """Whether the vocabulary of a family at a size is up to the data."""
+    named = gives_vocabulary(sweep.train) or gives_vocabulary(family.train)
+    return not named and (_SHAPE.fullmatch(size) is not None or not names_vocabulary(size))
 
 
 def load_sweep(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmfree_jax.config import replace_model
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.sweep.config import SweepConfig
@@ -135,8 +136,12 @@ def _check_rows(found: Snapshot) -> None:
         if row is None:
             continue
         if row["config_hash"] != config_hash(run.config):
+            way_out = "give another --out"
+            if row["config_hash"] == config_hash(replace_model(run.config, vocab_size=32_000)):
+                # Rungs and shapes had it once, whatever their data.
+                way_out = "set train.model.vocab_size to 32000, as it was, or " + way_out
             raise SweepError(f"{path}: {run.name} was run with other settings (hash "
-                             f"{row['config_hash']}): give another --out")  # fmt: skip
+                             f"{row['config_hash']}): {way_out}")  # fmt: skip
         paths = run.config.data.paths
         if paths not in fingerprints:
             fingerprints[paths] = data_fingerprint(run)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.train import base_config
+from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
@@ -55,7 +55,7 @@ def compile_ahead(argv: Sequence[str]) -> int:
         description=_DESCRIPTION,
         default=_Arguments("h100x8", None, None, base_config(argv)),
     )
-    topology, config = parse_topology(arguments.topology), arguments.run
+    topology, config = parse_topology(arguments.topology), with_vocabulary(argv, arguments.run)
     if arguments.out is not None:
         check_file(arguments.out, r'\[\s*\{\s*"topology"')
     simulated = prepare(topology)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.train import base_config
+from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
 from mmfree_jax.errors import ConfigError
 
@@ -42,7 +42,8 @@ def info(argv: Sequence[str]) -> int:
     arguments = parse(
         _Arguments, argv, prog="mmfree info", description=_DESCRIPTION, default=default
     )
-    report = describe(arguments.settings, _device_counts(arguments.devices))
+    settings = with_vocabulary(argv, arguments.settings, run_flag="--run")
+    report = describe(settings, _device_counts(arguments.devices))
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:

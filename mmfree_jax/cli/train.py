@@ -11,12 +11,13 @@ from typing import Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import read_settings, with_settings
+from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
 from mmfree_jax.places import check_local
-from mmfree_jax.presets import PRESETS, preset
+from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.progress import open_display
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
@@ -33,6 +34,7 @@ where they were, at any batch size; with other data, data.seq-len, data.weights 
 begin anew.
 
 presets: {", ".join(PRESETS)}
+A rung, and a shape by flags alone, has the vocabulary of the data, where none is given.
 A preset is a model and a peak rate, no recipe: steps, batch and warm-up are the defaults below. The
 paper's runs are experiments/configs/paper-370M.yaml, paper-1.3B.yaml and paper-2.7B.yaml.
 
@@ -62,7 +64,44 @@ def resolve_config(argv: Sequence[str], *, prog: str = "mmfree train") -> TrainC
 
 def _parse(argv: Sequence[str], prog: str) -> _Arguments:
     default = _Arguments(None, None, ProcessOptions(), base_config(argv))
-    return parse(_Arguments, argv, prog=prog, description=_DESCRIPTION, default=default)
+    found = parse(_Arguments, argv, prog=prog, description=_DESCRIPTION, default=default)
+    return dataclasses.replace(found, run=with_vocabulary(argv, found.run, goes_on=True))
+
+
+def with_vocabulary(
+    argv: Sequence[str], config: TrainConfig, *, run_flag: str | None = None, goes_on: bool = False
+) -> TrainConfig:
+    """`config`, parsed from `argv`, with the vocabulary of its data where nothing names one.
+
+    Args:
+      argv: the command's arguments.
+      config: what they came to.
+      run_flag: as in `base_config`.
+      goes_on: a run that has begun in `run_dir` keeps the vocabulary that it has.
+
+    Raises:
+      DataError: the data are damaged.
+    """
+    argv = list(argv)
+    flags = ["--model.vocab-size", "--init-from", "--branch-from"]
+    flags += [] if run_flag is None else [run_flag]
+    path, name = last_value(argv, "--config"), last_value(argv, "--preset")
+    values = {} if path is None else read_settings(path)
+    name = name or values.get("preset")
+    if (
+        any(last_value(argv, flag) is not None for flag in flags)
+        or gives_vocabulary(values)
+        or config.branch_from is not None
+        or config.init_from is not None
+        or (name is not None and names_vocabulary(str(name)))
+    ):
+        return config
+    begun = Path(config.run_dir) / "config.yaml"
+    if goes_on and begun.is_file():
+        model = read_settings(begun).get("model")
+        if isinstance(model, dict) and type(size := model.get("vocab_size")) is int:
+            return replace_model(config, vocab_size=size)
+    return with_data_vocabulary(config)
 
 
 def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainConfig:

@@ -139,6 +139,23 @@ def test_a_run_that_ended_before_its_row_is_only_recorded(make, trainer):
     assert len(read_results(Path(sweep.out))) == 6
 
 
+def test_rungs_and_shapes_have_the_vocabulary_of_the_data(make, trainer):
+    sizes = ["rung-1M", "2x32", "tiny"]
+    found = {r.size: r.config.model.vocab_size for r in main_runs(make(sizes=sizes))}
+    assert found == {"rung-1M": 256, "2x32": 256, "tiny": 264}
+    named = {"batch_size": 4, "model": {"vocab_size": 512}, "data": {"seq_len": 64}}
+    assert {r.config.model.vocab_size for r in main_runs(make(sizes=sizes, train=named))} == {512}
+    own = [{"learning_rates": [4e-3], "train": {"model": {"vocab_size": 300}}}]
+    found = {r.config.model.vocab_size for r in main_runs(make(sizes=sizes, families=own))}
+    assert found == {300}
+    # A table of runs at 32,000, as rungs had it once, is told apart.
+    train = make().train
+    old = make(sizes=["2x32"], rates=(4e-3,), train=train | {"model": {"vocab_size": 32_000}})
+    run_sweep(old, Options(), say=quiet, command=trainer)
+    with pytest.raises(SweepError, match=r"set train\.model\.vocab_size to 32000, as it was, or"):
+        snapshot(make(sizes=["2x32"], rates=(4e-3,)))
+
+
 def test_failures_are_isolated_and_kept_with_their_reason(make, trainer):
     sweep = make(rates=(4e-3, 0.5, 0.6, 0.7, 0.8), sizes=["rung-1M"])
     tally = run_sweep(sweep, Options(), say=quiet, command=trainer)
