@@ -52,16 +52,17 @@ def crossing(argv: Sequence[str]) -> int:
     for k, path in enumerate((a.a, a.b)):
         frame = a.read([path])
         found = sorted({str(f) for f in frame.family if f})
+        column = frame.sources.get("family", "family")
         if a.families is not None:
             if a.families[k] not in found:
                 known = ", ".join(map(repr, found)) or "no family column"
-                raise ScalingError(
-                    f"families: {path} has no family {a.families[k]!r}; it has {known}"
-                )
+                raise ScalingError(f"families: {path} has no family {a.families[k]!r}; it has "
+                                   f"{known} (column {column!r})")  # fmt: skip
             frame = frame.take(frame.family == a.families[k])
         elif len(found) > 1:
-            raise ScalingError(f"{path}: holds {len(found)} families ({', '.join(found)}); choose "
-                               "with --families FIRST SECOND")  # fmt: skip
+            raise ScalingError(f"{path}: holds {len(found)} families ({', '.join(found)}) by the "
+                               f"column {column!r}; choose with --families FIRST SECOND, or take "
+                               "all as one with --columns.family none")  # fmt: skip
         frames.append(frame)
         names.append(a.families[k] if a.families else found[0] if found else path.stem)
     if names[0] == names[1]:

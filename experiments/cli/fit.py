@@ -33,7 +33,6 @@ def fit(argv: Sequence[str]) -> int:
     """Fit a scaling law to runs, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree fit", description=_DESCRIPTION)
 
-    from mmfree_jax.experiments.scaling.errors import ScalingError
     from mmfree_jax.experiments.scaling.fit import fit_law
     from mmfree_jax.experiments.scaling.objectives import Objective
     from mmfree_jax.experiments.scaling.plots import plot_fit
@@ -42,11 +41,7 @@ def fit(argv: Sequence[str]) -> int:
     outputs(a.out, a.runs)
     kind = ("lsq" if a.law == "line" else "huber") if a.objective == "auto" else a.objective
     objective = Objective(kind, a.delta)
-    frame = a.read(a.runs)
-    families = sorted({str(f) for f in frame.family if f})
-    if len(families) > 1:
-        raise ScalingError(f"runs: {len(families)} families ({', '.join(families)}) in one fit; "
-                           f"choose one with --where 'family = {families[0]}'")  # fmt: skip
+    frame = a.read_family(a.runs)
     result = fit_law(
         frame, a.law, objective, size=a.size, flops=a.flops, resamples=a.bootstrap,
         resample=a.resample, level=a.level, seed=a.seed,

@@ -42,7 +42,7 @@ def isoflop(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.scaling.report import allocation_document, allocation_text
 
     outputs(a.out, a.runs)
-    frame = a.read(a.runs)
+    frame = a.read_family(a.runs)
     common = {"size": a.size, "flops": a.flops, "resamples": a.bootstrap, "level": a.level,
               "seed": a.seed}  # fmt: skip
     results = []

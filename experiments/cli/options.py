@@ -17,8 +17,8 @@ from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Size = Literal["total", "non-embedding", "ternary"]
-Flops = Literal["6nd", "6nd-non-embedding", "exact", "bit-operations", "energy"]
+Size = Literal["auto", "total", "non-embedding", "ternary"]
+Flops = Literal["auto", "6nd", "6nd-non-embedding", "exact", "budget", "bit-operations", "energy"]
 Points = Literal["last", "all"]
 
 
@@ -38,10 +38,12 @@ class Reading:
 class Analysis:
     """What every analysis of runs asks for."""
 
-    size: Size = "total"
-    """Which parameters N counts."""
-    flops: Flops = "6nd"
-    """How compute C is counted."""
+    size: Size = "auto"
+    """Which parameters N counts. auto: those without embedding and head where every run has that
+    column, else the column of parameters."""
+    flops: Flops = "auto"
+    """How compute C is counted. auto: the column of FLOPs where every run has it (for isoflop the
+    budgets first), else 6 N D."""
     bootstrap: CountOrZero = 1000
     """Resamples for the intervals (a count; 0 for none)."""
     level: InnerShare = 0.95
@@ -58,6 +60,22 @@ class Analysis:
         """The runs in files or directories."""
         reading = self.reading
         return read_runs(paths, reading.columns, where=reading.where, points=reading.points)
+
+    def read_family(self, paths: Sequence[Path]) -> RunFrame:
+        """The runs in files or directories, which are of one family.
+
+        Raises:
+            ScalingError: they are of several; the message says which column makes them.
+        """
+        frame = self.read(paths)
+        families = sorted({str(f) for f in frame.family if f})
+        if len(families) > 1:
+            column = frame.sources.get("family", "family")
+            raise ScalingError(f"runs: {len(families)} families ({', '.join(families)}) in one "
+                               f"fit, by the column {column!r}; choose one with --where "
+                               f"'{column} = {families[0]}', or take all with "
+                               "--columns.family none")  # fmt: skip
+        return frame
 
     def finish(
         self,

@@ -14,7 +14,7 @@ import numpy as np
 from mmfree_jax.experiments.scaling.conclusion import conclude
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import fit_law
-from mmfree_jax.experiments.scaling.frame import RunFrame, compute
+from mmfree_jax.experiments.scaling.frame import RunFrame, compute, resolve
 from mmfree_jax.experiments.scaling.identifiability import distinct
 from mmfree_jax.experiments.scaling.law_crossing import LawCrossing, compare
 from mmfree_jax.experiments.scaling.laws import get_law
@@ -64,8 +64,8 @@ def cross(
     laws: Sequence[str] = CROSSING_LAWS,
     *,
     objective: Objective | None = None,
-    size: str = "total",
-    flops: str = "6nd",
+    size: str = "auto",
+    flops: str = "auto",
     points: str = "frontier",
     resamples: int = 1000,
     resample: str = "runs",
@@ -79,7 +79,7 @@ def cross(
         frames, names: the two families.
         laws: names in `LAWS`.
         objective: for all laws; by default each law's own (`fit_law`).
-        size, flops: conventions of N and C.
+        size, flops: conventions of N and C (`frame.resolve`).
         points: which runs laws of compute alone are fitted to: `frontier` (those that no
             cheaper run beats) or `all`. Laws of N and D always use all.
         resamples, resample, level, seed: of the bootstrap (`fit_law`).
@@ -88,6 +88,7 @@ def cross(
     Raises:
         ScalingError: no law can be fitted to both families.
     """
+    size, flops = resolve(frames, size, flops)
     computes = [compute(f, flops) for f in frames]
     low = np.log10(min(c.min() for c in computes))
     high = np.log10(max(c.max() for c in computes))
@@ -128,7 +129,7 @@ def cross(
     if not results:
         raise ScalingError("crossing: no law can be fitted to both families: "
                            + "; ".join(f"{n}: {why}" for n, why in skipped.items()))  # fmt: skip
-    if flops != "6nd" and any(r.law in ("chinchilla", "gadre") for r in results):
+    if not flops.startswith("6nd") and any(r.law in ("chinchilla", "gadre") for r in results):
         warnings.append("the compute-optimal curves of chinchilla and gadre assume C = 6 N D, not "
                         f"the convention {flops!r}")  # fmt: skip
     shared = float(np.log10(min(c.max() for c in computes)))

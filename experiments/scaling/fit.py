@@ -6,7 +6,7 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.descent import typical_residual
 from mmfree_jax.experiments.scaling.errors import ScalingError
-from mmfree_jax.experiments.scaling.frame import RunFrame, inputs
+from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, resolve
 from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
 from mmfree_jax.experiments.scaling.laws import Law, get_law
 from mmfree_jax.experiments.scaling.models import Inputs, Model
@@ -74,8 +74,8 @@ def fit_law(
     law: str = "chinchilla",
     objective: Objective | None = None,
     *,
-    size: str = "total",
-    flops: str = "6nd",
+    size: str = "auto",
+    flops: str = "auto",
     resamples: int = 4000,
     resample: str = "runs",
     level: float = 0.95,
@@ -91,7 +91,7 @@ def fit_law(
         law: a name in `LAWS`.
         objective: what to minimise; by default Huber with delta 1e-3 on log loss, and least
             squares on the loss for the straight line.
-        size: which parameters N counts; flops: how C is counted (`frame.compute`).
+        size: which parameters N counts; flops: how C is counted (`frame.resolve`, `compute`).
         resamples: bootstrap refits; 0 for none.
         resample: `runs` (with replacement, rows of one run together) or `noise` (every loss
             redrawn from its standard error `loss_sd`).
@@ -106,6 +106,7 @@ def fit_law(
     """
     form = get_law(law)
     objective = objective or Objective("lsq" if law == "line" else "huber")
+    size, flops = resolve([frame], size, flops)
     x = inputs(frame, form.inputs, size=size, flops=flops)
     log_loss = np.log(frame.loss)
     warnings = [*frame.notes, *before_fit(form, x)]

@@ -4,6 +4,7 @@ Columns are numpy arrays of one length; a missing number is NaN, a missing word 
 are raw (parameters, tokens, FLOPs), never millions or billions.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ NUMBERS = (
     "budget",
 )  # fmt: skip
 WORDS = ("family", "seed", "run", "provenance")
-CONVENTIONS = ("6nd", "6nd-non-embedding", "exact", "bit-operations", "energy")
-SIZES = ("total", "non-embedding", "ternary")
+CONVENTIONS = ("6nd", "6nd-non-embedding", "exact", "budget", "bit-operations", "energy")
+SIZES = {"total": "params", "non-embedding": "params_non_embedding", "ternary": "params_ternary"}
+"""Size conventions, and the column of each."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RunFrame:
         budget: FLOP budget that the run belongs to (isoFLOP designs).
         family, seed, run, provenance: words; rows of one `run` are resampled together.
         notes: what reading and filtering did, in sentences.
+        sources: column of the frame -> column of the file, where they differ.
     """
 
     params: np.ndarray
@@ -48,6 +51,7 @@ class RunFrame:
     run: np.ndarray
     provenance: np.ndarray
     notes: tuple[str, ...] = field(default=())
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -74,7 +78,7 @@ def make_frame(**columns: Any) -> RunFrame:
     if "loss" not in columns:
         raise ScalingError("column: 'loss' is missing; every run needs its final loss")
     loss = np.asarray(columns["loss"], dtype=float)
-    out: dict = {"notes": tuple(columns.get("notes", ()))}
+    out: dict = {"notes": tuple(columns.get("notes", ())), "sources": columns.get("sources", {})}
     for name in NUMBERS:
         value = np.asarray(columns.get(name, np.full(len(loss), np.nan)), dtype=float)
         out[name] = np.broadcast_to(value, loss.shape).copy() if value.ndim == 0 else value
@@ -94,58 +98,98 @@ def join(frames: list[RunFrame]) -> RunFrame:
     if len(frames) == 1:
         return frames[0]
     out = {n: np.concatenate([getattr(f, n) for f in frames]) for n in (*NUMBERS, *WORDS)}
-    return RunFrame(**out, notes=tuple(note for f in frames for note in f.notes))
+    notes = tuple(note for f in frames for note in f.notes)
+    sources = {name: source for f in frames for name, source in f.sources.items()}
+    return RunFrame(**out, notes=notes, sources=sources)
 
 
 def _need(frame: RunFrame, name: str, purpose: str) -> np.ndarray:
-    """A column without gaps, or an error that says which flag supplies it."""
+    """A column without gaps, or an error that names the first row and the flag that supplies it."""
     column = getattr(frame, name)
-    gaps = int(np.count_nonzero(~np.isfinite(column)))
-    if gaps:
+    gaps = np.flatnonzero(~np.isfinite(column))
+    if len(gaps):
         missing = (
             "is missing"
-            if gaps == len(frame)
-            else f"is empty or not finite in {gaps} of {len(frame)} runs"
+            if len(gaps) == len(frame)
+            else f"is empty or not finite in {len(gaps)} of {len(frame)} runs, the first "
+            f"{where(frame, gaps[0])},"
         )
         flag = name.replace("_", "-")
         raise ScalingError(
             f"column: '{name}' {missing} and {purpose} needs it; name its column with "
-            f"--columns.{flag} or choose another convention with --flops"
+            f"--columns.{flag}, leave the rows out with --where, or choose another convention "
+            "with --flops or --size"
         )
     if np.any(column <= 0):
         row = int(np.argmin(column))
         raise ScalingError(
-            f"column: '{name}' is {column[row]:g} in {_where(frame, row)}; it must be positive"
+            f"column: '{name}' is {column[row]:g} in {where(frame, row)}; it must be positive"
         )
     return column
 
 
-def _where(frame: RunFrame, row: int) -> str:
+def where(frame: RunFrame, row: int) -> str:
     """A row as its reader would look for it."""
     return str(frame.provenance[row]) or f"run {row + 1}"
 
 
-def _repeated(frame: RunFrame) -> str | None:
-    """A note on rows that repeat another in every number, which count several times."""
-    columns = [np.nan_to_num(getattr(frame, n), nan=-1.0) for n in NUMBERS]
-    words = [np.unique(getattr(frame, n), return_inverse=True)[1] for n in ("family", "seed")]
-    table = np.stack([*columns, *words], axis=1)
-    _, first, count = np.unique(table, axis=0, return_index=True, return_counts=True)
-    if not np.any(count > 1):
-        return None
-    row = int(first[count > 1].min())
-    return (f"{int((count - 1).sum())} rows repeat another in every number, the first "
-            f"{_where(frame, row)}: they count several times; remove them unless they are "
-            "runs of their own")  # fmt: skip
+def whole(frame: RunFrame, name: str) -> bool:
+    """Whether every run has a number in a column."""
+    return bool(np.isfinite(getattr(frame, name)).all())
 
 
-def sizes(frame: RunFrame, which: str = "total") -> np.ndarray:
-    """Model sizes N [n]: `total`, `non-embedding` or `ternary` parameters."""
+def resolve(
+    frames: Sequence[RunFrame], size: str = "auto", flops: str = "auto", *, budgets: bool = False
+) -> tuple[str, str]:
+    """The size and FLOP conventions that `auto` stands for, the same for all frames.
+
+    N is without embedding and head where every run says so, else what the column of parameters
+    counts. C is what the file says where it says so for every run: the budget with `budgets`
+    (isoFLOP designs), else the run's FLOPs; only then 6 N D.
+    """
+    if size == "auto":
+        size = "non-embedding" if _all_have(frames, "params_non_embedding") else "total"
+    if flops == "auto" and budgets and _all_have(frames, "budget"):
+        flops = "budget"
+    elif flops == "auto" and _all_have(frames, "flops"):
+        flops = "exact"
+    elif flops == "auto":
+        flops = "6nd" if size == "total" else "6nd-non-embedding"
+    return size, flops
+
+
+def _all_have(frames: Sequence[RunFrame], name: str) -> bool:
+    return all(whole(frame, name) for frame in frames)
+
+
+def definitions(frame: RunFrame, size: str, flops: str) -> dict[str, str]:
+    """What N and C are in a result, in words, by resolved conventions: keys `N` and `C`."""
+    n = {
+        "total": f"the parameters that {_source(frame, 'params')} counts",
+        "non-embedding": f"parameters without embedding and head ({_source(frame, SIZES[size])})",
+        "ternary": f"ternary parameters ({_source(frame, 'params_ternary')})",
+    }[size]
+    c = {
+        "6nd": f"6 N D, N from {_source(frame, 'params')}",
+        "6nd-non-embedding": "6 N D, N without embedding and head",
+        "exact": f"FLOPs as counted for each run ({_source(frame, 'flops')})",
+        "budget": f"the budget given for each run ({_source(frame, 'budget')})",
+        "bit-operations": "FLOPs with ternary products weighed by their bits",
+        "energy": "FLOPs with ternary products weighed by their energy",
+    }[flops]
+    return {"N": n, "C": c}
+
+
+def _source(frame: RunFrame, name: str) -> str:
+    return f"column {frame.sources.get(name, name)!r}"
+
+
+def sizes(frame: RunFrame, which: str = "auto") -> np.ndarray:
+    """Model sizes N [n]: `total`, `non-embedding` or `ternary` parameters; `auto`: `resolve`."""
+    which = resolve([frame], which)[0]
     if which not in SIZES:
-        raise ScalingError(f"size: {which!r} is unknown; choose one of {', '.join(SIZES)}")
-    name = {"total": "params", "non-embedding": "params_non_embedding",
-            "ternary": "params_ternary"}[which]  # fmt: skip
-    return _need(frame, name, f"the size convention {which!r}")
+        raise ScalingError(f"size: {which!r} is unknown; choose one of auto, {', '.join(SIZES)}")
+    return _need(frame, SIZES[which], f"the size convention {which!r}")
 
 
 @dataclass(frozen=True)
@@ -166,12 +210,14 @@ class OperationCosts:
 
 
 def compute(
-    frame: RunFrame, convention: str = "6nd", costs: OperationCosts | None = None
+    frame: RunFrame, convention: str = "auto", costs: OperationCosts | None = None
 ) -> np.ndarray:
     """Training compute C [n] under a stated convention.
 
+    * `auto`: see `resolve`.
     * `6nd`: 6 params tokens; `6nd-non-embedding`: 6 params_non_embedding tokens.
     * `exact`: the `flops` column (this project counts it per component).
+    * `budget`: the `budget` column.
     * `bit-operations`: `exact`, but the forward products of ternary weights weigh
       (log2 3 x 8) / (16 x 16) of a bf16 product; backward products weigh 1. In bf16 FLOPs.
     * `energy`: the same with energies per operation, also in bf16-FLOP equivalents.
@@ -183,6 +229,7 @@ def compute(
         ScalingError: the columns that the convention needs are missing.
     """
     costs = costs or OperationCosts()
+    convention = resolve([frame], flops=convention)[1]
     purpose = f"the FLOP convention {convention!r}"
     if convention == "6nd":
         return 6.0 * _need(frame, "params", purpose) * _need(frame, "tokens", purpose)
@@ -191,6 +238,8 @@ def compute(
         return 6.0 * size * _need(frame, "tokens", purpose)
     if convention == "exact":
         return _need(frame, "flops", purpose)
+    if convention == "budget":
+        return _need(frame, "budget", purpose)
     if convention in ("bit-operations", "energy"):
         if convention == "energy":
             forward = costs.ternary_energy / costs.float_energy
@@ -199,15 +248,17 @@ def compute(
         ternary = frame.params_ternary
         if np.any(~np.isfinite(ternary)) or np.any(ternary < 0):  # 0 is fine, a gap is not
             ternary = _need(frame, "params_ternary", purpose)
-        whole = frame.flops
-        if not np.all(np.isfinite(whole)):
-            whole = 6.0 * _need(frame, "params_non_embedding", purpose) * frame.tokens
-        return whole - 2.0 * (1.0 - forward) * ternary * _need(frame, "tokens", purpose)
-    raise ScalingError(f"flops: {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
+        spent = frame.flops
+        if not np.all(np.isfinite(spent)):
+            spent = 6.0 * _need(frame, "params_non_embedding", purpose) * frame.tokens
+        return spent - 2.0 * (1.0 - forward) * ternary * _need(frame, "tokens", purpose)
+    raise ScalingError(
+        f"flops: {convention!r} is unknown; choose one of auto, {', '.join(CONVENTIONS)}"
+    )
 
 
 def inputs(
-    frame: RunFrame, names: tuple[str, ...], *, size: str = "total", flops: str = "6nd"
+    frame: RunFrame, names: tuple[str, ...], *, size: str = "auto", flops: str = "auto"
 ) -> dict[str, np.ndarray]:
     """The inputs that a law needs (`params`, `tokens`, `compute`), checked and in raw counts."""
     out = {}
@@ -219,40 +270,3 @@ def inputs(
         else:
             out[name] = compute(frame, flops)
     return out
-
-
-def complete(frame: RunFrame) -> RunFrame:
-    """Fill what follows from the rest by C = 6 N D, with a note, and drop runs without a loss.
-
-    Raises:
-        ScalingError: nothing is left, or a loss is not positive.
-    """
-    notes = []
-    good = np.isfinite(frame.loss)
-    if not good.all():
-        notes.append(f"{int((~good).sum())} of {len(frame)} runs have no finite loss: left out")
-        frame = frame.take(good)
-    if not len(frame):
-        raise ScalingError("runs: no row has a finite loss; nothing can be fitted")
-    if np.any(frame.loss <= 0):
-        row = int(np.argmin(frame.loss))
-        raise ScalingError(f"column: 'loss' is {frame.loss[row]:g} in {_where(frame, row)}; it "
-                           "must be positive (nats a token)")  # fmt: skip
-    repeated = _repeated(frame)
-    if repeated:
-        notes.append(repeated)
-    has = {n: np.isfinite(getattr(frame, n)) for n in ("params", "tokens", "flops")}
-    derive = ~has["tokens"] & has["params"] & has["flops"]
-    if derive.any():
-        tokens = np.where(derive, frame.flops / (6 * frame.params), frame.tokens)
-        notes.append(f"tokens of {int(derive.sum())} runs derived as FLOPs / (6 params)")
-        frame = replace(frame, tokens=tokens)
-    derive = ~has["params"] & has["tokens"] & has["flops"]
-    if derive.any():
-        params = np.where(derive, frame.flops / (6 * frame.tokens), frame.params)
-        notes.append(f"params of {int(derive.sum())} runs derived as FLOPs / (6 tokens)")
-        frame = replace(frame, params=params)
-    with np.errstate(invalid="ignore"):
-        if np.any(frame.params < 1e4):
-            notes.append("some params are below 10,000: counts must be raw, not in millions")
-    return frame.noted(*notes)

@@ -14,7 +14,14 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import Fit
-from mmfree_jax.experiments.scaling.frame import RunFrame, compute, sizes
+from mmfree_jax.experiments.scaling.frame import (
+    RunFrame,
+    compute,
+    definitions,
+    resolve,
+    sizes,
+    whole,
+)
 from mmfree_jax.experiments.scaling.identifiability import distinct
 from mmfree_jax.experiments.scaling.uncertainty import clusters_of, resampling_weights
 
@@ -47,10 +54,11 @@ class Allocation:
 
     `n_coefficients` are (log k, a) of N* = k C^a, `d_coefficients` the same for D*; draws are
     their bootstrap refits [R, 4] in that order. `points` [m, 3] are (C, N*, D*), `runs` [n, 3]
-    (budget index, N, loss) of approach 2.
+    (budget index, N, loss) of approach 2. `definitions` say what N and C are.
     """
 
     approach: str
+    definitions: dict[str, str]
     n_coefficients: tuple[float, float]
     d_coefficients: tuple[float, float]
     draws: np.ndarray
@@ -83,7 +91,7 @@ class Allocation:
 
 def group_budgets(frame: RunFrame, c: np.ndarray, tolerance: float = 0.1) -> np.ndarray:
     """Budget index of each run: by the `budget` column, else by computes within a fraction."""
-    if np.isfinite(frame.budget).all():
+    if whole(frame, "budget"):
         return np.unique(frame.budget, return_inverse=True)[1]
     order = np.argsort(c)
     group = np.empty(len(c), int)
@@ -154,8 +162,8 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def isoflop(
     frame: RunFrame,
     *,
-    size: str = "total",
-    flops: str = "6nd",
+    size: str = "auto",
+    flops: str = "auto",
     tolerance: float = 0.1,
     resamples: int = 1000,
     level: float = 0.95,
@@ -163,12 +171,15 @@ def isoflop(
 ) -> Allocation:
     """Approach 2: a parabola a budget, then log N* and log D* over log C.
 
+    C is the `budget` column where every run has one, unless `flops` names another convention;
+    without budgets, computes within a fraction `tolerance` of each other are one.
     Only true minima enter the regression. The bootstrap draws runs within each budget; a
     resample keeps the budgets in which it still has a minimum.
 
     Raises:
         ScalingError: fewer than two budgets have a minimum.
     """
+    size, flops = resolve([frame], size, flops, budgets=True)
     n, c = sizes(frame, size), compute(frame, flops)
     d, loss = frame.tokens, frame.loss
     group = group_budgets(frame, c, tolerance)
@@ -221,15 +232,16 @@ def isoflop(
     points = np.stack([np.exp(log_c), [budgets[i].params for i in good],
                        [budgets[i].tokens for i in good]], axis=1)  # fmt: skip
     runs = np.stack([group, n, loss], axis=1)
-    return Allocation("isoflop", fitted_n, fitted_d, np.array(draws).reshape(-1, 4), level,
-                      budgets, each, points, runs, warnings)  # fmt: skip
+    return Allocation("isoflop", definitions(frame, size, flops), fitted_n, fitted_d,
+                      np.array(draws).reshape(-1, 4), level, budgets, each, points, runs,
+                      warnings)  # fmt: skip
 
 
 def envelope(
     frame: RunFrame,
     *,
-    size: str = "total",
-    flops: str = "6nd",
+    size: str = "auto",
+    flops: str = "auto",
     bins: int = 200,
     resamples: int = 1000,
     level: float = 0.95,
@@ -244,6 +256,7 @@ def envelope(
     Raises:
         ScalingError: no run has two rows, or under ten bins have an inner optimum.
     """
+    size, flops = resolve([frame], size, flops)
     n, c = sizes(frame, size), compute(frame, flops)
     runs = clusters_of(frame)
     curves = []
@@ -276,8 +289,8 @@ def envelope(
         x, size_, tokens = grid[good], run_size[best[good]], np.exp(grid[good]) / rate[best[good]]
         return _line(x, np.log(size_)), _line(x, np.log(tokens)), np.exp(x), size_, tokens
 
-    whole = optimum(np.ones(len(curves), bool))
-    if whole is None:
+    full = optimum(np.ones(len(curves), bool))
+    if full is None:
         raise ScalingError("envelope: fewer than ten computes, or a single size, have an optimum "
                            "inside the range of sizes; add larger and smaller runs")  # fmt: skip
     weights = resampling_weights(np.arange(len(curves)), resamples, np.random.default_rng(seed))
@@ -286,9 +299,10 @@ def envelope(
                 "envelope overstates the loss of shorter runs"]  # fmt: skip
     if len(draws) < 20:
         warnings.append("no intervals: fewer than 20 bootstrap refits")
-    points = np.stack(whole[2:], axis=1)
-    return Allocation("envelope", whole[0], whole[1], np.array(draws).reshape(-1, 4), level, [],
-                      np.empty((0, 0, 2)), points, np.empty((0, 3)), warnings)  # fmt: skip
+    points = np.stack(full[2:], axis=1)
+    return Allocation("envelope", definitions(frame, size, flops), full[0], full[1],
+                      np.array(draws).reshape(-1, 4), level, [], np.empty((0, 0, 2)), points,
+                      np.empty((0, 3)), warnings)  # fmt: skip
 
 
 def optimal_allocation(parameters: np.ndarray) -> np.ndarray:
@@ -321,11 +335,15 @@ def parametric(fit: Fit) -> Allocation:
             warnings.append(f"{int((~good).sum())} refits have a non-positive exponent, hence no "
                             "optimal allocation")  # fmt: skip
         draws = draws[good]
-    if fit.flops != "6nd":
-        warnings.append(f"approach 3 assumes C = 6 N D, not the convention {fit.flops!r}")
     c = 6 * fit.inputs["params"] * fit.inputs["tokens"]
+    if not fit.flops.startswith("6nd"):
+        low, high = np.percentile(compute(fit.frame, fit.flops) / c, [0, 100])
+        if not 0.98 < low <= high < 1.02:
+            warnings.append(f"approach 3 is at C = 6 N D; the C of the runs is {low:.2f} to "
+                            f"{high:.2f} times that")  # fmt: skip
     ladder = 10.0 ** np.arange(np.floor(np.log10(c.min())), np.ceil(np.log10(c.max())) + 3)
     points = np.stack([ladder, np.exp(k_n) * ladder**a, np.exp(k_d) * ladder**b], axis=1)
     fitted_n, fitted_d = (float(k_n), float(a)), (float(k_d), float(b))
-    return Allocation("parametric", fitted_n, fitted_d, draws, fit.level, [],
+    meaning = definitions(fit.frame, fit.size, fit.flops) | {"C": "6 N D"}
+    return Allocation("parametric", meaning, fitted_n, fitted_d, draws, fit.level, [],
                       np.empty((0, 0, 2)), points, np.empty((0, 3)), warnings)  # fmt: skip

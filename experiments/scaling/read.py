@@ -7,27 +7,23 @@ import operator
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
+from mmfree_jax.experiments.scaling.checks import complete
 from mmfree_jax.experiments.scaling.errors import ScalingError
-from mmfree_jax.experiments.scaling.frame import (
-    NUMBERS,
-    WORDS,
-    RunFrame,
-    complete,
-    join,
-    make_frame,
-)
+from mmfree_jax.experiments.scaling.frame import NUMBERS, WORDS, RunFrame, join, make_frame
 from mmfree_jax.experiments.scaling.run_directory import is_run_directory, read_run_directory
+from mmfree_jax.experiments.scaling.units import check_units
 from mmfree_jax.text_files import LARGEST, decode_text, open_file, read_bytes
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the file holds what; empty fields are found by common names."""
+    """Which column of the file holds what; empty fields are found by common names, and `none`
+    says that no column holds it, whatever its name."""
 
     params: str = ""
     """Parameters in all (a raw count)."""
@@ -46,7 +42,7 @@ class Columns:
     budget: str = ""
     """FLOP budget that the run belongs to, for isoFLOP designs (FLOPs)."""
     family: str = ""
-    """Model family (a word)."""
+    """Model family (a word); none: all rows are one family."""
     seed: str = ""
     """Random seed (a word)."""
     run: str = ""
@@ -54,6 +50,9 @@ class Columns:
     provenance: str = ""
     """Where the row comes from (a word)."""
 
+
+NONE = "none"
+"""As a column's name: the file has none such."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "params": ("params", "n", "nparams", "parameters", "numparams", "numparameters", "modelsize",
@@ -84,16 +83,18 @@ def _key(name: str) -> str:
 def _assign(header: list[str], columns: Columns, path: Path) -> dict[str, str]:
     """Frame column -> file column: as told by flags, else by common names."""
     chosen: dict[str, str] = {}
+    absent = {f.name for f in fields(Columns)
+              if getattr(columns, f.name) == NONE and NONE not in header}  # fmt: skip
     for f in fields(Columns):
         told = getattr(columns, f.name)
-        if told:
+        if told and f.name not in absent:
             if told not in header:
                 flag = f.name.replace("_", "-")
                 raise ScalingError(f"{path}: --columns.{flag} names {told!r}, which is not a "
                                    f"column; found {', '.join(map(repr, header))}")  # fmt: skip
             chosen[f.name] = told
     for name, synonyms in SYNONYMS.items():
-        if name in chosen:
+        if name in chosen or name in absent:
             continue
         for synonym in synonyms:
             matches = [h for h in header if _key(h) == synonym and h not in chosen.values()]
@@ -234,16 +235,19 @@ def read_table(path: Path, columns: Columns, where: Iterable[str] = ()) -> RunFr
         else:
             words = ["" if v is None else str(v) for v in table[source]]
             data[name] = np.array(words, dtype=str)[keep]
-    if "provenance" not in data:
-        rows = np.flatnonzero(keep) + 2  # as numbered in the file, below its header
-        data["provenance"] = np.array([f"{path.name}, row {row}" for row in rows], dtype=str)
+    rows = np.flatnonzero(keep) + 2  # as numbered in the file, below its header
+    told = data.get("provenance", [""] * len(rows))
+    data["provenance"] = [f"{path.name}, row {row}" + (f" ({origin})" if origin else "")
+                          for row, origin in zip(rows, told, strict=True)]  # fmt: skip
     guessed = ", ".join(f"{n} = {s!r}" for n, s in chosen.items()
                         if not getattr(columns, n) and n != s)  # fmt: skip
     if guessed:
         notes.append(f"{path.name}: columns taken by name: {guessed}")
     if not keep.any():
         raise ScalingError(f"{path}: no row satisfies every --where condition")
-    return make_frame(**data, notes=notes)
+    sources = {name: source for name, source in chosen.items() if name != source}
+    frame = make_frame(**data, sources=sources, notes=notes)
+    return replace(frame, notes=(*check_units(frame, path.name), *frame.notes))
 
 
 def read_runs(

@@ -6,6 +6,8 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
+from mmfree_jax.experiments.scaling.frame import definitions
+from mmfree_jax.experiments.scaling.grouped import grouped
 from mmfree_jax.experiments.scaling.isoflop import Allocation, optimal_allocation
 from mmfree_jax.experiments.scaling.law_crossing import LawCrossing
 from mmfree_jax.installed import versions
@@ -35,6 +37,7 @@ def fit_document(fit: Fit) -> dict[str, Any]:
              "rms_log_error": h.rms, "extrapolated": h.extrapolated} for h in fit.holdout
         ],
         "conventions": {"params": fit.size, "flops": fit.flops},
+        "definitions": definitions(fit.frame, fit.size, fit.flops),
         "optimisation": {
             "starts": s.starts,
             "starts_at_optimum": s.starts_at_best,
@@ -108,9 +111,16 @@ def with_interval(value: float, interval: Any, why: str = "no interval") -> str:
     return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
+def _meaning(meaning: dict[str, str], inputs: tuple[str, ...] = ("params", "compute")) -> str:
+    """What N and C are, as far as a law of these inputs uses them."""
+    symbols = {"N": "params", "C": "compute"}
+    return "; ".join(f"{s}: {meaning[s]}" for s, name in symbols.items() if name in inputs)
+
+
 def fit_text(fit: Fit) -> str:
     """A fit as lines of text."""
     s, lines = fit.search, [fit.law.formula, f"  {fit.objective.formula}, n = {len(fit.frame)}"]
+    lines.append(f"  {_meaning(definitions(fit.frame, fit.size, fit.flops), fit.law.inputs)}")
     level = f"{100 * fit.level:.0f}%"
     for name, value in fit.parameters.items():
         shown = with_interval(value, fit.intervals.get(name), "no interval: see warnings")
@@ -129,12 +139,13 @@ def fit_text(fit: Fit) -> str:
                          f"D* ~ C^{with_interval(best['b'], best['b_interval'])}")  # fmt: skip
             at = best["budgets"][0]
             ratio = with_interval(at["tokens_per_param"], at["tokens_per_param_interval"])
-            lines.append(f"  tokens per parameter at {at['compute']:.2e} FLOPs {ratio}")
+            lines.append(f"  tokens per parameter at {at['compute']:.2e} FLOPs {ratio}, by "
+                         "C = 6 N D")  # fmt: skip
     for h in fit.holdout:
         if h.extrapolated:
             lines.append(f"  largest size held out ({h.runs} runs): predicted loss off by "
                          f"{100 * h.error:+.2f}% (rms {100 * h.rms:.2f}%)")  # fmt: skip
-    return "\n".join(lines + [f"  warning: {w}" for w in fit.warnings])
+    return "\n".join(lines + [f"  warning: {w}" for w in grouped((w,) for w in fit.warnings)])
 
 
 def crossing_document(result: Crossing) -> dict[str, Any]:
@@ -157,6 +168,7 @@ def crossing_document(result: Crossing) -> dict[str, Any]:
         "in enough joint bootstrap resamples; null is the end of the range: before the data, or "
         "beyond the horizon or never",
         "conventions": {"flops": result.flops},
+        "definitions": _of_families(result),
         "warnings": result.warnings,
         "versions": versions(*_PACKAGES),
     }  # fmt: skip
@@ -205,6 +217,12 @@ def _law_document(r: LawCrossing, result: Crossing) -> dict[str, Any]:
     return document
 
 
+def _of_families(result: Crossing) -> dict[str, str]:
+    """What N and C are in a comparison."""
+    fit = result.laws[0].fits[0]
+    return definitions(fit.frame, fit.size, fit.flops)
+
+
 def crossing_text(result: Crossing) -> str:
     """A comparison as lines of text."""
     lines = [f"{result.names[0]} against {result.names[1]}, log10 FLOPs of every crossing "
@@ -219,12 +237,9 @@ def crossing_text(result: Crossing) -> str:
         lines.append(f"  {r.law:<12} {what}")
     lines += [f"  {name:<12} not fitted: {why}" for name, why in result.skipped.items()]
     lines += _lead_lines(result)
+    lines.append(f"  ({_meaning(_of_families(result))})")
     lines.append(result.conclusion)
-    own = [f"{r.law}: {w}" for r in result.laws for w in r.warnings]
-    shown = [*result.warnings, *own]
-    lines += [f"  warning: {w}" for w in shown[:12]]
-    if len(shown) > 12:
-        lines.append(f"  ({len(shown) - 12} more warnings are in the JSON)")
+    lines += [f"  warning: {w}" for w in _crossing_warnings(result)]
     return "\n".join(lines)
 
 
@@ -255,6 +270,17 @@ def _lead_lines(result: Crossing) -> list[str]:
     return lines
 
 
+def _crossing_warnings(result: Crossing) -> list[str]:
+    """Each warning once, with the laws and families that it is about."""
+    found = [("", "", w) for w in result.warnings]
+    for r in result.laws:
+        prefixes = tuple(f"{name}: " for name in result.names)
+        found += [(r.law, "", w) for w in r.warnings if not w.startswith(prefixes)]
+        for name, fit in zip(result.names, r.fits, strict=True):
+            found += [(r.law, name, w) for w in fit.warnings]
+    return grouped(found, ([r.law for r in result.laws], result.names))
+
+
 def allocation_document(results: list[Allocation]) -> dict[str, Any]:
     """The JSON document of one or more approaches to the optimal allocation."""
     out: dict[str, Any] = {}
@@ -280,6 +306,7 @@ def allocation_document(results: list[Allocation]) -> dict[str, Any]:
                         len(draws) / max(len(r.budget_draws), 1))  # fmt: skip
             budgets.append(entry)
         out[r.approach] = {
+            "definitions": r.definitions,
             "exponents": r.exponents,
             "intervals": {k: list(v) for k, v in r.intervals.items()},
             "params_prefactor": float(np.exp(r.n_coefficients[0])),
@@ -298,6 +325,7 @@ def allocation_text(results: list[Allocation]) -> str:
     lines = []
     for r in results:
         lines.append(f"approach {r.approach} ({100 * r.level:.0f}% bootstrap intervals):")
+        lines.append(f"  {_meaning(r.definitions)}")
         for name, value in r.exponents.items():
             label = {"a": "N* ~ C^a", "b": "D* ~ C^b", "a_plus_b": "a + b"}[name]
             shown = with_interval(value, r.intervals.get(name), "no interval: see warnings")
@@ -312,5 +340,6 @@ def allocation_text(results: list[Allocation]) -> str:
             interval = np.percentile(draws, [tail, 100 - tail]) if len(draws) >= 20 else None
             lines.append(f"  {p.compute:.2e} FLOPs: N* = {with_interval(p.params, interval)} from "
                          f"{p.sizes} sizes")  # fmt: skip
-        lines += [f"  warning: {w}" for w in r.warnings]
+    found = [(r.approach, w) for r in results for w in r.warnings]
+    lines += [f"  warning: {w}" for w in grouped(found, ([r.approach for r in results],))]
     return "\n".join(lines)

@@ -45,6 +45,22 @@ def test_losses(losses, compare):
     compare(DOCUMENT, lines)
 
 
+def test_six_n_d_over_exact_flops(table, compare):
+    rows = {(r["family"], r["size"].removeprefix("rung-")): r for r in table("results.csv")}
+
+    def cell(family, size):
+        params, tokens, flops = (
+            float(rows[family, size][name]) for name in ("params", "tokens", "flops")
+        )
+        return f"{6 * params * tokens / flops:.2f}"
+
+    lines = [
+        f"| {label} | {' | '.join(cell(family, size) for size in SIZES)} |"
+        for family, label in zip(FAMILIES, ("MatMul-free", "Transformer++"), strict=True)
+    ]
+    compare("docs/scaling.md", lines)
+
+
 def test_rates(table, compare):
     lines = []
     for family, label in zip(FAMILIES, ("MatMul-free", "Transformer++"), strict=True):

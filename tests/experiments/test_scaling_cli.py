@@ -96,6 +96,10 @@ def test_crossing_of_two_families(files, capsys):
         assert law["interval"] is not None
     text = capsys.readouterr().out
     assert document["conclusion"] in text
+    assert "  (N: the parameters that column 'params' counts; C: FLOPs as counted for" in text
+    assert document["definitions"]["C"] == "FLOPs as counted for each run (column 'flops')"
+    warnings = [line for line in text.splitlines() if line.startswith("  warning: ")]
+    assert len(set(warnings)) == len(warnings)
     assert text.count("P(no crossing)") == 2
     assert out.with_suffix(".png").exists()
     assert out.with_suffix(".plot.csv").exists()
@@ -125,10 +129,16 @@ def test_isoflop_with_two_approaches(files, capsys):
         (fit, ["a.csv", "--level", "95"], "--level is 95.0: set a value in (0, 1)"),
         (fit, ["a.csv", "--delta", "0"], "--delta is 0.0: set a value above 0"),
         (fit, ["a.csv", "--law", "cubic"], "cubic"),
-        (fit, ["both.csv"], "2 families"),
+        (
+            fit,
+            ["both.csv"],
+            "2 families (a, b) in one fit, by the column 'family'; choose one with "
+            "--where 'family = a', or take all with --columns.family none",
+        ),
+        (isoflop, ["both.csv"], "2 families (a, b) in one fit, by the column 'family'"),
         (fit, ["a.csv", "--law", "power", "--flops", "energy"], "'params_ternary' is missing"),
         (crossing, ["a.csv"], ""),
-        (crossing, ["both.csv", "a.csv"], "holds 2 families"),
+        (crossing, ["both.csv", "a.csv"], "holds 2 families (a, b) by the column 'family'"),
         (crossing, ["both.csv", "a.csv", "--families", "c", "a"], "has no family 'c'"),
         (isoflop, ["a.csv", "--approach", "envelope"], "every run has one row"),
     ],

@@ -45,6 +45,26 @@ def test_isoflop_recovers_exponents_and_fractional_minima(runs):
         assert not np.any(np.isclose(p.params, runs.params, rtol=1e-6))  # between sizes tried
 
 
+def test_a_given_budget_is_the_compute():
+    """Vertices over the budget itself, by numpy alone; over 6 N D the slope is another."""
+    budgets = 10.0 ** np.linspace(16, 19, 4)
+    c = np.repeat(budgets, 7)
+    n = np.concatenate([np.sqrt(b / 120) * np.geomspace(0.2, 5, 7) for b in budgets])
+    d = c / (6 * n * (1 + (3e7 / n) ** 0.6))  # a head whose share falls with size
+    loss = 1.75 + 420 * n**-0.34 + 1900 * d**-0.36
+    at = [np.polyfit(np.log(n[c == b]), loss[c == b], 2) for b in budgets]
+    best = [-p[1] / (2 * p[0]) for p in at]
+    slope = np.polyfit(np.log(budgets), best, 1)[0]
+    six = np.polyfit([np.log(6 * n * d)[c == b].mean() for b in budgets], best, 1)[0]
+    assert abs(slope - six) > 0.02
+    frame = make_frame(params=n, tokens=d, flops=1.5 * c, loss=loss, budget=c)
+    result = isoflop(frame, resamples=0)
+    assert result.exponents["a"] == pytest.approx(slope, rel=1e-9)
+    assert [p.compute for p in result.budgets] == pytest.approx(list(budgets))
+    assert result.definitions["C"] == "the budget given for each run (column 'budget')"
+    assert isoflop(frame, flops="6nd", resamples=0).exponents["a"] == pytest.approx(six, rel=1e-9)
+
+
 def test_exponents_are_fitted_separately(runs):
     """Under another convention of C the exponents need not sum to one."""
     embedded = make_frame(params=runs.params, tokens=runs.tokens, loss=runs.loss,

@@ -11,7 +11,14 @@ import pytest
 
 from mmfree_jax.errors import TrainingError
 from mmfree_jax.experiments.scaling.errors import ScalingError
-from mmfree_jax.experiments.scaling.frame import compute, inputs, make_frame, sizes
+from mmfree_jax.experiments.scaling.frame import (
+    compute,
+    definitions,
+    inputs,
+    make_frame,
+    resolve,
+    sizes,
+)
 from mmfree_jax.experiments.scaling.read import Columns, read_runs
 
 
@@ -208,13 +215,59 @@ def test_a_summary_of_another_type_is_named(tmp_path):
 
 def test_gaps_and_nonsense_in_a_column_are_named():
     frame = make_frame(params=[1e7, np.nan], tokens=1e9, loss=[2.0, 3.0])
-    with pytest.raises(ScalingError, match="'params' is empty or not finite in 1 of 2 runs"):
+    gap = "'params' is empty or not finite in 1 of 2 runs, the first run 2, and"
+    with pytest.raises(ScalingError, match=gap):
         inputs(frame, ("params",))
     frame = make_frame(params=[1e7, 0], tokens=1e9, loss=[2.0, 3.0])
     with pytest.raises(ScalingError, match="'params' is 0 in run 2"):
         inputs(frame, ("params",))
     with pytest.raises(ScalingError, match="'tokens' has 1 rows but 'loss' has 2"):
         make_frame(tokens=[1.0], loss=[2.0, 3.0])
+
+
+def test_conventions_follow_the_columns():
+    """N without embedding and head where the file says so, C as the file says it."""
+    both = make_frame(params=120.0, params_non_embedding=100.0, tokens=10.0, flops=7000.0,
+                      budget=8000.0, loss=[2.0, 3.0])  # fmt: skip
+    assert resolve([both]) == ("non-embedding", "exact")
+    assert resolve([both], budgets=True) == ("non-embedding", "budget")
+    assert resolve([both], "total", "6nd", budgets=True) == ("total", "6nd")
+    assert (sizes(both)[0], compute(both)[0], compute(both, "budget")[0]) == (100, 7000, 8000)
+    bare = make_frame(params=120.0, tokens=10.0, loss=[2.0, 3.0], sources={"params": "Size"})
+    assert resolve([both, bare]) == ("total", "6nd")
+    assert definitions(bare, "total", "6nd") == {
+        "N": "the parameters that column 'Size' counts", "C": "6 N D, N from column 'Size'"
+    }  # fmt: skip
+    bodies = make_frame(params_non_embedding=100.0, tokens=10.0, loss=[2.0])
+    assert resolve([bodies]) == ("non-embedding", "6nd-non-embedding")
+
+
+def test_run_directories_use_their_exact_flops(tmp_path):
+    frame = read_runs([run_directory(tmp_path / "one"), run_directory(tmp_path / "two")])
+    assert resolve([frame]) == ("non-embedding", "exact")
+    assert compute(frame).tolist() == [200 * 6600] * 2
+
+
+def test_a_column_can_be_left_out(tmp_path):
+    path = write(tmp_path / "x.csv", "N,D,loss,arch,C\n1e7,1e9,3,a,7e16\n2e7,1e9,2,b,9e16\n")
+    frame = read_runs([path])
+    assert frame.family.tolist() == ["a", "b"]
+    assert frame.sources["family"] == "arch"
+    left = read_runs([path], Columns(family="none", flops="none"))
+    assert left.family.tolist() == ["", ""]
+    assert np.isnan(left.flops).all()
+    named = write(tmp_path / "y.csv", "N,D,loss,none\n1e7,1e9,3,a\n")
+    assert read_runs([named], Columns(family="none")).family.tolist() == ["a"]
+
+
+def test_gaps_are_named_by_their_row(tmp_path):
+    text = "N,D,C,loss,source\n1e7,1e9,7e16,3,paper\n,1e9,9e16,2,paper\n3e7,1e9,,2,paper\n"
+    notes = " ".join(read_runs([write(tmp_path / "x.csv", text)]).notes)
+    assert "params of 1 runs derived as FLOPs / (6 tokens), the first x.csv, row 3" in notes
+    assert "column 'C' is empty in 1 of 3 runs, the first x.csv, row 4 (paper)" in notes
+    bare = read_runs([write(tmp_path / "y.csv", "N,D,loss\n1e7,1e9,3\n,1e9,2\n")])
+    with pytest.raises(ScalingError, match=r"in 1 of 2 runs, the first y\.csv, row 3, and"):
+        inputs(bare, ("params",))
 
 
 def test_rows_are_named_as_in_the_file_and_repeated_ones_are_noted(tmp_path):
