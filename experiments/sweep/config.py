@@ -15,6 +15,7 @@ from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.axes import AxesConfig
 from mmfree_jax.places import Place
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.ranges import (
@@ -184,6 +185,8 @@ class SweepConfig:
     widen_rates: CountOrZero = 0
     """Most rates to add at each end of a list of rates while the best one is at that end; 0:
     none, the best one is marked."""
+    axes: AxesConfig = field(default_factory=AxesConfig)
+    """Settings to try beside the rate."""
     warmup_fraction: ShareBelowOne = 0.0
     """Share of the steps of each run that warm up."""
     min_steps: TwoOrMore = 10
@@ -241,6 +244,9 @@ class SweepConfig:
         if self.tuning.is_on:
             bare = [f.label for f in self.families if not f.learning_rates]
             _require(not bare, "families.learning_rates", bare, "tuning needs rates to try")
+        both = self.warmup_fraction > 0 and self.axes.warmup_fraction
+        _require(not both, "warmup_fraction", self.warmup_fraction,
+                 "leave it out, or axes.warmup_fraction")  # fmt: skip
         if self.widen_rates:
             lists = [rates for f in self.families
                      for rates in (f.learning_rates, *f.learning_rates_at.values())]  # fmt: skip
@@ -252,6 +258,10 @@ class SweepConfig:
                     _require(name not in values, f"{where}.{name}", values.get(name),
                              "leave it out: the plan sets it")  # fmt: skip
                 given = values.get("optimizer", {})
+                for name in self.axes.given:
+                    twice = name in values or (isinstance(given, dict) and name in given)
+                    _require(not twice, f"axes.{name}", list(self.axes.given[name]),
+                             f"leave it out of {where}, which sets it too")  # fmt: skip
                 for name in ("learning_rate", "warmup_steps"):
                     _require(not (isinstance(given, dict) and name in given),
                              f"{where}.optimizer.{name}", given,

@@ -4,14 +4,16 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.axes import AS_GIVEN, Setting
 from mmfree_jax.experiments.sweep.config import FamilyConfig, SweepConfig, base_train_config
+from mmfree_jax.experiments.sweep.rates import Choice
 from mmfree_jax.experiments.sweep.shapes import ANY_SHAPE, Derived, derive_sizes
 from mmfree_jax.train.flops import count_flops, count_parameters
 
@@ -36,6 +38,8 @@ class PlannedRun:
     """The FLOP budget it belongs to, in isoFLOP designs."""
     rate_known: bool
     """Whether the learning rate is set; a main run's comes from the tuning runs."""
+    setting: Setting = AS_GIVEN
+    """Its values of the sweep's other axes."""
 
     @property
     def tokens(self) -> int:
@@ -56,12 +60,18 @@ class PlannedRun:
     def name(self) -> str:
         """Name of the run: what it is, and so the same in both stages."""
         rate = f"{self.learning_rate:.4g}" if self.rate_known else "tuned"
-        return f"{self.family}-{self.size}-t{format_tokens(self.tokens)}-lr{rate}-s{self.seed}"
+        parts = (f"lr{rate}", *self.setting.parts, f"s{self.seed}")
+        return "-".join((self.family, self.size, f"t{format_tokens(self.tokens)}", *parts))
 
     @property
     def cell(self) -> tuple[Stage, str, str, int]:
-        """What runs have in common that differ in rate and seed alone."""
+        """What runs have in common that differ in rate, axes and seed alone."""
         return self.stage, self.family, self.size, self.tokens
+
+    @property
+    def program(self) -> tuple[str, str, Setting]:
+        """What runs have in common that share one compiled training step."""
+        return self.family, self.size, self.setting.program
 
     def with_rate(self, rate: float) -> "PlannedRun":
         """The same run at a learning rate."""
@@ -170,25 +180,40 @@ def derived_sizes(sweep: SweepConfig) -> Derived:
 
 def _planned(
     sweep: SweepConfig, family: FamilyConfig, stage: Stage, size: str, tokens: float,
-    budget: float | None, seed: int,
+    budget: float | None, seed: int, setting: Setting = AS_GIVEN,
 ) -> PlannedRun:  # fmt: skip
-    config = base_train_config(sweep, family, size)
-    steps = round(tokens / tokens_per_step(config))
+    base = base_train_config(sweep, family, size)
+    config = setting.applied(base)
+    rows = sweep.axes.rows(base.batch_size)
+    steps = round(tokens / (rows * base.data.seq_len)) * rows // config.batch_size
     if steps < sweep.min_steps:
         raise ConfigError(
             f"{family.label} {size}: {tokens:.3g} tokens are {steps} steps of "
             f"{tokens_per_step(config)} tokens, fewer than min_steps ({sweep.min_steps}): raise "
-            "the budget or lower train.batch_size"
+            "the budget or lower the batch size"
         )
-    optimizer = dataclasses.replace(
-        config.optimizer, warmup_steps=round(sweep.warmup_fraction * steps)
-    )
+    warmup = setting.warmup_fraction
+    warmup = sweep.warmup_fraction if warmup is None else warmup
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=round(warmup * steps))
     config = dataclasses.replace(
         config, steps=steps, seed=seed, optimizer=optimizer,
         data=dataclasses.replace(config.data, seed=seed),
     )  # fmt: skip
     flops = flops_per_token(config) * steps * tokens_per_step(config)
-    return PlannedRun(stage, family.label, size, config, flops, budget, rate_known=False)
+    return PlannedRun(stage, family.label, size, config, flops, budget, False, setting)
+
+
+def _tried(
+    sweep: SweepConfig, family: FamilyConfig, stage: Stage, size: str, tokens: float,
+    budget: float | None, seed: int,
+) -> list[PlannedRun]:  # fmt: skip
+    """Every rate at every setting of the other axes."""
+    return [
+        run.with_rate(rate)
+        for setting in sweep.axes.settings()
+        for run in (_planned(sweep, family, stage, size, tokens, budget, seed, setting),)
+        for rate in _rates(family, run)
+    ]
 
 
 def _rates(family: FamilyConfig, run: PlannedRun) -> tuple[float, ...]:
@@ -213,20 +238,18 @@ def tuning_runs(sweep: SweepConfig) -> list[PlannedRun]:
                 assert sweep.tuning.tokens_per_parameter is not None
                 base = base_train_config(sweep, family, size)
                 tokens = sweep.tuning.tokens_per_parameter * parameters(base, sweep.count)
-            run = _planned(sweep, family, "tuning", size, tokens, None, sweep.seeds[0])
-            runs += [run.with_rate(rate) for rate in _rates(family, run)]
+            runs += _tried(sweep, family, "tuning", size, tokens, None, sweep.seeds[0])
     return cheapest_first(runs)
 
 
 def main_runs(
-    sweep: SweepConfig, rate_of: Callable[[str, str], float | None] | None = None
+    sweep: SweepConfig, choices: Mapping[tuple[str, str], Choice] | None = None
 ) -> list[PlannedRun]:
     """The runs that are compared.
 
     Args:
       sweep: the config.
-      rate_of: with a tuning stage, the rate of a family at a size; None where it is not known
-        yet.
+      choices: with a tuning stage, the rates and other settings of (family, size) that are known.
     """
     runs: list[PlannedRun] = []
     for family in sweep.families:
@@ -234,12 +257,15 @@ def main_runs(
             size = cell.size
             more = sweep.replicates.seeds if size in sweep.replicates.sizes else ()
             for seed in dict.fromkeys((*cell.seeds, *more)):
-                run = _planned(sweep, family, "main", size, cell.tokens, cell.budget, seed)
+                where = size, cell.tokens, cell.budget, seed
                 if not sweep.tuning.is_on:
-                    runs += [run.with_rate(rate) for rate in _rates(family, run)]
-                    continue
-                rate = rate_of(family.label, size) if rate_of else None
-                runs.append(run if rate is None else run.with_rate(rate))
+                    runs += _tried(sweep, family, "main", *where)
+                elif choice := (choices or {}).get((family.label, size)):
+                    run = _planned(sweep, family, "main", *where, choice.setting)
+                    runs.append(run.with_rate(choice.rate))
+                else:
+                    any_setting = sweep.axes.settings()[0]
+                    runs.append(_planned(sweep, family, "main", *where, any_setting))
     runs = cheapest_first(runs)
     _check_names(runs)
     return runs

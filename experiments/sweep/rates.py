@@ -6,7 +6,9 @@ number of tokens. The rate of lowest held-out loss wins (`grid`; the smaller of 
 its two neighbours. A run that diverged counts as infinitely bad. A winner at an end of the list
 is kept, and flagged: the best rate may lie beyond. A size that was not tuned takes its rate
 from a power law in parameters, fitted by least squares in logs through the tuned sizes (those
-without a flag where there are two or more); with one size, that size's rate.
+without a flag where there are two or more); with one size, that size's rate. Where there are
+other axes (`axes`), every rate is tried at every setting of them, and the rate is that of the
+setting which reached the lowest loss.
 """
 
 import math
@@ -14,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from mmfree_jax.experiments.sweep.axes import AS_GIVEN, Setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Choice:
     at_edge: bool
     """The best rate tried is the lowest or the highest of them."""
     tried: tuple[tuple[float, float], ...] = ()
-    """(rate, loss) of the runs behind it; infinite loss: diverged."""
+    """(rate, loss) of the runs behind it, at its setting; infinite loss: diverged."""
+    setting: Setting = AS_GIVEN
+    """The best values of the other axes; of a transferred rate, those of the nearest size."""
 
     @property
     def is_transferred(self) -> bool:
@@ -97,15 +103,21 @@ def transfer(tuned: Sequence[Choice], params: float) -> float:
     return round_rate(float(np.exp(intercept + slope * math.log(params))))
 
 
+def best_setting(tried: Mapping[Setting, Mapping[float, float]]) -> Setting:
+    """The setting of the lowest loss at any of its rates; of equal ones the first."""
+    return min(tried, key=lambda setting: min(tried[setting].values()))
+
+
 def choose_rates(
-    tried: Mapping[tuple[str, str], Mapping[float, float]],
+    tried: Mapping[tuple[str, str], Mapping[Setting, Mapping[float, float]]],
     params: Mapping[tuple[str, str], float],
     rule: str,
 ) -> dict[tuple[str, str], Choice]:
     """The rate of every (family, size).
 
     Args:
-      tried: (family, size) -> rate -> held-out loss, at the tuned sizes.
+      tried: (family, size) -> setting of the other axes -> rate -> held-out loss, at the tuned
+        sizes.
       params: (family, size) -> non-embedding parameters, at all sizes that need a rate.
       rule: "grid" or "parabola".
 
@@ -114,13 +126,17 @@ def choose_rates(
       diverged have none.
     """
     chosen: dict[tuple[str, str], Choice] = {}
-    for key, losses in tried.items():
+    for key, by_setting in tried.items():
+        setting = best_setting(by_setting)
+        losses = by_setting[setting]
         if any(map(math.isfinite, losses.values())):
             rate, loss, at_edge = best_rate(losses, rule)
             chosen[key] = Choice(*key, params[key], rate, loss, at_edge,
-                                 tuple(sorted(losses.items())))  # fmt: skip
+                                 tuple(sorted(losses.items())), setting)  # fmt: skip
     for key in params:
         tuned = [c for c in chosen.values() if c.family == key[0] and not c.is_transferred]
         if key not in chosen and tuned:
-            chosen[key] = Choice(*key, params[key], transfer(tuned, params[key]), None, False)
+            near = min(tuned, key=lambda c: abs(math.log(c.params / params[key])))
+            rate = transfer(tuned, params[key])
+            chosen[key] = Choice(*key, params[key], rate, None, False, setting=near.setting)
     return chosen

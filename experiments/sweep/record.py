@@ -58,6 +58,10 @@ def make_row(
         "config_hash": config_hash(run.config),
         "data_fingerprint": data_fingerprint(run) or "",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "batch_size": str(run.config.batch_size),
+        "b2": number(run.config.optimizer.b2),
+        "weight_decay": number(run.config.optimizer.weight_decay),
+        "warmup_steps": str(run.config.optimizer.warmup_steps),
     }
 
 

@@ -1,6 +1,7 @@
 """What a sweep found: one row a run that counts, the rates and how they were chosen, in text."""
 
 import collections
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.experiments.scaling.output_files import write_csv
+from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.cost import Estimate
 from mmfree_jax.experiments.sweep.plan import PlannedRun, format_tokens, parameters
-from mmfree_jax.experiments.sweep.rates import Choice, best_rate
+from mmfree_jax.experiments.sweep.rates import Choice, best_rate, best_setting
 from mmfree_jax.experiments.sweep.state import Snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, Row
 from mmfree_jax.readable import format_seconds
@@ -51,7 +53,8 @@ def plan_text(runs: Sequence[PlannedRun], data_tokens: dict | None) -> str:
             passes = f"{tokens / data_tokens[first.config.data.paths]:.2f}"
         rows.append([
             family, size, stage, f"{parameters(first.config, 'non-embedding') / 1e6:.2f}M",
-            format_tokens(tokens), passes, str(first.config.steps),
+            format_tokens(tokens), passes,
+            ", ".join(map(str, sorted({r.config.steps for r in members}))),
             ", ".join(f"{r:.3g}" for r in rates) or "tuned",
             ", ".join(str(s) for s in sorted({r.seed for r in members})),
             str(len(members)), f"{sum(r.flops for r in members):.3g}",
@@ -103,39 +106,40 @@ def status_text(found: Snapshot) -> str:
 def best_rows(found: Snapshot) -> list[Row]:
     """The rows to fit laws to: one for each (family, size, tokens, seed).
 
-    With a tuning stage, the main runs at the tuned rate; without one, in each cell the rate
-    that is best on the first seed, at every seed, so that no seed chooses for itself.
+    With a tuning stage, the main runs at the tuned rate; without one, in each cell the rate (and
+    the setting of other axes) that is best on the first seed, at every seed, so that no seed
+    chooses for itself.
     """
-    rows = {run.name: found.rows[run.name] for run in found.main if run.name in found.rows}
-    if found.sweep.tuning.is_on:
-        return list(rows.values())
-    first = str(found.sweep.seeds[0])
-    best: dict[tuple[str, str, str], Row] = {}
-    for row in rows.values():
-        key = (row["family"], row["size"], row["tokens"])
-        if row["seed"] == first and (
-            key not in best or float(row["loss"]) < float(best[key]["loss"])
-        ):
-            best[key] = row
-    return [row for row in rows.values()
-            if (key := (row["family"], row["size"], row["tokens"])) in best
-            and row["learning_rate"] == best[key]["learning_rate"]]  # fmt: skip
+    ended = [run for run in found.main if run.name in found.rows]
+    if not found.sweep.tuning.is_on:
+        best = {key: (choice.setting, choice.rate) for key, choice in _best_of_cells(found).items()}
+        ended = [run for run in ended if best.get(run.cell) == (run.setting, run.learning_rate)]
+    return [found.rows[run.name] for run in ended]
 
 
 def grid_choices(found: Snapshot) -> list[Choice]:
     """Of a sweep without tuning stage: the best rate of each cell, by the same rule."""
-    cells: dict[tuple[str, str, int], dict[float, float]] = {}
-    size_of: dict[tuple[str, str, int], float] = {}
+    return list(_best_of_cells(found).values())
+
+
+def _best_of_cells(found: Snapshot) -> dict[tuple, Choice]:
+    cells: dict[tuple, dict[Setting, dict[float, float]]] = {}
+    size_of: dict[tuple, float] = {}
     for run in found.main:
-        if run.seed == found.sweep.seeds[0] and run.name in found.rows:
-            key = (run.family, run.size, run.tokens)
-            cells.setdefault(key, {})[run.learning_rate] = float(found.rows[run.name]["loss"])
-            size_of[key] = parameters(run.config, "non-embedding")
-    chosen = []
-    for key, losses in cells.items():
-        rate, loss, at_edge = best_rate(losses, "grid")
-        chosen.append(Choice(key[0], f"{key[1]} at {format_tokens(key[2])}", size_of[key], rate,
-                             loss, at_edge, tuple(sorted(losses.items()))))  # fmt: skip
+        loss = found.loss(run)
+        if run.seed == found.sweep.seeds[0] and loss is not None:
+            cells.setdefault(run.cell, {}).setdefault(run.setting, {})[run.learning_rate] = loss
+            size_of[run.cell] = parameters(run.config, "non-embedding")
+    chosen = {}
+    for cell, tried in cells.items():
+        _, family, size, tokens = cell
+        setting = best_setting(tried)
+        losses = tried[setting]
+        if any(map(math.isfinite, losses.values())):
+            rate, loss, at_edge = best_rate(losses, "grid")
+            where = f"{size} at {format_tokens(tokens)}"
+            every = tuple(sorted(losses.items()))
+            chosen[cell] = Choice(family, where, size_of[cell], rate, loss, at_edge, every, setting)
     return chosen
 
 
@@ -146,12 +150,13 @@ def rates_text(found: Snapshot, choices: Iterable[Choice]) -> str:
         tried = ", ".join(f"{r:.3g}: {loss:.4f}" if math.isfinite(loss) else f"{r:.3g}: diverged"
                           for r, loss in c.tried)  # fmt: skip
         note = "from the other sizes" if c.is_transferred else tried
-        rows.append([c.family, c.size, f"{c.rate:.3g}", "edge" if c.at_edge else "", note])
+        rows.append([c.family, c.size, f"{c.rate:.3g}", " ".join(c.setting.parts),
+                     "edge" if c.at_edge else "", note])  # fmt: skip
     rule = found.sweep.tuning.rule if found.sweep.tuning.is_on else "grid"
     return (
         f"learning rates (rule {rule}: lowest held-out loss among the rates tried, seed "
         f"{found.sweep.seeds[0]}; edge: the best may lie beyond the rates tried)\n"
-        + table(rows, ("family", "size", "rate", "", "loss by rate"))
+        + table(rows, ("family", "size", "rate", "", "", "loss by rate"))
     )
 
 
@@ -189,7 +194,8 @@ def write_report(found: Snapshot) -> tuple[str, list[Path]]:
         write_csv(out / RATES, [
             {"family": c.family, "size": c.size, "params_non_embedding": int(c.params),
              "learning_rate": c.rate, "loss": c.loss, "at_edge": c.at_edge,
-             "transferred": c.is_transferred, "tried": len(c.tried)} for c in choices
+             "transferred": c.is_transferred, "tried": len(c.tried),
+             **dataclasses.asdict(c.setting)} for c in choices
         ])  # fmt: skip
         parts.append(rates_text(found, choices))
         paths.append(out / RATES)

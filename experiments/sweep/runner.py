@@ -23,6 +23,7 @@ from mmfree_jax.children import Children
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import share
 from mmfree_jax.experiments.sweep.order import ORDERS, in_order
@@ -194,7 +195,7 @@ class _Scheduler:
         gpus = max(1, len(options.gpus))
         self._free = list(range(gpus * options.parallel))
         self._seen: set[str] = set()
-        self._compiled: set[tuple[str, str]] = set()
+        self._compiled: set[tuple[str, str, Setting]] = set()
         self._total = self._ended = 0
 
     def run(self) -> None:
@@ -250,21 +251,21 @@ class _Scheduler:
         return retry or status in ("pending", "cut off")
 
     def _next(self, queue: Sequence[PlannedRun]) -> PlannedRun | None:
-        """The first run in the queue that need not wait for the programs of its shape.
+        """The first run in the queue that need not wait for its program.
 
-        They are compiled by the first run of that shape, once, and found in the cache by all
+        A program is compiled by the first run that has it, once, and found in the cache by all
         others; those would only compile the same beside it.
         """
         compiling = set()
         for child in self._children:
-            shape = (child.run.family, child.run.size)
-            if shape in self._compiled:
+            program = child.run.program
+            if program in self._compiled:
                 continue
             if _is_training(self._out / "runs" / child.run.name):
-                self._compiled.add(shape)
+                self._compiled.add(program)
             else:
-                compiling.add(shape)
-        return next((r for r in queue if (r.family, r.size) not in compiling), None)
+                compiling.add(program)
+        return next((r for r in queue if r.program not in compiling), None)
 
     def _slots_for(self, run: PlannedRun) -> list[int]:
         """Free slots for a run, none if it must wait: on the device with the most of them.

@@ -5,6 +5,7 @@ runs/NAME/ (its run directory), logs/NAME.log (what it printed), failures/NAME.j
 failed, gone once it succeeds) and locks/NAME.lock (held while it runs).
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from mmfree_jax.config import replace_model
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.errors import DataError
+from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.plan import (
@@ -53,6 +55,10 @@ class Snapshot:
     def runs(self) -> list[PlannedRun]:
         """All runs, each once: a main run may be one of the tuning runs."""
         return without_repeats(self.sweep, (*self.tuning, *self.main))
+
+    def loss(self, run: PlannedRun) -> float | None:
+        """A run's held-out loss; infinite where it diverged, None while that is not known."""
+        return _loss(self.rows, self.failures, run)
 
     def status(self, run: PlannedRun) -> Status:
         """How far one run has come."""
@@ -103,11 +109,7 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
     out = Path(sweep.out)
     rows = {row["run"]: row for row in read_results(out)}
     failures = {k: v for k, v in read_failures(out).items() if k not in rows}
-
-    def loss_of(run: PlannedRun) -> float | None:
-        if run.name in rows:
-            return float(rows[run.name]["loss"])
-        return math.inf if failures.get(run.name, {}).get("kind") == "diverged" else None
+    loss_of = functools.partial(_loss, rows, failures)
 
     def wider(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         most, seed = sweep.widen_rates, sweep.seeds[0]
@@ -115,17 +117,20 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
 
     tuning = wider(tuning_runs(sweep))
     choices = _choices(sweep, tuning, loss_of)
-
-    def rate_of(family: str, size: str) -> float | None:
-        choice = choices.get((family, size))
-        return None if choice is None else choice.rate
-
-    main = main_runs(sweep, rate_of)
+    main = main_runs(sweep, choices)
     if not sweep.tuning.is_on:
         main = wider(main)
     found = Snapshot(sweep, rows, failures, tuning, main, choices)
     _check_rows(found)
     return found
+
+
+def _loss(
+    rows: dict[str, Row], failures: dict[str, dict[str, Any]], run: PlannedRun
+) -> float | None:
+    if run.name in rows:
+        return float(rows[run.name]["loss"])
+    return math.inf if failures.get(run.name, {}).get("kind") == "diverged" else None
 
 
 def _check_rows(found: Snapshot) -> None:
@@ -158,14 +163,14 @@ def _choices(
 ) -> dict[tuple[str, str], Choice]:
     """The rates that are known: of a tuned size once its tuning runs are all in the table or
     diverged, of the other sizes once those of the whole family are."""
-    tried: dict[tuple[str, str], dict[float, float]] = {}
+    tried: dict[tuple[str, str], dict[Setting, dict[float, float]]] = {}
     unfinished = set()
     for run in tuning:
-        losses, loss = tried.setdefault((run.family, run.size), {}), loss_of(run)
+        by_setting, loss = tried.setdefault((run.family, run.size), {}), loss_of(run)
         if loss is None:
             unfinished.add((run.family, run.size))
         else:
-            losses[run.learning_rate] = loss
+            by_setting.setdefault(run.setting, {})[run.learning_rate] = loss
     open_families = {family for family, _ in unfinished}
     sizes = {(r.family, r.size): float(parameters(r.config, "non-embedding"))
              for r in (*main_runs(sweep), *tuning)}  # fmt: skip

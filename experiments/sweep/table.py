@@ -18,12 +18,16 @@ COLUMNS: tuple[str, ...] = (
     "run", "family", "size", "params", "params_non_embedding", "params_ternary", "tokens", "steps",
     "flops", "budget", "learning_rate", "seed", "loss", "bits_per_byte", "train_loss",
     "tokens_per_s", "mfu", "train_s", "wall_s", "parallel", "device", "device_count", "host",
-    "code", "jax", "config_hash", "data_fingerprint", "finished_at",
+    "code", "jax", "config_hash", "data_fingerprint", "finished_at", "batch_size", "b2",
+    "weight_decay", "warmup_steps",
 )  # fmt: skip
 """`mmfree fit` finds params, params_non_embedding, params_ternary, tokens, flops, budget, loss,
 family, seed and run by these names. train_s: time in the trainer over all its restarts, wall_s:
 time of the process that finished the run (seconds); parallel: runs that could share the device;
 code: git commit ("+" if files differ from it) or package version."""
+
+LATER = ("batch_size", "b2", "weight_decay", "warmup_steps")
+"""Columns that older tables lack: "" in their rows."""
 
 Row = dict[str, str]
 
@@ -45,13 +49,15 @@ def read_results(out: Path) -> list[Row]:
         lines = list(csv.reader(io.StringIO(text)))
     except csv.Error as e:
         raise SweepError(f"{path} is no CSV ({e}); restore it or move it away") from e
-    if not lines or tuple(lines[0]) != COLUMNS:
+    header = lines[0] if lines else []
+    if header != [column for column in COLUMNS if column in header or column not in LATER]:
         raise SweepError(f"{path} has other columns than this version writes: move it away")
     for number, line in enumerate(lines[1:], 2):
-        if len(line) != len(COLUMNS):
-            raise SweepError(f"{path}, line {number} has {len(line)} fields, not {len(COLUMNS)}: "
+        if len(line) != len(header):
+            raise SweepError(f"{path}, line {number} has {len(line)} fields, not {len(header)}: "
                              "restore the file or delete the line")  # fmt: skip
-    return [dict(zip(COLUMNS, line, strict=True)) for line in lines[1:]]
+    empty = dict.fromkeys(COLUMNS, "")
+    return [empty | dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 
 def append_result(out: Path, row: Row) -> None:

@@ -67,11 +67,11 @@ def widened(
         return list(runs)
     lists: dict[tuple[object, ...], list[PlannedRun]] = {}
     for run in runs:
-        lists.setdefault((*run.cell, run.seed), []).append(run)
+        lists.setdefault((*run.cell, run.setting, run.seed), []).append(run)
     wide = list(runs)
     for members in lists.values():
         given = tuple(run.learning_rate for run in members)
-        first = lists[(*members[0].cell, first_seed)][0]
+        first = lists[(*members[0].cell, members[0].setting, first_seed)][0]
         rates = widened_rates(given, lambda rate, run=first: loss_of(run.with_rate(rate)), most)
         wide += [members[0].with_rate(rate) for rate in rates if rate not in given]
     return wide

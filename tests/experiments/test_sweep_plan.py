@@ -7,6 +7,7 @@ import pytest
 
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.axes import AS_GIVEN
 from mmfree_jax.experiments.sweep.config import SweepConfig, load_sweep
 from mmfree_jax.experiments.sweep.cost import DeviceRate, device_from_name, estimate
 from mmfree_jax.experiments.sweep.plan import (
@@ -19,7 +20,7 @@ from mmfree_jax.experiments.sweep.plan import (
     tuning_runs,
     without_repeats,
 )
-from mmfree_jax.experiments.sweep.rates import best_rate, choose_rates, transfer
+from mmfree_jax.experiments.sweep.rates import Choice, best_rate, choose_rates, transfer
 
 TRAIN = {"batch_size": 4, "data": {"paths": ["nowhere"], "seq_len": 64}}
 BOTH = [
@@ -92,7 +93,12 @@ def test_tuning_comes_first_and_gives_the_rates():
     assert not any(r.rate_known for r in blind)
     # Of 8 main runs, 2 (one a family) will be the winners of the tuning stage.
     assert len(without_repeats(sweep, [*tuning, *blind])) == 4 + 8 - 2
-    known = main_runs(sweep, lambda family, size: 8e-3 if family == "matmulfree" else 1e-3)
+    choices = {
+        (family, size): Choice(family, size, 1e6, rate, 2.0, False)
+        for family, rate in (("matmulfree", 8e-3), ("transformer", 1e-3))
+        for size in sweep.sizes
+    }
+    known = main_runs(sweep, choices)
     assert len(without_repeats(sweep, [*tuning, *known])) == 4 + 8 - 2
     assert [r.name.replace("lrtuned", "") for r in blind] == [
         r.name.replace("lr0.008", "").replace("lr0.001", "") for r in known
@@ -171,7 +177,7 @@ def test_a_rate_is_carried_to_other_sizes_by_a_power_law():
         return {best * f: 2.0 + abs(math.log(f)) for f in (0.5, 1.0, 2.0)}
 
     params = {("a", "1"): 1e6, ("a", "4"): 4e6, ("a", "16"): 16e6, ("b", "16"): 16e6}
-    tried = {("a", "1"): losses(8e-3), ("a", "4"): losses(4e-3)}
+    tried = {("a", "1"): {AS_GIVEN: losses(8e-3)}, ("a", "4"): {AS_GIVEN: losses(4e-3)}}
     found = choose_rates(tried, params, "grid")
     assert found["a", "16"].rate == pytest.approx(2e-3, rel=1e-3)  # slope -1/2
     assert found["a", "16"].is_transferred

@@ -1,16 +1,15 @@
 """Rates that are added where the best one is at an end of its list."""
 
 import math
-from pathlib import Path
 
 import pytest
+from sweep_results import finish
 
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.plan import config_hash, shard
+from mmfree_jax.experiments.sweep.plan import shard
 from mmfree_jax.experiments.sweep.state import snapshot
-from mmfree_jax.experiments.sweep.table import COLUMNS, append_result
 from mmfree_jax.experiments.sweep.widening import widened_rates
 
 
@@ -54,19 +53,6 @@ def make(tmp_path, **values):
         "train": {"batch_size": 4, "data": {"paths": ["nowhere"], "seq_len": 64}},
     }
     return from_dict(SweepConfig, {**base, **values})
-
-
-def finish(sweep, runs, loss_of):
-    """Puts the pending ones of these runs into the table."""
-    found = snapshot(sweep)
-    for run in runs:
-        if found.status(run) == "pending":
-            values = {
-                "run": run.name, "family": run.family, "size": run.size, "tokens": run.tokens,
-                "learning_rate": run.learning_rate, "seed": run.seed, "loss": loss_of(run),
-                "config_hash": config_hash(run.config),
-            }  # fmt: skip
-            append_result(Path(sweep.out), {c: str(values.get(c, "")) for c in COLUMNS})
 
 
 def rates(runs, size):
