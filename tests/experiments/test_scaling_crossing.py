@@ -246,7 +246,8 @@ def test_a_crossing_within_the_data_is_not_put_beyond_it():
     table = RESULTS / "study" / "best.csv"
     families = ("matmulfree", "transformer")
     frames = tuple(read_runs([table], where=[f"family = {name}"]) for name in families)
-    result = cross(frames, ("MatMul-free", "Transformer++"), ["line", "power-floor"], resamples=60)
+    result = cross(frames, ("MatMul-free", "Transformer++"), ["line", "power-floor"], size="total",
+                   flops="6nd", resamples=60)  # fmt: skip
     assert min(r.point for r in result.laws) < result.data[1]
     assert "the fitted crossings lie within the data (up to 10^16.0)" in result.conclusion
     assert "or more beyond" not in result.conclusion
