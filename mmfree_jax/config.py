@@ -293,6 +293,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     keep_every: Count | None = None
     """Also keep every checkpoint whose step is a multiple of this, for good."""
+    at_steps: tuple[Count, ...] = ()
+    """Also save after these steps, and keep those checkpoints for good: to branch from."""
     resume: bool = True
     """Go on from the newest good checkpoint of the run directory, if it has one."""
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,11 @@ def _set_aside(path: Path) -> None:
     path.rename(target)
 
 
-def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:
+def steps_to_delete(
+    steps: list[int], keep_last: int, keep_every: int | None, keep_steps: Sequence[int] = ()
+) -> list[int]:
     """Which of the complete checkpoints `steps` (sorted) the retention rules let go."""
-    kept = set(steps[-keep_last:])
+    kept = {*steps[-keep_last:], *keep_steps}
     if keep_every:
         kept |= {s for s in steps if s % keep_every == 0}
     return [s for s in steps if s not in kept]
@@ -212,10 +214,11 @@ class Checkpointer:
         *,
         keep_last: int = 2,
         keep_every: int | None = None,
+        keep_steps: Sequence[int] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder.absolute()
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep_last, self._keep_every, self._keep_steps = keep_last, keep_every, keep_steps
         self._clock = clock
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
@@ -292,7 +295,8 @@ class Checkpointer:
 
     def _delete_old(self) -> None:
         steps = checkpoint_steps(self.folder)
-        for step in steps_to_delete(steps, self._keep_last, self._keep_every):
+        kept = (self._keep_last, self._keep_every, self._keep_steps)
+        for step in steps_to_delete(steps, *kept):
             path = self.folder / str(step)
             # Without its manifest it no longer counts, however far the deletion gets.
             (path / MANIFEST).unlink()

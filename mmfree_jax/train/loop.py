@@ -128,6 +128,7 @@ def train(
             run.run_dir / CHECKPOINTS,
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
+            keep_steps=config.checkpoint.at_steps,
         )
         if start.is_new_branch:  # from here on the parent may go, and a kill loses nothing
             metadata = checkpoint_metadata(run, start.step, start.meter, 0.0)
@@ -352,6 +353,7 @@ class _Loop:
         is_last = done == config.steps
         must_save = bool(is_last or signalled or out_of_time or save_by_time)
         must_save |= done % config.checkpoint.every_steps == 0
+        must_save |= done in config.checkpoint.at_steps
 
         if _is_due(config.log.ternary_every_steps, done) or is_last:
             if config.log.ternary_every_steps:

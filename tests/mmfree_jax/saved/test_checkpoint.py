@@ -96,6 +96,7 @@ def test_retention(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3", "4", "5"]
     assert steps_to_delete([10, 20, 30, 40], 1, 20) == [10, 30]
     assert steps_to_delete([10, 20], 2, None) == []
+    assert steps_to_delete([7, 10, 20, 30], 1, None, (7, 20, 99)) == [10]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
