@@ -70,6 +70,10 @@ GOOD: dict[str, tuple[str, ...]] = {
     ),
     "crossing": ("runs.csv few.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
     "isoflop": ("runs.csv --bootstrap 2 --out new.json",),
+    "sweep design": (
+        "sweep.yaml --budget 1e14 --assume E=1.7,A=400,B=2000,alpha=0.3,beta=0.4 --runs 12 "
+        "--params 1e4 1e7 --device H100 --out new.yaml",
+    ),
     "sweep plan": ("sweep.yaml --device H100",),
     "sweep run": ("sweep.yaml --data missing",),
     "sweep status": ("sweep.yaml",),

@@ -31,7 +31,7 @@ _SWEEP = """\
 out: sweep
 families:
   - {base: matmulfree, learning_rates: [0.01]}
-sizes: [tiny]
+sizes: [2x32, 2x64, 3x96, 4x128]
 tokens: [1000]
 train:
   batch_size: 2

@@ -1,0 +1,102 @@
+"""Laws that are assumed before runs are made: from a fit's JSON document, or written out."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.information import AssumedLaws
+from mmfree_jax.experiments.scaling.laws import get_law
+from mmfree_jax.json_shape import fault
+from mmfree_jax.text_files import read_json
+
+_NAMES = get_law("chinchilla").parameters
+EXAMPLE = "E=1.8,A=480,B=2100,alpha=0.35,beta=0.37"
+
+
+def read_assumed(
+    texts: Sequence[str], families: Sequence[str], *, shares_floor: bool
+) -> tuple[AssumedLaws, str | None]:
+    """The laws that families are taken to follow.
+
+    Args:
+        texts: `[FAMILY:]SOURCE` each; a source is the .json of `mmfree fit` with the law
+            chinchilla, or `E=..,A=..,B=..,alpha=..,beta=..`. Without a family it is every
+            family's, or as a joint fit says.
+        families: that there are.
+        shares_floor: whether they will be fitted with one E; where those assumed differ it is
+            their mean.
+
+    Returns:
+        The laws, of the families that have one, and the parameters that N counts in the fits
+        ("total", ...), None where none says.
+
+    Raises:
+        ScalingError: a text is malformed, or the fits count N differently.
+    """
+    found: dict[str, list[float]] = {}
+    counts: set[str] = set()
+    for text in texts:
+        family, source = _split(text, families)
+        for name, values, count in _read(source, [family] if family else families):
+            if name in found:
+                raise ScalingError(f"assume: {name} has two laws; give it one")
+            found[name] = values
+            counts |= {count} if count else set()
+    if not found:
+        raise ScalingError(f"assume: no law of {' or '.join(families)}; give a fit.json, or "
+                           f"such as {EXAMPLE}")  # fmt: skip
+    if len(counts) > 1:
+        raise ScalingError(f"assume: N counts {' and '.join(sorted(counts))} parameters in these "
+                           "fits; fit both with one --size")  # fmt: skip
+    named = tuple(family for family in families if family in found)
+    values = np.array([found[family] for family in named])
+    if shares_floor:
+        values[:, 0] = values[:, 0].mean()
+    return AssumedLaws(named, values, shares_floor), next(iter(counts), None)
+
+
+def _split(text: str, families: Sequence[str]) -> tuple[str | None, str]:
+    """The family and the source of a text."""
+    name, colon, source = text.partition(":")
+    if not colon or Path(text).is_file():
+        return None, text
+    if name not in families:
+        raise ScalingError(f"assume: {name!r} is no family of the sweep; choose "
+                           f"{' or '.join(families)}")  # fmt: skip
+    return name, source
+
+
+def _read(source: str, families: Sequence[str]) -> list[tuple[str, list[float], str | None]]:
+    """(family, parameters, what N counts) of a source."""
+    if source.endswith(".json"):
+        return _from_fit(Path(source), families)
+    given = dict(re.findall(r"(\w+)=([^,]+)", source))
+    try:
+        values = [float(given.pop(name)) for name in _NAMES]
+    except (KeyError, ValueError):
+        given = {"": ""}
+    if given:
+        raise ScalingError(f"assume: {source!r} is no law; give a fit.json, or such as {EXAMPLE}")
+    return [(family, values, None) for family in families]
+
+
+def _from_fit(path: Path, families: Sequence[str]) -> list[tuple[str, list[float], str | None]]:
+    try:
+        document = read_json(path)
+    except (OSError, ValueError) as e:
+        raise ScalingError(f"assume: {path} cannot be read ({e})") from e
+    joint = document.get("families") if isinstance(document, dict) else None
+    parts = {f: joint[f] for f in families if f in joint} if isinstance(joint, dict) else {}
+    out = []
+    for family, part in (parts or dict.fromkeys(families, document)).items():
+        wanted = {"law": str, "parameters": dict.fromkeys(_NAMES, (int, float)),
+                  "conventions": {"params": str}}  # fmt: skip
+        if wrong := fault(part, wanted):
+            raise ScalingError(f"assume: {path} is no fit of chinchilla ({wrong}); write it by "
+                               "`mmfree fit --law chinchilla`")  # fmt: skip
+        values = [float(part["parameters"][name]) for name in _NAMES]
+        out.append((family, values, part["conventions"]["params"]))
+    return out
