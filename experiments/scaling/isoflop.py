@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mmfree_jax.experiments.scaling.compute_optimal import optimal_allocation
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import (
@@ -303,22 +304,6 @@ def envelope(
     return Allocation("envelope", definitions(frame, size, flops), full[0], full[1],
                       np.array(draws).reshape(-1, 4), level, [], np.empty((0, 0, 2)), points,
                       np.empty((0, 3)), warnings)  # fmt: skip
-
-
-def optimal_allocation(parameters: np.ndarray) -> np.ndarray:
-    """(log k_N, a, log k_D, b) of N* = k_N C^a and D* = k_D C^b, [..., 4], at C = 6 N D.
-
-    From chinchilla's (E, A, B, alpha, beta) [..., 5]: a = beta / (alpha + beta), b = alpha /
-    (alpha + beta), G = (alpha A / beta B)^(1 / (alpha + beta)). NaN unless both exponents are
-    positive.
-    """
-    _, a_, b_, alpha, beta = np.moveaxis(np.asarray(parameters, dtype=float), -1, 0)
-    with np.errstate(all="ignore"):
-        total = alpha + beta
-        log_g = (np.log(alpha * a_) - np.log(beta * b_)) / total
-        a, b = beta / total, alpha / total
-        out = np.stack([log_g - a * np.log(6), a, -log_g - b * np.log(6), b], axis=-1)
-        return np.where(((alpha > 0) & (beta > 0))[..., None], out, np.nan)
 
 
 def parametric(fit: Fit) -> Allocation:

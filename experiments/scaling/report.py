@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from mmfree_jax.experiments.scaling.compute_optimal import optimal_allocation
 from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.grouped import grouped
-from mmfree_jax.experiments.scaling.isoflop import Allocation, optimal_allocation
+from mmfree_jax.experiments.scaling.isoflop import Allocation
 from mmfree_jax.experiments.scaling.law_crossing import LawCrossing
 from mmfree_jax.installed import versions
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from synthetic_runs import draw_runs
 
+from mmfree_jax.experiments.scaling.compute_optimal import optimal_allocation
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import fit_law
 from mmfree_jax.experiments.scaling.frame import join, make_frame
@@ -11,7 +12,6 @@ from mmfree_jax.experiments.scaling.isoflop import (
     envelope,
     fit_parabola,
     isoflop,
-    optimal_allocation,
     parametric,
 )
 
