@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -11,9 +11,13 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Fitting, outputs
 from mmfree_jax.ranges import CountOrZero
 
+if TYPE_CHECKING:
+    from mmfree_jax.experiments.scaling.objectives import Objective
+
 _DESCRIPTION = """Fits a scaling law to runs from many starts and reports every parameter with its
 bootstrap and profile-likelihood interval, the held-out error by size, and what the data cannot
-tell. Runs are CSV or parquet files, run directories, or folders of run directories."""
+tell. Runs are CSV or parquet files, run directories, or folders of run directories. With --joint
+two or more families share parameters, and a likelihood-ratio test says whether they may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,11 @@ class Arguments(Fitting):
     """CSV or parquet files, run directories, or folders of them."""
     law: Literal["chinchilla", "power", "power-floor", "line", "gadre", "broken"] = "chinchilla"
     """Functional form; docs/scaling.md lists the formulas."""
+    joint: bool = False
+    """Fit all families of the runs together, with the parameters of --share in common. A file
+    without a family column is a family by its name."""
+    share: str = ""
+    """Parameters that are one for all families, such as E,alpha. By default the law's floor E."""
     bootstrap: CountOrZero = 4000
     """Resamples for the intervals (a count; 0 for none)."""
     out: Path = Path("fit.json")
@@ -33,6 +42,7 @@ def fit(argv: Sequence[str]) -> int:
     """Fit a scaling law to runs, with uncertainty."""
     a = parse(Arguments, argv, prog="mmfree fit", description=_DESCRIPTION)
 
+    from mmfree_jax.experiments.scaling.errors import ScalingError
     from mmfree_jax.experiments.scaling.fit import fit_law
     from mmfree_jax.experiments.scaling.objectives import Objective
     from mmfree_jax.experiments.scaling.plots import plot_fit
@@ -41,9 +51,33 @@ def fit(argv: Sequence[str]) -> int:
     outputs(a.out, a.runs)
     kind = ("lsq" if a.law == "line" else "huber") if a.objective == "auto" else a.objective
     objective = Objective(kind, a.delta)
+    if a.joint:
+        return _fit_joint(a, objective)
+    if a.share:
+        raise ScalingError(f"share: {a.share!r} needs --joint, which fits families together")
     frame = a.read_family(a.runs)
     result = fit_law(
         frame, a.law, objective, size=a.size, flops=a.flops, resamples=a.bootstrap,
         resample=a.resample, level=a.level, seed=a.seed,
     )  # fmt: skip
     return a.finish(fit_text(result), fit_document(result), lambda: plot_fit(result))
+
+
+def _fit_joint(a: Arguments, objective: "Objective") -> int:
+    """Families together."""
+    from mmfree_jax.experiments.scaling.errors import ScalingError
+    from mmfree_jax.experiments.scaling.joint import by_family, fit_joint
+    from mmfree_jax.experiments.scaling.joint_report import joint_document, joint_text, plot_joint
+    from mmfree_jax.experiments.scaling.laws import get_law
+
+    law = get_law(a.law)
+    shared = [name.strip() for name in a.share.split(",")] if a.share else [law.floor or ""]
+    if shared == [""]:
+        raise ScalingError(f"share: {law.name} has no floor to share; name parameters by --share, "
+                           f"of {', '.join(law.parameters)}")  # fmt: skip
+    families = by_family([(path.name.split(".")[0], a.read([path])) for path in a.runs])
+    result = fit_joint(
+        families, a.law, objective, shared=shared, size=a.size, flops=a.flops,
+        resamples=a.bootstrap, resample=a.resample, level=a.level, seed=a.seed,
+    )  # fmt: skip
+    return a.finish(joint_text(result), joint_document(result), lambda: plot_joint(result))

@@ -9,6 +9,7 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import Fit, fit_law
 from mmfree_jax.experiments.scaling.frame import RunFrame, compute, make_frame
 from mmfree_jax.experiments.scaling.isoflop import envelope, isoflop, parametric
+from mmfree_jax.experiments.scaling.joint import JointFit, fit_joint
 from mmfree_jax.experiments.scaling.laws import LAWS, Law
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.read import Columns, read_runs
@@ -17,6 +18,7 @@ __all__ = [
     "LAWS",
     "Columns",
     "Fit",
+    "JointFit",
     "Law",
     "Objective",
     "RunFrame",
@@ -24,6 +26,7 @@ __all__ = [
     "compute",
     "cross",
     "envelope",
+    "fit_joint",
     "fit_law",
     "isoflop",
     "make_frame",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 Inputs = dict[str, np.ndarray]
+FAMILY = "family"
+"""The input that says which family a run is of, in a law of several: 0, 1, ... [n]."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def with_interval(value: float, interval: Any, why: str = "no interval") -> str:
     return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
-def _meaning(meaning: dict[str, str], inputs: tuple[str, ...] = ("params", "compute")) -> str:
+def meaning_of(meaning: dict[str, str], inputs: tuple[str, ...] = ("params", "compute")) -> str:
     """What N and C are, as far as a law of these inputs uses them."""
     symbols = {"N": "params", "C": "compute"}
     return "; ".join(f"{s}: {meaning[s]}" for s, name in symbols.items() if name in inputs)
@@ -121,7 +121,7 @@ def _meaning(meaning: dict[str, str], inputs: tuple[str, ...] = ("params", "comp
 def fit_text(fit: Fit) -> str:
     """A fit as lines of text."""
     s, lines = fit.search, [fit.law.formula, f"  {fit.objective.formula}, n = {len(fit.frame)}"]
-    lines.append(f"  {_meaning(definitions(fit.frame, fit.size, fit.flops), fit.law.inputs)}")
+    lines.append(f"  {meaning_of(definitions(fit.frame, fit.size, fit.flops), fit.law.inputs)}")
     level = f"{100 * fit.level:.0f}%"
     for name, value in fit.parameters.items():
         shown = with_interval(value, fit.intervals.get(name), "no interval: see warnings")
@@ -238,7 +238,7 @@ def crossing_text(result: Crossing) -> str:
         lines.append(f"  {r.law:<12} {what}")
     lines += [f"  {name:<12} not fitted: {why}" for name, why in result.skipped.items()]
     lines += _lead_lines(result)
-    lines.append(f"  ({_meaning(_of_families(result))})")
+    lines.append(f"  ({meaning_of(_of_families(result))})")
     lines.append(result.conclusion)
     lines += [f"  warning: {w}" for w in _crossing_warnings(result)]
     return "\n".join(lines)
@@ -326,7 +326,7 @@ def allocation_text(results: list[Allocation]) -> str:
     lines = []
     for r in results:
         lines.append(f"approach {r.approach} ({100 * r.level:.0f}% bootstrap intervals):")
-        lines.append(f"  {_meaning(r.definitions)}")
+        lines.append(f"  {meaning_of(r.definitions)}")
         for name, value in r.exponents.items():
             label = {"a": "N* ~ C^a", "b": "D* ~ C^b", "a_plus_b": "a + b"}[name]
             shown = with_interval(value, r.intervals.get(name), "no interval: see warnings")

@@ -30,7 +30,7 @@ from mmfree_jax.experiments.scaling.descent import (
     widths_to,
 )
 from mmfree_jax.experiments.scaling.laws import Law
-from mmfree_jax.experiments.scaling.models import Inputs, Model
+from mmfree_jax.experiments.scaling.models import FAMILY, Inputs, Model
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.trust_region import minimise
 
@@ -89,6 +89,7 @@ def search(
     *,
     restarts: int = RESTARTS,
     seed: int = 0,
+    known: np.ndarray | None = None,
 ) -> Search:
     """Minimise the objective over a law's parameters from every start of its grid.
 
@@ -99,6 +100,7 @@ def search(
         objective: what to minimise.
         restarts: random reweightings per round of challenges; 0 for none.
         seed: of the reweightings and of the coarse stage's subset.
+        known: further points to descend from, where something is known of the optimum [K, P].
     """
     model = law.build(inputs)
     rng = np.random.default_rng(seed)
@@ -127,7 +129,8 @@ def search(
     # 3. The objective itself, by continuation and directly; also from half-settled points,
     # which are more diverse.
     half = kept[np.argsort(squares[kept], kind="stable")][:HALF_SETTLED]
-    pool = np.concatenate([settled, points[half]])
+    known = np.empty((0, settled.shape[1])) if known is None else known
+    pool = np.concatenate([settled, points[half], known])
     ends, values = pool, exact(model, objective, log_loss, pool)
     routes = [widths_to(objective, scale)]
     if routes[0] and objective.kind != "lad":
@@ -153,16 +156,18 @@ def search(
     candidates = np.concatenate([best[None], ends[np.argsort(values, kind="stable")[:4]]])
     finished = [polish(model, objective, log_loss, c, scale) for c in candidates]
     best, best_value, slope = min(finished, key=lambda f: f[1])
-    for buried in _without_dying_terms(model, best):
-        end = polish(model, objective, log_loss, buried, scale)
-        if end[1] < best_value:
-            best, best_value, slope = end
+    for term in model.terms:
+        buried = _without(model, best, term)
+        if buried is not None:
+            end = polish(model, objective, log_loss, buried, scale)
+            if end[1] < best_value:
+                best, best_value, slope = end
 
     same = 1e-5 if objective.kind == "lad" else SAME
     at_best = values <= best_value * (1 + same) + 1e-18 * len(log_loss)
     reached_best = np.zeros(len(points), bool)
     reached_best[kept] = at_best[: len(settled)][group]
-    reached_best[half] |= at_best[len(settled) :]
+    reached_best[half] |= at_best[len(settled) :][: len(half)]
     optima, optima_values = _distinct(best, best_value, ends, values)
     alive = _with_dead_terms_alive(model, objective, log_loss, best, scale)
     optima = np.concatenate([optima, alive])
@@ -190,12 +195,20 @@ def _coarse(
     n = len(log_loss)
     rows = np.arange(n)
     if n > SUBSET:
-        rows = np.sort(rng.choice(n, SUBSET, replace=False))
+        rows = np.sort(_subset(inputs.get(FAMILY, np.zeros(n)), rng))
     few = law.build({name: column[rows] for name, column in inputs.items()})
     starts = few.from_natural(model.to_natural(law.starts(model, inputs, log_loss)))
     oracle = huber_oracle(few, few.space, log_loss[rows], np.inf, 1.0)
     ends = minimise(oracle, starts, runs=len(rows), iterations=40, tolerance=1e-5).points
     return merge(model.from_natural(few.to_natural(ends)), 0.02)
+
+
+def _subset(family: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`SUBSET` of the rows in all, as many of each family as it has or its share."""
+    names = np.unique(family)
+    each = [np.flatnonzero(family == name) for name in names]
+    most = SUBSET // len(names)
+    return np.concatenate([rng.choice(rows, min(most, len(rows)), replace=False) for rows in each])
 
 
 def _challenge(
@@ -267,18 +280,17 @@ def _shares(model: Model, point: np.ndarray) -> list[tuple[int, float]]:
     return [(j, float(gradient[j].max())) for j in model.terms if len(model.terms) > 1]
 
 
-def _without_dying_terms(model: Model, point: np.ndarray) -> list[np.ndarray]:
-    """The point with one small term after another set to nothing.
+def _without(model: Model, point: np.ndarray, term: int) -> np.ndarray | None:
+    """The point with one term set to nothing; None where the term is no small one.
 
     Where the least objective lies at 0, descent in its logarithm comes near and never arrives.
     """
-    out = []
-    for j, share in _shares(model, point):
-        if share < DYING:
-            gone = point.copy()
-            gone[j] -= 60.0 + np.log(max(share, 1e-300))
-            out.append(gone)
-    return out
+    share = dict(_shares(model, point)).get(term, 1.0)
+    if share >= DYING:
+        return None
+    gone = point.copy()
+    gone[term] -= 60.0 + np.log(max(share, 1e-300))
+    return gone
 
 
 def _with_dead_terms_alive(

@@ -61,18 +61,24 @@ def bootstrap(
     count: int,
     kind: str = "runs",
     seed: int = 0,
+    strata: np.ndarray | None = None,
+    need: int | None = None,
 ) -> Bootstrap:
     """Refit `count` resamples, warm-started from the best few distinct optima of the full data.
 
     `runs` draws runs with replacement; resamples with fewer distinct runs than parameters
     determine nothing and are left out (counted in the warnings). `noise` keeps every run and
-    redraws its loss from a normal distribution with its own `loss_sd`.
+    redraws its loss from a normal distribution with its own `loss_sd`. The rows of one of the
+    `strata` [n] are drawn among themselves, and `need` parameters are to be determined in each.
     """
     rng = np.random.default_rng(seed)
     size, n = model.matrix.shape[0], len(log_loss)
+    least = size if need is None else need
     warnings: list[str] = []
     clusters = clusters_of(frame)
-    groups = int(clusters.max()) + 1
+    strata = np.zeros(n, int) if strata is None else strata
+    independent = [len(np.unique(clusters[strata == s])) for s in np.unique(strata)]
+    groups = sum(independent)
     target = log_loss
     if kind == "noise":
         if not np.all(np.isfinite(frame.loss_sd)):
@@ -82,15 +88,19 @@ def bootstrap(
         target = np.log(np.maximum(noisy, 1e-3 * frame.loss))
         weights = np.ones((count, n))
     elif kind == "runs":
-        weights = resampling_weights(clusters, count, rng)
-        enough = (weights > 0).sum(1) >= size + 1
-        if groups <= size + 1:
+        weights, enough = np.zeros((count, n)), np.ones(count, bool)
+        for s in np.unique(strata):
+            rows = strata == s
+            own = np.unique(clusters[rows], return_inverse=True)[1]
+            weights[:, rows] = resampling_weights(own, count, rng)
+            enough &= (weights[:, rows] > 0).sum(1) >= least + 1
+        if min(independent) <= least + 1:
             warnings.append(
-                f"{groups} independent runs for {size} parameters: resampling runs says next to "
-                "nothing about the uncertainty"
+                f"{min(independent)} independent runs for {least} parameters: resampling runs says "
+                "next to nothing about the uncertainty"
             )
         if not enough.all():
-            warnings.append(f"{int((~enough).sum())} of {count} resamples had at most {size} "
+            warnings.append(f"{int((~enough).sum())} of {count} resamples had at most {least} "
                             "distinct runs and were left out")  # fmt: skip
         weights = weights[enough]
     else:
