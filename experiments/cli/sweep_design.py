@@ -50,7 +50,7 @@ class Arguments:
     """Standard deviation of a run's log loss (two seeds of one run differ by as much)."""
     objective: Literal["huber", "lad", "log-lsq"] = "huber"
     """Of the fit that will be made (as in `mmfree fit`, delta 1e-3)."""
-    size: Literal["total", "non-embedding"] | None = None
+    size: Literal["total", "non-embedding", "ternary"] | None = None
     """Which parameters N counts; none: as the fits say, else non-embedding."""
     params: tuple[AboveZero, AboveZero] = (1e6, 1e9)
     """Smallest and largest N, where the config names no sizes."""

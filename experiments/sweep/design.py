@@ -50,7 +50,7 @@ class Scope:
     """Where candidates lie."""
 
     count: str = "non-embedding"
-    """Which parameters N means: "total" or "non-embedding"."""
+    """Which parameters N means: "total", "non-embedding" or "ternary"."""
     params: tuple[float, float] = (1e6, 1e9)
     """Smallest and largest N, of the sizes that the sweep does not name."""
     tokens_per_parameter: tuple[float, float] = (2.0, 200.0)
@@ -73,7 +73,7 @@ class Point:
     trained: tuple[float, ...]
     """Tokens of each family's run, in whole steps."""
     flops: float
-    """Training FLOPs of all its runs, every component, of all rates that are tried."""
+    """Training FLOPs of all its runs, every component, of all rates and axes that are tried."""
     runs: int
 
 
@@ -137,7 +137,8 @@ def _sizes(sweep: SweepConfig, family: FamilyConfig, scope: Scope) -> list[str]:
 
 def _params(config: TrainConfig, count: str) -> float:
     found = count_parameters(config.model)
-    return float(found.total if count == "total" else found.non_embedding)
+    return float({"total": found.total, "non-embedding": found.non_embedding,
+                  "ternary": found.ternary}[count])  # fmt: skip
 
 
 def _budgets(least: float, most: float) -> list[float]:
@@ -153,12 +154,14 @@ def _run(
     sweep: SweepConfig, family: FamilyConfig, size: str, config: TrainConfig, tokens: float
 ) -> tuple[float, float, int] | None:
     """Tokens of a family's run in whole steps, FLOPs and number of its runs; None: too short."""
-    steps = round(tokens / tokens_per_step(config))
-    if steps < sweep.min_steps:
+    settings = sweep.axes.settings()
+    whole = sweep.axes.rows(config.batch_size) * config.data.seq_len
+    trained = round(tokens / whole) * whole
+    longest = max(tokens_per_step(setting.applied(config)) for setting in settings)
+    if trained < sweep.min_steps * longest:
         return None
-    trained = float(steps * tokens_per_step(config))
-    rates = 1 if sweep.tuning.is_on else max(1, len(family.rates_at(size)))
-    return trained, rates * trained * flops_per_token(config), rates
+    tried = 1 if sweep.tuning.is_on else max(1, len(family.rates_at(size))) * len(settings)
+    return float(trained), tried * trained * flops_per_token(config), tried
 
 
 def _together(each: Sequence[Point]) -> Point:
