@@ -16,6 +16,7 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AxesConfig
+from mmfree_jax.experiments.sweep.rate_rule import RateRuleConfig
 from mmfree_jax.places import Place
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.ranges import (
@@ -63,6 +64,8 @@ class FamilyConfig:
     """Peak learning rates to try; empty: the preset's own."""
     learning_rates_at: dict = field(default_factory=dict)
     """Rates to try at some sizes in place of those: {size: [rate, ...]}."""
+    rate_rule: RateRuleConfig = field(default_factory=RateRuleConfig)
+    """Rates by size and budget, in place of learning_rates."""
     train: dict = field(default_factory=dict)
     """Settings of this family alone, over the sweep's `train` (such as model.head_linear)."""
 
@@ -76,14 +79,21 @@ class FamilyConfig:
                  "use letters, digits, '_', '.', '+' and single '-'")  # fmt: skip
         check_numbers(self, "families.")
         _distinct("families.learning_rates", self.learning_rates)
+        _require(not (self.rate_rule.is_on and self.learning_rates), "families.learning_rates",
+                 list(self.learning_rates), "leave it out, or families.rate_rule")  # fmt: skip
         for size, rates in self.learning_rates_at.items():
             name = f"families.learning_rates_at.{size}"
             numbers = isinstance(rates, list) and all(type(r) in (int, float) for r in rates)
             _require(numbers and bool(rates), name, rates, "give a list of rates")
             _positive(name, tuple(rates))
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether the rates are the config's, and not the preset's."""
+        return bool(self.learning_rates) or self.rate_rule.is_on
+
     def rates_at(self, size: str) -> tuple[float, ...]:
-        """Rates to try at a size; empty: the preset's own."""
+        """Rates listed for a size; empty: by the rule, or the preset's own."""
         return tuple(map(float, self.learning_rates_at.get(size, self.learning_rates)))
 
 
@@ -242,14 +252,15 @@ class SweepConfig:
         again = set(self.seeds) & set(self.replicates.seeds)
         _require(not again, "replicates.seeds", sorted(again), "use seeds that `seeds` lacks")
         if self.tuning.is_on:
-            bare = [f.label for f in self.families if not f.learning_rates]
+            bare = [f.label for f in self.families if not f.has_rates]
             _require(not bare, "families.learning_rates", bare, "tuning needs rates to try")
         both = self.warmup_fraction > 0 and self.axes.warmup_fraction
         _require(not both, "warmup_fraction", self.warmup_fraction,
                  "leave it out, or axes.warmup_fraction")  # fmt: skip
         if self.widen_rates:
             lists = [rates for f in self.families
-                     for rates in (f.learning_rates, *f.learning_rates_at.values())]  # fmt: skip
+                     for rates in (f.rate_rule.around if f.rate_rule.is_on else f.learning_rates,
+                                   *f.learning_rates_at.values())]  # fmt: skip
             _require(all(len(rates) > 1 for rates in lists), "widen_rates", self.widen_rates,
                      "give each family two rates or more, whose ratio goes on")  # fmt: skip
         for i, family in enumerate(self.families):
@@ -324,7 +335,7 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
         layers, width = map(int, shape.groups())
         config = preset("rung-1M" + suffix)
         config = replace_model(config, num_layers=layers, hidden_size=width)
-        _require(bool(family.learning_rates), "families.learning_rates", [],
+        _require(family.has_rates, "families.learning_rates", [],
                  f"give some: the shape {size} has no preset rate")  # fmt: skip
     else:
         config = preset(size + suffix)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes
+from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes, parameters
 
 
 def plan_notes(
@@ -19,6 +19,7 @@ def plan_notes(
       data_tokens: data paths -> training tokens; None: not known.
     """
     lines = [f"note: {text}" for text in derived_sizes(sweep).left_out]
+    lines += _beyond_rules(sweep, runs)
     if data_tokens is None:
         return lines
     passes = [run.tokens / data_tokens[run.config.data.paths] for run in runs]
@@ -29,4 +30,25 @@ def plan_notes(
             f"{max(passes):.3g} times: tokens that come again teach less, and a law fitted to "
             "them is that of this corpus; give more text, or smaller budgets"
         )
+    return lines
+
+
+def _beyond_rules(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
+    """Families whose rates a rule gives beyond the sizes or budgets that it was fitted to."""
+    lines = []
+    for family in sweep.families:
+        own = [run for run in runs if run.family == family.label]
+        if not (own and family.rate_rule.is_on):
+            continue
+        rule = family.rate_rule.rule(family.label)
+        for what, limits, values in (
+            ("parameters", rule.params_range, [parameters(r.config, "non-embedding") for r in own]),
+            ("tokens", rule.tokens_range, [run.tokens for run in own]),
+        ):
+            if limits is not None and not limits[0] <= min(values) <= max(values) <= limits[1]:
+                lines.append(
+                    f"note: the rate rule of {family.label} was fitted to {limits[0]:.3g} to "
+                    f"{limits[1]:.3g} {what}; these runs have {min(values):.3g} to "
+                    f"{max(values):.3g}"
+                )
     return lines

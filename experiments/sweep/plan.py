@@ -217,7 +217,11 @@ def _tried(
 
 
 def _rates(family: FamilyConfig, run: PlannedRun) -> tuple[float, ...]:
-    return family.rates_at(run.size) or (run.config.optimizer.learning_rate,)
+    listed = family.rates_at(run.size)
+    if family.rate_rule.is_on and not listed:
+        params = parameters(run.config, "non-embedding")
+        return family.rate_rule.rates(family.label, params, run.tokens)
+    return listed or (run.config.optimizer.learning_rate,)
 
 
 def cheapest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -37,6 +37,8 @@ class Choice:
     """(rate, loss) of the runs behind it, at its setting; infinite loss: diverged."""
     setting: Setting = AS_GIVEN
     """The best values of the other axes; of a transferred rate, those of the nearest size."""
+    tokens: int | None = None
+    """Training tokens of the runs behind it; None for a transferred rate."""
 
     @property
     def is_transferred(self) -> bool:

@@ -12,6 +12,8 @@ from mmfree_jax.experiments.scaling.output_files import write_csv
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.cost import Estimate
 from mmfree_jax.experiments.sweep.plan import PlannedRun, format_tokens, parameters
+from mmfree_jax.experiments.sweep.rate_fit import fit_rules, rules_text, write_rules
+from mmfree_jax.experiments.sweep.rate_rule import RULE
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate, best_setting
 from mmfree_jax.experiments.sweep.state import Snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, Row
@@ -139,7 +141,9 @@ def _best_of_cells(found: Snapshot) -> dict[tuple, Choice]:
             rate, loss, at_edge = best_rate(losses, "grid")
             where = f"{size} at {format_tokens(tokens)}"
             every = tuple(sorted(losses.items()))
-            chosen[cell] = Choice(family, where, size_of[cell], rate, loss, at_edge, every, setting)
+            chosen[cell] = Choice(
+                family, where, size_of[cell], rate, loss, at_edge, every, setting, tokens
+            )
     return chosen
 
 
@@ -181,7 +185,7 @@ def losses_text(rows: Sequence[Row]) -> str:
 
 
 def write_report(found: Snapshot) -> tuple[str, list[Path]]:
-    """Writes best.csv and rates.csv beside the table; returns the text and their paths.
+    """Writes best.csv, rates.csv and rate_rule.json beside the table; returns text and paths.
 
     Raises:
       ScalingError: they cannot be written.
@@ -193,12 +197,17 @@ def write_report(found: Snapshot) -> tuple[str, list[Path]]:
     if choices:
         write_csv(out / RATES, [
             {"family": c.family, "size": c.size, "params_non_embedding": int(c.params),
-             "learning_rate": c.rate, "loss": c.loss, "at_edge": c.at_edge,
+             "tokens": c.tokens, "learning_rate": c.rate, "loss": c.loss, "at_edge": c.at_edge,
              "transferred": c.is_transferred, "tried": len(c.tried),
              **dataclasses.asdict(c.setting)} for c in choices
         ])  # fmt: skip
         parts.append(rates_text(found, choices))
         paths.append(out / RATES)
+        rules = fit_rules(choices)
+        parts.append(rules_text(rules))
+        if any(rule.law is not None for rule in rules):
+            write_rules(out / RULE, rules)
+            paths.append(out / RULE)
     if rows:
         write_csv(out / BEST, list(rows))
         parts.append("held-out loss (nats a token)\n" + losses_text(rows))

@@ -5,6 +5,7 @@ runs/NAME/ (its run directory), logs/NAME.log (what it printed), failures/NAME.j
 failed, gone once it succeeds) and locks/NAME.lock (held while it runs).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -177,7 +178,11 @@ def _choices(
     tuned = {key: losses for key, losses in tried.items() if key not in unfinished}
     wanted = {key: n for key, n in sizes.items()
               if key in tuned or (key not in tried and key[0] not in open_families)}  # fmt: skip
-    return choose_rates(tuned, wanted, sweep.tuning.rule)
+    budgets = {(run.family, run.size): run.tokens for run in tuning}
+    return {
+        key: dataclasses.replace(choice, tokens=budgets.get(key))
+        for key, choice in choose_rates(tuned, wanted, sweep.tuning.rule).items()
+    }
 
 
 def check_data(runs: Sequence[PlannedRun]) -> dict[tuple[str, ...], int]:
