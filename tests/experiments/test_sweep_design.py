@@ -75,10 +75,10 @@ def test_families_apart_have_cells_and_seeds_of_their_own(run):
 
 
 def test_all_rates_count_where_none_are_tuned(run):
-    text, sweep = run("--runs", "24", change={
+    text, sweep = run("--runs", "64", change={
         "tuning": {}, "replicates": {}, "axes": {"b2": [0.9, 0.98]}})  # fmt: skip
     runs = main_runs(sweep)
-    assert 20 <= len(runs) <= 24
+    assert 56 <= len(runs) <= 64
     assert {r.config.optimizer.b2 for r in runs} == {0.9, 0.98}
     assert sum(r.flops for r in runs) <= 1e17
     assert f"{len(runs)} runs" in text
