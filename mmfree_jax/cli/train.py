@@ -192,8 +192,10 @@ def train(argv: Sequence[str]) -> int:
     with contextlib.closing(open_display(kind, sys.stdout, patience=0.0)) as display:
         display.stage("starting JAX")
         from mmfree_jax.parallel import processes
-        from mmfree_jax.train.loop import train as run_training  # JAX starts here, not for --help
         from mmfree_jax.train.stop import EXIT_CODES
+        from mmfree_jax.train.training import (
+            train as run_training,  # JAX starts here, not for --help
+        )
 
         if joined is not None:
             display.stage("meeting the other processes")

@@ -50,7 +50,7 @@ def same_source(was: str | None, asked: str | None) -> bool:
 def branch_config(source: str, run_dir: str = TrainConfig.run_dir) -> TrainConfig:
     """The config of a branch: the parent's, to be changed with `dataclasses.replace`.
 
-    `mmfree_jax.train.loop.train` of it starts the branch, or goes on with it.
+    `mmfree_jax.train.training.train` of it starts the branch, or goes on with it.
 
     Args:
       source: RUN or RUN@STEP.

@@ -5,10 +5,7 @@ device always has a step queued while the host reads, logs and fetches the next 
 """
 
 import contextlib
-import functools
 import signal
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,214 +13,27 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.data.verification import Verification
-from mmfree_jax.errors import MMFreeError, OutputError, TrainingError
-from mmfree_jax.files import is_disk_error
+from mmfree_jax.errors import TrainingError
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.parallel import processes
-from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
-from mmfree_jax.progress import Display, open_display
 from mmfree_jax.saved.checkpoint import Checkpointer
-from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
-from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.profiler import Profiler
 from mmfree_jax.train.recorder import Recorder
-from mmfree_jax.train.report import Summary, describe, finished_summary, write_report
-from mmfree_jax.train.run_display import TRAINING, RunDisplay
-from mmfree_jax.train.same_run import check_run_dir
-from mmfree_jax.train.setup import (
-    Run,
-    check_same_data,
-    checkpoint_metadata,
-    copy_tokenizer,
-    datasets_read,
-    open_run,
-)
-from mmfree_jax.train.sinks import make_sinks
-from mmfree_jax.train.start import start_state
+from mmfree_jax.train.report import Summary, write_report
+from mmfree_jax.train.run_display import TRAINING
+from mmfree_jax.train.setup import Run, checkpoint_metadata
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
-from mmfree_jax.train.stop import Consensus, StopRequest, catch_signals
+from mmfree_jax.train.stop import Consensus, StopRequest
 
 Sampler = Callable[..., str]
 
 
-def train(
-    config: TrainConfig,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    sampler: Sampler | None = None,
-    on_step: Callable[[int], None] | None = None,
-    process_options: ProcessOptions | None = None,
-    display: Display | None = None,
-) -> Summary:
-    """Trains one model, from the newest good checkpoint in `config.run_dir` if there is one.
-
-    Else from the checkpoint that `config.branch_from` names: `branch_config` makes such a config.
-
-    SIGTERM and SIGINT end the run early with a checkpoint; so does `config.max_minutes`. With
-    several processes (`processes.join` comes before) all call this alike, and a signal to one
-    stops all.
-
-    Args:
-      config: the run.
-      clock: seconds from any origin, for `max_minutes`, `checkpoint.every_minutes` and rates.
-      sampler: writes the sample texts; default: `mmfree_jax.infer.sample_text`.
-      on_step: called with the number of each step after it was dispatched.
-      process_options: how long to bear with another process that is silent or hangs.
-      display: shows what happens; closed at the end. Default: as `config.log.progress` says, on
-        standard output.
-
-    Returns:
-      What summary.json holds; `status` is "complete" or "stopped", and `stopped_by` says by what.
-
-    Raises:
-      ConfigError: a setting does not fit the devices or the run directory.
-      DataError: data is missing, damaged or does not fit the model.
-      CheckpointError: a checkpoint cannot be read or written, or another job uses run_dir.
-      TrainingError: the loss is not finite, every step was skipped, or device memory is too
-        small.
-      ProcessLostError: another process is gone.
-    """
-    is_writer = jax.process_index() == 0
-    if display is None:
-        kind = config.log.progress if is_writer else "none"
-        display = open_display(kind, sys.stdout, patience=0.0)
-    elif not is_writer:
-        display.close()
-        display = Display()
-    with (
-        contextlib.closing(display),
-        contextlib.ExitStack() as held,
-        catch_signals(display.notice) as request,
-    ):
-        display.stage("reading the data")
-        watchdog = _watch(process_options, held)
-        check_apart(config)
-        run = open_run(config)
-        open_run_dir(run.run_dir, held)
-        verification = Verification(datasets_read(run))
-
-        def look() -> Summary | None:
-            check_run_dir(run.run_dir, config)
-            check_same_data(run)
-            if (summary := finished_summary(run)) is None:
-                verification.start()
-            return summary
-
-        if (summary := processes.first(look)) is not None:
-            return summary
-        display.stage("building the model")
-        start = start_state(run)
-        run, config = start.run, start.run.config
-        if is_writer:
-            write_config(run.run_dir, config)
-            copy_tokenizer(run)
-        checkpointer = Checkpointer(
-            run.run_dir / CHECKPOINTS,
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-            keep_steps=config.checkpoint.at_steps,
-        )
-        if start.is_new_branch:  # from here on the parent may go, and a kill loses nothing
-            metadata = checkpoint_metadata(run, start.step, start.meter, 0.0)
-            checkpointer.save(start.step, start.state, metadata)
-            checkpointer.wait()
-        # The sinks that can be refused come before the display that must be closed.
-        sinks = make_sinks(config, run.run_dir, start.step) if is_writer else []
-        recorder = Recorder(
-            config,
-            run.run_dir,
-            restored_step=start.step,
-            origin=run.origin,
-            meter=start.meter,
-            sinks=sinks,
-            progress=RunDisplay(display, config.steps),
-            settle=functools.partial(_wait_quietly, checkpointer),
-            clock=clock,
-        )
-        recorder.message(describe(run))
-        is_told = "event" in recorder.last
-        for note in start.notes:
-            recorder.event(start.step, note)
-        if run.origin.parent is not None and not is_told:
-            recorder.event(start.step, run.origin.account)
-        if start.is_resumed:
-            recorder.event(start.step, f"resumed from checkpoint {start.step}")
-        with contextlib.ExitStack() as stack:
-            stack.callback(recorder.close)
-            stack.callback(_wait_quietly, checkpointer)
-            try:
-                loop = _Loop(
-                    run,
-                    recorder,
-                    checkpointer,
-                    verification,
-                    request,
-                    clock,
-                    sampler,
-                    on_step,
-                    watchdog,
-                )
-                stack.callback(loop.close)
-                return loop.run(start.state, start.step)
-            except (jax.errors.JaxRuntimeError, ValueError) as e:  # Gloo's are ValueErrors
-                if "RESOURCE_EXHAUSTED" in str(e):
-                    raise TrainingError(_out_of_memory(config)) from e
-                lost = watchdog.explain() if watchdog else None
-                if lost is None:
-                    raise
-                checkpointer.abandon()  # it would wait for the one that is gone
-                raise ProcessLostError(lost) from e
-            except OutputError as e:
-                raise OutputError(f"{e}; then run the command again: it resumes") from e
-            except OSError as e:
-                if not is_disk_error(e):
-                    raise
-                raise OutputError(
-                    f"run_dir {run.run_dir} cannot be written ({e.strerror}): make room there, "
-                    "then run the command again: it resumes"
-                ) from e
-
-
-def _watch(options: ProcessOptions | None, held: contextlib.ExitStack) -> Watchdog | None:
-    """A watchdog over the run's processes, until `held` closes; None where there is but one."""
-    index, count = jax.process_index(), jax.process_count()
-    if count == 1:
-        return None
-    watchdog = Watchdog(index, count, processes.Notes(), options or ProcessOptions())
-    watchdog.start()
-    held.callback(watchdog.stop)
-    return watchdog
-
-
-def _wait_quietly(checkpointer: Checkpointer) -> None:
-    """Lets a save under way finish, whatever else has gone wrong."""
-    with contextlib.suppress(MMFreeError):
-        checkpointer.wait()
-
-
-def _out_of_memory(config: TrainConfig) -> str:
-    rows, parts = config.batch_size, config.grad_accum
-    more = next((n for n in range(parts + 1, rows + 1) if rows % n == 0), None)
-    ways = [] if more is None else [f"--grad-accum {more}"]
-    if config.model.remat != "full":
-        ways.append("--model.remat full")
-    if config.loss_chunk > 1:
-        ways.append(f"--loss-chunk {config.loss_chunk // 2}")
-    ways.append(f"--mesh.fsdp {2 * config.mesh.fsdp} on as many more devices")
-    return (
-        f"device memory is too small for batch_size {rows} / grad_accum {parts} at data.seq_len "
-        f"{config.data.seq_len}: set {' or '.join(ways)}"
-    )
-
-
-class _Loop:
+class Loop:
     """One session of a run: its compiled programs and what it has under way."""
 
     def __init__(

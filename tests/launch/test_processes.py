@@ -16,7 +16,7 @@ from mmfree_jax.launch.local import Plan, environment, mmfree_command
 from mmfree_jax.parallel.processes import EXIT_LOST
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps, verify
-from mmfree_jax.train.loop import train
+from mmfree_jax.train.training import train
 
 # Float32 sums in another order, over 72 steps. A batch with its rows in another order, or one
 # update lost or made twice, moves a loss by over 1e-3.

@@ -11,7 +11,7 @@ import pytest
 from mmfree_jax.data import verification
 from mmfree_jax.data.dataset import HELDOUT, open_dataset
 from mmfree_jax.errors import DataError
-from mmfree_jax.train.loop import train
+from mmfree_jax.train.training import train
 
 
 @pytest.fixture

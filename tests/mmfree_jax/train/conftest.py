@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.train import loop
+from mmfree_jax.train import loop, training
 from mmfree_jax.train import step as step_module
 
 # What no compiled program depends on.
@@ -43,7 +43,7 @@ def finished(small_run, tmp_path_factory, keep_compiled):
     config = dataclasses.replace(small_run, run_dir=str(run_dir))
     with keep_compiled(), pytest.MonkeyPatch.context() as patch:
         _share_traces(patch)
-        return config, run_dir, loop.train(config)
+        return config, run_dir, training.train(config)
 
 
 def _traced(name: str, config: TrainConfig, *args: Any) -> Any:

@@ -24,9 +24,9 @@ from mmfree_jax.train import branch, loop
 from mmfree_jax.train.branch import take_branch
 from mmfree_jax.train.branch_source import Source, branch_config, parse_source
 from mmfree_jax.train.flops import count_flops
-from mmfree_jax.train.loop import train
 from mmfree_jax.train.setup import open_run
 from mmfree_jax.train.step import abstract_state
+from mmfree_jax.train.training import train
 
 pytestmark = pytest.mark.usefixtures("cached_compilation", "traced_once")
 

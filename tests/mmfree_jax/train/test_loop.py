@@ -18,9 +18,9 @@ from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
-from mmfree_jax.train import loop, report, setup
+from mmfree_jax.train import loop, report, setup, training
 from mmfree_jax.train import step as step_module
-from mmfree_jax.train.loop import train
+from mmfree_jax.train.training import train
 
 pytestmark = pytest.mark.usefixtures("cached_compilation", "traced_once")
 
@@ -414,10 +414,10 @@ def test_signals_are_put_back(small_run, tmp_path):
 
 def test_too_little_memory_names_settings_that_can_be_typed():
     config = replace(TrainConfig(batch_size=12, grad_accum=2, loss_chunk=512), model__remat="none")
-    assert loop._out_of_memory(config) == (
+    assert training._out_of_memory(config) == (
         "device memory is too small for batch_size 12 / grad_accum 2 at data.seq_len 2048: set "
         "--grad-accum 3 or --model.remat full or --loss-chunk 256 or --mesh.fsdp 2 on as many more "
         "devices"
     )
     least = replace(config, batch_size=2, loss_chunk=1, model__remat="full")
-    assert loop._out_of_memory(least).endswith(": set --mesh.fsdp 2 on as many more devices")
+    assert training._out_of_memory(least).endswith(": set --mesh.fsdp 2 on as many more devices")

@@ -16,8 +16,8 @@ from whole_runs import replace, stop_at
 from mmfree_jax.config import LogConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.saved.history import read_history
-from mmfree_jax.train.loop import train
 from mmfree_jax.train.sinks import make_sinks
+from mmfree_jax.train.training import train
 
 wandb = pytest.importorskip("wandb", reason="wandb (the extra `wandb`) is not installed")
 
