@@ -1,6 +1,7 @@
 """Whole folders from and to the Hugging Face format: config, weights and tokenizer."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,18 +12,20 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.data.tokenizer import load_tokenizer
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_target, new_folder, write_text
-from mmfree_jax.model.parameters import flatten
-from mmfree_jax.model.weights import Master
+from mmfree_jax.model.parameters import param_shapes
+from mmfree_jax.model.weights import Master, Ternary
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
+from mmfree_jax.saved.exported_tensors import exported_tensors
 from mmfree_jax.saved.huggingface_tokenizer import FILES, write_tokenizer
 from mmfree_jax.saved.model_folder import write_model
-from mmfree_jax.saved.open_model import SavedModel, open_model
+from mmfree_jax.saved.open_model import find_tokenizer, open_model
+from mmfree_jax.saved.remote_code import write_code
 from mmfree_jax.saved.run_directory import TOKENIZER
-from mmfree_jax.saved.tensor_names import stored_tensor, tensor_map
-from mmfree_jax.saved.tensors import Slot
 from mmfree_jax.saved.writing import SHARD_BYTES, write_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,17 +66,18 @@ def import_hf(
     saved = open_model(source)
     if saved.kind != "huggingface":
         raise ConfigError(f"{source} is not a Hugging Face folder: it has no {huggingface.CONFIG}")
-    params = _master(saved)
+    weights = saved.weights("master")
+    assert isinstance(weights, Master)
     saved.tokenizer()  # one that is damaged is refused before anything is written
     with new_folder(target, command="import-hf", sources=[source], overwrite=overwrite) as folder:
-        write_model(folder, saved.config, params)
+        write_model(folder, saved.config, weights.params)
         for name in FILES:
             if (saved.path / name).is_file():
                 (folder / TOKENIZER).mkdir(exist_ok=True)
                 shutil.copyfile(saved.path / name, folder / TOKENIZER / name)
         if ends := end_ids(saved.path):
             write_end_ids(folder, ends)
-    return _converted(target, params, huggingface.model_type_of(saved.config))
+    return _converted(target, saved.config, huggingface.model_type_of(saved.config))
 
 
 def export_hf(
@@ -84,20 +88,22 @@ def export_hf(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
-    """Writes a model as a Hugging Face folder that its authors' packages load.
+    """Writes a model as a Hugging Face folder that transformers loads.
 
-    In float32 every weight is written bit for bit.
+    A MatMul-free one has its PyTorch code with it (`remote_code.py`) and the authors' names, so
+    that their package loads it too. In float32 every weight is written bit for bit; those of a
+    packed model stay at 2 bits, which only the code with it reads.
 
     Args:
-      source: run directory or model folder (see `open_model`).
+      source: folder of a model (see `open_model`).
       target: new folder; it appears only when all of it is written.
-      dtype: of the stored weights.
+      dtype: of the stored weights; of a packed model's, those that are not at 2 bits.
       overwrite: replace an earlier output of the same command.
       shard_bytes: most bytes in one file; a larger model gets several and an index.
 
     Raises:
       ConfigError: no Hugging Face architecture computes this model, or `dtype` is unknown.
-      CheckpointError: as `open_model`, or a packed model, which has no weights to export.
+      CheckpointError: as `open_model`, or `dtype` does not hold a weight.
       OutputError: `target` may not be replaced (see `files.py`), or cannot be written.
     """
     check_target(target, command="export-hf", sources=[source], overwrite=overwrite)
@@ -106,43 +112,19 @@ def export_hf(
     if jax.process_count() > 1:
         raise ConfigError(f"there are {jax.process_count()} processes: export with one")
     saved = open_model(source)
-    if saved.kind == "packed":
-        raise CheckpointError(
-            f"{source} is a packed model, whose weights cannot be restored: export the run or "
-            "model folder that it was made from"
-        )
-    config, params, tokenizer = saved.config, _master(saved), saved.tokenizer()
+    packed = saved.kind == "packed"
+    config, tokenizer = saved.config, saved.tokenizer()
     fields = huggingface.write_config(
         config,
         dtype=dtype,
+        packed=packed,
         max_length=saved.trained_length or 2048,
         bos_id=getattr(tokenizer, "bos_id", None),
         eos_ids=_ends(saved.path, tokenizer),
     )
-    leaves = flatten(params)
+    weights = saved.weights("ternary" if packed else "master")
+    assert isinstance(weights, (Master, Ternary))
     stored_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-    def value(slot: Slot) -> np.ndarray:
-        tensor = stored_tensor(leaves[slot.path], slot)
-        with np.errstate(over="ignore"):
-            stored = tensor.astype(stored_dtype)
-        if not np.isfinite(stored).all():
-            raise CheckpointError(
-                f"{slot.path} holds values that {dtype} cannot: export float32 or bfloat16, and "
-                "check that the run did not diverge"
-            )
-        return stored
-
-    def tensors() -> Any:
-        for name, (slot,) in tensor_map(config).items():
-            yield name, slot.shape, lambda slot=slot: value(slot)
-        if config.short_conv and not config.share_short_conv:
-            # The authors' module creates this convolution and never calls it.
-            for layer in range(config.num_layers):
-                name = f"model.layers.{layer}.attn.q_conv1d.weight"
-                shape = (config.state_size, 1, config.short_conv)
-                yield name, shape, lambda shape=shape: np.zeros(shape, stored_dtype)
-
     with new_folder(target, command="export-hf", sources=[source], overwrite=overwrite) as folder:
         _write_json(folder / huggingface.CONFIG, fields)
         write_end_ids(
@@ -151,7 +133,10 @@ def export_hf(
             _from_model_config=True,
             bos_token_id=fields["bos_token_id"],
         )
-        write_tensors(folder, tensors(), dtype=stored_dtype, shard_bytes=shard_bytes)
+        tensors = exported_tensors(config, weights, stored_dtype)
+        write_tensors(folder, tensors, shard_bytes=shard_bytes)
+        if "auto_map" in fields:
+            write_code(folder)
         if tokenizer is not None:
             kept = saved.path / TOKENIZER
             write_tokenizer(
@@ -160,13 +145,7 @@ def export_hf(
                 fields["max_position_embeddings"],
                 originals=None if saved.kind == "run" else kept if kept.is_dir() else saved.path,
             )
-    return _converted(target, params, huggingface.model_type_of(config))
-
-
-def _master(saved: SavedModel) -> dict[str, Any]:
-    weights = saved.weights("master")
-    assert isinstance(weights, Master)
-    return weights.params
+    return _converted(target, config, fields["model_type"])
 
 
 def _ends(source: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -175,12 +154,11 @@ def _ends(source: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*([] if own is None else [own]), *end_ids(source)]))
 
 
-def _converted(
-    target: str | os.PathLike[str], params: dict[str, Any], model_type: str
-) -> Converted:
-    count = sum(x.size for x in jax.tree.leaves(params))
-    tokenizer = open_model(target).tokenizer()
-    return Converted(Path(target), count, getattr(tokenizer, "kind", None), model_type)
+def _converted(target: str | os.PathLike[str], config: ModelConfig, model_type: str) -> Converted:
+    count = sum(math.prod(x.shape) for x in param_shapes(config).values())
+    found = find_tokenizer(Path(target))
+    kind = None if found is None else load_tokenizer(found).kind
+    return Converted(Path(target), count, kind, model_type)
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -15,9 +15,12 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.readable import brief
 from mmfree_jax.saved.huggingface_fields import check_unread, rope_theta
 from mmfree_jax.saved.kinds import HUGGINGFACE_CONFIG as CONFIG
+from mmfree_jax.saved.remote_code import auto_map
 from mmfree_jax.text_files import read_json
 
 HGRN_BIT, LLAMA = "hgrn_bit", "llama"
+# `hgrn_bit` with weights at 2 bits, which is ours alone: written for PyTorch, and not read back.
+HGRN_BIT_PACKED = "hgrn_bit_packed"
 
 # What the authors' configuration class fills in for a field that config.json leaves out.
 _HGRN_DEFAULTS: dict[str, Any] = {
@@ -93,6 +96,11 @@ def read_config(folder: Path) -> HuggingFaceModel:
         LLAMA: _from_llama,
     }
     kind = raw.get("model_type")
+    if kind == HGRN_BIT_PACKED:
+        raise ConfigError(
+            f"{file}: model_type is {kind!r}, an export at 2 bits that PyTorch reads: give the "
+            "packed model that it was made from"
+        )
     if not isinstance(kind, str) or kind not in readers:
         raise ConfigError(
             f"{file}: model_type is {brief(kind)}: only {' and '.join(readers)} models are read"
@@ -216,6 +224,7 @@ def write_config(
     config: ModelConfig,
     *,
     dtype: str,
+    packed: bool = False,
     max_length: int = 2048,
     bos_id: int | None = None,
     eos_ids: Sequence[int] = (),
@@ -225,6 +234,7 @@ def write_config(
     Args:
       config: of the model.
       dtype: of the stored weights.
+      packed: the ternary ones are stored at 2 bits.
       max_length: of the rows that it was trained on (tokens).
       bos_id: start-of-text token id.
       eos_ids: end-of-text token ids; one is written as a number.
@@ -250,7 +260,8 @@ def write_config(
     ratio = config.expand_ratio
     if config.mixer == "mlgru" and groups == {BITLINEAR}:
         fields = common | {
-            "architectures": ["HGRNBitForCausalLM"],
+            "architectures": [f"HGRNBit{'Packed' if packed else ''}ForCausalLM"],
+            "auto_map": auto_map(packed=packed),
             "attn_mode": "fused_recurrent",
             "conv_size": config.short_conv or 4,
             "expand_ratio": int(ratio) if ratio == int(ratio) else ratio,
@@ -258,7 +269,7 @@ def write_config(
             "hidden_act": "swish",
             "hidden_ratio": 4,
             "intermediate_size": config.intermediate_size,
-            "model_type": HGRN_BIT,
+            "model_type": HGRN_BIT_PACKED if packed else HGRN_BIT,
             "num_heads": 1,
             "share_conv_kernel": config.share_short_conv,
             "use_lower_bound": config.use_lower_bound,

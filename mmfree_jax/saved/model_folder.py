@@ -10,7 +10,7 @@ from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.files import write_text
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved.kinds import MODEL_CONFIG
-from mmfree_jax.saved.writing import write_tensors
+from mmfree_jax.saved.writing import StoredTensor, write_tensors
 
 PARAMS = "params"
 
@@ -29,7 +29,9 @@ def write_model(folder: Path, config: ModelConfig, params: dict[str, Any]) -> No
     write_text(folder / MODEL_CONFIG, dump_yaml(config))
     write_tensors(
         folder,
-        ((name, x.shape, lambda x=x: np.asarray(x)) for name, x in flatten(params).items()),
-        dtype=np.float32,
+        (
+            StoredTensor(name, x.shape, np.float32, lambda x=x: np.asarray(x))
+            for name, x in flatten(params).items()
+        ),
         stem=PARAMS,
     )

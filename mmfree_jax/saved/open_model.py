@@ -73,11 +73,7 @@ class SavedModel:
     @property
     def tokenizer_path(self) -> Path | None:
         """Where the tokenizer is: the folder `tokenizer/`, or a file beside the weights."""
-        for name in (TOKENIZER, "tokenizer.json", "tokenizer.model"):
-            if (self.path / name).exists():
-                return self.path / name
-        models = list(self.path.glob("*.model"))
-        return models[0] if len(models) == 1 else None
+        return find_tokenizer(self.path)
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if it has none.
@@ -149,6 +145,15 @@ class SavedModel:
         weights = as_weights(self._read(param_shapes(config), None), config)
         assert isinstance(weights, Ternary)
         return pack(weights, config)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """A model's tokenizer: the folder `tokenizer/`, or a file beside the weights; None: none."""
+    for name in (TOKENIZER, "tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            return folder / name
+    models = list(folder.glob("*.model"))
+    return models[0] if len(models) == 1 else None
 
 
 def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> SavedModel:

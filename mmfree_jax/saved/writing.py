@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,19 @@ from mmfree_jax.saved.tensor_file import tensor_writer
 SHARD_BYTES = 5_000_000_000
 
 
+class StoredTensor(NamedTuple):
+    """A tensor to write: its name, shape and dtype, and the function that makes its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[], np.ndarray]
+
+
 def write_tensors(
     folder: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
+    tensors: Iterable[StoredTensor],
     *,
-    dtype: Any,
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -27,19 +35,18 @@ def write_tensors(
 
     Args:
       folder: exists.
-      tensors: names, shapes, and functions that make the values.
-      dtype: of the values.
+      tensors: to write, in this order.
       stem: of the file names.
       shard_bytes: most bytes in one file.
     """
-    shards: list[list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]] = [[]]
+    shards: list[list[StoredTensor]] = [[]]
     used = total = 0
-    for name, shape, make in tensors:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append((name, shape, make))
+        shards[-1].append(tensor)
         used += size
         total += size
     weight_map = {}
@@ -47,12 +54,12 @@ def write_tensors(
         name = f"{stem}.safetensors"
         if len(shards) > 1:
             name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        layout = [(key, shape, dtype) for key, shape, _ in shard]
+        layout = [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard]
         # Readers of the PyTorch side ask for this mark.
         with tensor_writer(folder / name, layout, file_format="pt", version=None) as write:
-            for key, _, make in shard:
-                write(key, make())
-        weight_map |= dict.fromkeys((key for key, _, _ in shard), name)
+            for tensor in shard:
+                write(tensor.name, tensor.make())
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
