@@ -85,7 +85,7 @@ def huber_oracle(
             elif model.space == "raw" and space == "log":
                 inner = force_w / natural
                 outer = outer / natural**2 - inner / natural
-                force_w, inner = inner, np.zeros_like(inner)
+                force_w = inner
             else:
                 inner = force_w
             # hessian's gradient product must carry the chain rule's own term as well.
@@ -182,6 +182,8 @@ def polish(
     _, gradient, hessian = oracle(point[None], row)
     # Values stop resolving before gradients do: last Newton steps are judged by the gradient.
     for _ in range(8):
+        if not np.isfinite(hessian).all():
+            break
         trial = point - np.linalg.lstsq(hessian[0], gradient[0], rcond=1e-15)[0]
         _, trial_gradient, trial_hessian = oracle(trial[None], row)
         trial_value = float(exact(model, objective, log_loss, trial[None])[0])

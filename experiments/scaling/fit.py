@@ -6,7 +6,7 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.descent import typical_residual
 from mmfree_jax.experiments.scaling.errors import ScalingError
-from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, resolve
+from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, resolve, targets
 from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
 from mmfree_jax.experiments.scaling.laws import Law, get_law
 from mmfree_jax.experiments.scaling.models import Inputs, Model
@@ -38,7 +38,7 @@ class Fit:
         level: of all intervals, such as 0.95.
         intervals: name -> (low, high) from the bootstrap; empty without one.
         profiles: name -> profile-likelihood interval; open ends are None.
-        holdout: prediction of each size by the others.
+        holdout: prediction of each size by the others (laws of the loss).
         warnings: what a reader must know before using a number.
     """
 
@@ -65,7 +65,7 @@ class Fit:
         return np.array([self.parameters[name] for name in self.law.parameters])
 
     def predict(self, at: Inputs) -> np.ndarray:
-        """Loss (nats a token) at inputs in raw counts, each [m]."""
+        """Loss (nats a token), or the law's other target, at inputs in raw counts, each [m]."""
         return self.law.loss(self.vector(), at)
 
 
@@ -90,7 +90,7 @@ def fit_law(
         frame: the runs.
         law: a name in `LAWS`.
         objective: what to minimise; by default Huber with delta 1e-3 on log loss, and least
-            squares on the loss for the straight line.
+            squares for the straight line and for accuracies.
         size: which parameters N counts; flops: how C is counted (`frame.resolve`, `compute`).
         resamples: bootstrap refits; 0 for none.
         resample: `runs` (with replacement, rows of one run together) or `noise` (every loss
@@ -105,10 +105,13 @@ def fit_law(
             parameters.
     """
     form = get_law(law)
-    objective = objective or Objective("lsq" if law == "line" else "huber")
+    objective = objective or Objective(form.objective)
     size, flops = resolve([frame], size, flops)
-    x = inputs(frame, form.inputs, size=size, flops=flops)
-    log_loss = np.log(frame.loss)
+    x = inputs(frame, (*form.inputs, *form.also), size=size, flops=flops)
+    log_loss = np.log(targets(frame, form.target))
+    if resample == "noise" and form.target != "loss":
+        raise ScalingError(f"resample: noise redraws losses, and {law} is fitted to the column "
+                           f"{form.target!r}; resample runs")  # fmt: skip
     warnings = [*frame.notes, *before_fit(form, x)]
     if len(frame) < len(form.parameters):
         raise ScalingError(
@@ -139,7 +142,7 @@ def fit_law(
         spread = None if draws is None else draws.points
         profiles = profile_intervals(form, model, objective, log_loss, found, scale, level, spread)
     folds = []
-    if holdout and not exact_fit:
+    if holdout and not exact_fit and form.target == "loss":
         group = x["params"] if "params" in x else x["compute"]
         folds = leave_one_out(model, objective, log_loss, found, scale, group)
     warnings += after_fit(form, model, objective, x, log_loss, found, parameters, intervals)

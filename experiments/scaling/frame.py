@@ -14,7 +14,7 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 
 NUMBERS = (
     "params", "params_non_embedding", "params_ternary", "tokens", "flops", "loss", "loss_sd",
-    "budget",
+    "budget", "bits", "unique_tokens", "accuracy", "chance",
 )  # fmt: skip
 WORDS = ("family", "seed", "run", "provenance")
 CONVENTIONS = ("6nd", "6nd-non-embedding", "exact", "budget", "bit-operations", "energy")
@@ -33,6 +33,8 @@ class RunFrame:
         flops: FLOPs spent, as counted by whoever made the file ("exact").
         loss: nats a token; loss_sd: standard error of the loss, where known.
         budget: FLOP budget that the run belongs to (isoFLOP designs).
+        bits: of a weight during training; unique_tokens: tokens of the data, each counted once.
+        accuracy, chance: share of a task's questions answered right, by the model and by guessing.
         family, seed, run, provenance: words; rows of one `run` are resampled together.
         notes: what reading and filtering did, in sentences.
         sources: column of the frame -> column of the file, where they differ.
@@ -46,6 +48,10 @@ class RunFrame:
     loss: np.ndarray
     loss_sd: np.ndarray
     budget: np.ndarray
+    bits: np.ndarray
+    unique_tokens: np.ndarray
+    accuracy: np.ndarray
+    chance: np.ndarray
     family: np.ndarray
     seed: np.ndarray
     run: np.ndarray
@@ -103,8 +109,8 @@ def join(frames: list[RunFrame]) -> RunFrame:
     return RunFrame(**out, notes=notes, sources=sources)
 
 
-def _need(frame: RunFrame, name: str, purpose: str) -> np.ndarray:
-    """A column without gaps, or an error that names the first row and the flag that supplies it."""
+def _need(frame: RunFrame, name: str, purpose: str, way_out: str = "") -> np.ndarray:
+    """A column of positive numbers, or an error that names the first row without one."""
     column = getattr(frame, name)
     gaps = np.flatnonzero(~np.isfinite(column))
     if len(gaps):
@@ -114,11 +120,10 @@ def _need(frame: RunFrame, name: str, purpose: str) -> np.ndarray:
             else f"is empty or not finite in {len(gaps)} of {len(frame)} runs, the first "
             f"{where(frame, gaps[0])},"
         )
-        flag = name.replace("_", "-")
         raise ScalingError(
             f"column: '{name}' {missing} and {purpose} needs it; name its column with "
-            f"--columns.{flag}, leave the rows out with --where, or choose another convention "
-            "with --flops or --size"
+            f"--columns.{name.replace('_', '-')}, leave the rows out with --where"
+            + (way_out or " or choose another convention with --flops or --size")
         )
     if np.any(column <= 0):
         row = int(np.argmin(column))
@@ -260,13 +265,35 @@ def compute(
 def inputs(
     frame: RunFrame, names: tuple[str, ...], *, size: str = "auto", flops: str = "auto"
 ) -> dict[str, np.ndarray]:
-    """The inputs that a law needs (`params`, `tokens`, `compute`), checked and in raw counts."""
+    """The inputs that a law needs (`params`, `compute`, columns), checked and in raw counts."""
     out = {}
     for name in names:
         if name == "params":
             out[name] = sizes(frame, size)
-        elif name == "tokens":
-            out[name] = _need(frame, "tokens", "this law")
-        else:
+        elif name == "compute":
             out[name] = compute(frame, flops)
+        elif name == "chance":
+            out[name] = _shares(frame, name, " or give one for all with --chance")
+        else:
+            out[name] = _need(frame, name, "this law", " or choose another with --law")
     return out
+
+
+def targets(frame: RunFrame, name: str) -> np.ndarray:
+    """What a law is fitted to [n]: the column `loss`, or `accuracy` (0 is taken as 1e-9)."""
+    if name == "loss":
+        return _need(frame, name, "every law")
+    return np.maximum(_shares(frame, name, " or choose another with --law"), 1e-9)
+
+
+def _shares(frame: RunFrame, name: str, way_out: str) -> np.ndarray:
+    """A column of shares of 1, or an error that names the first row that has none."""
+    column = getattr(frame, name)
+    wrong = np.flatnonzero(~((column >= 0) & (column <= 1)))
+    if np.isnan(column).all():
+        raise ScalingError(f"column: '{name}' is missing and this law needs it; name its column "
+                           f"with --columns.{name}{way_out}")  # fmt: skip
+    if len(wrong):
+        raise ScalingError(f"column: '{name}' is {column[wrong[0]]:g} in {where(frame, wrong[0])}; "
+                           "write a share from 0 to 1, not a percentage")  # fmt: skip
+    return column

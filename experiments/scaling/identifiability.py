@@ -36,6 +36,13 @@ def before_fit(law: Law, x: Inputs) -> list[str]:
         if law.floor and span < 1.5:
             out.append(f"{axis} spans {span:.2f} decades: a floor can hardly be told from a power "
                        "law over less than two")  # fmt: skip
+    if "bits" in law.also and distinct(x["bits"]) < 2:
+        out.append("all runs have the same bits: gamma cannot be told from A")
+    if "unique_tokens" in law.also:
+        repeats = float((x["tokens"] / x["unique_tokens"]).max())
+        if repeats < 1.5:
+            out.append(f"no run sees its data more than {max(repeats, 1):.3g} times: R_D is set by "
+                       "the noise")  # fmt: skip
     if {"params", "tokens"} <= set(law.inputs) and n > 2:
         a, b = np.log(x["params"]), np.log(x["tokens"])
         if a.std() > 1e-9 and b.std() > 1e-9:
@@ -84,6 +91,16 @@ def after_fit(
                        "not observed")  # fmt: skip
         if parameters["c0"] + parameters["c1"] <= 0:
             out.append("c0 + c1 is not positive: beyond the break the loss would rise")
+    if law.target == "accuracy" and parameters["ceiling"] > 1:
+        out.append(f"ceiling = {parameters['ceiling']:.3g} is above 1: the data do not show where "
+                   "accuracy levels off")  # fmt: skip
+    if law.name == "repeated" and min(parameters["alpha"], parameters["beta"]) > 0:
+        _, a, b, alpha, beta, *_ = parameters.values()
+        unique = np.minimum(x["unique_tokens"], x["tokens"])
+        deserved = (alpha * a / (beta * b) * unique**beta) ** (1 / alpha)
+        if not np.any(x["params"] > 1.1 * deserved):
+            out.append("no run has more parameters than its unique tokens deserve: R_N is set by "
+                       "nothing")  # fmt: skip
     prefactors = [p for p in law.parameters if p in ("A", "B", "K", "a", "b")]
     dead = set()
     for name in prefactors:

@@ -10,13 +10,18 @@ from itertools import product
 
 import numpy as np
 
+from mmfree_jax.experiments.scaling import accuracy_law, precision_law, repetition_law
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.models import Evaluation, Inputs, Model, Term, log_sum_model
 
 
 @dataclass(frozen=True)
 class Law:
-    """A functional form. `loss(parameters [..., P], inputs)` is the formula itself."""
+    """A functional form. `loss(parameters [..., P], inputs)` is the formula itself.
+
+    The law falls along its `inputs`; it reads the columns `also` besides. It gives the column
+    `target`, and is fitted to it by the `objective` unless another one is named.
+    """
 
     name: str
     formula: str
@@ -27,6 +32,9 @@ class Law:
     loss: Callable[[np.ndarray, Inputs], np.ndarray]
     build: Callable[[Inputs], Model]
     starts: Callable[[Model, Inputs, np.ndarray], np.ndarray]
+    also: tuple[str, ...] = ()
+    target: str = "loss"
+    objective: str = "huber"
 
     def index(self, parameter: str) -> int:
         """Position of a parameter in `parameters`."""
@@ -258,13 +266,25 @@ LAWS: dict[str, Law] = {
         Law("power-floor", "L = E + K / C^gamma", ("E", "K", "gamma"), ("compute",), "E",
             ("gamma",), _power_floor_loss, _power_floor, _power_floor_starts),
         Law("line", "L = intercept + slope log10 C", ("intercept", "slope"), ("compute",), None,
-            (), _line_loss, _line, _line_starts),
+            (), _line_loss, _line, _line_starts, objective="lsq"),
         Law("gadre", "L = E + (a M^eta + b M^-eta) / C^eta, M = D / N", ("E", "a", "b", "eta"),
             ("compute", "params", "tokens"), "E", ("eta",),
             _gadre_loss, _gadre, _gadre_starts),
         Law("broken", "L = E + K C^-c0 (1 + C / C_break)^-c1",
             ("E", "K", "c0", "c1", "C_break"), ("compute",), "E", ("c0",),
             _broken_loss, _broken, _broken_starts),
+        Law("precision", "L = E + A / (N (1 - exp(-bits / gamma)))^alpha + B / D^beta",
+            precision_law.PARAMETERS, ("params", "tokens"), "E", ("alpha", "beta"),
+            precision_law.loss, precision_law.build, precision_law.starts, also=("bits",)),
+        Law("repeated", "L = E + A / N'^alpha + B / D'^beta, D' = U + U R_D (1 - exp((1 - D/U) / "
+            "R_D)), N' likewise of the size that U deserves",
+            repetition_law.PARAMETERS, ("params", "tokens"), "E", ("alpha", "beta"),
+            repetition_law.loss, repetition_law.build, repetition_law.starts,
+            also=("unique_tokens",)),
+        Law("accuracy", "accuracy = chance + (ceiling - chance) / (1 + exp((L - L_half) / width))",
+            accuracy_law.PARAMETERS, ("loss",), None, (),
+            accuracy_law.accuracy, accuracy_law.build, accuracy_law.starts,
+            also=("chance",), target="accuracy", objective="lsq"),
     )
 }  # fmt: skip
 """Every law by name: the names that the command line accepts."""

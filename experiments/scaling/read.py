@@ -41,6 +41,14 @@ class Columns:
     """Standard error of the loss (nats a token)."""
     budget: str = ""
     """FLOP budget that the run belongs to, for isoFLOP designs (FLOPs)."""
+    bits: str = ""
+    """Bits of a weight during training (bits)."""
+    unique_tokens: str = ""
+    """Tokens of the data, each counted once (a raw count)."""
+    accuracy: str = ""
+    """Accuracy on a task (a share from 0 to 1)."""
+    chance: str = ""
+    """Accuracy by guessing (a share from 0 to 1)."""
     family: str = ""
     """Model family (a word); none: all rows are one family."""
     seed: str = ""
@@ -69,6 +77,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
              "trainloss", "trainingloss"),
     "loss_sd": ("losssd", "lossstd", "losserr", "lossstderr", "losserror", "sigma"),
     "budget": ("budget", "flopbudget", "flopsbudget", "isoflop", "computebudget", "group"),
+    "bits": ("bits", "weightbits", "bitsperweight"),
+    "unique_tokens": ("uniquetokens", "tokensunique", "uniquedata"),
+    "accuracy": ("accuracy", "acc", "taskaccuracy"),
+    "chance": ("chance", "chancelevel"),
     "family": ("family", "architecture", "arch", "modelfamily"),
     "seed": ("seed",),
     "run": ("run", "runname", "runid"),

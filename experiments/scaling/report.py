@@ -120,8 +120,11 @@ def meaning_of(meaning: dict[str, str], inputs: tuple[str, ...] = ("params", "co
 
 def fit_text(fit: Fit) -> str:
     """A fit as lines of text."""
-    s, lines = fit.search, [fit.law.formula, f"  {fit.objective.formula}, n = {len(fit.frame)}"]
-    lines.append(f"  {meaning_of(definitions(fit.frame, fit.size, fit.flops), fit.law.inputs)}")
+    s, lines = fit.search, [fit.law.formula]
+    which = "" if fit.law.target == "loss" else f", L the {fit.law.target}"
+    lines.append(f"  {fit.objective.formula}{which}, n = {len(fit.frame)}")
+    if {"params", "compute"} & set(fit.law.inputs):
+        lines.append(f"  {meaning_of(definitions(fit.frame, fit.size, fit.flops), fit.law.inputs)}")
     level = f"{100 * fit.level:.0f}%"
     for name, value in fit.parameters.items():
         shown = with_interval(value, fit.intervals.get(name), "no interval: see warnings")

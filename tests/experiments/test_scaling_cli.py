@@ -137,6 +137,7 @@ def test_isoflop_with_two_approaches(files, capsys):
         ),
         (isoflop, ["both.csv"], "2 families (a, b) in one fit, by the column 'family'"),
         (fit, ["a.csv", "--law", "power", "--flops", "energy"], "'params_ternary' is missing"),
+        (fit, ["both.csv", "--joint", "--law", "precision"], "fitted to one family at a time"),
         (crossing, ["a.csv"], ""),
         (crossing, ["both.csv", "a.csv"], "holds 2 families (a, b) by the column 'family'"),
         (crossing, ["both.csv", "a.csv", "--families", "c", "a"], "has no family 'c'"),

@@ -17,13 +17,20 @@ TRUTH = {
     "line": (9.68, -0.351),
     "gadre": (1.7, 900.0, 3000.0, 0.18),
     "broken": (1.5, 900.0, 0.15, 0.08, 1e20),
+    "precision": (1.7, 400.0, 1500.0, 0.34, 0.36, 2.5),
+    "repeated": (1.87, 521.0, 1488.0, 0.36, 0.35, 15.0, 5.0),
+    "accuracy": (0.85, 2.6, 0.2),
 }
 
 
 def design(n=17, seed=0):
     rng = np.random.default_rng(seed)
     params, tokens = 10 ** rng.uniform(7, 10, n), 10 ** rng.uniform(8.5, 11, n)
-    return {"params": params, "tokens": tokens, "compute": 6 * params * tokens * 1.3}
+    return {
+        "params": params, "tokens": tokens, "compute": 6 * params * tokens * 1.3,
+        "bits": rng.choice([1.58, 3, 4, 6, 16], n), "loss": rng.uniform(2, 3.5, n),
+        "unique_tokens": tokens / rng.choice([0.5, 1, 3, 40], n), "chance": np.full(n, 0.25),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -69,10 +76,11 @@ def test_gradient_and_hessian_match_differences(name, space, width):
 def test_exact_data_give_the_truth_back(name):
     law = LAWS[name]
     params, tokens, _ = isoflop_design(10.0 ** np.linspace(17, 22, 7), 6)
-    x = {"params": params, "tokens": tokens, "compute": 6 * params * tokens}
+    x = design(len(params)) | {"params": params, "tokens": tokens, "compute": 6 * params * tokens}
+    x["unique_tokens"] = tokens / np.tile([0.5, 1, 3, 20, 40, 100], 7)
     truth = np.array(TRUTH[name])
     y = np.log(law.loss(truth, x))
-    found = search(law, x, y, Objective("lsq" if name == "line" else "huber"))
+    found = search(law, x, y, Objective("lsq" if name in ("line", "accuracy") else "huber"))
     got = law.build(x).to_parameters(found.point)
     np.testing.assert_allclose(got, truth, rtol=1e-4 if name == "broken" else 1e-6)
 
