@@ -288,10 +288,19 @@ class Checkpointer:
 
     def _discard(self, path: Path) -> None:
         """Frees the space of a save that failed."""
-        if self._is_writer and not (path / MANIFEST).is_file():
-            for leftover in self.folder.glob(f"{path.name}*"):
-                if leftover.name == path.name or "tmp" in leftover.name:
-                    shutil.rmtree(leftover, ignore_errors=True)
+        if not self._is_writer or (path / MANIFEST).is_file():
+            return
+        for _ in range(20):
+            leftovers = [
+                leftover
+                for leftover in self.folder.glob(f"{path.name}*")
+                if leftover.name == path.name or "tmp" in leftover.name
+            ]
+            if not leftovers:
+                return
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+            time.sleep(0.05)  # other arrays' writes may still be making the folder anew
 
     def _delete_old(self) -> None:
         steps = checkpoint_steps(self.folder)
