@@ -92,10 +92,10 @@ def _announce(
 
     options = Options(parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage)
     found = snapshot(sweep)
-    by_stage = {"tuning": found.tuning, "main": found.main}
     sharded = [
-        run for stage in options.stages for run in shard(sweep, by_stage[stage], *options.shard)
-    ]
+        run for stage in options.stages
+        for run in shard(sweep, found.of_stage(stage), *options.shard)
+    ]  # fmt: skip
     runs = without_repeats(sweep, sharded)
     try:
         tokens = check_data(runs)
@@ -152,7 +152,7 @@ def run(argv: Sequence[str]) -> int:
     counts = [(len(tally.done), "finished"), (len(tally.failed), "failed"),
               (len(tally.standing), "failed before and not tried again"),
               (len(tally.stopped), "cut off"), (len(tally.elsewhere), "under way elsewhere"),
-              (tally.waiting, "waiting for tuning runs")]  # fmt: skip
+              (tally.waiting, "waiting for tuning runs or trunks")]  # fmt: skip
     print("; ".join(f"{n} {what}" for n, what in counts if n) or "nothing was left to do")
     if tally.signal is not None:
         return 128 + (tally.signal or signal.SIGTERM)

@@ -5,13 +5,14 @@ names it. `train` and a family's `train` are settings of `TrainConfig`, nested a
 training config.
 """
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from mmfree_jax.config import TrainConfig, replace_model
+from mmfree_jax.config import OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
@@ -197,8 +198,12 @@ class SweepConfig:
     none, the best one is marked."""
     axes: AxesConfig = field(default_factory=AxesConfig)
     """Settings to try beside the rate."""
+    schedule: Literal["train", "wsd-branched"] = "train"
+    """train: each run by itself, under train.optimizer.schedule. wsd-branched: constant rate, then
+    a decay over train.optimizer.decay_fraction of the steps; runs that differ in their budget
+    alone share the steps before it, made once by a trunk."""
     warmup_fraction: ShareBelowOne = 0.0
-    """Share of the steps of each run that warm up."""
+    """Share of the steps of each run that warm up; wsd-branched: of the shortest of its size."""
     min_steps: TwoOrMore = 10
     """Fewest steps that a run may come to."""
     pack_below: NotNegative = 2e7
@@ -277,8 +282,26 @@ class SweepConfig:
                     _require(not (isinstance(given, dict) and name in given),
                              f"{where}.optimizer.{name}", given,
                              "use families.learning_rates and warmup_fraction")  # fmt: skip
+                self._check_schedule(where, given)
             for size in named:
                 base_train_config(self, family, size)
+
+    def _check_schedule(self, where: str, optimizer: object) -> None:
+        if not self.is_branched or not isinstance(optimizer, dict):
+            return
+        schedule = optimizer.get("schedule", "wsd")
+        _require(schedule == "wsd", f"{where}.optimizer.schedule", schedule,
+                 "leave it out: schedule is wsd-branched")  # fmt: skip
+        decay = optimizer.get("decay_fraction", OptimizerConfig.decay_fraction)
+        warmup = max((self.warmup_fraction, *self.axes.warmup_fraction))
+        if type(decay) in (int, float):
+            _require(0 < decay < 1 - warmup, f"{where}.optimizer.decay_fraction", decay,
+                     "use one above 0 that leaves steps between warm-up and decay")  # fmt: skip
+
+    @property
+    def is_branched(self) -> bool:
+        """Whether runs of several budgets are decays branched from one trunk."""
+        return self.schedule == "wsd-branched"
 
     @property
     def named_sizes(self) -> tuple[str, ...]:
@@ -341,6 +364,9 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
         config = preset(size + suffix)
     config = from_dict(TrainConfig, sweep.train, config, "train")
     config = from_dict(TrainConfig, family.train, config, f"families.{family.label}.train")
+    if sweep.is_branched:
+        optimizer = dataclasses.replace(config.optimizer, schedule="wsd")
+        config = dataclasses.replace(config, optimizer=optimizer)
     return with_data_vocabulary(config) if leaves_vocabulary(sweep, family, size) else config
 
 

@@ -21,7 +21,7 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.plan import PlannedRun, parameters
 from mmfree_jax.experiments.sweep.process import child_environment
-from mmfree_jax.experiments.sweep.table import Row
+from mmfree_jax.experiments.sweep.table import Row, own_tokens
 from mmfree_jax.train.flops import find_device
 
 _REFERENCE_WIDTH = 1024
@@ -112,7 +112,7 @@ def estimate(
     sweep: SweepConfig, runs: Sequence[PlannedRun], rows: Iterable[Row], device: DeviceRate,
     parallel: int = 1, gpus: int = 0,
 ) -> Estimate:  # fmt: skip
-    """FLOPs and time of `runs`.
+    """FLOPs and time of `runs`: of a branch those of its decay, as its trunk is a run too.
 
     Runs that share a device share its rate: packing is taken to hide only what each run
     spends outside training (start, compilation), which is where small runs lose most. Over
@@ -131,7 +131,7 @@ def estimate(
         device = dataclasses.replace(device, count=1)
     same = [r for r in rows if r["device"] == device.kind]
     measured = _measured(same)
-    overheads = [float(r["wall_s"]) - float(r["tokens"]) / float(r["tokens_per_s"])
+    overheads = [float(r["wall_s"]) - own_tokens(r) / float(r["tokens_per_s"])
                  for r in same if r["wall_s"] and _positive(r["tokens_per_s"])]  # fmt: skip
     overhead = statistics.median(overheads) if overheads else sweep.overhead_seconds
     seconds, longest, from_rows = 0.0, 0.0, 0
@@ -141,7 +141,7 @@ def estimate(
         if rate is None:
             training = _seconds_by_rate(sweep, run, device)
         else:  # what one run gets while `sharing` of them share the device
-            training = run.tokens / (rate * sharing)
+            training = run.tokens * run.own_share / (rate * sharing)
             from_rows += 1
         seconds += training + max(0.0, overhead) / sharing
         longest = max(longest, training * sharing + max(0.0, overhead))
@@ -164,7 +164,7 @@ def estimate(
         basis += f"; spread over {gpus} GPUs, one a run"
     if parallel > 1:
         basis += f"; runs of up to {sweep.pack_below:.3g} parameters {parallel} at a time"
-    return Estimate(len(runs), sum(r.flops for r in runs), seconds, basis)
+    return Estimate(len(runs), sum(r.own_flops for r in runs), seconds, basis)
 
 
 def share(sweep: SweepConfig, run: PlannedRun, parallel: int) -> int:
@@ -174,12 +174,12 @@ def share(sweep: SweepConfig, run: PlannedRun, parallel: int) -> int:
 
 def relative_seconds(run: PlannedRun) -> float:
     """What a run takes, in units that are the same for all: longer where the model is narrow."""
-    return run.flops / min(1.0, run.config.model.hidden_size / _REFERENCE_WIDTH)
+    return run.own_flops / min(1.0, run.config.model.hidden_size / _REFERENCE_WIDTH)
 
 
 def _seconds_by_rate(sweep: SweepConfig, run: PlannedRun, device: DeviceRate) -> float:
     """Training time by the utilisation that the config states."""
-    work = run.flops if device.is_measured else relative_seconds(run)
+    work = run.own_flops if device.is_measured else relative_seconds(run)
     return work / (device.flops * device.count * sweep.utilisation)
 
 

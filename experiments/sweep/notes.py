@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from mmfree_jax.experiments.sweep.branches import savings_text
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes, parameters
 
@@ -20,6 +21,8 @@ def plan_notes(
     """
     lines = [f"note: {text}" for text in derived_sizes(sweep).left_out]
     lines += _beyond_rules(sweep, runs)
+    if (savings := savings_text(runs)) is not None:
+        lines.append(savings)
     if data_tokens is None:
         return lines
     passes = [run.tokens / data_tokens[run.config.data.paths] for run in runs]

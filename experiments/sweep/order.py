@@ -10,7 +10,7 @@ ORDERS = ("cheapest", "longest")
 
 
 def in_order(runs: Sequence[PlannedRun], order: str) -> list[PlannedRun]:
-    """Tuning runs before main ones, as main runs wait for them, and within a stage:
+    """Tuning runs before others, as these wait for them, and within a stage:
 
     * cheapest: as the plan has them, so that an early end leaves the most finished runs;
     * longest: so that the last ones to end are short. The longest of those that share a program

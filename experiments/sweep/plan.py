@@ -17,10 +17,13 @@ from mmfree_jax.experiments.sweep.rates import Choice
 from mmfree_jax.experiments.sweep.shapes import ANY_SHAPE, Derived, derive_sizes
 from mmfree_jax.train.flops import count_flops, count_parameters
 
-Stage = Literal["tuning", "main"]
+Stage = Literal["tuning", "main", "trunk"]
 
-# What changes neither the model that comes out nor the loss in the table.
-_NOT_IN_HASH = ("run_dir", "loss_chunk", "max_minutes", "mesh", "checkpoint", "log")
+# What changes neither the model that comes out nor the loss in the table. A branch of a trunk is
+# the run that it would be alone.
+_NOT_IN_HASH = (
+    "run_dir", "loss_chunk", "max_minutes", "mesh", "checkpoint", "log", "branch_from",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,19 @@ class PlannedRun:
     config: TrainConfig
     """As the trainer gets it, but for `run_dir` (and the rate, while that is not known)."""
     flops: float
-    """Training FLOPs: 3 x forward, every component, times tokens."""
+    """Training FLOPs: 3 x forward, every component, times tokens; its trunk's are among them."""
     budget: float | None
     """The FLOP budget it belongs to, in isoFLOP designs."""
     rate_known: bool
     """Whether the learning rate is set; a main run's comes from the tuning runs."""
     setting: Setting = AS_GIVEN
     """Its values of the sweep's other axes."""
+    trunk: str | None = None
+    """Name of the run that makes its steps at full rate, for it and others (`branches.py`)."""
 
     @property
     def tokens(self) -> int:
-        """Training tokens."""
+        """Training tokens, with those of its trunk."""
         return self.config.steps * tokens_per_step(self.config)
 
     @property
@@ -59,9 +64,37 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """Name of the run: what it is, and so the same in both stages."""
+        return (
+            self.trunk_name
+            if self.stage == "trunk"
+            else self._named(f"t{format_tokens(self.tokens)}")
+        )
+
+    @property
+    def trunk_name(self) -> str:
+        """Name of the trunk that it may share with runs of other lengths."""
+        return self._named("trunk")
+
+    def _named(self, length: str) -> str:
         rate = f"{self.learning_rate:.4g}" if self.rate_known else "tuned"
         parts = (f"lr{rate}", *self.setting.parts, f"s{self.seed}")
-        return "-".join((self.family, self.size, f"t{format_tokens(self.tokens)}", *parts))
+        return "-".join((self.family, self.size, length, *parts))
+
+    @property
+    def full_rate_steps(self) -> int:
+        """Steps of a WSD run before its rate falls."""
+        given = self.config.optimizer
+        return math.floor(max(given.warmup_steps, self.config.steps * (1 - given.decay_fraction)))
+
+    @property
+    def own_share(self) -> float:
+        """Share of its steps that it makes itself."""
+        return 1.0 if self.trunk is None else 1 - self.full_rate_steps / self.config.steps
+
+    @property
+    def own_flops(self) -> float:
+        """FLOPs of the steps that it makes itself."""
+        return self.flops * self.own_share
 
     @property
     def cell(self) -> tuple[Stage, str, str, int]:
@@ -89,6 +122,9 @@ class Cell:
     budget: float | None
     """FLOPs, in isoFLOP designs."""
     seeds: tuple[int, ...]
+    warming: float
+    """Tokens whose share (`warmup_fraction`) warms up: its own, or in a branched sweep those of
+    the shortest run of the size."""
 
 
 def format_tokens(tokens: float) -> str:
@@ -106,8 +142,6 @@ def config_hash(config: TrainConfig) -> str:
     checkpoints, logs.
     """
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
-    if values["branch_from"] is None:  # a field that older tables' hashes know nothing of
-        del values["branch_from"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("paths", "prefetch")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -126,13 +160,41 @@ def flops_per_token(config: TrainConfig) -> float:
 def _cells(sweep: SweepConfig, family: FamilyConfig) -> list[Cell]:
     """The cells of one family's main runs."""
     if sweep.cells:
-        return [
-            Cell(cell.size, tokens, None, cell.seeds or sweep.seeds)
+        found = [
+            Cell(cell.size, tokens, None, cell.seeds or sweep.seeds, tokens)
             for cell in sweep.cells if family.label in (cell.families or (family.label,))
             for tokens in cell.tokens
         ]  # fmt: skip
+    else:
+        found = [
+            Cell(size, tokens, budget, sweep.seeds, tokens)
+            for size, tokens, budget in _grid(sweep, family)
+        ]
+    return _warmed_alike(found, _tuning_cells(sweep, family, found)) if sweep.is_branched else found
+
+
+def _tuning_cells(sweep: SweepConfig, family: FamilyConfig, main: Sequence[Cell]) -> list[Cell]:
+    """The cells of one family's tuning runs."""
+    if not sweep.tuning.is_on:
+        return []
+    cells = []
+    for size in sweep.tuning.sizes or tuple(dict.fromkeys(cell.size for cell in main)):
+        tokens = sweep.tuning.tokens
+        if tokens is None:
+            assert sweep.tuning.tokens_per_parameter is not None
+            base = base_train_config(sweep, family, size)
+            tokens = sweep.tuning.tokens_per_parameter * parameters(base, sweep.count)
+        cells.append(Cell(size, tokens, None, sweep.seeds[:1], tokens))
+    return _warmed_alike(cells, main) if sweep.is_branched else cells
+
+
+def _warmed_alike(cells: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
+    """`cells` with the warm-up of the shortest run of their size, here or among `others`."""
     return [
-        Cell(size, tokens, budget, sweep.seeds) for size, tokens, budget in _grid(sweep, family)
+        dataclasses.replace(
+            cell, warming=min(c.warming for c in (*cells, *others) if c.size == cell.size)
+        )
+        for cell in cells
     ]
 
 
@@ -179,13 +241,18 @@ def derived_sizes(sweep: SweepConfig) -> Derived:
 
 
 def _planned(
-    sweep: SweepConfig, family: FamilyConfig, stage: Stage, size: str, tokens: float,
-    budget: float | None, seed: int, setting: Setting = AS_GIVEN,
+    sweep: SweepConfig, family: FamilyConfig, stage: Stage, cell: Cell, seed: int,
+    setting: Setting = AS_GIVEN,
 ) -> PlannedRun:  # fmt: skip
+    size, tokens = cell.size, cell.tokens
     base = base_train_config(sweep, family, size)
     config = setting.applied(base)
     rows = sweep.axes.rows(base.batch_size)
-    steps = round(tokens / (rows * base.data.seq_len)) * rows // config.batch_size
+
+    def whole_steps(tokens: float) -> int:
+        return round(tokens / (rows * base.data.seq_len)) * rows // config.batch_size
+
+    steps = whole_steps(tokens)
     if steps < sweep.min_steps:
         raise ConfigError(
             f"{family.label} {size}: {tokens:.3g} tokens are {steps} steps of "
@@ -194,24 +261,24 @@ def _planned(
         )
     warmup = setting.warmup_fraction
     warmup = sweep.warmup_fraction if warmup is None else warmup
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=round(warmup * steps))
+    warmup_steps = round(warmup * whole_steps(cell.warming))
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup_steps)
     config = dataclasses.replace(
         config, steps=steps, seed=seed, optimizer=optimizer,
         data=dataclasses.replace(config.data, seed=seed),
     )  # fmt: skip
     flops = flops_per_token(config) * steps * tokens_per_step(config)
-    return PlannedRun(stage, family.label, size, config, flops, budget, False, setting)
+    return PlannedRun(stage, family.label, size, config, flops, cell.budget, False, setting)
 
 
 def _tried(
-    sweep: SweepConfig, family: FamilyConfig, stage: Stage, size: str, tokens: float,
-    budget: float | None, seed: int,
-) -> list[PlannedRun]:  # fmt: skip
+    sweep: SweepConfig, family: FamilyConfig, stage: Stage, cell: Cell, seed: int
+) -> list[PlannedRun]:
     """Every rate at every setting of the other axes."""
     return [
         run.with_rate(rate)
         for setting in sweep.axes.settings()
-        for run in (_planned(sweep, family, stage, size, tokens, budget, seed, setting),)
+        for run in (_planned(sweep, family, stage, cell, seed, setting),)
         for rate in _rates(family, run)
     ]
 
@@ -235,14 +302,8 @@ def tuning_runs(sweep: SweepConfig) -> list[PlannedRun]:
     if not sweep.tuning.is_on:
         return runs
     for family in sweep.families:
-        known = tuple(dict.fromkeys(cell.size for cell in _cells(sweep, family)))
-        for size in sweep.tuning.sizes or known:
-            tokens = sweep.tuning.tokens
-            if tokens is None:
-                assert sweep.tuning.tokens_per_parameter is not None
-                base = base_train_config(sweep, family, size)
-                tokens = sweep.tuning.tokens_per_parameter * parameters(base, sweep.count)
-            runs += _tried(sweep, family, "tuning", size, tokens, None, sweep.seeds[0])
+        for cell in _tuning_cells(sweep, family, _cells(sweep, family)):
+            runs += _tried(sweep, family, "tuning", cell, sweep.seeds[0])
     return cheapest_first(runs)
 
 
@@ -261,15 +322,14 @@ def main_runs(
             size = cell.size
             more = sweep.replicates.seeds if size in sweep.replicates.sizes else ()
             for seed in dict.fromkeys((*cell.seeds, *more)):
-                where = size, cell.tokens, cell.budget, seed
                 if not sweep.tuning.is_on:
-                    runs += _tried(sweep, family, "main", *where)
+                    runs += _tried(sweep, family, "main", cell, seed)
                 elif choice := (choices or {}).get((family.label, size)):
-                    run = _planned(sweep, family, "main", *where, choice.setting)
+                    run = _planned(sweep, family, "main", cell, seed, choice.setting)
                     runs.append(run.with_rate(choice.rate))
                 else:
                     any_setting = sweep.axes.settings()[0]
-                    runs.append(_planned(sweep, family, "main", *where, any_setting))
+                    runs.append(_planned(sweep, family, "main", cell, seed, any_setting))
     runs = cheapest_first(runs)
     _check_names(runs)
     return runs
@@ -285,7 +345,8 @@ def without_repeats(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[Plan
     grid = sweep.tuning.rule == "grid"
     left = [
         run for run in runs
-        if run.rate_known or not grid or (run.family, run.size, run.tokens, run.seed) not in tuned
+        if run.rate_known or not grid or run.stage == "trunk"
+        or (run.family, run.size, run.tokens, run.seed) not in tuned
     ]  # fmt: skip
     return list({(run.name, run.flops): run for run in left}.values())
 
@@ -307,12 +368,17 @@ def shard(
     """Every `count`-th run from the `index`-th (from 0): disjoint, complete, about equal.
 
     Where cells get more rates as they go (`widen_rates`), every `count`-th cell instead: runs
-    that are added then belong to the shard that made the others of their cell.
+    that are added then belong to the shard that made the others of their cell. In a branched
+    sweep a trunk and its branches are one part; with both, all runs of a size.
     """
-    if not sweep.widen_rates:
-        return list(runs[index::count])
-    own = set(list(dict.fromkeys(run.cell for run in runs))[index::count])
-    return [run for run in runs if run.cell in own]
+
+    def part(run: PlannedRun) -> tuple[str, ...]:
+        if sweep.is_branched:
+            return (run.family, run.size) if sweep.widen_rates else (run.trunk or run.name,)
+        return tuple(map(str, run.cell)) if sweep.widen_rates else (run.name,)
+
+    own = set(list(dict.fromkeys(map(part, runs)))[index::count])
+    return [run for run in runs if part(run) in own]
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

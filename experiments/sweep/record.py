@@ -25,6 +25,7 @@ def make_row(
       code: version of the code that ran.
     """
     parameters, device = summary["parameters"], summary["device"]
+    origin = summary.get("origin")
 
     def number(value: Any) -> str:
         return "" if value is None else f"{value:.10g}"
@@ -62,6 +63,8 @@ def make_row(
         "b2": number(run.config.optimizer.b2),
         "weight_decay": number(run.config.optimizer.weight_decay),
         "warmup_steps": str(run.config.optimizer.warmup_steps),
+        "trunk": (run.trunk or "") if origin else "",
+        "trunk_tokens": str(origin["tokens"]) if origin else "",
     }
 
 

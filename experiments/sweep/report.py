@@ -35,7 +35,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 
 def plan_text(runs: Sequence[PlannedRun], data_tokens: dict | None) -> str:
-    """The plan, a line a cell: what is run and what it costs.
+    """The plan, a line a cell: what is run and what it costs, of branches without their trunks.
 
     Args:
       runs: those to list.
@@ -43,9 +43,10 @@ def plan_text(runs: Sequence[PlannedRun], data_tokens: dict | None) -> str:
     """
     cells: dict[tuple, list[PlannedRun]] = {}
     ordered = sorted(runs, key=lambda r: (r.stage != "tuning", r.family, r.flops / r.tokens,
-                                          r.tokens))  # fmt: skip
+                                          r.stage != "trunk", r.tokens))  # fmt: skip
     for run in ordered:
-        cells.setdefault((run.stage, run.family, run.size, run.tokens), []).append(run)
+        what = run.stage if run.trunk is None else "branch"
+        cells.setdefault((what, run.family, run.size, run.tokens), []).append(run)
     rows = []
     for (stage, family, size, tokens), members in cells.items():
         first = members[0]
@@ -59,7 +60,7 @@ def plan_text(runs: Sequence[PlannedRun], data_tokens: dict | None) -> str:
             ", ".join(map(str, sorted({r.config.steps for r in members}))),
             ", ".join(f"{r:.3g}" for r in rates) or "tuned",
             ", ".join(str(s) for s in sorted({r.seed for r in members})),
-            str(len(members)), f"{sum(r.flops for r in members):.3g}",
+            str(len(members)), f"{sum(r.own_flops for r in members):.3g}",
         ])  # fmt: skip
     header = ("family", "size", "stage", "N", "tokens", "passes", "steps", "rates", "seeds",
               "runs", "FLOPs")  # fmt: skip
@@ -87,8 +88,8 @@ def status_text(found: Snapshot) -> str:
     """How many runs are where, and every failure with its reason."""
     states = {run.name: found.status(run) for run in found.runs}
     counts = collections.Counter(states.values())
-    spent = sum(run.flops for run in found.runs if states[run.name] == "done")
-    total = sum(run.flops for run in found.runs)
+    spent = sum(run.own_flops for run in found.runs if states[run.name] == "done")
+    total = sum(run.own_flops for run in found.runs)
     lines = [", ".join(f"{n} {state}" for state, n in counts.most_common())
              + f"; {spent:.3g} of {total:.3g} FLOPs done"]  # fmt: skip
     for name, state in states.items():
@@ -99,9 +100,11 @@ def status_text(found: Snapshot) -> str:
             lines.append(f"  failed   {name}: {failure.get('reason')} ({failure.get('log')})")
     if counts["failed"]:
         lines.append("--retry-failed tries them again")
-    waiting = counts["waiting"]
+    waiting = sum(not run.rate_known for run in found.runs)
     if waiting:
         lines.append(f"{waiting} runs wait for the tuning runs that choose their learning rate")
+    if branches := counts["waiting"] - waiting:
+        lines.append(f"{branches} branches wait for their trunks")
     return "\n".join(lines)
 
 
@@ -211,6 +214,12 @@ def write_report(found: Snapshot) -> tuple[str, list[Path]]:
     if rows:
         write_csv(out / BEST, list(rows))
         parts.append("held-out loss (nats a token)\n" + losses_text(rows))
+        if branched := [row for row in rows if row["trunk"]]:
+            trunks = len({row["trunk"] for row in branched})
+            parts.append(
+                f"{len(branched)} of these {len(rows)} runs are decays branched from {trunks} "
+                "trunks; those of one trunk share its seed, data and noise"
+            )
         paths.append(out / BEST)
     else:
         parts.append(f"no run to compare yet in {out / RESULTS}")

@@ -1,6 +1,7 @@
 """Runs a plan: starts the trainer for each run, some at a time, and records how each ends.
 
-A main run is started as soon as the tuning runs that choose its learning rate have ended.
+A main run is started as soon as the tuning runs that choose its learning rate have ended, and
+one that branches from a trunk as soon as the trunk has saved the step where it does.
 
 A run that crashes, diverges or runs out of memory ends alone, with its reason in `failures/`.
 One that was cut off goes on from its last checkpoint when it is started again. What is in the
@@ -15,18 +16,26 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.children import Children
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
-from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.sweep.axes import Setting
+from mmfree_jax.experiments.sweep.branches import (
+    TRUNKS,
+    TrunkState,
+    kept_steps,
+    trunk_state,
+    up_to,
+)
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import share
-from mmfree_jax.experiments.sweep.order import ORDERS, in_order
+from mmfree_jax.experiments.sweep.options import Options, Tally
+from mmfree_jax.experiments.sweep.order import in_order
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, shard
 from mmfree_jax.experiments.sweep.process import (
     Outcome,
@@ -38,67 +47,12 @@ from mmfree_jax.experiments.sweep.process import (
     trainer_command,
 )
 from mmfree_jax.experiments.sweep.record import make_row, write_failure
-from mmfree_jax.experiments.sweep.state import Snapshot, snapshot
+from mmfree_jax.experiments.sweep.state import Snapshot, run_folder, snapshot
 from mmfree_jax.experiments.sweep.table import append_result
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
 from mmfree_jax.progress import Display
 
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as against what."""
-
-    parallel: int = 1
-    """Small runs at a time on each device."""
-    gpus: tuple[str, ...] = ()
-    """GPUs to spread runs over, one run on one GPU; empty: each run sees all devices."""
-    shard: tuple[int, int] = (0, 1)
-    """Which runs are this process's: index (from 0) and count."""
-    stage: str = "all"
-    """"tuning", "main" or "all"."""
-    order: str = "cheapest"
-    """"cheapest" or "longest" first (see `in_order`)."""
-    max_minutes: float | None = None
-    """Stop after this much time: runs under way save a checkpoint."""
-    retry_failed: bool = False
-    """Try failed runs again."""
-    grace_seconds: float = 300.0
-    """How long runs that are told to stop may take to save."""
-
-    def __post_init__(self) -> None:
-        if self.parallel < 1:
-            raise ConfigError(f"parallel is {self.parallel}: set 1 or more")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ConfigError(f"max_minutes is {self.max_minutes}: set a value above 0")
-        if len(set(self.gpus)) != len(self.gpus):
-            raise ConfigError(f"gpus is {list(self.gpus)}: name each once")
-        if self.order not in ORDERS:
-            raise ConfigError(f"order is {self.order!r}: choose {' or '.join(ORDERS)}")
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages to run."""
-        return ("tuning", "main") if self.stage == "all" else (self.stage,)
-
-
-@dataclass
-class Tally:
-    """What one call did."""
-
-    done: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    """Name -> reason."""
-    standing: dict[str, str] = field(default_factory=dict)
-    """The same of runs that failed in an earlier call and were not tried again."""
-    stopped: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
-    """Under way in another process."""
-    waiting: int = 0
-    """Main runs whose rate awaits tuning runs."""
-    signal: int | None = None
-    """The signal that ended the call early."""
 
 
 @dataclass
@@ -167,6 +121,8 @@ def run_sweep(
     with disk_errors(out):
         for name in ("configs", "runs", "logs", "failures", "locks", "cache"):
             (out / name).mkdir(parents=True, exist_ok=True)
+        if sweep.is_branched:
+            (out / TRUNKS).mkdir(exist_ok=True)
     deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
     tally, stop = Tally(), _Stop(deadline, clock)
     with Children(options.grace_seconds) as children, stop.listening():
@@ -195,6 +151,8 @@ class _Scheduler:
         gpus = max(1, len(options.gpus))
         self._free = list(range(gpus * options.parallel))
         self._seen: set[str] = set()
+        self._trunks: dict[str, TrunkState] = {}
+        self._begun: set[str] = set()  # branches with a checkpoint of their own
         self._compiled: set[tuple[str, str, Setting]] = set()
         self._total = self._ended = 0
 
@@ -211,6 +169,9 @@ class _Scheduler:
                 more = self._sweep.widen_rates or any(run.stage == "tuning" for run in ended)
                 if (ended and more) or not (queue or self._children):
                     queue = in_order([*queue, *self._news()], self._options.order)
+                if queue and not self._children and self._next(queue) is None:
+                    self._tally.waiting += len(queue)  # for trunks that failed or are elsewhere
+                    break
                 time.sleep(_POLL_SECONDS)
         finally:
             self._end_all()
@@ -231,13 +192,15 @@ class _Scheduler:
         news = []
         self._tally.waiting = 0
         for stage in self._options.stages:
-            for run in shard(self._sweep, getattr(found, stage), *self._options.shard):
+            for run in shard(self._sweep, found.of_stage(stage), *self._options.shard):
                 if not run.rate_known:
                     self._tally.waiting += 1
                 elif run.name not in self._seen:
                     self._seen.add(run.name)
                     if self._is_due(found, run):
                         news.append(run)
+                    if run.trunk is not None and kept_steps(run_folder(self._out, run)):
+                        self._begun.add(run.name)
         self._total += len(news)
         return news
 
@@ -248,24 +211,34 @@ class _Scheduler:
         retry = status == "failed" and self._options.retry_failed
         if status == "failed" and not retry:
             self._tally.standing[run.name] = found.failures[run.name]["reason"]
-        return retry or status in ("pending", "cut off")
+        return retry or status in ("pending", "cut off", "waiting")
 
     def _next(self, queue: Sequence[PlannedRun]) -> PlannedRun | None:
-        """The first run in the queue that need not wait for its program.
+        """The first run in the queue that need not wait for its program or its trunk.
 
         A program is compiled by the first run that has it, once, and found in the cache by all
         others; those would only compile the same beside it.
         """
         compiling = set()
         for child in self._children:
+            if child.run.stage == "trunk":
+                self._trunks[child.run.name] = trunk_state(self._out, child.run.name)
             program = child.run.program
             if program in self._compiled:
                 continue
-            if _is_training(self._out / "runs" / child.run.name):
+            if _is_training(run_folder(self._out, child.run)):
                 self._compiled.add(program)
             else:
                 compiling.add(program)
-        return next((r for r in queue if r.program not in compiling), None)
+        return next((r for r in queue if r.program not in compiling and self._can_branch(r)), None)
+
+    def _can_branch(self, run: PlannedRun) -> bool:
+        """Whether the trunk of a run, if it has one, has come to where the run branches."""
+        if run.trunk is None or run.name in self._begun:
+            return True
+        if run.trunk not in self._trunks:
+            self._trunks[run.trunk] = trunk_state(self._out, run.trunk)
+        return self._trunks[run.trunk].is_ready_for(run)
 
     def _slots_for(self, run: PlannedRun) -> list[int]:
         """Free slots for a run, none if it must wait: on the device with the most of them.
@@ -288,9 +261,11 @@ class _Scheduler:
             return
         try:
             sharing = share(self._sweep, run, self._options.parallel)
-            run_dir = self._out / "runs" / run.name
+            run_dir = run_folder(self._out, run)
+            run = self._branched(run)
             config = dataclasses.replace(run.config, run_dir=str(run_dir))
-            if (summary := _finished(run_dir, config)) is not None:
+            summary = None if run.stage == "trunk" else _finished(run_dir, config)
+            if summary is not None:
                 # Cut off between the end of training and the row.
                 self._record(run, summary, wall=None, sharing=sharing)
                 os.close(lock)
@@ -310,11 +285,26 @@ class _Scheduler:
         self._free = [s for s in self._free if s not in slots]
         self._children.append(_Child(run, process, slots, lock, self._clock(), sharing))
 
+    def _branched(self, run: PlannedRun) -> PlannedRun:
+        """A branch with its source; a trunk with the steps that are left to branch from."""
+        if run.stage == "trunk":
+            left = {branch.full_rate_steps for branch in snapshot(self._sweep).left_of(run.name)}
+            return up_to(run, sorted(left) or run.config.checkpoint.at_steps)
+        if run.trunk is None:
+            return run
+        if run.name in self._begun:  # it goes on with what it has
+            there = read_yaml(run_folder(self._out, run) / "config.yaml")
+            source = from_dict(TrainConfig, there).branch_from
+        else:
+            source = trunk_state(self._out, run.trunk).source(run)
+        return dataclasses.replace(run, config=dataclasses.replace(run.config, branch_from=source))
+
     def _reap(self) -> list[PlannedRun]:
         """Records the runs that have ended since the last call."""
         ended = [c for c in self._children if self._processes.has_ended(c.process)]
         for child in ended:
             self._children.remove(child)
+            self._trunks.pop(child.run.name, None)
             self._free = sorted([*self._free, *child.slots])
             try:
                 self._finish(child)
@@ -325,7 +315,7 @@ class _Scheduler:
     def _finish(self, child: _Child) -> None:
         run, wall = child.run, self._clock() - child.began
         log = self._out / "logs" / f"{run.name}.log"
-        summary = read_summary(self._out / "runs" / run.name)
+        summary = read_summary(run_folder(self._out, run))
         result = outcome(child.process.returncode, log, summary)
         if result.end == "complete":
             assert summary is not None
@@ -348,6 +338,10 @@ class _Scheduler:
         self, run: PlannedRun, summary: dict[str, Any], *, wall: float | None, sharing: int
     ) -> None:
         self._ended += 1
+        seconds = "" if wall is None else f", {wall:.0f} s"
+        if run.stage == "trunk":
+            self._end_well(run, f"trunk of {len(run.config.checkpoint.at_steps)} branches{seconds}")
+            return
         loss = summary.get("eval_loss")
         if loss is None:
             self._fail(run, Outcome("failed", "error", "no held-out loss in summary.json: set "
@@ -355,12 +349,22 @@ class _Scheduler:
             return
         row = make_row(run, summary, wall, sharing, self._code)
         append_result(self._out, row)
-        (self._out / "failures" / f"{run.name}.json").unlink(missing_ok=True)
         if not self._sweep.keep_checkpoints:
-            shutil.rmtree(self._out / "runs" / run.name / "checkpoints", ignore_errors=True)
+            self._drop_checkpoints(run)
+        self._end_well(run, f"loss {loss:.4f}{seconds}")
+
+    def _end_well(self, run: PlannedRun, how: str) -> None:
+        (self._out / "failures" / f"{run.name}.json").unlink(missing_ok=True)
         self._tally.done.append(run.name)
-        seconds = "" if wall is None else f", {wall:.0f} s"
-        self._say(f"[{self._ended}/{self._total}] {run.name}: loss {loss:.4f}{seconds}")
+        self._say(f"[{self._ended}/{self._total}] {run.name}: {how}")
+
+    def _drop_checkpoints(self, run: PlannedRun) -> None:
+        """Deletes those of a run that is in the table, and of its trunk after the last branch."""
+        folders = [run_folder(self._out, run)]
+        if run.trunk is not None and not snapshot(self._sweep).left_of(run.trunk):
+            folders.append(self._out / TRUNKS / run.trunk)
+        for folder in folders:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _end_all(self) -> None:
         """Tells the runs under way to save and stop, and waits for them."""

@@ -1,15 +1,16 @@
 """What a sweep's folder says: which runs are done, failed, cut off or under way.
 
 The folder holds results.csv, and for each run: configs/NAME.yaml (as the trainer got it),
-runs/NAME/ (its run directory), logs/NAME.log (what it printed), failures/NAME.json (why it
-failed, gone once it succeeds) and locks/NAME.lock (held while it runs).
+runs/NAME/ (its run directory; trunks/NAME/ of a trunk, which gets no row), logs/NAME.log (what
+it printed), failures/NAME.json (why it failed, gone once it succeeds) and locks/NAME.lock (held
+while it runs).
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,12 @@ from mmfree_jax.config import replace_model
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.sweep.axes import Setting
+from mmfree_jax.experiments.sweep.branches import (
+    TRUNKS,
+    trunk_state,
+    trunks_first,
+    with_trunks,
+)
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.plan import (
@@ -51,11 +58,21 @@ class Snapshot:
     main: list[PlannedRun]
     choices: dict[tuple[str, str], Choice]
     """Tuned rates, as far as the tuning runs behind them have ended."""
+    trunks: list[PlannedRun] = field(default_factory=list)
+    """Of a branched sweep: what main runs branch from."""
 
     @property
     def runs(self) -> list[PlannedRun]:
         """All runs, each once: a main run may be one of the tuning runs."""
-        return without_repeats(self.sweep, (*self.tuning, *self.main))
+        return without_repeats(self.sweep, (*self.tuning, *self.of_stage("main")))
+
+    def of_stage(self, stage: Literal["tuning", "main"]) -> list[PlannedRun]:
+        """The runs of a stage; among the main ones each trunk before its branches."""
+        return self.tuning if stage == "tuning" else trunks_first(self.trunks, self.main)
+
+    def left_of(self, trunk: str) -> list[PlannedRun]:
+        """The branches of a trunk that are not in the table."""
+        return [r for r in self.main if r.trunk == trunk and r.name not in self.rows]
 
     def loss(self, run: PlannedRun) -> float | None:
         """A run's held-out loss; infinite where it diverged, None while that is not known."""
@@ -66,13 +83,28 @@ class Snapshot:
         out = Path(self.sweep.out)
         if not run.rate_known:
             return "waiting"
-        if run.name in self.rows:
+        if run.name in self.rows or (run.stage == "trunk" and self._has_served(run)):
             return "done"
         if is_locked(out / "locks" / f"{run.name}.lock"):
             return "running"
         if run.name in self.failures:
             return "failed"
-        return "cut off" if (out / "runs" / run.name / "metrics.jsonl").exists() else "pending"
+        if (run_folder(out, run) / "metrics.jsonl").exists():
+            return "cut off"
+        if run.trunk is not None and not trunk_state(out, run.trunk).is_ready_for(run):
+            return "waiting"
+        return "pending"
+
+    def _has_served(self, trunk: PlannedRun) -> bool:
+        """Whether all the branches that are left can start."""
+        left = self.left_of(trunk.name)
+        state = trunk_state(Path(self.sweep.out), trunk.name) if left else None
+        return state is None or all(map(state.is_ready_for, left))
+
+
+def run_folder(out: Path, run: PlannedRun) -> Path:
+    """The run directory of a run, or of a trunk."""
+    return out / (TRUNKS if run.stage == "trunk" else "runs") / run.name
 
 
 def data_fingerprint(run: PlannedRun) -> str | None:
@@ -112,18 +144,45 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
     failures = {k: v for k, v in read_failures(out).items() if k not in rows}
     loss_of = functools.partial(_loss, rows, failures)
 
-    def wider(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    def loss_of_branch(run: PlannedRun) -> float | None:
+        """As `loss_of`, and infinite where the trunk diverged that it would branch from."""
+        failed = _failed_trunk(out, failures, run, run.trunk_name) if sweep.is_branched else None
+        diverged = failed is not None and failed["kind"] == "diverged"
+        return math.inf if diverged and run.name not in rows else loss_of(run)
+
+    def wider(
+        runs: Sequence[PlannedRun], loss_of: Callable[[PlannedRun], float | None]
+    ) -> list[PlannedRun]:
         most, seed = sweep.widen_rates, sweep.seeds[0]
         return cheapest_first(widened(runs, loss_of, most=most, first_seed=seed))
 
-    tuning = wider(tuning_runs(sweep))
+    tuning = wider(tuning_runs(sweep), loss_of)
     choices = _choices(sweep, tuning, loss_of)
     main = main_runs(sweep, choices)
     if not sweep.tuning.is_on:
-        main = wider(main)
-    found = Snapshot(sweep, rows, failures, tuning, main, choices)
+        main = wider(main, loss_of_branch)
+    trunks: list[PlannedRun] = []
+    if sweep.is_branched:
+        kept = {run.name for run in without_repeats(sweep, main)}
+        alone = {run.name for run in tuning} | {r.name for r in main if r.name not in kept}
+        trunks, main = with_trunks(main, alone)
+        for run in main:
+            failed = _failed_trunk(out, failures, run, run.trunk)
+            if failed is not None and run.name not in rows:
+                failures.setdefault(run.name, failed)
+    found = Snapshot(sweep, rows, failures, tuning, main, choices, trunks)
     _check_rows(found)
     return found
+
+
+def _failed_trunk(
+    out: Path, failures: dict[str, dict[str, Any]], run: PlannedRun, trunk: str | None
+) -> dict[str, Any] | None:
+    """Why a trunk failed before it came to where a run branches; None where it did not."""
+    if trunk not in failures or trunk_state(out, trunk).is_ready_for(run):
+        return None
+    failure = failures[trunk]
+    return {**failure, "reason": f"its trunk {trunk} failed: {failure['reason']}"}
 
 
 def _loss(

@@ -19,17 +19,23 @@ COLUMNS: tuple[str, ...] = (
     "flops", "budget", "learning_rate", "seed", "loss", "bits_per_byte", "train_loss",
     "tokens_per_s", "mfu", "train_s", "wall_s", "parallel", "device", "device_count", "host",
     "code", "jax", "config_hash", "data_fingerprint", "finished_at", "batch_size", "b2",
-    "weight_decay", "warmup_steps",
+    "weight_decay", "warmup_steps", "trunk", "trunk_tokens",
 )  # fmt: skip
 """`mmfree fit` finds params, params_non_embedding, params_ternary, tokens, flops, budget, loss,
 family, seed and run by these names. train_s: time in the trainer over all its restarts, wall_s:
 time of the process that finished the run (seconds); parallel: runs that could share the device;
-code: git commit ("+" if files differ from it) or package version."""
+code: git commit ("+" if files differ from it) or package version; trunk: the run whose checkpoint
+it went on from, trunk_tokens: how many of its tokens that one trained ("" without)."""
 
-LATER = ("batch_size", "b2", "weight_decay", "warmup_steps")
+LATER = ("batch_size", "b2", "weight_decay", "warmup_steps", "trunk", "trunk_tokens")
 """Columns that older tables lack: "" in their rows."""
 
 Row = dict[str, str]
+
+
+def own_tokens(row: Row) -> float:
+    """Tokens that a run trained itself, without those of its trunk."""
+    return float(row["tokens"]) - float(row.get("trunk_tokens") or 0)
 
 
 def read_results(out: Path) -> list[Row]:
