@@ -95,6 +95,11 @@ class ModelConfig:
     """The same in a BitLinear's own RMSNorm (1e-8 in the authors' unfused code)."""
     initializer_range: AboveZero = 0.02
     """Standard deviation of the embedding, GLU and head at initialisation."""
+    mup: bool = False
+    """Maximal update parametrisation: initial sizes and learning rates follow from the width, so
+    that the best rate of one width is about that of others (docs/mup.md)."""
+    mup_base_width: Count = 256
+    """Width at which mup changes nothing: where the rate was tuned (channels)."""
     param_dtype: Dtype = "float32"
     """Dtype of the master weights."""
     compute_dtype: Dtype = "bfloat16"
@@ -182,6 +187,8 @@ class ModelConfig:
 # How a model is initialised and run: the same weights compute the same function, up to rounding.
 RUN_SETTINGS = (
     "initializer_range",
+    "mup",
+    "mup_base_width",
     "param_dtype",
     "compute_dtype",
     "residual_dtype",

@@ -82,7 +82,7 @@ def compile_train_step(config: TrainConfig) -> CompiledStep:
     check_divisible(config, mesh)
     check_kernels(config.model, mesh.devices.flat[0].platform)
     check_fits(config, mesh)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
     schedule = schedule_values(config.optimizer, config.steps)

@@ -38,7 +38,7 @@ def compile_step(
     from mmfree_jax.train.step import jit_train_step, state_shapes
 
     devices = make_devices(topology, simulated)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     shapes = state_shapes(config, optimizer)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)

@@ -127,7 +127,7 @@ def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
     from mmfree_jax.train.step import init_sharded, state_shapes
 
     config = train_config(case)
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer)
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, config.model)
     state = jax.block_until_ready(init_sharded(config, optimizer, mesh))
     checkpoints = folder / "checkpoints"
     checkpointer = Checkpointer(checkpoints)

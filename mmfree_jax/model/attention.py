@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import functional
+from mmfree_jax.model import functional, mup
 from mmfree_jax.model.linear import Linear, linears
 from mmfree_jax.parallel.sharding import channel_partition
 
@@ -45,10 +45,17 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         heads, kv_heads = c.attention_heads, c.kv_heads
         channels = D // heads
-        init = nn.initializers.normal(c.initializer_range)
+        deviation = c.initializer_range * mup.hidden_scale(c)
+        scales = {"q_proj": mup.query_scale(c)}
         widths = {"q_proj": D, "k_proj": kv_heads * channels, "v_proj": kv_heads * channels}
         projections = [
-            Linear(width, c.mixer_linear, c.param_dtype, init, name=name)(D)
+            Linear(
+                width,
+                c.mixer_linear,
+                c.param_dtype,
+                nn.initializers.normal(deviation * scales.get(name, 1.0)),
+                name=name,
+            )(D)
             for name, width in widths.items()
         ]
         _, (q_BTHK, k_BTGK, v_BTGK) = linears(c, projections, x_BTD, outer_norm=outer_norm_scale_D)
@@ -69,7 +76,7 @@ class Attention(nn.Module):
                 q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], positions_BT
             )
             state = {"k": k_cache, "v": v_cache}
-        out_init = nn.initializers.normal(c.initializer_range / math.sqrt(2 * c.num_layers))
+        out_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
         o_proj = Linear(D, c.mixer_linear, c.param_dtype, out_init, name="o_proj")
         _, (out_BTD,) = linears(c, [o_proj(D)], out_BTHK.reshape(B, T, D))
         return out_BTD, state

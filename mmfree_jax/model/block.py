@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import functional, layer
+from mmfree_jax.model import functional, layer, mup
 from mmfree_jax.model.attention import Attention
 from mmfree_jax.model.linear import Linear, LinearWeights, NormScale, linears
 from mmfree_jax.model.weights import GLUWeights, MLGRUWeights
@@ -21,7 +21,7 @@ from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.parallel.sharding import channel_partition, constrain_batch
 
 # Xavier uniform with gain 2^-2.5, as the authors initialise these projections: the variance
-# is gain^2 * 2 / (fan_in + fan_out).
+# is gain^2 * 2 / (fan_in + fan_out), which falls with the width as muP asks.
 _MIXER_INIT = nn.initializers.variance_scaling(
     math.pow(2.0, -5.0), "fan_avg", "uniform", in_axis=-1, out_axis=-2
 )
@@ -104,8 +104,9 @@ class GLU(nn.Module):
         """Returns the weights."""
         c = self.config
         width, inner = norm_scale_D.shape[0], c.glu_size
-        init = nn.initializers.normal(c.initializer_range)
-        down_init = nn.initializers.normal(c.initializer_range / math.sqrt(2 * c.num_layers))
+        deviation = c.initializer_range * mup.hidden_scale(c)
+        init = nn.initializers.normal(deviation)
+        down_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
         gate_up = Linear(2 * inner, c.glu_linear, c.param_dtype, init, name="gate_up_proj")
         down = Linear(width, c.glu_linear, c.param_dtype, down_init, name="down_proj")
         return GLUWeights(norm_scale_D, gate_up(width), down(inner))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import functional, packed_model, remat
+from mmfree_jax.model import functional, mup, packed_model, remat
 from mmfree_jax.model.block import Block, Rows
 from mmfree_jax.model.linear import Linear, NormScale, linears
 from mmfree_jax.model.state import State
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
             c.vocab_size,
             c.head_linear,
             c.param_dtype,
-            nn.initializers.normal(c.initializer_range),
+            nn.initializers.normal(c.initializer_range * mup.head_scale(c)),
         )
 
     def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:

@@ -78,7 +78,7 @@ def take_branch(run: Run) -> Branch:
     manifest = read_manifest(folder)
     parent = from_dict(TrainConfig, manifest.config)
     _check(run, source.run, parent, manifest)
-    abstract = abstract_state(parent, make_optimizer(parent.optimizer), run.mesh)
+    abstract = abstract_state(parent, make_optimizer(parent.optimizer, parent.model), run.mesh)
     try:
         restored = processes.together(lambda: restore(folder, abstract, check_files=False))
     except CheckpointError:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmfree_jax.config import OptimizerConfig
+from mmfree_jax.config import ModelConfig, OptimizerConfig
+from mmfree_jax.model.mup import rate_scale
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -94,10 +95,14 @@ def decay_mask(params: Any) -> Any:
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        names = [_name(key) for key in path]
         return names[-1] == "weight" and "embedding" not in names
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", key)))
 
 
 class Optimizer(NamedTuple):
@@ -115,7 +120,7 @@ class Optimizer(NamedTuple):
 
 
 @functools.cache
-def make_optimizer(config: OptimizerConfig) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, model: ModelConfig | None = None) -> Optimizer:
     """Global-norm clipping, then AdamW with decoupled weight decay on `decay_mask`.
 
     Each update subtracts `rate * (m / (sqrt(v) + eps) + weight_decay * w)` with
@@ -124,9 +129,12 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     add_decayed_weights and scale_by_learning_rate. Here everything that happens to one weight
     is one expression, which reads and writes weights and moments once: scaling, clipping, and
     keeping the old values where the update is not to be made.
+
+    Where `model` has muP the first term has a factor for each parameter (`mup.rate_scale`), and
+    the decay has none: a weight loses the same share of itself at every width.
     """
     return Optimizer(
-        init=functools.partial(_init, config), update=functools.partial(_update, config)
+        init=functools.partial(_init, config), update=functools.partial(_update, config, model)
     )
 
 
@@ -160,8 +168,18 @@ def _arranged(config: OptimizerConfig, count: Any, mu: Any, nu: Any) -> tuple[An
     return (*clip, adam, *decay, schedule)
 
 
+def _rate_scales(config: ModelConfig | None, params: Any) -> Any:
+    """The factor of each parameter's rate."""
+
+    def scale(path: tuple[Any, ...], _: Any) -> float:
+        return 1.0 if config is None else rate_scale(config, tuple(map(_name, path)))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
 def _update(
     config: OptimizerConfig,
+    model: ModelConfig | None,
     grads: Any,
     state: tuple[Any, ...],
     params: Any,
@@ -179,12 +197,14 @@ def _update(
     m_correction, v_correction = (1.0 / (1.0 - b**count) for b in (config.b1, config.b2))
 
     def update(
-        w: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array, decays: bool
+        w: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array, decays: bool, factor: float
     ) -> tuple[jax.Array, ...]:
         g = g.astype(jnp.float32) * scale
         m_new = config.b1 * m.astype(jnp.float32) + (1.0 - config.b1) * g
         v_new = config.b2 * v.astype(jnp.float32) + (1.0 - config.b2) * g * g
         step = m_new * m_correction / (jnp.sqrt(v_new * v_correction) + config.eps)
+        if factor != 1:
+            step *= factor
         if decays and config.weight_decay:
             step += config.weight_decay * w
         new = w - rate * step, m_new, v_new
@@ -193,7 +213,8 @@ def _update(
         )
 
     leaves, tree = jax.tree.flatten(params)
-    rest = (tree.flatten_up_to(t) for t in (adam.mu, adam.nu, grads, decay_mask(params)))
+    trees = (adam.mu, adam.nu, grads, decay_mask(params), _rate_scales(model, params))
+    rest = (tree.flatten_up_to(t) for t in trees)
     results = [update(*each) for each in zip(leaves, *rest, strict=True)]
     params, mu, nu = (tree.unflatten(column) for column in zip(*results, strict=True))
     count = jnp.where(apply, count, adam.count)

@@ -63,13 +63,10 @@ def other_model(old: ModelConfig, new: ModelConfig) -> list[str]:
 
 def cannot_branch(parent: TrainConfig, config: TrainConfig) -> list[str]:
     """The settings that a branch must have from its parent and has not, in words."""
-    pairs = [
-        ("seed", parent.seed, config.seed),
-        (
-            "model.initializer_range",
-            parent.model.initializer_range,
-            config.model.initializer_range,
-        ),
+    names = ("initializer_range", "mup", "mup_base_width")
+    pairs = [("seed", parent.seed, config.seed)] + [
+        (f"model.{name}", getattr(parent.model, name), getattr(config.model, name))
+        for name in names
     ]
     return other_model(parent.model, config.model) + [
         f"{name} is {here!r}, there {there!r} (nothing is initialised)"

@@ -119,7 +119,7 @@ def _open_run(config: TrainConfig) -> Run:
         config=config,
         run_dir=Path(config.run_dir),
         mesh=mesh,
-        optimizer=make_optimizer(config.optimizer),
+        optimizer=make_optimizer(config.optimizer, config.model),
         data=data,
         eval_batches=eval_batches,
         tokenizer=tokenizer,

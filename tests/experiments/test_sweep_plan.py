@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from mmfree_jax.config import replace_model
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AS_GIVEN
@@ -129,6 +130,11 @@ def test_the_hash_ignores_where_and_keeps_what():
     assert config_hash(elsewhere) == config_hash(config)
     other = dataclasses.replace(config, batch_size=8)
     assert config_hash(other) != config_hash(config)
+    wider = replace_model(config, mup=True)
+    assert config_hash(wider) != config_hash(config)
+    assert config_hash(replace_model(wider, mup_base_width=64)) != config_hash(wider)
+    # As an earlier version wrote it into its tables, which knew neither branches nor muP.
+    assert config_hash(config) == "96ccc31dbbc164c6"
 
 
 def test_the_estimate_adds_up():
