@@ -21,6 +21,21 @@ def residuals(model: Model, space: str, target: np.ndarray, points: np.ndarray) 
     return value - target
 
 
+def response(
+    model: Model, space: str, log_loss: np.ndarray, point: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals [n] in log or raw loss at one point [P], and their gradient in it [n, P]."""
+    at = model.evaluate(point[None])
+    value, gradient = at.value[0], at.gradient[0].T
+    if model.space == "log" and space == "raw":
+        value = np.exp(value)
+        gradient = gradient * value[:, None]
+    elif model.space == "raw" and space == "log":
+        gradient = gradient / value[:, None]
+        value = np.log(value)
+    return value - (log_loss if space == "log" else np.exp(log_loss)), gradient
+
+
 def exact(
     model: Model,
     objective: Objective,

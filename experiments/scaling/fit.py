@@ -11,15 +11,15 @@ from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
 from mmfree_jax.experiments.scaling.laws import Law, get_law
 from mmfree_jax.experiments.scaling.models import Inputs, Model
 from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.profile import Profile, profile_intervals
 from mmfree_jax.experiments.scaling.search import RESTARTS, Search, search
 from mmfree_jax.experiments.scaling.uncertainty import (
     Bootstrap,
     Holdout,
-    Profile,
     bootstrap,
+    bootstrap_intervals,
+    clusters_of,
     leave_one_out,
-    percentile_intervals,
-    profile_intervals,
 )
 
 Interval = tuple[float | None, float | None]
@@ -37,7 +37,7 @@ class Fit:
         bootstrap: refitted parameters, or None.
         level: of all intervals, such as 0.95.
         intervals: name -> (low, high) from the bootstrap; empty without one.
-        profiles: name -> profile-likelihood interval; open ends are None.
+        profiles: name -> interval by the profile of the objective; open ends are None.
         holdout: prediction of each size by the others (laws of the loss).
         warnings: what a reader must know before using a number.
     """
@@ -130,7 +130,7 @@ def fit_law(
                           kind=resample, seed=seed)  # fmt: skip
         warnings += draws.warnings
         if len(draws.parameters) >= 20:
-            intervals = percentile_intervals(form.parameters, draws.parameters, level)
+            intervals = bootstrap_intervals(form.parameters, model, found, draws, level)
         else:
             warnings.append("no intervals: fewer than 20 bootstrap refits succeeded")
     else:
@@ -140,7 +140,8 @@ def fit_law(
     profiles = {}
     if profile and not exact_fit:
         spread = None if draws is None else draws.points
-        profiles = profile_intervals(form, model, objective, log_loss, found, scale, level, spread)
+        profiles = profile_intervals(form, model, objective, log_loss, found, scale, level, spread,
+                                     clusters_of(frame))  # fmt: skip
     folds = []
     if holdout and not exact_fit and form.target == "loss":
         group = x["params"] if "params" in x else x["compute"]

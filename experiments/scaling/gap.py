@@ -11,6 +11,7 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
+from mmfree_jax.experiments.scaling.sandwich import scatter
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class GapTrend:
         centre, per_size, per_tokens: the least-squares plane; nats, and nats a decade.
         per_both: per_size + per_tokens: a decade of size and of tokens together, which is how
             models grow at a constant number of tokens a parameter.
-        intervals: name -> (low, high), from cells drawn with replacement.
+        intervals: name -> (low, high), by cells' own residuals (`sandwich`) and Student's t.
         budgets: the numbers of tokens in the fit.
         mid_params, mid_tokens: geometric means, where the plane is `centre`.
         residual: standard deviation of what the plane leaves (nats).
@@ -106,12 +107,14 @@ def pair(
     return Pairs(size_b[j], b.tokens[j], b.seed[j], a.loss[i] - b.loss[j], alone)
 
 
-def trend(pairs: Pairs, *, resamples: int = 4000, level: float = 0.95, seed: int = 0) -> GapTrend:
-    """Fits the plane, with a bootstrap over cells (the seeds of one cell stay together).
+def trend(pairs: Pairs, *, level: float = 0.95) -> GapTrend:
+    """Fits the plane; its intervals let cells differ in noise and the seeds of one be alike.
 
     Raises:
         ScalingError: the pairs are fewer than four cells, or of one size or one budget.
     """
+    from scipy.stats import t
+
     cell, inverse = np.unique(np.stack([pairs.params, pairs.tokens]), axis=1, return_inverse=True)
     inverse = inverse.ravel()
     if cell.shape[1] < 4 or min(len(np.unique(row)) for row in cell) < 2:
@@ -126,32 +129,24 @@ def trend(pairs: Pairs, *, resamples: int = 4000, level: float = 0.95, seed: int
     plane, *_ = np.linalg.lstsq(x, pairs.gap, rcond=None)
     left = pairs.gap - x @ plane
 
-    rng = np.random.default_rng(seed)
-    count = cell.shape[1]
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)[:, inverse]
-    grams = np.einsum("rn,np,nq->rpq", draws, x, x)
-    rank = np.linalg.matrix_rank(grams) == 3
-    right = np.einsum("rn,np->rp", draws[rank], x * pairs.gap[:, None])
-    planes = _with_sum(np.linalg.solve(grams[rank], right[..., None])[..., 0])
-    edges = np.quantile(planes, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    names = ("centre", "per_size", "per_tokens", "per_both")
+    combinations = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]])
+    values = combinations @ plane
+    known = scatter(x, left, np.ones(len(left)), inverse, combinations)
+    half = t.ppf((1 + level) / 2, known.freedom) * np.sqrt(known.variance)
 
-    repeated = [pairs.gap[inverse == k] for k in range(count) if np.sum(inverse == k) > 1]
+    repeated = [pairs.gap[inverse == k] for k in range(cell.shape[1]) if np.sum(inverse == k) > 1]
     freedom = sum(len(g) - 1 for g in repeated)
     spread = sum(float(np.sum((g - g.mean()) ** 2)) for g in repeated)
-    names = ("centre", "per_size", "per_tokens", "per_both")
     return GapTrend(
-        *map(float, _with_sum(plane)),
-        intervals={k: (float(lo), float(hi)) for k, lo, hi in zip(names, *edges, strict=True)},
+        *map(float, values),
+        intervals={k: (float(v - h), float(v + h))
+                   for k, v, h in zip(names, values, half, strict=True)},
         budgets=tuple(np.unique(pairs.tokens)), mid_params=float(mid[0]), mid_tokens=float(mid[1]),
         residual=float(np.sqrt(np.sum(left**2) / max(1, len(left) - 3))),
         seed_sd=float(np.sqrt(spread / freedom)) if freedom else float("nan"),
-        level=level, n=len(pairs.gap), cells=count,
+        level=level, n=len(pairs.gap), cells=cell.shape[1],
     )  # fmt: skip
-
-
-def _with_sum(plane: np.ndarray) -> np.ndarray:
-    """[..., 3] with per_size + per_tokens appended, [..., 4]."""
-    return np.concatenate([plane, plane[..., 1:2] + plane[..., 2:3]], axis=-1)
 
 
 def token_multiples(a: RunFrame, b: RunFrame, pairs: Pairs) -> np.ndarray:
@@ -188,7 +183,7 @@ def gap_text(result: GapTrend, names: tuple[str, str]) -> str:
 
     lines = [
         f"loss of {first} less that of {second}, {result.n} pairs in {result.cells} cells "
-        f"({result.level:.0%} intervals, bootstrap over cells)",
+        f"({result.level:.0%} intervals, by cells)",
         f"  at N {result.mid_params:.3g}, D {result.mid_tokens:.3g}: {value('centre')} nats",
         f"  a decade of size:   {value('per_size')} nats",
         f"  a decade of tokens: {value('per_tokens')} nats",

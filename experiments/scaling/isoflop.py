@@ -24,7 +24,11 @@ from mmfree_jax.experiments.scaling.frame import (
     whole,
 )
 from mmfree_jax.experiments.scaling.identifiability import distinct
-from mmfree_jax.experiments.scaling.uncertainty import clusters_of, resampling_weights
+from mmfree_jax.experiments.scaling.uncertainty import (
+    clusters_of,
+    corrected_quantiles,
+    resampling_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,14 @@ class Allocation:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Percentile intervals of `exponents`; empty with fewer than 20 draws."""
+        """Bias-corrected intervals of `exponents`; empty with fewer than 20 draws."""
         if len(self.draws) < 20:
             return {}
-        tail = 50 * (1 - self.level)
         a, b = self.draws[:, 1], self.draws[:, 3]
-        out = {}
-        for name, values in (("a", a), ("b", b), ("a_plus_b", a + b)):
-            low, high = np.percentile(values, [tail, 100 - tail])
-            out[name] = (float(low), float(high))
-        return out
+        ends = corrected_quantiles(
+            np.array(list(self.exponents.values())), np.stack([a, b, a + b], axis=1), self.level
+        )
+        return {k: (float(x), float(y)) for k, (x, y) in zip(self.exponents, ends.T, strict=True)}
 
 
 def group_budgets(frame: RunFrame, c: np.ndarray, tolerance: float = 0.1) -> np.ndarray:

@@ -24,15 +24,14 @@ from mmfree_jax.experiments.scaling.joint_law import (
 from mmfree_jax.experiments.scaling.laws import get_law
 from mmfree_jax.experiments.scaling.models import FAMILY
 from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.profile import Profile, profile_intervals
 from mmfree_jax.experiments.scaling.search import RESTARTS, Search, search
 from mmfree_jax.experiments.scaling.sharing_test import SharingTest, sharing_test
 from mmfree_jax.experiments.scaling.uncertainty import (
     Bootstrap,
-    Profile,
     bootstrap,
+    bootstrap_intervals,
     clusters_of,
-    percentile_intervals,
-    profile_intervals,
 )
 
 TEST_RESAMPLES = 1000
@@ -158,7 +157,7 @@ def fit_joint(
                           need=len(form.parameters))  # fmt: skip
         warnings += draws.warnings
         if len(draws.parameters) >= 20:
-            intervals = percentile_intervals(sharing.names, draws.parameters, level)
+            intervals = bootstrap_intervals(sharing.names, joint.whole, found, draws, level)
         else:
             warnings.append("no intervals: fewer than 20 bootstrap refits succeeded")
         if exact_fit:
@@ -175,7 +174,7 @@ def fit_joint(
     if profile and not exact_fit:
         spread = None if draws is None else draws.points
         profiles = profile_intervals(whole_law, joint.whole, objective, log_loss, found, scale,
-                                     level, spread)  # fmt: skip
+                                     level, spread, clusters_of(frame))  # fmt: skip
     fits = {}
     for k, (name, own) in enumerate(families.items()):
         at = sharing.positions(k)

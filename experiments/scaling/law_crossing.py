@@ -16,6 +16,7 @@ from mmfree_jax.experiments.scaling.lead import (
     measure_lead,
     stretches,
 )
+from mmfree_jax.experiments.scaling.uncertainty import on_bound
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def compare(
     if all(f.bootstrap is not None and len(f.bootstrap.parameters) >= 20 for f in fits):
         sets = [f.bootstrap.parameters for f in fits if f.bootstrap is not None]
         rows = min(len(s) for s in sets)
+        bound = any(on_bound(f.model, f.search) for f in fits)
         lead = measure_lead(
             lambda c: (curve(law, sets[0][:rows], c), curve(law, sets[1][:rows], c)),
-            rows, grid, level,
+            np.full(len(grid), np.nan) if bound else difference(grid), rows, grid, level,
         )  # fmt: skip
         spans = stretches(grid, lead.first, lead.second, level)
     else:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmfree_jax.experiments.scaling.uncertainty import bias_of, corrected_quantiles
+
 EQUAL = 1e-12
 """Losses whose relative difference is no larger are equal: it is rounding that orders them."""
 
@@ -30,8 +32,10 @@ class Lead:
 
     Attributes:
         log10_c: computes [m].
-        first, second: shares of the refits in which that family leads [m]. They add up to less
-            than 1 where the losses of a refit are equal or a refit has no curve.
+        first, second: shares of the refits in which that family leads [m], corrected for the
+            bias of the refits as `gap` is, whose interval leaves out 0 where a share is above
+            (1 + level) / 2. They add up to less than 1 where the losses of a refit are equal
+            or a refit has no curve.
         band: interval of P(first leads) [2, m], of a share counted in so many refits. Refits in
             which nobody leads could fall to either side.
         gap: interval of the first family's loss less the second's [2, m], nats a token.
@@ -99,6 +103,7 @@ def crossings(
 
 def measure_lead(
     losses: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    fitted: np.ndarray,
     refits: int,
     log10_c: np.ndarray,
     level: float,
@@ -107,23 +112,30 @@ def measure_lead(
 
     Args:
         losses: of both families at computes [k], each [R, k].
+        fitted: gap of the fits themselves, first less second [m]; NaN where the refits' bias
+            is not to be corrected.
         refits: R.
         log10_c: computes [m], evenly spaced.
         level: of the intervals.
     """
+    from scipy.special import ndtr, ndtri
+
     leading = np.empty((refits, len(log10_c)), np.int8)
-    gap = np.empty((2, len(log10_c)))
+    gap, bias = np.full((2, len(log10_c)), np.nan), np.zeros(len(log10_c))
     tails = [(1 - level) / 2, (1 + level) / 2]
     for start in range(0, len(log10_c), 200):  # so that few losses are in memory at once
         part = slice(start, start + 200)
         one, other = losses(log10_c[part])
         leading[:, part] = leaders(one, other)
         with np.errstate(invalid="ignore"):
-            finite = np.isfinite(one - other).all(1)
-            gap[:, part] = np.nan
-            if finite.any():
-                gap[:, part] = np.quantile((one - other)[finite], tails, axis=0)
-    first, second = (leading > 0).mean(0), (leading < 0).mean(0)
+            apart = one - other
+        apart = apart[np.isfinite(apart).all(1)]
+        if len(apart):
+            centre = np.where(np.isfinite(fitted[part]), fitted[part], np.median(apart, axis=0))
+            bias[part] = bias_of(centre, apart)
+            gap[:, part] = corrected_quantiles(centre, apart, level)
+    first = ndtr(ndtri((leading > 0).mean(0)) - 2 * bias)
+    second = ndtr(ndtri((leading < 0).mean(0)) + 2 * bias)
     rows, columns = changes(leading)
     crossed, earliest = np.unique(rows, return_index=True)
     places = (log10_c[columns[earliest]] + log10_c[columns[earliest] + 1]) / 2

@@ -124,3 +124,31 @@ def log_likelihood(objective: Objective, total: np.ndarray, n: int) -> np.ndarra
     grid = np.exp(np.linspace(-8, 4, 1201))
     s = total[..., None] / n * grid
     return np.max(-total[..., None] / s - n * log_z(s), axis=-1)
+
+
+def score_and_slope(
+    objective: Objective, residual: np.ndarray, parameters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Derivative of each residual's loss, and the derivative to expect of that, [n] each.
+
+    The score of `huber` and `lad` jumps or bends, so that its expected slope is how densely
+    residuals lie there. That is read off a normal kernel around each residual (Powell 1991),
+    of the width of Silverman's normal reference rule.
+
+    Args:
+        objective: the loss of a residual.
+        residual: at the optimum [n], not all 0.
+        parameters: how many were fitted; so many residuals may be 0 for no other reason.
+    """
+    from scipy.special import ndtr
+
+    if objective.kind in ("log-lsq", "lsq"):
+        return 2 * residual, np.full(len(residual), 2.0)
+    size = np.sort(np.abs(residual))
+    typical = float(np.median(size[min(parameters, len(size) - 1) :])) / 0.6745
+    spread = min(float(np.sqrt(np.mean(residual**2))), typical)
+    width = objective.delta if objective.kind == "huber" else 0.02 * spread
+    factor = multiplier(objective, width)
+    kernel = 1.06 * spread * len(residual) ** -0.2
+    slope = ndtr((width - residual) / kernel) - ndtr((-width - residual) / kernel)
+    return factor * np.clip(residual, -width, width), factor * slope

@@ -11,6 +11,7 @@ from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.grouped import grouped
 from mmfree_jax.experiments.scaling.isoflop import Allocation
 from mmfree_jax.experiments.scaling.law_crossing import LawCrossing
+from mmfree_jax.experiments.scaling.uncertainty import corrected_quantiles, on_bound
 from mmfree_jax.installed import versions
 
 _PACKAGES = ("mmfree-jax", "numpy", "scipy")  # what computed a result
@@ -30,7 +31,8 @@ def fit_document(fit: Fit) -> dict[str, Any]:
         "objective_function": fit.objective.formula,
         "interval_level": fit.level,
         "interval_method": "none" if not fit.intervals else
-        f"percentile bootstrap over {fit.bootstrap.kind if fit.bootstrap else 'runs'}",
+        "bias-corrected percentile bootstrap over "
+        + (fit.bootstrap.kind if fit.bootstrap else "runs"),
         "standard_errors": {},
         "profile_intervals": {k: list(p.interval) for k, p in fit.profiles.items()},
         "leave_one_size_out": [
@@ -72,12 +74,12 @@ def _optimal(fit: Fit) -> dict[str, Any]:
     if fit.bootstrap is not None:
         draws = optimal_allocation(fit.bootstrap.parameters)
         draws = draws[np.isfinite(draws).all(1)]
-    tail = 50 * (1 - fit.level)
 
-    def interval(values: np.ndarray) -> list[float] | None:
+    def interval(value: float, values: np.ndarray) -> list[float] | None:
         if len(values) < 20:
             return None
-        return np.percentile(values, [tail, 100 - tail]).tolist()
+        centre = float(np.median(values)) if on_bound(fit.model, fit.search) else value
+        return corrected_quantiles(centre, values, fit.level)[:, 0].tolist()
 
     largest = float((6 * fit.inputs["params"] * fit.inputs["tokens"]).max())
     table = []
@@ -87,13 +89,13 @@ def _optimal(fit: Fit) -> dict[str, Any]:
         dn, dd = draws[:, 0] + draws[:, 1] * log_c, draws[:, 2] + draws[:, 3] * log_c
         table.append({
             "compute": float(np.exp(log_c)), "decades_beyond_data": decades,
-            "params": float(np.exp(n)), "params_interval": interval(np.exp(dn)),
-            "tokens": float(np.exp(d)), "tokens_interval": interval(np.exp(dd)),
+            "params": float(np.exp(n)), "params_interval": interval(np.exp(n), np.exp(dn)),
+            "tokens": float(np.exp(d)), "tokens_interval": interval(np.exp(d), np.exp(dd)),
             "tokens_per_param": float(np.exp(d - n)),
-            "tokens_per_param_interval": interval(np.exp(dd - dn)),
+            "tokens_per_param_interval": interval(np.exp(d - n), np.exp(dd - dn)),
         })  # fmt: skip
-    return {"a": point[1], "a_interval": interval(draws[:, 1]), "b": point[3],
-            "b_interval": interval(draws[:, 3]), "budgets": table}  # fmt: skip
+    return {"a": point[1], "a_interval": interval(point[1], draws[:, 1]), "b": point[3],
+            "b_interval": interval(point[3], draws[:, 3]), "budgets": table}  # fmt: skip
 
 
 def number(value: float | None) -> str:

@@ -274,7 +274,7 @@ def _to_vertices(model: Model, log_loss: np.ndarray, ends: np.ndarray, values: n
         ends[rows], values[rows] = point, value
 
 
-def _shares(model: Model, point: np.ndarray) -> list[tuple[int, float]]:
+def shares(model: Model, point: np.ndarray) -> list[tuple[int, float]]:
     """(coordinate, greatest share of the loss of any run) of each term, where there are several."""
     gradient = model.evaluate(point[None]).gradient[0]
     return [(j, float(gradient[j].max())) for j in model.terms if len(model.terms) > 1]
@@ -285,7 +285,7 @@ def _without(model: Model, point: np.ndarray, term: int) -> np.ndarray | None:
 
     Where the least objective lies at 0, descent in its logarithm comes near and never arrives.
     """
-    share = dict(_shares(model, point)).get(term, 1.0)
+    share = dict(shares(model, point)).get(term, 1.0)
     if share >= DYING:
         return None
     gone = point.copy()
@@ -302,7 +302,7 @@ def _with_dead_terms_alive(
     """
     size = len(best)
     out = []
-    for j, share in _shares(model, best):
+    for j, share in shares(model, best):
         if share >= 1e-3:
             continue
         start = best.copy()

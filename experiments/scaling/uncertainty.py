@@ -1,26 +1,23 @@
-"""How sure a fit is: bootstrap over runs, profile likelihood, leave-one-size-out."""
+"""How sure a fit is: bootstrap over runs, leave-one-size-out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmfree_jax.experiments.scaling.descent import (
-    exact,
-    follow,
-    huber_oracle,
-    lower,
-    refit,
-    widths_to,
-)
+from mmfree_jax.experiments.scaling.descent import refit
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame
-from mmfree_jax.experiments.scaling.laws import Law
 from mmfree_jax.experiments.scaling.models import Model
-from mmfree_jax.experiments.scaling.objectives import Objective, log_likelihood
-from mmfree_jax.experiments.scaling.search import Search
+from mmfree_jax.experiments.scaling.objectives import Objective
+from mmfree_jax.experiments.scaling.search import Search, shares
 
 Interval = tuple[float | None, float | None]
+
+VANISHED = 1e-3
+"""A term that is nowhere a greater share of the loss than this is on its bound at nothing."""
+MOST_BIAS = 0.75
+"""Greatest distance of a fit from its draws' median (standard deviations) that is corrected."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def bootstrap(
 ) -> Bootstrap:
     """Refit `count` resamples, warm-started from the best few distinct optima of the full data.
 
-    `runs` draws runs with replacement; resamples with fewer distinct runs than parameters
+    `runs` draws runs with replacement; resamples with no more distinct runs than parameters
     determine nothing and are left out (counted in the warnings). `noise` keeps every run and
     redraws its loss from a normal distribution with its own `loss_sd`. The rows of one of the
     `strata` [n] are drawn among themselves, and `need` parameters are to be determined in each.
@@ -93,7 +90,8 @@ def bootstrap(
             rows = strata == s
             own = np.unique(clusters[rows], return_inverse=True)[1]
             weights[:, rows] = resampling_weights(own, count, rng)
-            enough &= (weights[:, rows] > 0).sum(1) >= least + 1
+            one_row = np.flatnonzero(rows)[np.unique(own, return_index=True)[1]]
+            enough &= (weights[:, one_row] > 0).sum(1) >= least + 1
         if min(independent) <= least + 1:
             warnings.append(
                 f"{min(independent)} independent runs for {least} parameters: resampling runs says "
@@ -116,179 +114,50 @@ def bootstrap(
     return Bootstrap(kind, points[good], parameters[good], values[good], count, groups, warnings)
 
 
-def percentile_intervals(
-    names: Sequence[str], draws: np.ndarray, level: float
-) -> dict[str, Interval]:
-    """Equal-tailed percentile intervals of draws [R, P]."""
-    tail = 50 * (1 - level)
-    low, high = np.percentile(draws, [tail, 100 - tail], axis=0)
-    return {name: (float(low[j]), float(high[j])) for j, name in enumerate(names)}
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A profile likelihood: fixed values [m], log-likelihood below the maximum [m], interval.
-
-    An end of the interval is None where the profile stays above the threshold as far as it
-    was followed: the data do not bound the parameter on that side.
-    """
-
-    values: np.ndarray
-    drop: np.ndarray
-    interval: Interval
-
-
-def profile_intervals(
-    law: Law,
-    model: Model,
-    objective: Objective,
-    log_loss: np.ndarray,
-    found: Search,
-    scale: float,
-    level: float,
-    spread: np.ndarray | None,
-    steps: int = 24,
-    reach: float = 5.0,
-) -> dict[str, Profile]:
-    """Fix one parameter at a time, refit the others, and keep what the data do not reject.
-
-    The objective is read as the likelihood whose noise density is exp(-loss / s), s profiled
-    out as well; the interval holds values whose log-likelihood is within chi2_1(level) / 2 of
-    the maximum. It follows each parameter to `reach` standard errors on both sides.
-    """
-    from scipy.stats import chi2
-
-    size, n = len(found.point), len(log_loss)
-    covariance = _covariance(model, objective, log_loss, found, scale, spread)
-    directions, fixed, slopes, rowsets = [], [], [], []
-    for j in range(size):
-        row = model.matrix[j]
-        deviation = np.sqrt(max(row @ covariance @ row, 1e-18))
-        side = reach * (np.arange(1, steps + 1) / steps) ** 1.5
-        values = row @ found.point + np.r_[-side[::-1], side] * deviation
-        floor = np.log(np.linspace(0.02, 1.0, steps)) + log_loss.min() - model.offset[j]
-        if law.parameters[j] == law.floor and values[steps - 1] < floor[0] - 4:
-            values[steps:] = floor  # it vanished: what matters is the way up from nothing
-        for value in values:
-            directions.append(_others(row))
-            fixed.append(value)
-            slopes.append(covariance @ row / deviation**2)  # how the others move along
-            rowsets.append(row)
-    # From every known optimum: where one has lost a term, another knows the fit with it.
-    points, totals = None, None
-    for optimum in found.optima:
-        away = np.array(fixed) - np.array(rowsets) @ optimum
-        end = follow(model, objective, log_loss, optimum + np.array(slopes) * away[:, None],
-                     widths_to(objective, scale), directions=np.array(directions),
-                     tolerance=1e-12, scale=scale).points  # fmt: skip
-        reached = exact(model, objective, log_loss, end)
-        if points is None or totals is None:
-            points, totals = end, reached
-        else:
-            points, totals = lower(points, totals, end, reached)
-    assert points is not None
-    assert totals is not None
-    best = log_likelihood(objective, np.array([found.objective]), n)[0]
-    drop = best - log_likelihood(objective, totals, n)
-    threshold = float(chi2.ppf(level, 1) / 2)
-    out, brackets = {}, []
-    for j, name in enumerate(law.parameters):
-        rows = slice(j * 2 * steps, (j + 1) * 2 * steps)
-        natural = np.insert(fixed[rows], steps, model.matrix[j] @ found.point) + model.offset[j]
-        path = np.insert(points[rows], steps, found.point, axis=0)
-        curve = np.insert(drop[rows], steps, 0.0)
-        with np.errstate(over="ignore"):
-            real = np.exp(natural) if model.positive[j] else natural
-        out[name] = (real, curve)
-        for side, order in enumerate((np.arange(steps, -1, -1), np.arange(steps, 2 * steps + 1))):
-            above = np.flatnonzero(curve[order] > threshold)
-            if len(above):
-                inside, outside = order[above[0] - 1], order[above[0]]
-                brackets.append(_Bracket(j, side, path[[inside, outside]],
-                                         curve[[inside, outside]]))  # fmt: skip
-
-    def likelihood_drop(starts: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        reached = follow(model, objective, log_loss, starts, widths_to(objective, scale),
-                         directions=keep, tolerance=1e-12, scale=scale).points  # fmt: skip
-        return reached, best - log_likelihood(objective, exact(
-            model, objective, log_loss, reached), n)  # fmt: skip
-
-    ends: dict[tuple[int, int], float] = {}
-    for b in _narrowed(brackets, model, threshold, likelihood_drop):
-        mix = (threshold - b.drop[0]) / max(b.drop[1] - b.drop[0], 1e-300)
-        low, high = b.points @ model.matrix[b.parameter] + model.offset[b.parameter]
-        at = low + np.clip(mix, 0, 1) * (high - low)
-        ends[b.parameter, b.side] = float(np.exp(at) if model.positive[b.parameter] else at)
-    return {
-        name: Profile(real, curve, (ends.get((j, 0)), ends.get((j, 1))))
-        for j, (name, (real, curve)) in enumerate(out.items())
-    }
-
-
-@dataclass(frozen=True)
-class _Bracket:
-    """Points [2, P] on a profile below and above the threshold, with their drops [2]."""
-
-    parameter: int
-    side: int
-    points: np.ndarray
-    drop: np.ndarray
-
-
-def _narrowed(
-    brackets: list[_Bracket],
-    model: Model,
-    threshold: float,
-    likelihood_drop: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
-    parts: int = 10,
-    rounds: int = 2,
-) -> list[_Bracket]:
-    """Brackets a hundredth as wide: the profile is curved, and its first steps may be large."""
-    share = np.arange(1, parts) / parts
-    for _ in range(rounds if brackets else 0):
-        starts = np.concatenate([
-            b.points[0] + share[:, None] * (b.points[1] - b.points[0]) for b in brackets
-        ])  # fmt: skip
-        keep = np.concatenate([
-            np.repeat(_others(model.matrix[b.parameter])[None], len(share), axis=0)
-            for b in brackets
-        ])  # fmt: skip
-        points, drops = likelihood_drop(starts, keep)
-        narrower = []
-        for i, b in enumerate(brackets):
-            rows = slice(i * len(share), (i + 1) * len(share))
-            between = np.concatenate([b.points[:1], points[rows], b.points[1:]])
-            drop = np.r_[b.drop[0], drops[rows], b.drop[1]]
-            k = int(np.argmax(drop > threshold))
-            narrower.append(_Bracket(b.parameter, b.side, between[[k - 1, k]], drop[[k - 1, k]]))
-        brackets = narrower
-    return brackets
-
-
-def _others(row: np.ndarray) -> np.ndarray:
-    """Directions [P, P - 1] along which `row @ point` does not change."""
-    return np.linalg.svd(row[None])[2][1:].T
-
-
-def _covariance(
-    model: Model,
-    objective: Objective,
-    log_loss: np.ndarray,
-    found: Search,
-    scale: float,
-    spread: np.ndarray | None,
+def corrected_quantiles(
+    estimate: np.ndarray | float, draws: np.ndarray, level: float
 ) -> np.ndarray:
-    """Covariance of the standardised coordinates: of the bootstrap, else by curvature."""
-    if spread is not None and len(spread) > 50:
-        low, high = np.percentile(spread, [1, 99], axis=0)
-        inside = spread[((spread >= low) & (spread <= high)).all(1)]
-        if len(inside) > 20:
-            return np.cov(inside.T) + 1e-12 * np.eye(len(found.point))
-    wide = huber_oracle(model, objective.space, log_loss, np.inf, 1.0)
-    hessian = wide(found.point[None], np.zeros(1, int))[2][0]
-    values, basis = np.linalg.eigh(hessian)
-    values = np.maximum(values, 1e-8 * max(values.max(), 1e-300))
-    return (basis / values) @ basis.T * (2 * scale**2)
+    """Bias-corrected percentile intervals [2, m] of estimates [m] by draws [R, m] (Efron 1981).
+
+    The median of a robust fit's draws is a smoother estimate than the fit, so that plain
+    percentiles lie around another centre and cover too often. The correction reads the draws
+    at other percentiles, by how many of them lie below the estimate.
+    """
+    from scipy.special import ndtr, ndtri
+
+    draws = draws.reshape(len(draws), -1)
+    tails = ndtri([[(1 - level) / 2], [(1 + level) / 2]])
+    at = ndtr(2 * bias_of(estimate, draws) + tails) * (len(draws) - 1)
+    below = at.astype(int)
+    ordered = np.sort(draws, axis=0)
+    low = np.take_along_axis(ordered, below, axis=0)
+    high = np.take_along_axis(ordered, np.minimum(below + 1, len(draws) - 1), axis=0)
+    return low + (at - below) * (high - low)
+
+
+def bias_of(estimate: np.ndarray | float, draws: np.ndarray) -> np.ndarray:
+    """The normal quantile [m] of the share of draws [R, m] below an estimate [m], bounded."""
+    from scipy.special import ndtri
+
+    below = (draws < estimate).mean(0) + 0.5 * (draws == estimate).mean(0)
+    return np.clip(ndtri(below), -MOST_BIAS, MOST_BIAS)
+
+
+def on_bound(model: Model, found: Search) -> bool:
+    """Whether a term vanished in a fit, which then is no centre to correct draws to."""
+    return any(share < VANISHED for _, share in shares(model, found.point))
+
+
+def bootstrap_intervals(
+    names: Sequence[str], model: Model, found: Search, draws: Bootstrap, level: float
+) -> dict[str, Interval]:
+    """Intervals of a law's parameters by its bootstrap."""
+    values = draws.parameters
+    centre = model.to_parameters(found.point)
+    if on_bound(model, found):
+        centre = np.median(values, axis=0)
+    lows, highs = corrected_quantiles(centre, values, level).tolist()
+    return dict(zip(names, zip(lows, highs, strict=True), strict=True))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_stretches_are_the_quantiles_of_one_crossing():
     place = 4 + 0.5 * norm.ppf((np.arange(400) + 0.5) / 400)
     x = np.arange(0, 8, 0.01)
     lead = measure_lead(
-        lambda c: (np.full((400, len(c)), 3.0), 3 + place[:, None] - c), 400, x, 0.95
+        lambda c: (np.full((400, len(c)), 3.0), 3 + place[:, None] - c), x - 4, 400, x, 0.95
     )
     found = stretches(x, lead.first, lead.second, 0.95)
     assert [s.leader for s in found] == [0, None, 1]
@@ -111,10 +111,26 @@ def test_stretches_are_the_quantiles_of_one_crossing():
     assert lead.gap[:, middle] == pytest.approx([-0.98, 0.98], abs=0.02)
 
 
+def test_the_bias_of_refits_is_corrected():
+    """Refits whose crossings lie 0.2 too far, 4.2 + z / 2: their interval is moved to 3.8."""
+    place = 4.2 + 0.5 * norm.ppf((np.arange(4000) + 0.5) / 4000)
+    x = np.arange(0, 8, 0.01)
+    lead = measure_lead(
+        lambda c: (np.full((4000, len(c)), 3.0), 3 + place[:, None] - c), x - 4, 4000, x, 0.95
+    )
+    found = stretches(x, lead.first, lead.second, 0.95)
+    assert found[1].low == pytest.approx(3.8 - 0.98, abs=0.02)
+    assert found[1].high == pytest.approx(3.8 + 0.98, abs=0.02)
+    at = np.argmin(np.abs(x - found[1].low))
+    assert lead.gap[1, at] == pytest.approx(0, abs=0.02)
+
+
 def test_refits_without_a_curve_settle_nothing():
     x = np.arange(0, 2, 0.01)
     other = np.where(np.arange(100)[:, None] < 10, np.nan, 4.0) + 0 * x
-    lead = measure_lead(lambda c: (np.full((100, len(c)), 3.0), other[:, : len(c)]), 100, x, 0.95)
+    lead = measure_lead(
+        lambda c: (np.full((100, len(c)), 3.0), other[:, : len(c)]), 0 * x - 1, 100, x, 0.95
+    )
     assert lead.probability[0] == 1
     assert lead.band[0, 0] < 0.9  # the ten could fall to either side
     assert [s.leader for s in stretches(x, lead.first, lead.second, 0.95)] == [None]

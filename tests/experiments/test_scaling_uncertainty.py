@@ -156,11 +156,23 @@ def test_a_floor_that_the_data_do_not_show_keeps_its_upper_bound():
     assert fit.intervals["E"][1] > 0.05
     low, high = fit.profiles["E"].interval
     assert low is None
-    # The profile's end by hand: least squares with E fixed, on a grid of exponents.
+    # The profile's end by hand: least squares with E fixed, against the sandwich variance of E
+    # in the textbook's matrices (White's HC2, Bell and McCaffrey's degrees of freedom).
     best = _squares_at(0.0, frame, loss)
     grid = np.linspace(0.0, loss.min() * 0.999, 400)
-    drop = 8 * np.log(np.array([_squares_at(e, frame, loss) for e in grid]) / best)
-    by_hand = grid[np.argmax(drop > 3.841 / 2)]
+    rise = np.array([_squares_at(e, frame, loss) for e in grid]) - best
+    fitted = fit.predict(fit.inputs)
+    x = np.stack([1 / fitted, np.ones(16), np.log(c / c.mean())], axis=1)
+    inverse = np.linalg.inv(x.T @ x)
+    rest = np.eye(16) - x @ inverse @ x.T
+    weights = (x @ inverse)[:, 0]
+    each = np.diag(weights**2 / np.diag(rest))
+    variance = np.sum(np.diag(each) * np.log(fitted / loss) ** 2)
+    form = rest @ each @ rest
+    freedom = np.trace(form) ** 2 / np.trace(form @ form)
+    assert freedom == pytest.approx(6.35, abs=0.01)
+    statistic = rise / (variance / inverse[0, 0])
+    by_hand = grid[np.argmax(statistic > 2.4143**2)]  # Student's t, 97.5% at 6.35 degrees
     assert high == pytest.approx(by_hand, rel=0.02)
 
 
