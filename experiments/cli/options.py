@@ -123,6 +123,6 @@ def outputs(out: Path, sources: Sequence[Path] = ()) -> tuple[Path, Path]:
     if not out.parent.is_dir():
         raise ScalingError(f"out: the folder {out.parent} does not exist; create it first")
     beside = out.with_suffix(".png"), out.with_suffix(".plot.csv")
-    first = "law|families|approaches"  # keys of the documents
+    first = "laws?|families|approaches"  # keys of the documents
     check_file(out, rf'\{{\s*"({first})"', beside=beside, sources=sources)
     return beside

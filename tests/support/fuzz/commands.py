@@ -67,9 +67,11 @@ GOOD: dict[str, tuple[str, ...]] = {
     "fit": (
         "runs.csv --bootstrap 2 --out new.json --no-plot",
         "few.csv --law power --out new.json",
+        "few.csv runs.csv --joint --law power --share gamma --bootstrap 2 --out new.json --no-plot",
     ),
     "crossing": ("runs.csv few.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
     "isoflop": ("runs.csv --bootstrap 2 --out new.json",),
+    "extrapolate": ("runs.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
     "sweep design": (
         "sweep.yaml --budget 1e14 --assume E=1.7,A=400,B=2000,alpha=0.3,beta=0.4 --runs 12 "
         "--params 1e4 1e7 --device H100 --out new.yaml",
