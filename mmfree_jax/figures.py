@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -30,6 +33,23 @@ def count(value: float) -> str:
         if max(limit, 1e4) <= abs(value) < 1e15:
             return f"{value / limit:.10g}{unit}".replace("-", "\N{MINUS SIGN}")
     return number(value)
+
+
+def show_late(axes: "Axes", share: float = 0.9) -> None:
+    """Sets the y-range by what lines and marks have in the last share of x: a loss's first fall
+    would flatten all that follows, and leaves the page.
+
+    Args:
+      axes: with lines in them, on a linear x-axis; without a finite value they stay as they are.
+      share: of the range of x, from its end.
+    """
+    points = np.concatenate([line.get_xydata() for line in axes.lines])
+    points = points[np.isfinite(points).all(1)]
+    if len(points):
+        x, y = points.T
+        late = y[x >= x.max() - share * (x.max() - x.min())]
+        room = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max()) or 1.0
+        axes.set_ylim(late.min() - room, late.max() + room)
 
 
 def set_ticks(axis: "Axis", label: Callable[[float], str] = number) -> None:

@@ -48,10 +48,10 @@ def fit(argv: Sequence[str]) -> int:
 
     from mmfree_jax.experiments.scaling.errors import ScalingError
     from mmfree_jax.experiments.scaling.fit import fit_law
+    from mmfree_jax.experiments.scaling.fit_plots import plot_fit
     from mmfree_jax.experiments.scaling.law_plots import plot_measured
     from mmfree_jax.experiments.scaling.laws import get_law
     from mmfree_jax.experiments.scaling.objectives import Objective
-    from mmfree_jax.experiments.scaling.plots import plot_fit
     from mmfree_jax.experiments.scaling.report import fit_document, fit_text
 
     outputs(a.out, a.runs)
@@ -75,8 +75,9 @@ def fit(argv: Sequence[str]) -> int:
 def _fit_joint(a: Arguments, objective: "Objective") -> int:
     """Families together."""
     from mmfree_jax.experiments.scaling.errors import ScalingError
+    from mmfree_jax.experiments.scaling.fit_plots import plot_joint
     from mmfree_jax.experiments.scaling.joint import by_family, fit_joint
-    from mmfree_jax.experiments.scaling.joint_report import joint_document, joint_text, plot_joint
+    from mmfree_jax.experiments.scaling.joint_report import joint_document, joint_text
     from mmfree_jax.experiments.scaling.laws import get_law
 
     law = get_law(a.law)

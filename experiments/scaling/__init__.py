@@ -6,6 +6,7 @@ the guide.
 
 from mmfree_jax.experiments.scaling.crossing import cross
 from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.extrapolation import extrapolate
 from mmfree_jax.experiments.scaling.fit import Fit, fit_law
 from mmfree_jax.experiments.scaling.frame import RunFrame, compute, make_frame
 from mmfree_jax.experiments.scaling.isoflop import envelope, isoflop, parametric
@@ -26,6 +27,7 @@ __all__ = [
     "compute",
     "cross",
     "envelope",
+    "extrapolate",
     "fit_joint",
     "fit_law",
     "isoflop",

@@ -125,7 +125,7 @@ def fit_joint(
     """
     form = get_law(law)
     sharing = share(form, list(families), shared)
-    objective = objective or Objective("lsq" if law == "line" else "huber")
+    objective = objective or Objective(form.objective)
     for name, frame in families.items():
         if len(frame) < len(form.parameters):
             raise ScalingError(
@@ -134,7 +134,8 @@ def fit_joint(
                 "name a law with fewer by --law"
             )
     size, flops = resolve(list(families.values()), size, flops)
-    frame = join([replace(f, family=np.full(len(f), name)) for name, f in families.items()])
+    named = {n: replace(f, family=np.full(len(f), n)) for n, f in families.items()}
+    frame = join(list(named.values()))
     of_family = np.repeat(np.arange(len(families)), [len(f) for f in families.values()])
     x = inputs(frame, form.inputs, size=size, flops=flops) | {FAMILY: of_family}
     log_loss = np.log(frame.loss)
@@ -176,7 +177,7 @@ def fit_joint(
         profiles = profile_intervals(whole_law, joint.whole, objective, log_loss, found, scale,
                                      level, spread, clusters_of(frame))  # fmt: skip
     fits = {}
-    for k, (name, own) in enumerate(families.items()):
+    for k, (name, own) in enumerate(named.items()):
         at = sharing.positions(k)
         names = [sharing.names[i] for i in at]
         fits[name] = _of_family(

@@ -1,15 +1,10 @@
-"""A joint fit as a JSON document, as text in which no number stands alone, and as a figure."""
+"""A joint fit as a JSON document and as text in which no number stands alone."""
 
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from mmfree_jax.experiments.scaling.compute_optimal import curve
 from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.joint import JointFit
 from mmfree_jax.experiments.scaling.report import fit_document, meaning_of, number, with_interval
-from mmfree_jax.figures import COLOURS, set_ticks
 from mmfree_jax.installed import versions
 
 
@@ -108,44 +103,3 @@ def conclusion(fit: JointFit) -> str:
     return (f"likelihood ratio of fits apart, with {freed} more: {number(test.statistic)}, "
             f"p = {test.p_value:.3g} by {len(test.draws)} data sets drawn under sharing: "
             f"{verdict}")  # fmt: skip
-
-
-def plot_joint(fit: JointFit) -> tuple[Figure, list[dict]]:
-    """Left: every family's runs, best loss over compute and floor; right: residuals."""
-    rows: list[dict] = []
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    seen = []
-    for k, (name, own) in enumerate(fit.fits.items()):
-        colour, x = COLOURS[k % len(COLOURS)], own.inputs
-        c = x["compute"] if "compute" in x else 6 * x["params"] * x["tokens"]
-        loss, fitted = np.exp(own.log_loss), own.predict(x)
-        rows += [{"series": f"{name} run", "compute": a, "loss": b, "fitted": f,
-                  "log_residual": np.log(b / f)}
-                 for a, b, f in zip(c, loss, fitted, strict=True)]  # fmt: skip
-        left.scatter(c, loss, s=14, color=colour, label=f"{name}: runs")
-        grid = np.linspace(np.log10(c.min()), np.log10(c.max()) + 1, 200)
-        line = curve(own.law, own.vector(), grid)[0]
-        rows += [{"series": f"{name} law", "compute": 10**g, "fitted": v}
-                 for g, v in zip(grid, line, strict=True)]  # fmt: skip
-        left.plot(10**grid, line, color=colour, lw=1.2, label=f"{name}: least loss by the law")
-        right.scatter(c, np.log(loss / fitted), s=14, color=colour, label=name)
-        seen += [loss, line[np.isfinite(line)]]
-    low, high = min(v.min() for v in seen), max(v.max() for v in seen[::2])
-    floor = fit.sharing.law.floor
-    if floor in fit.sharing.shared:
-        value = fit.parameters[floor]
-        left.axhline(value, color="black", lw=0.8, ls=":",
-                     label=f"shared {floor} = {number(value)}")  # fmt: skip
-        low = min(low, value)
-    left.set(xscale="log", xlabel="training compute, FLOPs", ylabel="loss, nats a token",
-             ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))  # fmt: skip
-    left.set_title(fit.sharing.law.formula, fontsize=9)
-    left.legend(fontsize=8)
-    right.axhline(0, color="black", lw=0.8)
-    right.set(xscale="log", xlabel="training compute, FLOPs", ylabel="log L - log L fitted")
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        set_ticks(axes.xaxis)
-        set_ticks(axes.yaxis)
-    return figure, rows

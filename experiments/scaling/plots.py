@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -17,7 +16,6 @@ from matplotlib.ticker import FuncFormatter
 
 from mmfree_jax.experiments.scaling.compute_optimal import curve
 from mmfree_jax.experiments.scaling.crossing import Crossing
-from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
 from mmfree_jax.experiments.scaling.gap import GapTrend, Pairs
 from mmfree_jax.experiments.scaling.isoflop import Allocation
@@ -36,57 +34,13 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _band(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray] | None:
+def band_of(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Pointwise interval of curves [R, m], as low and high [m]; None for fewer than 20."""
     if len(draws) < 20:
         return None
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(draws, [tail, 100 - tail], axis=0)
     return low, high
-
-
-def plot_fit(fit: Fit) -> tuple[Figure, Rows]:
-    """Left: loss over compute with the law; right: residuals of log loss over compute."""
-    rows: Rows = []
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    x = fit.inputs
-    c = x["compute"] if "compute" in x else 6 * x["params"] * x["tokens"]
-    loss, predicted = np.exp(fit.log_loss), fit.predict(x)
-    for i in range(len(loss)):
-        rows.append({"series": "run", "compute": c[i], "loss": loss[i], "fitted": predicted[i],
-                     "log_residual": np.log(loss[i] / predicted[i])})  # fmt: skip
-    if "params" in x:
-        points = left.scatter(c, loss, c=x["params"], s=14, cmap="viridis", norm=LogNorm(),
-                              zorder=3, label="runs")  # fmt: skip
-        bar = figure.colorbar(points, ax=left, label="parameters N")
-        set_ticks(bar.ax.yaxis, count)
-    else:
-        left.scatter(c, loss, s=14, color=COLOURS[0], zorder=3, label="runs")
-    grid = np.linspace(np.log10(c.min()), np.log10(c.max()) + 1, 200)
-    line = curve(fit.law, fit.vector(), grid)[0]
-    label = "compute-optimal" if "params" in x else fit.law.name
-    left.plot(10**grid, line, color="black", lw=1.2, label=label)
-    band = None
-    if fit.bootstrap is not None:
-        band = _band(curve(fit.law, fit.bootstrap.parameters[:1000], grid), fit.level)
-    if band is not None:
-        left.fill_between(10**grid, *band, color="black", alpha=0.15, lw=0,
-                          label=f"{100 * fit.level:.0f}% interval")  # fmt: skip
-    for i, g in enumerate(grid):
-        row = {"series": label, "compute": 10**g, "fitted": line[i]}
-        if band is not None:
-            row |= {"low": band[0][i], "high": band[1][i]}
-        rows.append(row)
-    left.set(xscale="log", xlabel="training compute, FLOPs", ylabel="loss, nats a token")
-    left.set_title(fit.law.formula, fontsize=9)
-    left.legend(fontsize=8)
-    _compute_axes(left)
-    right.axhline(0, color="black", lw=0.8)
-    right.scatter(c, np.log(loss / predicted), s=14, color=COLOURS[0])
-    right.set(xscale="log", xlabel="training compute, FLOPs", ylabel="log L - log L fitted")
-    right.set_title(f"residuals of {len(loss)} runs", fontsize=9)
-    _compute_axes(right)
-    return figure, rows
 
 
 def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
@@ -163,6 +117,8 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
                 ends = (result.data[0] if low is None else low,
                         result.horizon if high is None else high)  # fmt: skip
                 right.plot(ends, [y, y], color=colours[r.law], lw=2)
+                if high is None:
+                    _arrow(right, result.horizon, y, colours[r.law])
             if place is not None:
                 right.plot(place, y, "o", color=colours[r.law])
             rows.append({"series": f"crossing {r.law}", "log10_compute": place, "low": low,
@@ -170,7 +126,7 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
         none = "no bootstrap" if r.probability_none is None else f"{r.probability_none:.2f}"
         right.text(result.horizon, y + 0.12, f"P(no crossing) = {none}", ha="right", fontsize=7)
     right.set_yticks(range(len(result.laws), 0, -1), [r.law for r in result.laws])
-    right.set_ylim(0.1, len(result.laws) + 0.7)
+    right.set_ylim(-0.1, len(result.laws) + 0.7)
     for axes in (lead, right):
         axes.set_xlim(result.data[0] - 0.5, result.horizon + 0.5)
     for axes in (gap, lead, right):
@@ -181,10 +137,17 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
     marks = {
         "central estimate": Line2D([], [], color=_GREY, marker="o", ls=""),
         f"{100 * result.level:.0f}% interval": Line2D([], [], color=_GREY, lw=2),
+        "to never": Line2D([], [], color=_GREY, marker=">", ls=""),
         "compute of the runs": grey,
     }
-    right.legend(list(marks.values()), list(marks), fontsize=7, ncols=3, loc="lower right")
+    right.legend(list(marks.values()), list(marks), fontsize=7, ncols=2, loc="lower right")
     return figure, rows
+
+
+def _arrow(axes: Axes, x: float, y: float, colour: str) -> None:
+    """An interval that has no upper end: later than the horizon, or never."""
+    axes.annotate("", (x + 0.45, y), (x - 0.3, y),
+                  arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2})  # fmt: skip
 
 
 def plot_allocation(result: Allocation) -> tuple[Figure, Rows]:
@@ -230,7 +193,7 @@ def plot_allocation(result: Allocation) -> tuple[Figure, Rows]:
         band = None
         if len(result.draws):
             some = result.draws[:1000][:, list(columns)]
-            band = _band(np.exp(some[:, :1] + some[:, 1:] * np.log(grid)), result.level)
+            band = band_of(np.exp(some[:, :1] + some[:, 1:] * np.log(grid)), result.level)
         if band is not None:
             right.fill_between(grid, *band, color=colour, alpha=0.2, lw=0)
         rows += [{"series": name, "compute": a, "value": b} for a, b in zip(c, values, strict=True)]
@@ -349,7 +312,7 @@ def plot_rates(
                      for r, x in found.items()]  # fmt: skip
         axes.set(xscale="log", xlabel="peak learning rate", title=family)
         _ticks(axes, {r for size in sizes_here for r in tried[family, size]})
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, title=family, title_fontsize=8)
     panels[0].set(ylabel="loss above the best, nats a token", ylim=(-0.01, _MOST_ABOVE))
     figure.supxlabel(f"lines that leave the top go on to losses above {_MOST_ABOVE:g}", fontsize=8)
     return figure, rows

@@ -16,7 +16,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.errors import SweepError
-from mmfree_jax.figures import COLOURS, count, set_ticks
+from mmfree_jax.figures import COLOURS, count, set_ticks, show_late
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.train.smoothing import recent_average, smooth
 
@@ -203,7 +203,8 @@ def plot_phases(curve: Curve, smoothing: float = 0.8) -> "Figure":
     loss.plot(curve.eval_steps, curve.eval_loss, "o", color=COLOURS[1], markersize=4,
               label="held-out")  # fmt: skip
     loss.set(ylabel="loss (nats a token)", title=curve.name)
-    loss.legend(frameon=False, fontsize=9)
+    loss.legend(frameon=False, fontsize=9, title=curve.name, title_fontsize=9)
+    show_late(loss)
     rate.plot(curve.steps, curve.rate, color=COLOURS[2])
     rate.set(ylabel="learning rate", ylim=(0, None))
     for axes in flips:
