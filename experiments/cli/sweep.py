@@ -56,6 +56,15 @@ class _Run(_Cost):
     """Try failed runs again."""
 
 
+@dataclass(frozen=True)
+class _Status(_Sweep):
+    watch: bool = False
+    """Go on showing the runs under way and the time that is left, until the sweep is over or
+    Ctrl-C."""
+    every: AboveZero = 5.0
+    """With --watch: time between looks at the folder (seconds)."""
+
+
 def _load(a: _Sweep) -> "SweepConfig":
     from mmfree_jax.experiments.sweep.config import load_sweep
 
@@ -167,11 +176,15 @@ def run(argv: Sequence[str]) -> int:
 
 def status(argv: Sequence[str]) -> int:
     """Show how far a sweep has come, and why runs failed."""
-    a = parse(_Sweep, argv, prog="mmfree sweep status", description=status.__doc__)
+    a = parse(_Status, argv, prog="mmfree sweep status", description=status.__doc__)
     from mmfree_jax.experiments.sweep.report import status_text
     from mmfree_jax.experiments.sweep.state import snapshot
+    from mmfree_jax.experiments.sweep.watch import watch
 
-    print(status_text(snapshot(_load(a))))
+    sweep = _load(a)
+    if a.watch:
+        watch(sweep, sys.stdout, every=a.every)
+    print(status_text(snapshot(sweep)))
     return 0
 
 
