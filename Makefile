@@ -8,7 +8,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit quick fuzz aot aot-tpu wheel clean
+.PHONY: help train sample test lint format typecheck unit quick fuzz torch aot aot-tpu wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ quick: $(VENV)/.dev ## Run the tests without the slow ones
 fuzz: $(VENV)/.dev ## Try malformed commands and damaged files at random (10 minutes at most; SEED=0)
 	PYTHONPATH=tests/support $(BIN)/python -m fuzz --seed $(SEED)
 
+torch: $(VENV)/.torch ## Load exports in PyTorch, transformers and lm-eval (an environment of its own, 2 GB)
+	$(VENV)/torch/bin/pytest tests/interop_torch
+
 aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and an H100 without having either (installs 3 GB)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot
 
@@ -69,6 +72,16 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[corpus,eval,notebooks,dev]'
+	@touch $@
+
+# Of PyTorch the build for CPUs, where its own index can be reached.
+$(VENV)/.torch: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/torch
+	$(VENV)/torch/bin/python -m pip install --quiet --retries 0 \
+		--extra-index-url https://download.pytorch.org/whl/cpu 'torch>=2.6' || \
+		$(VENV)/torch/bin/python -m pip install --quiet 'torch>=2.6'
+	$(VENV)/torch/bin/python -m pip install --quiet --editable '.[eval]' 'transformers>=4.48,<6' \
+		accelerate 'pytest>=8' 'pytest-timeout>=2.3'
 	@touch $@
 
 # JAX's compilers for devices that are absent: libtpu, and the CUDA plugin without its libraries.

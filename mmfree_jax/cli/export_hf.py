@@ -14,10 +14,10 @@ def export_hf(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
 ) -> int:
-    """Write a model as a Hugging Face folder that the authors' package (or transformers) loads.
+    """Write a model as a Hugging Face folder that transformers (and the authors' package) loads.
 
     Args:
-      source: Run directory or model folder.
+      source: Run directory, model folder or packed model, whose weights stay at 2 bits.
       target: New folder.
       dtype: Dtype of the stored weights; float32 keeps every bit.
       overwrite: Replace an earlier output of this command; nothing else is replaced.

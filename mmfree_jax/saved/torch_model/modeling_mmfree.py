@@ -285,6 +285,7 @@ class HGRNBitForCausalLM(HGRNBitPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: HGRNBitState | None = None,
         cache: HGRNBitState | None = None,
         attention_mask: Tensor | None = None,
@@ -296,7 +297,9 @@ class HGRNBitForCausalLM(HGRNBitPreTrainedModel, GenerationMixin):
         """The tokens that the state has not seen; before the first, all."""
         state = past_key_values if cache is None else cache
         given: dict[str, Any] = {"input_ids": input_ids}
-        if state is not None and state.seen:
+        if state is not None and next_sequence_length is not None:
+            given = {"input_ids": input_ids[:, -next_sequence_length:]}
+        elif state is not None and state.seen:
             length = (input_ids if attention_mask is None else attention_mask).shape[1]
             if length <= state.seen:
                 raise ValueError(
