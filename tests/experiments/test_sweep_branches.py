@@ -3,7 +3,9 @@
 The trainer only pretends here; the real one is in test_sweep_end_to_end.py.
 """
 
+import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,38 +73,54 @@ summary = {"status": "complete", "step": steps, "tokens": steps * 256,
 """
 
 
+def build(folder, **values):
+    base = {
+        "out": str(folder),
+        "families": [{"base": "matmulfree", "learning_rates": [4e-3]}],
+        "sizes": ["2x64"],
+        "tokens": [2560, 5120, 10240],  # 10, 20 and 40 steps, 8, 16 and 32 at full rate
+        "schedule": "wsd-branched",
+        "warmup_fraction": 0.2,
+        "train": {"batch_size": 4, "data": {"seq_len": 64}},
+    }
+    return from_dict(SweepConfig, {**base, **values})
+
+
 @pytest.fixture
 def make(tmp_path):
-    def build(**values):
-        base = {
-            "out": str(tmp_path / "out"),
-            "families": [{"base": "matmulfree", "learning_rates": [4e-3]}],
-            "sizes": ["2x64"],
-            "tokens": [2560, 5120, 10240],  # 10, 20 and 40 steps, 8, 16 and 32 at full rate
-            "schedule": "wsd-branched",
-            "warmup_fraction": 0.2,
-            "train": {"batch_size": 4, "data": {"seq_len": 64}},
-        }
-        return from_dict(SweepConfig, {**base, **values})
-
-    return build
+    return functools.partial(build, tmp_path / "out")
 
 
-@pytest.fixture
-def go(tmp_path):
-    script = tmp_path / "trainer.py"
+@pytest.fixture(scope="module")
+def go(tmp_path_factory):
+    script = tmp_path_factory.mktemp("trainer") / "trainer.py"
     script.write_text(_TRAINER)
+
+    def command(config: Path) -> list[str]:
+        return [sys.executable, str(script), str(config)]
 
     def run(sweep, **options):
         lines: list[str] = []
-
-        def command(config: Path) -> list[str]:
-            return [sys.executable, str(script), str(config)]
-
-        tally = run_sweep(sweep, Options(**options), say=lines.append, command=command)
-        return tally, lines
+        return run_sweep(sweep, Options(**options), say=lines.append, command=command), lines
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, go):
+    """A sweep that is done, two runs at a time: config, tally and lines. Leave it as it is."""
+    sweep = build(tmp_path_factory.mktemp("whole") / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE", "stepwise")
+        return sweep, *go(sweep, parallel=2)
+
+
+@pytest.fixture
+def done(whole, make):
+    """A copy of it."""
+    sweep = make()
+    shutil.copytree(whole[0].out, sweep.out)
+    return sweep
 
 
 def starts(sweep, folder="runs"):
@@ -165,10 +183,8 @@ def test_single_budgets_and_other_rates_have_no_trunk(make):
     assert snapshot(make(schedule="train")).trunks == []
 
 
-def test_branches_start_where_their_trunk_has_come_to(make, go, monkeypatch):
-    monkeypatch.setenv("FAKE", "stepwise")
-    sweep = make()
-    tally, lines = go(sweep, parallel=2)
+def test_branches_start_where_their_trunk_has_come_to(whole, go):
+    sweep, tally, lines = whole
     assert not tally.failed, tally.failed
     assert sorted(tally.done) == sorted([TRUNK, SHORT, MIDDLE, LONG])
     folder = f"{sweep.out}/trunks/{TRUNK}"
@@ -185,12 +201,10 @@ def test_branches_start_where_their_trunk_has_come_to(make, go, monkeypatch):
     assert "3 of these 3 runs are decays branched from 1 trunks" in text
     assert len(best_rows(snapshot(sweep))) == 3
     assert "4 done; " in status_text(snapshot(sweep))
-    monkeypatch.delenv("FAKE")
     assert not go(sweep)[0].done
 
 
-def test_larger_budgets_make_the_trunk_longer_and_others_take_what_is_kept(make, go):
-    go(make())
+def test_larger_budgets_make_the_trunk_longer_and_others_take_what_is_kept(done, make, go):
     sweep = make(tokens=[1280, 2560, 5120], min_steps=5)
     with pytest.raises(SweepError, match="other settings"):  # another warm-up is another run
         snapshot(sweep)
@@ -210,12 +224,10 @@ def test_larger_budgets_make_the_trunk_longer_and_others_take_what_is_kept(make,
     assert starts(sweep)[waiting] == [f"80 {folder}@64"]
 
 
-def test_the_table_is_enough_to_go_on_elsewhere(make, go, tmp_path):
-    sweep = make()
-    go(sweep)
+def test_the_table_is_enough_to_go_on_elsewhere(whole, make, go, tmp_path):
     there = tmp_path / "there"
     there.mkdir()
-    lines = (Path(sweep.out) / "results.csv").read_text().splitlines(keepends=True)
+    lines = (Path(whole[0].out) / "results.csv").read_text().splitlines(keepends=True)
     (there / "results.csv").write_text("".join(lines))
     assert not go(make(out=str(there)))[0].done
     (there / "results.csv").write_text("".join(line for line in lines if LONG not in line))
@@ -251,10 +263,8 @@ def test_checkpoints_of_a_trunk_go_after_its_last_branch(make, go):
     assert not go(sweep)[0].done
 
 
-def test_a_branch_that_was_cut_off_keeps_its_source(make, go, tmp_path):
-    sweep = make()
-    go(sweep)
-    out = Path(sweep.out)
+def test_a_branch_that_was_cut_off_keeps_its_source(done, go):
+    sweep, out = done, Path(done.out)
     table = out / "results.csv"
     table.write_text("".join(line for line in table.open() if LONG not in line))
     (out / "runs" / LONG / "summary.json").unlink()
