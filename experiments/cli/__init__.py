@@ -1,1 +1,1 @@
-"""Subcommands of `mmfree`: bench, fit, crossing, isoflop, sweep and hardware."""
+"""Subcommands of `mmfree`: bench, fit, crossing, isoflop, predict, sweep and hardware."""

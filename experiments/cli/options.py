@@ -118,11 +118,25 @@ def outputs(out: Path, sources: Sequence[Path] = ()) -> tuple[Path, Path]:
         ScalingError: the folder does not exist or `out` is not a .json file.
         OutputError: what is there is one of `sources`, or no result of an analysis.
     """
+    beside = out.with_suffix(".png"), out.with_suffix(".plot.csv")
+    check_output(out, "laws?|families|approaches", beside=beside, sources=sources)
+    return beside
+
+
+def check_output(
+    out: Path, first: str, *, beside: Sequence[Path] = (), sources: Sequence[Path] = ()
+) -> None:
+    """Refuses a JSON result that cannot be written, or would replace what is no such result.
+
+    Args:
+        out: the result; `beside`: what is written with it; `sources`: what is read.
+        first: regular expression for the first key of its document.
+
+    Raises:
+        ScalingError, OutputError: as `outputs`.
+    """
     if out.suffix != ".json":
         raise ScalingError(f"out: {out} must end in .json")
     if not out.parent.is_dir():
         raise ScalingError(f"out: the folder {out.parent} does not exist; create it first")
-    beside = out.with_suffix(".png"), out.with_suffix(".plot.csv")
-    first = "laws?|families|approaches"  # keys of the documents
     check_file(out, rf'\{{\s*"({first})"', beside=beside, sources=sources)
-    return beside

@@ -7,6 +7,7 @@ import numpy as np
 from mmfree_jax.experiments.scaling.compute_optimal import optimal_allocation
 from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
+from mmfree_jax.experiments.scaling.fitted_law import prediction_block
 from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.grouped import grouped
 from mmfree_jax.experiments.scaling.isoflop import Allocation
@@ -62,6 +63,7 @@ def fit_document(fit: Fit) -> dict[str, Any]:
             document["standard_errors"] = dict(zip(fit.law.parameters, error, strict=True))
     if fit.law.name == "chinchilla":
         document["compute_optimal"] = _optimal(fit)
+    document["for_predictions"] = prediction_block(fit)
     return document
 
 

@@ -72,6 +72,10 @@ GOOD: dict[str, tuple[str, ...]] = {
     "crossing": ("runs.csv few.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
     "isoflop": ("runs.csv --bootstrap 2 --out new.json",),
     "extrapolate": ("runs.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
+    "predict": (
+        "fit.json --params 1e9 --tokens 2e10 --out new.json",
+        "fit.json --flops 1e21 --level 0.9",
+    ),
     "sweep design": (
         "sweep.yaml --budget 1e14 --assume E=1.7,A=400,B=2000,alpha=0.3,beta=0.4 --runs 12 "
         "--params 1e4 1e7 --device H100 --out new.yaml",

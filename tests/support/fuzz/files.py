@@ -126,6 +126,11 @@ KINDS: dict[str, FileKind] = {
             f"isoflop runs.csv {_NEW}",
         ),
     ),
+    "fit of a law": FileKind(
+        ("fit.json",),
+        ("predict fit.json --params 1e9 --tokens 2e10 --out new.json",
+         "predict fit.json --flops 1e21"),
+    ),
     "prompts": FileKind(
         ("prompts.jsonl", "prompts.txt"),
         tuple(

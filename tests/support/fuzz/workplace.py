@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fuzz import read_files
+from mmfree_jax.experiments.scaling import fit_law, read_runs
+from mmfree_jax.experiments.scaling.output_files import write_json
+from mmfree_jax.experiments.scaling.report import fit_document
 
 ROOT = Path(__file__).resolve().parents[3]
 SPECIAL = "special"
@@ -78,6 +81,8 @@ def _make_tables(folder: Path) -> None:
     ladder = (ROOT / "experiments" / "results" / "synthetic_ladder.csv").read_text().splitlines()
     (folder / "runs.csv").write_text("\n".join(ladder) + "\n")
     (folder / "few.csv").write_text("\n".join(ladder[:3]) + "\n")
+    fit = fit_law(read_runs([folder / "runs.csv"]), "gadre", resamples=30, profile=False)
+    write_json(folder / "fit.json", fit_document(fit))
     shutil.copytree(
         ROOT / "experiments" / "results" / "loss_curves" / "matmulfree", folder / "curve"
     )
