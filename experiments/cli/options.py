@@ -35,47 +35,13 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analysis:
-    """What every analysis of runs asks for."""
+class Output:
+    """Where the result of an analysis goes."""
 
-    size: Size = "auto"
-    """Which parameters N counts. auto: those without embedding and head where every run has that
-    column, else the column of parameters."""
-    flops: Flops = "auto"
-    """How compute C is counted. auto: the column of FLOPs where every run has it (for isoflop the
-    budgets first), else 6 N D."""
-    bootstrap: CountOrZero = 1000
-    """Resamples for the intervals (a count; 0 for none)."""
-    level: InnerShare = 0.95
-    """Level of all intervals (a fraction)."""
-    seed: Seed = 0
-    """Of the bootstrap and the restarts."""
     out: Path
     """JSON result; the figure and its data go beside it as .png and .plot.csv."""
     plot: bool = True
     """Write the figure and its data as well."""
-    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
-
-    def read(self, paths: Sequence[Path]) -> RunFrame:
-        """The runs in files or directories."""
-        reading = self.reading
-        return read_runs(paths, reading.columns, where=reading.where, points=reading.points)
-
-    def read_family(self, paths: Sequence[Path]) -> RunFrame:
-        """The runs in files or directories, which are of one family.
-
-        Raises:
-            ScalingError: they are of several; the message says which column makes them.
-        """
-        frame = self.read(paths)
-        families = sorted({str(f) for f in frame.family if f})
-        if len(families) > 1:
-            column = frame.sources.get("family", "family")
-            raise ScalingError(f"runs: {len(families)} families ({', '.join(families)}) in one "
-                               f"fit, by the column {column!r}; choose one with --where "
-                               f"'{column} = {families[0]}', or take all with "
-                               "--columns.family none")  # fmt: skip
-        return frame
 
     def finish(
         self,
@@ -99,12 +65,52 @@ class Analysis:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Analysis(Output):
+    """What every analysis of runs asks for."""
+
+    size: Size = "auto"
+    """Which parameters N counts. auto: those without embedding and head where every run has that
+    column, else the column of parameters."""
+    flops: Flops = "auto"
+    """How compute C is counted. auto: the column of FLOPs where every run has it (for isoflop the
+    budgets first), else 6 N D."""
+    bootstrap: CountOrZero = 1000
+    """Resamples for the intervals (a count; 0 for none)."""
+    level: InnerShare = 0.95
+    """Level of all intervals (a fraction)."""
+    seed: Seed = 0
+    """Of the bootstrap and the restarts."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+
+    def read(self, paths: Sequence[Path]) -> RunFrame:
+        """The runs in files or directories."""
+        reading = self.reading
+        return read_runs(paths, reading.columns, where=reading.where, points=reading.points)
+
+    def read_family(self, paths: Sequence[Path]) -> RunFrame:
+        """The runs in files or directories, which are of one family.
+
+        Raises:
+            ScalingError: they are of several; the message says which column makes them.
+        """
+        frame = self.read(paths)
+        families = sorted({str(f) for f in frame.family if f})
+        if len(families) > 1:
+            column = frame.sources.get("family", "family")
+            raise ScalingError(f"runs: {len(families)} families ({', '.join(families)}) in one "
+                               f"fit, by the column {column!r}; choose one with --where "
+                               f"'{column} = {families[0]}', or take all with "
+                               "--columns.family none")  # fmt: skip
+        return frame
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fitting(Analysis):
     """What an analysis that fits laws asks for besides."""
 
     objective: Literal["auto", "huber", "lad", "log-lsq", "lsq"] = "auto"
     """Sum over runs that is minimised: Huber or absolute value of log-loss residuals, squares of
-    log loss, squares of loss. auto: lsq for the line, huber otherwise."""
+    log loss, squares of loss. auto: lsq for line and accuracy, huber otherwise."""
     delta: AboveZero = 1e-3
     """Where Huber's loss turns from quadratic to linear (log loss)."""
     resample: Literal["runs", "noise"] = "runs"

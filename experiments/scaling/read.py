@@ -1,7 +1,7 @@
 """Read runs from CSV and parquet files and from this project's run directories."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -149,6 +149,55 @@ def read_table(path: Path, columns: Columns, where: Iterable[str] = ()) -> RunFr
     sources = {name: source for name, source in chosen.items() if name != source}
     frame = make_frame(**data, sources=sources, notes=notes)
     return replace(frame, notes=(*check_units(frame, path.name), *frame.notes))
+
+
+def read_columns(
+    path: Path, names: Sequence[str], *, where: Iterable[str] = (), family: str = ""
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Columns of positive numbers by their own names, of one family, and notes on rows left out.
+
+    Args:
+        path: a CSV or parquet file.
+        names: of the columns; rows without one of them are left out.
+        where: conditions on the file's columns; all must hold.
+        family: column of families; empty: by its usual names; `none`: there is none.
+
+    Raises:
+        ScalingError: a column is missing, a number is not positive, or families are mixed.
+    """
+    if path.is_dir():
+        raise ScalingError(f"{path}: is a directory; give a CSV or parquet file, such as the "
+                           "results.csv of a sweep")  # fmt: skip
+    if not path.exists():
+        raise ScalingError(f"{path}: does not exist; give a CSV or parquet file")
+    table = read_file(path)
+    usual = [h for h in table if _key(h) in SYNONYMS["family"]] if not family else [family]
+    groups = [h for h in usual if h != NONE or h in table]
+    for name in (*names, *groups):
+        if name not in table:
+            raise ScalingError(f"{path}: has no column {name!r}; found "
+                               f"{', '.join(map(repr, table))}")  # fmt: skip
+    keep, notes = rows_where(table, where, path)
+    columns = {name: numbers(table[name], path, name) for name in names}
+    gaps = keep & np.any([np.isnan(c) for c in columns.values()], axis=0)
+    if gaps.any():
+        notes.append(f"{path.name}: {int(gaps.sum())} rows lack one of {', '.join(names)}, the "
+                     f"first row {int(np.argmax(gaps)) + 2}: left out")  # fmt: skip
+    keep &= ~gaps
+    if not keep.any():
+        raise ScalingError(f"{path}: no row has {', '.join(names)} and satisfies --where")
+    for name, column in columns.items():
+        wrong = np.flatnonzero(keep & ~((column > 0) & np.isfinite(column)))
+        if len(wrong):
+            raise ScalingError(f"{path}: column {name!r}, row {wrong[0] + 2}: "
+                               f"{column[wrong[0]]:g} must be positive and finite")  # fmt: skip
+    for name in groups:
+        found = sorted({str(table[name][i]) for i in np.flatnonzero(keep)})
+        if len(found) > 1:
+            raise ScalingError(f"{path}: holds {len(found)} families ({', '.join(found)}) by the "
+                               f"column {name!r}; choose one with --where '{name} = {found[0]}', "
+                               "or take all as one with --family none")  # fmt: skip
+    return {name: column[keep] for name, column in columns.items()}, notes
 
 
 def read_runs(

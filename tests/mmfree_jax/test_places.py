@@ -24,22 +24,23 @@ NOT_YET = "object storage and URLs are not supported yet"
 
 # Texts that name no file or folder of this machine. A new option belongs here or is a `Place`.
 TEXTS = {
-    "--accelerator", "--accelerator-type", "--account", "--agreement", "--batch-forms", "--cases",
-    "--claim",
+    "--accelerator", "--accelerator-type", "--account", "--agreement", "--batch-forms",
+    "--best", "--cases", "--claim",
     "--columns.accuracy", "--columns.bits", "--columns.budget", "--columns.chance",
     "--columns.family", "--columns.flops", "--columns.loss",
     "--columns.loss-sd", "--columns.params", "--columns.params-non-embedding",
     "--columns.params-ternary", "--columns.provenance", "--columns.run", "--columns.seed",
     "--columns.tokens", "--columns.unique-tokens",
     "--context-forms", "--device", "--devices", "--dtypes", "--energy-size",
-    "--eval.sample-prompt", "--families", "--forms", "--gpus", "--image", "--labels", "--layouts",
+    "--eval.sample-prompt", "--families", "--family", "--forms", "--gpus",
+    "--image", "--labels", "--layouts",
     "--log.wandb-project", "--metrics", "--mode", "--name", "--nfs",
     "--numerics", "--ops", "--package",
     "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
     "--project", "--prompt",
     "--prompt-ids", "--runtime-version", "--setup", "--shard", "--sizes", "--splits", "--stop",
     "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--where",
-    "--zone", "--model of bench scaling",
+    "--x", "--y", "--zone", "--model of bench scaling",
 }  # fmt: skip
 
 

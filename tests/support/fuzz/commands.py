@@ -69,6 +69,7 @@ GOOD: dict[str, tuple[str, ...]] = {
         "few.csv --law power --out new.json",
         "few.csv runs.csv --joint --law power --share gamma --bootstrap 2 --out new.json --no-plot",
     ),
+    "fit power": ("runs.csv --y loss --x params tokens --family none --out new.json",),
     "crossing": ("runs.csv few.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
     "isoflop": ("runs.csv --bootstrap 2 --out new.json",),
     "extrapolate": ("runs.csv --laws line power --bootstrap 2 --out new.json --no-plot",),
