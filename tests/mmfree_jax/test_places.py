@@ -24,7 +24,7 @@ NOT_YET = "object storage and URLs are not supported yet"
 
 # Texts that name no file or folder of this machine. A new option belongs here or is a `Place`.
 TEXTS = {
-    "--accelerator", "--accelerator-type", "--account", "--agreement", "--batch-forms",
+    "--accelerator", "--accelerator-type", "--account", "--agreement", "--assume", "--batch-forms",
     "--best", "--cases", "--claim",
     "--columns.accuracy", "--columns.bits", "--columns.budget", "--columns.chance",
     "--columns.family", "--columns.flops", "--columns.loss",
@@ -38,7 +38,7 @@ TEXTS = {
     "--numerics", "--ops", "--package",
     "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
     "--project", "--prompt",
-    "--prompt-ids", "--runtime-version", "--setup", "--shard", "--sizes", "--splits", "--stop",
+    "--prompt-ids", "--runtime-version", "--setup", "--shard", "--share", "--sizes", "--splits", "--stop",
     "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--where",
     "--x", "--y", "--zone", "--model of bench scaling",
 }  # fmt: skip
