@@ -38,7 +38,8 @@ TEXTS = {
     "--numerics", "--ops", "--package",
     "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
     "--project", "--prompt",
-    "--prompt-ids", "--runtime-version", "--setup", "--shard", "--share", "--sizes", "--splits", "--stop",
+    "--prompt-ids", "--runtime-version", "--setup", "--shard", "--share", "--sizes",
+    "--splits", "--stop",
     "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--where",
     "--x", "--y", "--zone", "--model of bench scaling",
 }  # fmt: skip
