@@ -65,6 +65,12 @@ class _Status(_Sweep):
     """With --watch: time between looks at the folder (seconds)."""
 
 
+@dataclass(frozen=True)
+class _Report(_Sweep):
+    plot: bool = True
+    """Draw loss over compute, best rates and gaps, and write the numbers beside it."""
+
+
 def _load(a: _Sweep) -> "SweepConfig":
     from mmfree_jax.experiments.sweep.config import load_sweep
 
@@ -190,7 +196,7 @@ def status(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Choose the learning rates, compare the losses, and write the runs for `mmfree fit`."""
-    a = parse(_Sweep, argv, prog="mmfree sweep report", description=report.__doc__)
+    a = parse(_Report, argv, prog="mmfree sweep report", description=report.__doc__)
     from mmfree_jax.errors import ConfigError
     from mmfree_jax.experiments.sweep.report import write_report
     from mmfree_jax.experiments.sweep.state import snapshot
@@ -198,7 +204,7 @@ def report(argv: Sequence[str]) -> int:
     sweep = _load(a)
     if not Path(sweep.out).is_dir():
         raise ConfigError(f"out is {sweep.out!r}, which does not exist: run the sweep first")
-    text, paths = write_report(snapshot(sweep))
+    text, paths = write_report(snapshot(sweep), plot=a.plot)
     print(text)
     if paths:
         print("\nwrote " + ", ".join(map(str, paths)))

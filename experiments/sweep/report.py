@@ -17,9 +17,10 @@ from mmfree_jax.experiments.sweep.rate_rule import RULE
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate, best_setting
 from mmfree_jax.experiments.sweep.state import Snapshot
 from mmfree_jax.experiments.sweep.table import RESULTS, Row
+from mmfree_jax.files import check_file, write_bytes
 from mmfree_jax.readable import format_seconds
 
-BEST, RATES = "best.csv", "rates.csv"
+BEST, RATES, FIGURE = "best.csv", "rates.csv", "report"
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -187,8 +188,10 @@ def losses_text(rows: Sequence[Row]) -> str:
     return table(lines, header)
 
 
-def write_report(found: Snapshot) -> tuple[str, list[Path]]:
+def write_report(found: Snapshot, *, plot: bool = True) -> tuple[str, list[Path]]:
     """Writes best.csv, rates.csv and rate_rule.json beside the table; returns text and paths.
+
+    With `plot` report.png as well, and in report.plot.csv the numbers that it shows.
 
     Raises:
       ScalingError: they cannot be written.
@@ -223,4 +226,20 @@ def write_report(found: Snapshot) -> tuple[str, list[Path]]:
         paths.append(out / BEST)
     else:
         parts.append(f"no run to compare yet in {out / RESULTS}")
+    if plot and (rows or choices):
+        paths += _write_figure(out, rows, choices, [f.label for f in found.sweep.families])
     return "\n\n".join(parts), paths
+
+
+def _write_figure(
+    out: Path, rows: Sequence[Row], choices: Sequence[Choice], families: Sequence[str]
+) -> list[Path]:
+    from mmfree_jax.experiments.scaling.plots import png  # Matplotlib, which the text does without
+    from mmfree_jax.experiments.sweep.figure import plot_report
+
+    paths = [out / f"{FIGURE}.png", out / f"{FIGURE}.plot.csv"]
+    check_file(paths[1], "series,", beside=paths[:1])
+    figure, numbers = plot_report(rows, choices, families)
+    write_bytes(paths[0], png(figure))
+    write_csv(paths[1], numbers)
+    return paths

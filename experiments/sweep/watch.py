@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import relative_seconds
 from mmfree_jax.experiments.sweep.plan import PlannedRun
-from mmfree_jax.experiments.sweep.state import Snapshot, Status, snapshot
+from mmfree_jax.experiments.sweep.state import Snapshot, Status, run_folder, snapshot
 from mmfree_jax.progress import is_capable
 from mmfree_jax.readable import format_seconds
 from mmfree_jax.saved.history import read_history
@@ -33,8 +33,10 @@ class Underway:
     """A run that some process is at."""
 
     name: str
+    first: int
+    """The step that it begins at: above 0 for a branch of a trunk."""
     step: int
-    """Last recorded; 0 before the first."""
+    """Last recorded; `first` before that."""
     steps: int
     loss: float | None
     """Training loss at that step (nats a token)."""
@@ -45,12 +47,12 @@ class Underway:
     @property
     def share(self) -> float:
         """How much of it is done, from 0 to 1."""
-        return min(1.0, self.step / self.steps)
+        return min(1.0, max(0, self.step - self.first) / (self.steps - self.first))
 
     @property
     def eta(self) -> float | None:
         """Seconds to its last step at the pace so far; None before its first record."""
-        return self.seconds * (1 - self.share) / self.share if self.step else None
+        return self.seconds * (1 - self.share) / self.share if self.share else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def standing(found: Snapshot) -> Standing:
     for run in found.runs:
         state, whole = states[run.name], relative_seconds(run)
         done = 1.0 if state == "done" else underway[run.name].share if run.name in underway else 0.0
-        flops += done * run.flops
+        flops += done * run.own_flops
         if state != "failed":
             left += (1 - done) * whole
         spent = underway[run.name].seconds if run.name in underway else _spent(found, run)
@@ -105,7 +107,7 @@ def standing(found: Snapshot) -> Standing:
     if underway and work:
         alone = [u.eta for u in underway.values() if u.eta is not None]
         eta = max([left * seconds / work / len(underway), *alone])
-    total = sum(run.flops for run in found.runs)
+    total = sum(run.own_flops for run in found.runs)
     return Standing(dict(collections.Counter(states.values())), flops / total,
                     tuple(underway.values()), eta)  # fmt: skip
 
@@ -119,11 +121,12 @@ def _spent(found: Snapshot, run: PlannedRun) -> float:
 
 
 def _progress(out: Path, run: PlannedRun) -> Underway:
-    records = read_history(out / "runs" / run.name / "metrics.jsonl")
+    first = 0 if run.trunk is None else run.full_rate_steps
+    records = read_history(run_folder(out, run) / "metrics.jsonl")
     last = next((r for r in reversed(records) if r.get("kind") == "train"), {})
     rate = last.get("tokens_per_s")
     return Underway(
-        run.name, int(last.get("step") or 0), run.config.steps, last.get("loss"),
+        run.name, first, int(last.get("step") or first), run.config.steps, last.get("loss"),
         rate if isinstance(rate, int | float) else None, float(last.get("time_s") or 0),
     )  # fmt: skip
 

@@ -437,6 +437,12 @@ def test_the_commands(tmp_path, data, trainer, monkeypatch, capsys):
     assert "edge" in text
     best = list(csv.DictReader((tmp_path / "cli" / "best.csv").open()))
     assert [float(r["learning_rate"]) for r in best] == [0.004]
+    drawn = list(csv.DictReader((tmp_path / "cli" / "report.plot.csv").open()))
+    assert [r["series"] for r in drawn] == ["loss matmulfree", "rate matmulfree"]
+    assert float(drawn[0]["value"]) == float(best[0]["loss"])
+    (tmp_path / "cli" / "report.png").unlink()
+    assert cli.report([str(path), "--no-plot"]) == 0
+    assert not (tmp_path / "cli" / "report.png").exists()
     # What stands failed is said each time, and how it is tried again.
     with pytest.raises(SweepError, match=r"lr0.7-s0 failed .* a bug\).*--retry-failed tries again"):
         cli.run([str(path), "--device", "H100"])

@@ -16,7 +16,7 @@ from mmfree_jax.experiments.sweep.process import Outcome
 from mmfree_jax.experiments.sweep.record import make_row, write_failure
 from mmfree_jax.experiments.sweep.state import snapshot
 from mmfree_jax.experiments.sweep.table import append_result
-from mmfree_jax.experiments.sweep.watch import standing, watch
+from mmfree_jax.experiments.sweep.watch import Underway, standing, watch
 from mmfree_jax.files import lock
 
 
@@ -163,3 +163,9 @@ def test_a_terminal_shows_a_table_until_the_sweep_is_over(folder):
     assert shown.code == 0
     assert "4/4 runs done; 100% of the FLOPs" in shown.output
     assert "4 done; " in shown.output  # what `sweep status` says
+
+
+def test_a_branch_counts_from_where_it_left_its_trunk():
+    assert Underway("decay", 100, 150, 200, 2.5, 1e3, 30.0).share == pytest.approx(0.5)
+    assert Underway("decay", 100, 150, 200, 2.5, 1e3, 30.0).eta == pytest.approx(30.0)
+    assert Underway("decay", 100, 100, 200, None, None, 0.0).eta is None
