@@ -14,8 +14,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmfree_jax.config import tokens_per_step
-from mmfree_jax.experiments.sweep.plan import PlannedRun, flops_per_token
+from mmfree_jax.config import EvalConfig, TrainConfig, tokens_per_step
+from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, flops_per_token
 
 TRUNKS = "trunks"
 
@@ -66,6 +66,23 @@ def up_to(run: PlannedRun, steps: Sequence[int]) -> PlannedRun:
     return dataclasses.replace(
         run, stage="trunk", config=config, flops=flops, budget=None, trunk=None
     )
+
+
+def trunk_hash(config: TrainConfig) -> str:
+    """`config_hash` of a trunk, the same at every length and whatever it evaluates."""
+    steps = config.optimizer.warmup_steps + 1
+    return config_hash(dataclasses.replace(config, steps=steps, eval=EvalConfig()))
+
+
+def trunk_data(folder: Path) -> str | None:
+    """The data that a trunk was trained on, as `data_fingerprint` in the table; None: not known."""
+    from mmfree_jax.saved.manifest import newest_manifest  # imports JAX
+    from mmfree_jax.saved.run_directory import CHECKPOINTS
+
+    manifest = newest_manifest(folder / CHECKPOINTS)
+    if manifest is None:  # none yet, or the trainer says what is wrong with it
+        return None
+    return "+".join(fingerprint[:16] for fingerprint in manifest.data["fingerprints"])
 
 
 def trunks_first(trunks: Sequence[PlannedRun], runs: Sequence[PlannedRun]) -> list[PlannedRun]:

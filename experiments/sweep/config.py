@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from mmfree_jax.config import OptimizerConfig, TrainConfig, replace_model
+from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
@@ -292,11 +292,6 @@ class SweepConfig:
         schedule = optimizer.get("schedule", "wsd")
         _require(schedule == "wsd", f"{where}.optimizer.schedule", schedule,
                  "leave it out: schedule is wsd-branched")  # fmt: skip
-        decay = optimizer.get("decay_fraction", OptimizerConfig.decay_fraction)
-        warmup = max((self.warmup_fraction, *self.axes.warmup_fraction))
-        if type(decay) in (int, float):
-            _require(0 < decay < 1 - warmup, f"{where}.optimizer.decay_fraction", decay,
-                     "use one above 0 that leaves steps between warm-up and decay")  # fmt: skip
 
     @property
     def is_branched(self) -> bool:
@@ -367,6 +362,10 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
     if sweep.is_branched:
         optimizer = dataclasses.replace(config.optimizer, schedule="wsd")
         config = dataclasses.replace(config, optimizer=optimizer)
+        warmup = max((sweep.warmup_fraction, *sweep.axes.warmup_fraction))
+        _require(0 < optimizer.decay_fraction < 1 - warmup, "train.optimizer.decay_fraction",
+                 optimizer.decay_fraction,
+                 "use one above 0 that leaves steps between warm-up and decay")  # fmt: skip
     return with_data_vocabulary(config) if leaves_vocabulary(sweep, family, size) else config
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from mmfree_jax.experiments.sweep.branches import savings_text
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes, parameters
+from mmfree_jax.experiments.sweep.shapes import FEWEST
 
 
 def plan_notes(
@@ -21,8 +22,12 @@ def plan_notes(
     """
     lines = [f"note: {text}" for text in derived_sizes(sweep).left_out]
     lines += _beyond_rules(sweep, runs)
+    lines += _few_sizes(sweep, runs)
     if (savings := savings_text(runs)) is not None:
         lines.append(savings)
+    elif sweep.is_branched and any(run.stage == "main" for run in runs):
+        lines.append("note: schedule is wsd-branched, but no two runs differ in their budget "
+                     "alone: each is made by itself")  # fmt: skip
     if data_tokens is None:
         return lines
     passes = [run.tokens / data_tokens[run.config.data.paths] for run in runs]
@@ -34,6 +39,21 @@ def plan_notes(
             "them is that of this corpus; give more text, or smaller budgets"
         )
     return lines
+
+
+def _few_sizes(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
+    """Budgets of an isoFLOP design that have too few sizes in some family."""
+    if not sweep.named_sizes:  # else refused
+        return []
+    found: dict[tuple[float, str], set[str]] = {}
+    for run in runs:
+        if run.budget is not None:
+            found.setdefault((run.budget, run.family), set()).add(run.size)
+    return [
+        f"note: flop_budgets: {family} spends {budget:.3g} FLOPs at {', '.join(sorted(sizes))} "
+        f"alone; a parabola takes {FEWEST} sizes"
+        for (budget, family), sizes in sorted(found.items()) if len(sizes) < FEWEST
+    ]  # fmt: skip
 
 
 def _beyond_rules(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.config import replace_model
+from mmfree_jax.config import TrainConfig, replace_model
+from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.dataset import open_dataset
-from mmfree_jax.errors import DataError
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.branches import (
     TRUNKS,
+    trunk_data,
+    trunk_hash,
     trunk_state,
     trunks_first,
     with_trunks,
@@ -172,6 +175,9 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
                 failures.setdefault(run.name, failed)
     found = Snapshot(sweep, rows, failures, tuning, main, choices, trunks)
     _check_rows(found)
+    for trunk in trunks:
+        if found.left_of(trunk.name):
+            _check_trunk(trunk, run_folder(out, trunk))
     return found
 
 
@@ -214,6 +220,21 @@ def _check_rows(found: Snapshot) -> None:
         if now is not None and row["data_fingerprint"] != now:
             raise SweepError(f"{path}: {run.name} was run on other data ({row['data_fingerprint']},"
                              f" now {now}): give another --out")  # fmt: skip
+
+
+def _check_trunk(trunk: PlannedRun, folder: Path) -> None:
+    """What is there of a trunk must be of the same settings and data: its branches rest on it."""
+    try:
+        there = from_dict(TrainConfig, read_yaml(folder / "config.yaml"))
+    except ConfigError:  # not begun, or the trainer says what is wrong with it
+        return
+    if trunk_hash(there) != trunk_hash(trunk.config):
+        raise SweepError(f"{folder} is a trunk of other settings: give another --out, or delete it")
+    if (made_on := trunk_data(folder)) is not None and data_fingerprint(trunk) not in (
+        None, made_on,
+    ):  # fmt: skip
+        raise SweepError(f"{folder} is a trunk that was trained on other data ({made_on}): give "
+                         "another --out, or delete it")  # fmt: skip
 
 
 def _choices(

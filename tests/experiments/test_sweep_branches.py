@@ -312,12 +312,32 @@ def test_a_shard_has_a_trunk_with_its_branches(make):
         ({"families": [{"learning_rates": [1e-3], "train": {"optimizer": {"schedule": "paper"}}}]},
          r"families\[0\].train.optimizer.schedule is 'paper'"),
         ({"train": {"optimizer": {"decay_fraction": 0.0}}}, "decay_fraction is 0.0: use one above"),
+        ({"train": {"optimizer": {"decay_fraction": "0.0"}}}, "decay_fraction is 0.0: use one abo"),
         ({"train": {"optimizer": {"decay_fraction": 0.8}}}, "decay_fraction is 0.8: use one above"),
     ],
 )  # fmt: skip
 def test_other_schedules_are_refused(make, change, message):
     with pytest.raises(ConfigError, match=message):
         make(**change)
+
+
+def test_a_trunk_of_other_settings_is_not_branched_from(whole, make):
+    out = Path(whole[0].out)
+    elsewhere = Path(make().out)
+    shutil.copytree(out / "trunks", elsewhere / "trunks")
+    assert snapshot(make()).status(snapshot(make()).trunks[0]) == "done"  # as it has come so far
+    other = {"batch_size": 4, "data": {"seq_len": 64}, "optimizer": {"weight_decay": 0.1}}
+    with pytest.raises(SweepError, match=f"trunks/{TRUNK} is a trunk of other settings: give anot"):
+        snapshot(make(train=other))
+    more = {"batch_size": 4, "data": {"seq_len": 64}, "eval": {"batches": 3}}
+    assert snapshot(make(train=more)).trunks  # which changes no trunk
+
+
+def test_a_branched_sweep_without_trunks_says_so(make):
+    families = [{"base": "matmulfree", "learning_rates": [4e-3, 8e-3]}]
+    sweep = make(tokens=[2560], families=families)
+    (note,) = plan_notes(sweep, snapshot(sweep).runs, None)
+    assert note.startswith("note: schedule is wsd-branched, but no two runs differ in their budget")
 
 
 def test_a_branched_sweep_is_read_back(make):

@@ -1,6 +1,7 @@
 """A branched sweep through the real trainer, to the fitter's table and the loss curves."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from mmfree_jax.experiments.scaling.read import read_runs
 from mmfree_jax.experiments.sweep.branches import kept_steps
 from mmfree_jax.experiments.sweep.config import load_sweep
 from mmfree_jax.experiments.sweep.curves import load_curve
+from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.process import child_environment
 from mmfree_jax.experiments.sweep.state import snapshot
 from mmfree_jax.experiments.sweep.table import read_results
@@ -113,3 +115,11 @@ train:
     np.testing.assert_array_equal(one.grad_norm[32:], curve.grad_norm)
     np.testing.assert_array_equal(one.rate[32:], curve.rate)
     assert os.listdir(tmp_path / "cache")
+
+    # Nothing branches from a trunk that has seen other data.
+    (out / "results.csv").unlink()
+    assert snapshot(load_sweep(path)).trunks
+    shutil.rmtree(tmp_path / "data")
+    writer.write_dataset(tmp_path / "data", {s: rows[::-1] for s, rows in splits.items()}, identity)
+    with pytest.raises(SweepError, match="is a trunk that was trained on other data"):
+        snapshot(load_sweep(path))

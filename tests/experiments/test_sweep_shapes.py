@@ -96,3 +96,13 @@ def test_passes_over_the_corpus_are_said():
     assert f"warning: {again} of 10 runs see their corpus more than once, up to 2 times" in warning
     named = make(flop_budgets=[], ratios=[20], sizes=["2x64"])
     assert plan_notes(named, main_runs(named), {("nowhere",): 10**12}) == []
+
+
+def test_named_sizes_too_few_for_a_parabola_are_said():
+    sweep = make(budgets=[1e16], ratios=[], sizes=["rung-3M", "rung-7M"], families=FAMILIES[:1])
+    assert plan_notes(sweep, main_runs(sweep), None) == [
+        "note: flop_budgets: matmulfree spends 1e+16 FLOPs at rung-3M, rung-7M alone; a parabola "
+        "takes 3 sizes"
+    ]
+    three = make(budgets=[1e16], ratios=[], sizes=["rung-3M", "rung-7M", "2x64"])
+    assert plan_notes(three, main_runs(three), None) == []
