@@ -43,7 +43,7 @@ def show_late(axes: "Axes", share: float = 0.9) -> None:
       axes: with lines in them, on a linear x-axis; without a finite value they stay as they are.
       share: of the range of x, from its end.
     """
-    points = np.concatenate([line.get_xydata() for line in axes.lines])
+    points = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in axes.lines)])
     points = points[np.isfinite(points).all(1)]
     if len(points):
         x, y = points.T

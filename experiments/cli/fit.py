@@ -81,11 +81,8 @@ def _fit_joint(a: Arguments, objective: "Objective") -> int:
     from mmfree_jax.experiments.scaling.laws import get_law
 
     law = get_law(a.law)
-    if law.also:
-        raise ScalingError(f"joint: the law {law.name} reads the column {law.also[0]!r} besides "
-                           "and is fitted to one family at a time; leave out --joint")  # fmt: skip
     shared = [name.strip() for name in a.share.split(",")] if a.share else [law.floor or ""]
-    if shared == [""]:
+    if shared == [""] and not law.also:
         raise ScalingError(f"share: {law.name} has no floor to share; name parameters by --share, "
                            f"of {', '.join(law.parameters)}")  # fmt: skip
     families = by_family([(path.name.split(".")[0], a.read([path])) for path in a.runs])

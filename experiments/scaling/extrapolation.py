@@ -142,6 +142,9 @@ def extrapolate(
     scores, skipped = [], {}
     for name in laws:
         law = get_law(name)
+        if law.also:
+            skipped[name] = f"reads the column {law.also[0]!r} besides compute, size and tokens"
+            continue
         runs = frame.take(best) if law.inputs == ("compute",) else frame
         own = compute(runs, flops)
         few = int((own < 0.99 * held[0]).sum())

@@ -121,9 +121,13 @@ def fit_joint(
 
     Raises:
         ScalingError: fewer than two families, a name that is no parameter, a column that the
-            law needs is missing, or a family has fewer runs than the law parameters.
+            law needs is missing, a law that reads further columns, or a family has fewer runs
+            than the law parameters.
     """
     form = get_law(law)
+    if form.also:
+        raise ScalingError(f"joint: the law {law} reads the column {form.also[0]!r} besides and is "
+                           "fitted to one family at a time; leave out --joint")  # fmt: skip
     sharing = share(form, list(families), shared)
     objective = objective or Objective(form.objective)
     for name, frame in families.items():

@@ -9,7 +9,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "experiments" / "notebooks").glo
 
 def test_there_are_notebooks():
     names = {path.name for path in NOTEBOOKS}
-    assert {"scaling_law_fit.ipynb", "crossing_analysis.ipynb"} <= names
+    assert {"scaling_law_fit.ipynb", "crossing_analysis.ipynb", "joint_fit.ipynb"} <= names
 
 
 @pytest.mark.slow

@@ -83,7 +83,8 @@ def test_without_a_floor_the_power_law_is_not_outweighed():
 
 
 def test_what_cannot_be_scored_is_said():
-    found = extrapolate(runs(1.8).take(np.arange(5)), ("line", "broken"), resamples=0)
+    found = extrapolate(runs(1.8).take(np.arange(5)), ("line", "broken", "precision"), resamples=0)
+    assert "reads the column 'bits' besides" in found.skipped["precision"]
     assert "4 runs below the budgets held out; its 5 parameters" in found.skipped["broken"]
     with pytest.raises(ScalingError, match="3 budgets on the compute frontier"):
         extrapolate(runs(1.8).take(np.arange(3)))

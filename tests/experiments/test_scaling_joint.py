@@ -284,6 +284,7 @@ def test_command_writes_families_that_read_as_single_fits(files, capsys):
         (["few.csv", "--joint"], "2 runs of family 'b' cannot determine the 5 parameters"),
         (["both.csv", "--joint", "--law", "power"], "power has no floor to share"),
         (["both.csv", "--share", "E"], "needs --joint"),
+        (["both.csv", "--joint", "--law", "precision"], "precision reads the column 'bits'"),
         (["both.csv"], "2 families (a, b) in one fit"),
     ],
 )
