@@ -77,9 +77,11 @@ def by_family(frames: Sequence[tuple[str, RunFrame]]) -> dict[str, RunFrame]:
     """Tell runs apart by their family column; a source without one is a family by its name.
 
     Raises:
-        ScalingError: rows without a family in a source that names some.
+        ScalingError: rows without a family in a source that names some, or two sources without
+            any that have one name.
     """
     out: dict[str, list[RunFrame]] = {}
+    by_source: set[str] = set()
     for source, frame in frames:
         named = frame.family != ""
         if named.any() and not named.all():
@@ -88,6 +90,10 @@ def by_family(frames: Sequence[tuple[str, RunFrame]]) -> dict[str, RunFrame]:
                                f" runs, the first {frame.provenance[row]}; name it or leave them "
                                "out with --where")  # fmt: skip
         if not named.any():
+            if source in by_source:
+                raise ScalingError(f"runs: two files without a family column are called "
+                                   f"{source!r}; rename one, or give them the column")  # fmt: skip
+            by_source.add(source)
             frame = replace(frame, family=np.full(len(frame), source))
         for name in np.unique(frame.family):
             out.setdefault(str(name), []).append(frame.take(frame.family == name))

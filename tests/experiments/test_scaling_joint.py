@@ -229,6 +229,8 @@ def test_a_file_without_families_is_one_by_its_name():
     named = make_frame(loss=np.ones(3), family=["a", "b", "a"])
     found = by_family([("x", named), ("y", make_frame(loss=np.ones(2)))])
     assert {k: len(v) for k, v in found.items()} == {"a": 2, "b": 1, "y": 2}
+    with pytest.raises(ScalingError, match="two files without a family column are called 'y'"):
+        by_family([("y", make_frame(loss=np.ones(3))), ("y", make_frame(loss=np.ones(2)))])
     with pytest.raises(ScalingError, match="'family' is empty in 1 of 2 runs"):
         by_family([("x", make_frame(loss=np.ones(2), family=["a", ""]))])
 
