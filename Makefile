@@ -75,12 +75,13 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # Of PyTorch the build for CPUs, where its own index can be reached.
+TORCH := torch==2.13.*
 $(VENV)/.torch: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)/torch
-	$(VENV)/torch/bin/python -m pip install --quiet --retries 0 \
-		--extra-index-url https://download.pytorch.org/whl/cpu 'torch>=2.6' || \
-		$(VENV)/torch/bin/python -m pip install --quiet 'torch>=2.6'
-	$(VENV)/torch/bin/python -m pip install --quiet --editable '.[eval]' 'transformers>=4.48,<6' \
+	$(VENV)/torch/bin/python -m pip install --quiet --retries 0 '$(TORCH)' \
+		--extra-index-url https://download.pytorch.org/whl/cpu || \
+		$(VENV)/torch/bin/python -m pip install --quiet '$(TORCH)'
+	$(VENV)/torch/bin/python -m pip install --quiet --editable '.[eval]' 'transformers>=5.24,<6' \
 		accelerate 'pytest>=8' 'pytest-timeout>=2.3'
 	@touch $@
 

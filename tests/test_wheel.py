@@ -27,6 +27,7 @@ DATA = (
     "pallas_kernels/choices.json",
     "pallas_kernels/ternary_matmul/mosaic_configs.json",
     "py.typed",
+    "saved/torch_model/modeling_mmfree.py",
 )
 """Files that commands read, under mmfree_jax in the wheel."""
 

@@ -376,3 +376,9 @@ class HGRNBitPackedForCausalLM(HGRNBitForCausalLM):
     """`HGRNBitForCausalLM` with weights at 2 bits."""
 
     config_class = HGRNBitPackedConfig
+
+
+# Saved again, a model has its code with it; newer transformers see to that themselves.
+HGRNBitConfig.register_for_auto_class()
+HGRNBitModel.register_for_auto_class("AutoModel")
+HGRNBitForCausalLM.register_for_auto_class("AutoModelForCausalLM")
