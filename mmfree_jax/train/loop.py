@@ -28,7 +28,7 @@ from mmfree_jax.train.report import Summary, write_report
 from mmfree_jax.train.run_display import TRAINING
 from mmfree_jax.train.setup import Run, checkpoint_metadata
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
-from mmfree_jax.train.stop import Consensus, StopRequest
+from mmfree_jax.train.stop import EXIT_CODES, Consensus, StopRequest
 
 Sampler = Callable[..., str]
 
@@ -99,7 +99,7 @@ class Loop:
         recorder.sync()
         if stopped_by is None:
             recorder.check_learnt(done)
-        if stopped_by in ("SIGTERM", "SIGINT"):  # whoever sends one may not wait for long
+        if stopped_by in EXIT_CODES:  # whoever sends one may not wait for long
             recorder.message(f"{stopped_by}: saved step {done}; run the same command to go on")
         else:
             self._evaluate(state, done)

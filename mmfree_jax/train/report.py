@@ -26,6 +26,7 @@ from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.setup import PACKAGES, Run
+from mmfree_jax.train.stop import EXIT_CODES
 
 Summary = dict[str, Any]
 
@@ -112,7 +113,7 @@ def write_report(
     write_text(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     if "sample" in recorder.last:
         write_text(run_dir / SAMPLE, recorder.last["sample"]["text"] + "\n")
-    if stopped_by not in ("SIGTERM", "SIGINT"):
+    if stopped_by not in EXIT_CODES:
         plot_metrics([run_dir], run_dir / LOSS_CURVE)
     lines = {
         "config": CONFIG,

@@ -1,7 +1,9 @@
 """When to stop before the last step: signals, time, and one decision for all processes."""
 
 import contextlib
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -13,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Exit codes of a run that was told to stop and saved first: the shell's 128 + signal.
-EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT."""
+    """Remembers the first SIGTERM, SIGINT or SIGHUP (the terminal is closed)."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.signal: str | None = None
@@ -25,26 +27,40 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self._say(f"{self.signal}: saving after this step; a second one ends at once")
         # A second one does what it always does: stop at once. No checkpoint is harmed.
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else _interrupt)
+        signal.signal(number, _interrupt if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _leave_terminal() -> None:
+    """Lets what is still written go nowhere: writing to a terminal that is gone is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 @contextlib.contextmanager
 def catch_signals(say: Callable[[str], None] = lambda text: None) -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a request, while inside. Only in the main thread.
+    """Turns SIGTERM, SIGINT and SIGHUP into a request, while inside. Only in the main thread.
 
-    `say` is called by the handler: it may take no lock.
+    A SIGHUP that is ignored (nohup) stays so. `say` is called by the handler: it may take no lock.
     """
     request = StopRequest(say)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {n: signal.signal(n, request._handle) for n in numbers}
     try:
         yield request

@@ -126,7 +126,7 @@ def test_missing_data_and_run_directory_are_one_line(capsys, tmp_path, small_run
 def test_exit_codes_of_a_run_that_was_stopped(monkeypatch, capsys):
     from mmfree_jax.train import training
 
-    for stopped_by, code in ((None, 0), ("max_minutes", 0), ("SIGTERM", 143), ("SIGINT", 130)):
+    for stopped_by, code in ((None, 0), ("max_minutes", 0), ("SIGTERM", 143), ("SIGHUP", 129)):
         monkeypatch.setattr(training, "train", lambda config, s=stopped_by, **_: {"stopped_by": s})
         assert main(["train"]) == code
 

@@ -1,10 +1,14 @@
 """Real processes, killed at random moments and restarted, against one left alone."""
 
+import fcntl
+import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -39,10 +43,15 @@ def start(small_run, tmp_path_factory):
     ).split()
     processes = []
 
-    def run(run_dir):
+    def run(run_dir, terminal=None):
         command = [sys.executable, "-m", "mmfree_jax", "train", *flags, "--run-dir", str(run_dir)]
         log = (folder / "log.txt").open("a")
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
+        out = log if terminal is None else terminal
+        process = subprocess.Popen(
+            command, env=env, cwd=folder, stdin=terminal, stdout=out, stderr=out,
+            start_new_session=terminal is not None,
+            preexec_fn=None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
         log.close()
         processes.append(process)
         return process
@@ -123,3 +132,19 @@ def test_killed_runs_continue_bit_for_bit(start, undisturbed, tmp_path):
     assert start(run_dir).wait(timeout=300) == 0
     assert _losses(run_dir) == _losses(undisturbed)
     assert [r[1] for r in _losses(run_dir) if r[0] == "train"] == list(range(1, STEPS + 1))
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_leaves(start, tmp_path):
+    run_dir = tmp_path / "run"
+    far, near = os.openpty()
+    process = start(run_dir, terminal=near)
+    os.close(near)
+    while _last_step(run_dir) < 10:
+        assert process.poll() is None
+        if select.select([far], [], [], 0.05)[0]:
+            os.read(far, 65536)
+    os.close(far)
+    assert process.wait(timeout=120) == 129
+    assert checkpoint_steps(run_dir / "checkpoints")[-1] == _last_step(run_dir) < STEPS
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["stopped_by"] == "SIGHUP"
