@@ -4,6 +4,7 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.laws import Law
+from mmfree_jax.experiments.scaling.training_cost import SIX, TrainingCost
 
 
 def optimal_allocation(parameters: np.ndarray) -> np.ndarray:
@@ -23,17 +24,19 @@ def optimal_allocation(parameters: np.ndarray) -> np.ndarray:
 
 
 def allocate(
-    law: Law, parameters: np.ndarray, log10_c: np.ndarray
+    law: Law, parameters: np.ndarray, log10_c: np.ndarray, cost: TrainingCost = SIX
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Size N and tokens D of least loss at C = 6 N D.
+    """Size N and tokens D of least loss at a compute.
 
-    For `chinchilla` as `optimal_allocation`; `gadre` has one best ratio D / N = (b / a)^(1 / 2
+    For `chinchilla` at C = 6 N D as `optimal_allocation`, at another cost by Newton's method from
+    there; `gadre` has one best ratio D / N = (b / a)^(1 / 2
     eta) at every compute.
 
     Args:
         law: of N and D.
         parameters: [P] or [R, P].
         log10_c: computes [m], or one a row [R, 1].
+        cost: FLOPs a token, by which C is the family's own and not 6 N D.
 
     Returns:
         N, D: [R, m]; NaN where exponents are not positive, so that no optimum exists.
@@ -53,20 +56,60 @@ def allocate(
         raise ScalingError(f"law: {law.name} ({law.formula}) has no best size for a compute; fit "
                            "chinchilla or gadre")  # fmt: skip
     log_c = np.log(10) * log10_c
-    with np.errstate(over="ignore"):
-        return np.exp(k_n + a * log_c), np.exp(k_d + b * log_c)
+    log_n, log_d = k_n + a * log_c, k_d + b * log_c
+    with np.errstate(all="ignore"):
+        if cost != SIX and law.name == "chinchilla":
+            log_n = _stationary(p, log_n, log_c, cost)
+            log_d = log_c - cost.log_per_token(log_n)
+        return np.exp(log_n), np.exp(log_d)
 
 
-def curve(law: Law, parameters: np.ndarray, log10_c: np.ndarray) -> np.ndarray:
+def local_exponents(parameters: np.ndarray, log_n: np.ndarray, cost: TrainingCost) -> np.ndarray:
+    """a and b of N* ~ C^a, D* ~ C^b [2, R, m] around best sizes [R, m] of the law chinchilla.
+
+    At 6 N D the same everywhere: beta / (alpha + beta) and alpha / (alpha + beta).
+    """
+    p = np.atleast_2d(parameters)
+    alpha, beta = p.T[3:, :, None]
+    slope, bend = cost.slope(np.atleast_2d(log_n))
+    a = beta / (alpha + beta * slope + bend / slope)
+    return np.stack([a, 1 - slope * a])
+
+
+def _stationary(
+    p: np.ndarray, log_n: np.ndarray, log_c: np.ndarray, cost: TrainingCost
+) -> np.ndarray:
+    """log N [R, m] at which A / N^alpha + B / D^beta is least with D = C / cost(N).
+
+    There alpha A / N^alpha = beta B / D^beta times the slope of log cost: Newton's method on the
+    logarithm of both sides, which is monotone, from the optimum at 6 N D.
+    """
+    _, a, b, alpha, beta = p.T[:, :, None]
+    sides = np.log(alpha * a) - np.log(beta * b)
+    for _ in range(30):
+        slope, bend = cost.slope(log_n)
+        excess = sides - alpha * log_n - np.log(slope)
+        excess = excess - beta * (cost.log_per_token(log_n) - log_c)
+        step = np.clip(excess / (alpha + beta * slope + bend / slope), -2.0, 2.0)
+        log_n = log_n + step
+        if not np.any(np.abs(step) > 1e-10):
+            break
+    return log_n
+
+
+def curve(
+    law: Law, parameters: np.ndarray, log10_c: np.ndarray, cost: TrainingCost = SIX
+) -> np.ndarray:
     """A family's loss [R, m] at computes 10^log10_c [m], compute-optimal where N is free.
 
-    NaN where exponents are not positive, so no optimum exists.
+    `gadre` has C among its inputs, so that its least loss is the same at any cost. NaN where
+    exponents are not positive, so no optimum exists.
     """
     p = np.atleast_2d(parameters)
     with np.errstate(all="ignore"):
         x = {"compute": 10.0**log10_c}
         if "params" in law.inputs:
-            x["params"], x["tokens"] = allocate(law, p, log10_c)
+            x["params"], x["tokens"] = allocate(law, p, log10_c, cost)
         loss = law.loss(p, x)
         if law.name == "broken":  # a loss that rises without end is no law
             loss = np.where((p[:, 2] + p[:, 3] > 0)[:, None], loss, np.nan)

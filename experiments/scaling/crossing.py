@@ -3,7 +3,7 @@
 Every law is fitted to both families; all crossings of the two fitted curves are found, and which
 family leads at each compute in every pair of bootstrap refits (the families are resampled
 independently). A family's curve is its loss at a compute C: the law itself, or for laws of N and
-D their least loss over N at C = 6 N D.
+D their least loss over N at C, by the FLOPs a token of the family (`training_cost`).
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ from mmfree_jax.experiments.scaling.objectives import Objective
 CROSSING_LAWS = ("line", "power", "power-floor", "chinchilla", "gadre", "broken")
 STEP = 0.01
 """Greatest spacing of the search for sign changes, in decades."""
+ROUGH = 0.05
+"""Relative miss of `TrainingCost` above which the reader is warned."""
 FARTHEST = 100.0
 """Greatest horizon (log10 FLOPs)."""
 
@@ -129,9 +131,11 @@ def cross(
     if not results:
         raise ScalingError("crossing: no law can be fitted to both families: "
                            + "; ".join(f"{n}: {why}" for n, why in skipped.items()))  # fmt: skip
-    if not flops.startswith("6nd") and any(r.law in ("chinchilla", "gadre") for r in results):
-        warnings.append("the compute-optimal curves of chinchilla and gadre assume C = 6 N D, not "
-                        f"the convention {flops!r}")  # fmt: skip
+    for k, name in enumerate(names):
+        worst = max(r.fits[k].cost.worst for r in results)
+        if worst > ROUGH:
+            warnings.append(f"{name}: FLOPs a token as a function of size miss those of a run by "
+                            f"{100 * worst:.0f}%, so compute-optimal curves are rough")  # fmt: skip
     shared = float(np.log10(min(c.max() for c in computes)))
     conclusion = conclude(results, names, shared, horizon, level)
     return Crossing(names, results, skipped, (float(low), float(high)), shared, horizon, level,

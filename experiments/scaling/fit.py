@@ -13,6 +13,7 @@ from mmfree_jax.experiments.scaling.models import Inputs, Model
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.profile import Profile, profile_intervals
 from mmfree_jax.experiments.scaling.search import RESTARTS, Search, search
+from mmfree_jax.experiments.scaling.training_cost import SIX, TrainingCost, training_cost
 from mmfree_jax.experiments.scaling.uncertainty import (
     Bootstrap,
     Holdout,
@@ -63,6 +64,13 @@ class Fit:
     def vector(self) -> np.ndarray:
         """The parameters in the law's order [P]."""
         return np.array([self.parameters[name] for name in self.law.parameters])
+
+    @property
+    def cost(self) -> TrainingCost:
+        """FLOPs a token of the runs, by the fit's conventions; 6 N D for a law without size."""
+        if "params" not in self.law.inputs or self.flops.startswith("6nd"):
+            return SIX
+        return training_cost(self.frame, self.size, self.flops)
 
     def predict(self, at: Inputs) -> np.ndarray:
         """Loss (nats a token), or the law's other target, at inputs in raw counts, each [m]."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from mmfree_jax.experiments.scaling.compute_optimal import curve
 from mmfree_jax.experiments.scaling.fit import Fit
+from mmfree_jax.experiments.scaling.frame import compute
 from mmfree_jax.experiments.scaling.joint import JointFit
 from mmfree_jax.experiments.scaling.plots import Rows, band_of
 from mmfree_jax.experiments.scaling.report import number
@@ -36,12 +37,12 @@ def plot_fit(fit: Fit) -> tuple[Figure, Rows]:
     else:
         left.scatter(c, loss, s=14, color=COLOURS[0], zorder=3, label=runs)
     grid = np.linspace(np.log10(c.min()), np.log10(c.max()) + 1, 200)
-    line = curve(fit.law, fit.vector(), grid)[0]
+    line = curve(fit.law, fit.vector(), grid, fit.cost)[0]
     label = "compute-optimal" if "params" in x else fit.law.name
     left.plot(10**grid, line, color="black", lw=1.2, label=label)
     band = None
     if fit.bootstrap is not None:
-        band = band_of(curve(fit.law, fit.bootstrap.parameters[:1000], grid), fit.level)
+        band = band_of(curve(fit.law, fit.bootstrap.parameters[:1000], grid, fit.cost), fit.level)
     if band is not None:
         left.fill_between(10**grid, *band, color="black", alpha=0.15, lw=0,
                           label=f"{100 * fit.level:.0f}% interval")  # fmt: skip
@@ -68,7 +69,7 @@ def plot_joint(fit: JointFit) -> tuple[Figure, Rows]:
         left.scatter(c, loss, s=14, color=colour, label=f"{name}: runs")
         rows += _run_rows(f"{name} run", own)
         grid = np.linspace(np.log10(c.min()), np.log10(c.max()) + 1, 200)
-        line = curve(own.law, own.vector(), grid)[0]
+        line = curve(own.law, own.vector(), grid, own.cost)[0]
         rows += [{"series": f"{name} law", "compute": 10**g, "fitted": v}
                  for g, v in zip(grid, line, strict=True)]  # fmt: skip
         left.plot(10**grid, line, color=colour, lw=1.2, label=f"{name}: least loss by the law")
@@ -106,8 +107,7 @@ def _inputs(fit: Fit) -> dict[str, str]:
 
 
 def _computes(fit: Fit) -> np.ndarray:
-    x = fit.inputs
-    return x["compute"] if "compute" in x else 6 * x["params"] * x["tokens"]
+    return compute(fit.frame, fit.flops)
 
 
 def _run_rows(series: str, fit: Fit) -> Rows:

@@ -87,11 +87,13 @@ def compare(
         grid: log10 FLOPs, evenly spaced, in which crossings are looked for.
         level: of the intervals.
     """
-    law = fits[0].law
+    law, costs = fits[0].law, [f.cost for f in fits]
     warnings = [f"{n}: {w}" for n, f in zip(names, fits, strict=True) for w in f.warnings]
 
     def fitted(log10_c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        one, other = (curve(law, f.vector(), log10_c)[0] for f in fits)
+        one, other = (
+            curve(law, f.vector(), log10_c, cost)[0] for f, cost in zip(fits, costs, strict=True)
+        )
         return one, other
 
     def difference(log10_c: np.ndarray) -> np.ndarray:
@@ -110,7 +112,8 @@ def compare(
         rows = min(len(s) for s in sets)
         bound = any(on_bound(f.model, f.search) for f in fits)
         lead = measure_lead(
-            lambda c: (curve(law, sets[0][:rows], c), curve(law, sets[1][:rows], c)),
+            lambda c: (curve(law, sets[0][:rows], c, costs[0]),
+                       curve(law, sets[1][:rows], c, costs[1])),
             np.full(len(grid), np.nan) if bound else difference(grid), rows, grid, level,
         )  # fmt: skip
         spans = stretches(grid, lead.first, lead.second, level)

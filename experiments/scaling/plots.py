@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from mmfree_jax.experiments.scaling.compute_optimal import curve
 from mmfree_jax.experiments.scaling.crossing import Crossing
-from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
+from mmfree_jax.experiments.scaling.frame import RunFrame, compute, sizes
 from mmfree_jax.experiments.scaling.gap import GapTrend, Pairs
 from mmfree_jax.experiments.scaling.isoflop import Allocation
 from mmfree_jax.figures import COLOURS, count, number, set_ticks
@@ -59,14 +59,14 @@ def plot_crossing(result: Crossing) -> tuple[Figure, Rows]:
     lines = {}
     for k, (name, style) in enumerate(zip(result.names, ("-", "--"), strict=True)):
         fit = max((r.fits[k] for r in result.laws), key=lambda f: len(f.frame))
-        c = fit.inputs.get("compute", 6 * fit.frame.params * fit.frame.tokens)
+        c = compute(fit.frame, fit.flops)
         loss = np.exp(fit.log_loss)
         left.scatter(c, loss, s=16, marker="os"[k], color="black",
                      facecolor="black" if k == 0 else "white", zorder=3)  # fmt: skip
         rows += [{"series": f"{name} run", "compute": a, "loss": b}
                  for a, b in zip(c, loss, strict=True)]  # fmt: skip
         for r in result.laws:
-            line = curve(r.fits[k].law, r.fits[k].vector(), grid)[0]
+            line = curve(r.fits[k].law, r.fits[k].vector(), grid, r.fits[k].cost)[0]
             lines[k, r.law] = line
             left.plot(10**grid, line, style, color=colours[r.law], lw=1)
             rows += [{"series": f"{name} {r.law}", "compute": 10**g, "loss": v}

@@ -4,14 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.experiments.scaling.compute_optimal import optimal_allocation
+from mmfree_jax.experiments.scaling.compute_optimal import allocate, local_exponents
 from mmfree_jax.experiments.scaling.crossing import Crossing
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.fitted_law import prediction_block
-from mmfree_jax.experiments.scaling.frame import definitions
+from mmfree_jax.experiments.scaling.frame import compute, definitions
 from mmfree_jax.experiments.scaling.grouped import grouped
 from mmfree_jax.experiments.scaling.isoflop import Allocation
 from mmfree_jax.experiments.scaling.law_crossing import LawCrossing
+from mmfree_jax.experiments.scaling.training_cost import SIX
 from mmfree_jax.experiments.scaling.uncertainty import corrected_quantiles, on_bound
 from mmfree_jax.installed import versions
 
@@ -68,14 +69,23 @@ def fit_document(fit: Fit) -> dict[str, Any]:
 
 
 def _optimal(fit: Fit) -> dict[str, Any]:
-    """Exponents a and b of N* ~ C^a, D* ~ C^b and tokens per parameter, with intervals."""
-    point = optimal_allocation(fit.vector())
-    if not np.isfinite(point).all():
+    """Exponents a and b of N* ~ C^a, D* ~ C^b and tokens per parameter, with intervals.
+
+    C is the fit's own, by the FLOPs a token of its runs; the exponents are those at the largest
+    compute of any run.
+    """
+    cost, x = fit.cost, fit.inputs
+    spent = 6 * x["params"] * x["tokens"] if cost == SIX else compute(fit.frame, fit.flops)
+    log10_c = np.log10(spent.max()) + np.arange(3)
+    n, d = (part[0] for part in allocate(fit.law, fit.vector(), log10_c, cost))
+    if not np.isfinite(n).all():
         return {"warning": "an exponent is not positive: there is no optimal allocation"}
-    draws = np.empty((0, 4))
-    if fit.bootstrap is not None:
-        draws = optimal_allocation(fit.bootstrap.parameters)
-        draws = draws[np.isfinite(draws).all(1)]
+    a, b = local_exponents(fit.vector(), np.log(n), cost)[:, 0, 0]
+    draws = np.empty((0, 5)) if fit.bootstrap is None else fit.bootstrap.parameters
+    dn, dd = allocate(fit.law, draws, log10_c, cost)
+    good = np.isfinite(dn).all(1)
+    draws, dn, dd = draws[good], dn[good], dd[good]
+    da, db = local_exponents(draws, np.log(dn), cost)[:, :, 0]
 
     def interval(value: float, values: np.ndarray) -> list[float] | None:
         if len(values) < 20:
@@ -83,21 +93,20 @@ def _optimal(fit: Fit) -> dict[str, Any]:
         centre = float(np.median(values)) if on_bound(fit.model, fit.search) else value
         return corrected_quantiles(centre, values, fit.level)[:, 0].tolist()
 
-    largest = float((6 * fit.inputs["params"] * fit.inputs["tokens"]).max())
-    table = []
-    for decades in (0, 1, 2):
-        log_c = np.log(largest) + decades * np.log(10)
-        n, d = point[0] + point[1] * log_c, point[2] + point[3] * log_c
-        dn, dd = draws[:, 0] + draws[:, 1] * log_c, draws[:, 2] + draws[:, 3] * log_c
-        table.append({
-            "compute": float(np.exp(log_c)), "decades_beyond_data": decades,
-            "params": float(np.exp(n)), "params_interval": interval(np.exp(n), np.exp(dn)),
-            "tokens": float(np.exp(d)), "tokens_interval": interval(np.exp(d), np.exp(dd)),
-            "tokens_per_param": float(np.exp(d - n)),
-            "tokens_per_param_interval": interval(np.exp(d - n), np.exp(dd - dn)),
-        })  # fmt: skip
-    return {"a": point[1], "a_interval": interval(point[1], draws[:, 1]), "b": point[3],
-            "b_interval": interval(point[3], draws[:, 3]), "budgets": table}  # fmt: skip
+    table = [
+        {
+            "compute": float(10.0 ** log10_c[k]), "decades_beyond_data": k,
+            "params": float(n[k]), "params_interval": interval(n[k], dn[:, k]),
+            "tokens": float(d[k]), "tokens_interval": interval(d[k], dd[:, k]),
+            "tokens_per_param": float(d[k] / n[k]),
+            "tokens_per_param_interval": interval(d[k] / n[k], dd[:, k] / dn[:, k]),
+        } for k in range(3)
+    ]  # fmt: skip
+    return {"a": float(a), "a_interval": interval(a, da), "b": float(b),
+            "b_interval": interval(b, db), "budgets": table,
+            "compute_from": "6 N D" if cost == SIX else
+            {"flops_per_token": "6 N (1 + excess N^-shrink)", "excess": cost.excess,
+             "shrink": cost.shrink, "greatest_miss": cost.worst}}  # fmt: skip
 
 
 def number(value: float | None) -> str:
@@ -147,8 +156,8 @@ def fit_text(fit: Fit) -> str:
                          f"D* ~ C^{with_interval(best['b'], best['b_interval'])}")  # fmt: skip
             at = best["budgets"][0]
             ratio = with_interval(at["tokens_per_param"], at["tokens_per_param_interval"])
-            lines.append(f"  tokens per parameter at {at['compute']:.2e} FLOPs {ratio}, by "
-                         "C = 6 N D")  # fmt: skip
+            by = "C = 6 N D" if fit.cost == SIX else "the runs' FLOPs a token, exponents there"
+            lines.append(f"  tokens per parameter at {at['compute']:.2e} FLOPs {ratio}, by {by}")
     for h in fit.holdout:
         if h.extrapolated:
             lines.append(f"  largest size held out ({h.runs} runs): predicted loss off by "
