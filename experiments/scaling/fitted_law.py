@@ -10,6 +10,7 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.laws import LAWS, Law, get_law
+from mmfree_jax.experiments.scaling.uncertainty import on_bound
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
 
@@ -38,6 +39,7 @@ class FittedLaw:
         conventions: how `params` and `flops` are counted, by name.
         definitions: what `N` and `C` are, in words.
         level: of the fit's intervals.
+        on_bound: whether a term vanished, so that the refits' bias is not to be corrected.
         lacks: what an older file does not hold, a sentence each.
     """
 
@@ -51,6 +53,7 @@ class FittedLaw:
     conventions: dict[str, str]
     definitions: dict[str, str]
     level: float
+    on_bound: bool = False
     lacks: tuple[str, ...] = ()
 
 
@@ -77,6 +80,7 @@ def fitted_law(fit: Fit, source: str = "") -> FittedLaw:
         conventions={"params": fit.size, "flops": fit.flops},
         definitions=definitions(fit.frame, fit.size, fit.flops),
         level=fit.level,
+        on_bound=on_bound(fit.model, fit.search),
     )
 
 
@@ -86,6 +90,7 @@ def prediction_block(fit: Fit) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "family": kept.family,
+        "on_bound": kept.on_bound,
         "ranges": {name: list(ends) for name, ends in kept.ranges.items()},
         "log_residuals": _line(kept.log_residuals),
         "resamples": {name: _line(column) for name, column in
@@ -165,7 +170,7 @@ def _read_family(document: dict[str, Any], where: str) -> FittedLaw:
     if version > FORMAT:
         raise ScalingError(f"{where}: was written by a newer version (format {version}; this one "
                            f"reads up to {FORMAT}); update mmfree_jax, or {AGAIN}")  # fmt: skip
-    _check(block, {"family": str, "resamples": dict.fromkeys(law.parameters, str),
+    _check(block, {"family": str, "on_bound": bool, "resamples": dict.fromkeys(law.parameters, str),
                    "log_residuals": str, "ranges": {}}, where)  # fmt: skip
     columns = [_column(block["resamples"][p], f"resamples.{p}", where) for p in law.parameters]
     _hold(len({len(c) for c in columns}) == 1, "its resamples differ in length by parameter", where)
@@ -177,7 +182,8 @@ def _read_family(document: dict[str, Any], where: str) -> FittedLaw:
         ranges[key] = (ends[0], ends[1])
     bare = "was fitted without a bootstrap: no intervals; fit with --bootstrap 1000 or more"
     return replace(
-        fitted, family=block["family"], resamples=np.array(columns).T, ranges=ranges,
+        fitted, family=block["family"], on_bound=block["on_bound"], ranges=ranges,
+        resamples=np.array(columns).T,
         log_residuals=_column(block["log_residuals"], "log_residuals", where),
         lacks=() if len(columns[0]) else (bare,),
     )  # fmt: skip

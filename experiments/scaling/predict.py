@@ -1,17 +1,19 @@
 """What fitted laws predict: loss, compute-optimal size and tokens, and what equals another family.
 
-Intervals are quantiles over the bootstrap refits that a fit keeps. Shapes: R refits.
+Intervals are quantiles over the bootstrap refits that a fit keeps, corrected for bias as the fit's
+own are. Shapes: R refits.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from mmfree_jax.experiments.scaling.compute_optimal import allocate, curve
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fitted_law import FittedLaw
-from mmfree_jax.experiments.scaling.lead import Interval
+from mmfree_jax.experiments.scaling.uncertainty import Interval, bias_of
 
 ENOUGH = 20
 """Refits below which there is no interval."""
@@ -105,21 +107,32 @@ class Equivalent:
         return Estimate(n.value / self.base, interval, n.never, n.undefined)
 
 
-def quantiles(values: np.ndarray, level: float) -> Interval | None:
-    """Equal-tailed ends of values [R], infinite ones included; None of fewer than `ENOUGH`."""
-    if len(values) < ENOUGH:
+def quantiles(value: float, refits: np.ndarray, level: float, corrects: bool) -> Interval | None:
+    """Ends of refits [R] of a value, infinite ones included; None of fewer than `ENOUGH`.
+
+    Equal-tailed percentiles, corrected for bias (`uncertainty.corrected_quantiles`) if so told.
+    """
+    if len(refits) < ENOUGH:
         return None
-    method = "linear" if np.isfinite(values).all() else "nearest"
-    ends = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method=method)
+    method = "linear" if np.isfinite(refits).all() else "nearest"
+    tails = ndtri(np.array([(1 - level) / 2, (1 + level) / 2]))
+    ends = np.quantile(refits, _shares(value, refits, tails, corrects), method=method)
     low, high = (float(e) if np.isfinite(e) else None for e in ends)
     return low, high
 
 
-def estimate(value: float, refits: np.ndarray, level: float) -> Estimate:
+def _shares(value: float, refits: np.ndarray, z: np.ndarray, corrects: bool) -> np.ndarray:
+    """The shares of refits [R] that stand for normal quantiles z of a value."""
+    bias = bias_of(value, refits[:, None])[0] if corrects and not np.isnan(value) else 0.0
+    return ndtr(2 * bias + z)
+
+
+def estimate(value: float, refits: np.ndarray, level: float, corrects: bool) -> Estimate:
     """A number with the quantiles of its refits [R]."""
     known = refits[~np.isnan(refits)]
     count = max(len(refits), 1)
-    return Estimate(float(value), quantiles(known, level), float(np.isinf(known).sum() / count),
+    return Estimate(float(value), quantiles(value, known, level, corrects),
+                    float(np.isinf(known).sum() / count),
                     float(np.isnan(refits).sum() / count))  # fmt: skip
 
 
@@ -149,7 +162,7 @@ def predict(
                            "and --tokens")  # fmt: skip
     loss = _loss_at(place)
     value, refits = loss(fitted, fitted.parameters[None])[0], loss(fitted, fitted.resamples)
-    optimum = None
+    optimum, corrects = None, not fitted.on_bound
     at: dict[str, float | None] = {"compute": place.compute}
     if place.params is not None and place.tokens is not None:
         at = {"params": place.params, "tokens": place.tokens}
@@ -157,12 +170,12 @@ def predict(
         log_c = np.log10([place.compute])
         (n,), (d,) = (v[0] for v in allocate(fitted.law, fitted.parameters, log_c))
         ns, ds = (v[:, 0] for v in allocate(fitted.law, fitted.resamples, log_c))
-        optimum = Optimum(estimate(n, ns, level), estimate(d, ds, level),
-                          estimate(d / n, ds / ns, level))  # fmt: skip
+        optimum = Optimum(*(estimate(v, refits_of, level, corrects) for v, refits_of in
+                            ((n, ns), (d, ds), (d / n, ds / ns))))  # fmt: skip
         at = {"params": float(n), "tokens": float(d)}
-    new_run = _new_run(fitted, refits, level, seed)
-    return Prediction(fitted, place, estimate(value, refits, level), new_run, optimum,
-                      _beyond(fitted, at))  # fmt: skip
+    mean = estimate(value, refits, level, corrects)
+    new_run = _new_run(fitted, float(value), refits, level, seed)
+    return Prediction(fitted, place, mean, new_run, optimum, _beyond(fitted, at))
 
 
 def _loss_at(place: Place) -> Callable[[FittedLaw, np.ndarray], np.ndarray]:
@@ -181,8 +194,10 @@ def _loss_at(place: Place) -> Callable[[FittedLaw, np.ndarray], np.ndarray]:
     return loss
 
 
-def _new_run(fitted: FittedLaw, refits: np.ndarray, level: float, seed: int) -> Interval | None:
-    """Interval of one run's loss: a refit's mean, times a residual of the fitted runs.
+def _new_run(
+    fitted: FittedLaw, value: float, refits: np.ndarray, level: float, seed: int
+) -> Interval | None:
+    """Interval of one run's loss: a mean, drawn as its interval says, times a run's residual.
 
     Residuals are widened by sqrt(n / (n - P)) for the parameters that were fitted to them.
     """
@@ -193,7 +208,8 @@ def _new_run(fitted: FittedLaw, refits: np.ndarray, level: float, seed: int) -> 
         return None
     rng = np.random.default_rng(seed)
     scatter = np.sqrt(n / (n - size)) * rng.choice(residuals, NEW_RUNS)
-    return quantiles(rng.choice(refits, NEW_RUNS) * np.exp(scatter), level)
+    drawn = _shares(value, refits, rng.standard_normal(NEW_RUNS), not fitted.on_bound)
+    return quantiles(value, np.quantile(refits, drawn) * np.exp(scatter), level, False)
 
 
 def _beyond(fitted: FittedLaw, at: dict[str, float | None]) -> dict[str, float]:
@@ -239,6 +255,7 @@ def equal_loss(
                 f"{other.family} as {other.conventions[key]}; fit both with the same --size and "
                 "--flops"
             )
+    corrects = not (reference.on_bound or other.on_bound)
     rows = min(len(reference.resamples), len(other.resamples))
     mine, theirs = reference.resamples[:rows], other.resamples[:rows]
     if reference.source != other.source:
@@ -251,8 +268,8 @@ def equal_loss(
                        ("compute", place.compute)):  # fmt: skip
         if base is not None:
             needed = _reach(_along(other, place, what), parameters, targets)
-            out.append(Equivalent(other.family, what, base,
-                                  estimate(needed[0], needed[1:], level)))  # fmt: skip
+            amount = estimate(needed[0], needed[1:], level, corrects)
+            out.append(Equivalent(other.family, what, base, amount))
     return out
 
 

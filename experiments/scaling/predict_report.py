@@ -9,11 +9,11 @@ from mmfree_jax.experiments.scaling.predict import (
     ENOUGH,
     Equivalent,
     Estimate,
-    Interval,
     Place,
     Prediction,
 )
 from mmfree_jax.experiments.scaling.report import number
+from mmfree_jax.experiments.scaling.uncertainty import Interval
 from mmfree_jax.installed import versions
 
 _AXES = {
@@ -43,8 +43,8 @@ def predict_document(
              "multiple": _estimate(e.multiple)} for e in equivalents
         ],
         "interval_level": level,
-        "interval_method": "percentiles of bootstrap refits: of the mean loss of runs; new_run is "
-        "of the loss of one run. null is no amount",
+        "interval_method": "bias-corrected percentiles of bootstrap refits, of the mean loss of "
+        "runs; new_run is of the loss of one run. null is no amount",
         "warnings": warnings(predictions),
         "versions": versions("mmfree-jax", "numpy", "scipy"),
     }  # fmt: skip

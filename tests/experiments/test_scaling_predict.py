@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import norm
 from synthetic_runs import draw_runs, isoflop_design
 
 from mmfree_jax.cli.main import main
@@ -45,6 +47,12 @@ def best(formula, p, c):
     return np.exp(found.x), found.fun
 
 
+def interval_of(value, refits, level=0.95):
+    """Efron's bias-corrected percentiles."""
+    z = np.clip(norm.ppf(np.mean(np.array(refits) < value)), -0.75, 0.75)
+    return np.quantile(refits, norm.cdf(2 * z + norm.ppf([(1 - level) / 2, (1 + level) / 2])))
+
+
 def law(p, *, name="chinchilla", source="one", family="float", refits=400, spread=0.01, seed=0):
     """A fitted law at known parameters, its refits scattered around them."""
     rng = np.random.default_rng(seed)
@@ -67,9 +75,8 @@ def test_loss_and_optimum_are_those_of_the_formula(name, formula, p):
     fitted = law(p, name=name)
     at = predict(fitted, Place(params=N, tokens=D))
     assert at.loss.value == pytest.approx(formula(p, N, D), rel=1e-12)
-    assert at.loss.interval == pytest.approx(
-        np.percentile([formula(r, N, D) for r in fitted.resamples], [2.5, 97.5]), rel=1e-12
-    )
+    losses = [formula(r, N, D) for r in fitted.resamples]
+    assert at.loss.interval == pytest.approx(interval_of(at.loss.value, losses), rel=1e-12)
     assert at.optimum is None
     size, least = best(formula, p, C)
     optimal = predict(fitted, Place(compute=C))
@@ -80,7 +87,14 @@ def test_loss_and_optimum_are_those_of_the_formula(name, formula, p):
     few = law(p, name=name, refits=40)
     sizes = [best(formula, r, C)[0] for r in few.resamples]
     interval = predict(few, Place(compute=C), level=0.8).optimum.params.interval
-    assert interval == pytest.approx(np.percentile(sizes, [10, 90]), rel=1e-4)
+    assert interval == pytest.approx(interval_of(size, sizes, 0.8), rel=1e-4)
+
+
+def test_refits_of_a_law_on_its_bound_are_not_corrected():
+    fitted = replace(law(FLOAT), on_bound=True)
+    losses = [chinchilla(r, N, D) for r in fitted.resamples]
+    at = predict(fitted, Place(params=N, tokens=D))
+    assert at.loss.interval == pytest.approx(np.quantile(losses, [0.025, 0.975]), rel=1e-12)
 
 
 def test_a_law_of_compute_alone_predicts_at_a_compute():
@@ -116,7 +130,7 @@ def test_equal_loss_at_a_size_and_tokens():
         brentq(lambda n, p=p, q=q: chinchilla(p, n, D) - chinchilla(q, N, D), 1e4, 1e13) / N
         for p, q in zip(other.resamples, one.resamples, strict=True)
     ]
-    assert params.multiple.interval == pytest.approx(np.percentile(ratios, [2.5, 97.5]), rel=1e-6)
+    assert params.multiple.interval == pytest.approx(interval_of(size / N, ratios), rel=1e-6)
     # By powers: with one floor and tokens alike, A_t N^-alpha + (B_t - B_f) D^-beta = A_f n^-alpha.
     left = 520 * N**-0.34 + 300 * D**-0.36
     assert size == pytest.approx((400 / left) ** (1 / 0.34), rel=1e-6)
@@ -364,6 +378,7 @@ def _changed(**changes):
         (_changed(for_predictions=None), "for_predictions is not a mapping"),
         (_changed(for_predictions__format=2), "was written by a newer version (format 2; this one"),
         (_changed(for_predictions__format="1"), "format is '1'"),
+        (_changed(for_predictions__on_bound=0), "on_bound is 0"),
         (_changed(for_predictions__resamples__E="1 2"), "its resamples differ in length"),
         (_changed(for_predictions__resamples__E="1 x"), "resamples.E: could not convert string"),
         (_changed(for_predictions__resamples__E=3), "E is 3"),
