@@ -11,7 +11,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import check_output
 from mmfree_jax.experiments.scaling.errors import ScalingError
-from mmfree_jax.ranges import InnerShare, Range, Seed
+from mmfree_jax.ranges import AboveZero, InnerShare, Range, Seed
 
 if TYPE_CHECKING:
     from mmfree_jax.experiments.scaling.fitted_law import FittedLaw
@@ -35,6 +35,10 @@ class Arguments:
     """Training tokens D (a raw count)."""
     flops: Amount | None = None
     """Compute C in place of --params and --tokens (FLOPs)."""
+    bits: AboveZero | None = None
+    """Bits a weight, for the law precision."""
+    unique_tokens: Amount | None = None
+    """Tokens of the corpus that are read at all, for the law repeated (a raw count)."""
     equal_to: str = ""
     """Family whose loss the others are to reach."""
     level: InnerShare | None = None
@@ -59,7 +63,7 @@ def predict(argv: Sequence[str]) -> int:
         check_output(a.out, "predictions", sources=a.fits)
     if not a.fits:
         raise ScalingError("fits: give at least one file that mmfree fit wrote")
-    place = Place(a.params, a.tokens, a.flops)
+    place = Place(a.params, a.tokens, a.flops, a.bits, a.unique_tokens)
     fits = _named([f for path in a.fits for f in read_fits(path)])
     level = fits[0].level if a.level is None else a.level
     predictions = [predict_one(f, place, level=level, seed=a.seed) for f in fits]

@@ -76,7 +76,11 @@ def fitted_law(fit: Fit, source: str = "") -> FittedLaw:
         parameters=fit.vector(),
         resamples=np.empty((0, size)) if fit.bootstrap is None else fit.bootstrap.parameters,
         log_residuals=residuals,
-        ranges={name: (float(v.min()), float(v.max())) for name, v in columns.items()},
+        ranges={
+            name: (float(v.min()), float(v.max()))
+            for name, v in columns.items()
+            if v.min() > 0 and v.max() < np.inf
+        },
         conventions={"params": fit.size, "flops": fit.flops},
         definitions=definitions(fit.frame, fit.size, fit.flops),
         level=fit.level,

@@ -13,6 +13,7 @@ from scipy.special import ndtr, ndtri
 from mmfree_jax.experiments.scaling.compute_optimal import allocate, curve
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fitted_law import FittedLaw
+from mmfree_jax.experiments.scaling.laws import Law
 from mmfree_jax.experiments.scaling.uncertainty import Interval, bias_of
 
 ENOUGH = 20
@@ -44,11 +45,31 @@ class Place:
 
     Attributes:
         params, tokens: N and D, or compute (FLOPs); what is not asked for is None.
+        bits, unique_tokens: for the laws that read them besides.
     """
 
     params: float | None = None
     tokens: float | None = None
     compute: float | None = None
+    bits: float | None = None
+    unique_tokens: float | None = None
+
+    def also(self, law: Law) -> dict[str, float]:
+        """What a law reads besides size, tokens and compute.
+
+        Raises:
+            ScalingError: it is not given, or the law does not give a loss.
+        """
+        if law.target != "loss":
+            raise ScalingError(f"law: {law.name} gives {law.target}, not a loss; predict from a "
+                               "law of the loss")  # fmt: skip
+        found = {}
+        for name in law.also:
+            found[name] = getattr(self, name)
+            if found[name] is None:
+                raise ScalingError(f"{name}: {law.name} ({law.formula}) needs it; give "
+                                   f"--{name.replace('_', '-')}")  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
@@ -148,9 +169,11 @@ def predict(
         seed: of the new runs.
 
     Raises:
-        ScalingError: the place is not one of the two, or the law knows compute alone.
+        ScalingError: the place is not one of the two, the law knows compute alone, or it needs
+            what is not given.
     """
     level = fitted.level if level is None else level
+    also = place.also(fitted.law)
     if place.compute is None:
         if place.params is None or place.tokens is None:
             raise ScalingError("place: give --params and --tokens, or --flops")
@@ -175,7 +198,7 @@ def predict(
         at = {"params": float(n), "tokens": float(d)}
     mean = estimate(value, refits, level, corrects)
     new_run = _new_run(fitted, float(value), refits, level, seed)
-    return Prediction(fitted, place, mean, new_run, optimum, _beyond(fitted, at))
+    return Prediction(fitted, place, mean, new_run, optimum, _beyond(fitted, {**at, **also}))
 
 
 def _loss_at(place: Place) -> Callable[[FittedLaw, np.ndarray], np.ndarray]:
@@ -189,6 +212,7 @@ def _loss_at(place: Place) -> Callable[[FittedLaw, np.ndarray], np.ndarray]:
             assert place.tokens is not None
             n, d = np.array([place.params]), np.array([place.tokens])
             x = {"params": n, "tokens": d, "compute": 6 * n * d}
+            x |= {name: np.array([value]) for name, value in place.also(fitted.law).items()}
             return fitted.law.loss(parameters, x)[:, 0]
 
     return loss
@@ -287,6 +311,7 @@ def _along(
             amounts[what] = 10.0**log10
             x = {key: amount[:, None] for key, amount in amounts.items()}
             x["compute"] = 6 * x["params"] * x["tokens"]
+            x |= {name: np.array([value]) for name, value in place.also(fitted.law).items()}
             return fitted.law.loss(parameters, x)[:, 0]
 
     return loss

@@ -22,6 +22,8 @@ _AXES = {
     "compute": "C",
     "6nd": "6 N D",
     "tokens_per_param": "D / N",
+    "bits": "bits",
+    "unique_tokens": "unique tokens",
 }
 
 
@@ -36,7 +38,8 @@ def predict_document(
     return {
         "predictions": [_prediction(p) for p in predictions],
         "at": {"params": first.place.params, "tokens": first.place.tokens,
-               "compute": first.place.compute},
+               "compute": first.place.compute, "bits": first.place.bits,
+               "unique_tokens": first.place.unique_tokens},
         "equal_to": reference,
         "equivalents": [
             {"family": e.family, "what": e.what, "base": e.base, "needed": _estimate(e.needed),
@@ -140,7 +143,10 @@ def predict_text(
 def _place(place: Place) -> str:
     if place.compute is not None:
         return f"C = {number(place.compute)} FLOPs"
-    return f"N = {number(place.params)}, D = {number(place.tokens)} tokens"
+    text = f"N = {number(place.params)}, D = {number(place.tokens)} tokens"
+    if place.unique_tokens is not None:
+        text += f" ({number(place.unique_tokens)} of them unique)"
+    return text if place.bits is None else f"{text}, {number(place.bits)} bits"
 
 
 def _ends(interval: Interval) -> str:

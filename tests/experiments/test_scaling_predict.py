@@ -106,6 +106,30 @@ def test_a_law_of_compute_alone_predicts_at_a_compute():
         predict(fitted, Place(params=N, tokens=D))
 
 
+def test_laws_that_read_more_than_size_and_tokens():
+    few = law((*FLOAT, 3.0), name="precision")
+    at = predict(few, Place(params=N, tokens=D, bits=4.0))
+    expected = chinchilla(FLOAT, N * (1 - np.exp(-4 / 3)), D)
+    assert at.loss.value == pytest.approx(expected, rel=1e-12)
+    tokens, _ = equal_loss(law(FLOAT), replace(few, source="two"),
+                           Place(params=N, tokens=D, bits=4.0))  # fmt: skip
+    target = chinchilla(FLOAT, N, D)
+    needed = brentq(lambda d: chinchilla(FLOAT, N * (1 - np.exp(-4 / 3)), d) - target, D, 1e13)
+    assert tokens.needed.value == pytest.approx(needed, rel=1e-8)
+    # A corpus read five times, by a model no larger than it deserves: D' counts for D.
+    repeated = law((*FLOAT, 15.0, 5.0), name="repeated")
+    at = predict(repeated, Place(params=1e7, tokens=D, unique_tokens=D / 5))
+    worth = D / 5 * (1 + 15 * (1 - np.exp(-4 / 15)))
+    assert at.loss.value == pytest.approx(chinchilla(FLOAT, 1e7, worth), rel=1e-12)
+    for fitted, flag in ((few, "bits: .* give --bits"), (repeated, "give --unique-tokens")):
+        with pytest.raises(MMFreeError, match=flag):
+            predict(fitted, Place(params=N, tokens=D))
+    with pytest.raises(MMFreeError, match=r"precision .* has no best size for a compute"):
+        predict(few, Place(compute=C, bits=4.0))
+    with pytest.raises(MMFreeError, match="accuracy gives accuracy, not a loss"):
+        predict(law((0.25, 0.9, 2.5, 0.2), name="accuracy"), Place(params=N, tokens=D))
+
+
 def test_a_new_run_scatters_as_the_runs_do():
     """Exact parameters and residuals of 1%: mean times exp(-+1.96 x 0.01 sqrt(200 / 195))."""
     fitted = law(FLOAT, spread=0.0)
