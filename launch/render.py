@@ -102,17 +102,17 @@ def render(values: Any, train: Sequence[str]) -> str:
       ConfigError: a value is missing or malformed, or the result does not pass its check.
     """
     platform = next(name for name, kind in PLATFORMS.items() if isinstance(values, kind))
-    _require(values, platform)
+    require_values(values, platform)
     if not train:
         raise ConfigError("no arguments for mmfree train: give them after --")
     if isinstance(values, Slurm):
-        text = _fill("slurm.sbatch", _slurm(values, train))
+        text = fill("slurm.sbatch", _slurm(values, train))
         check_script(text)
     elif isinstance(values, TpuVm):
-        text = _fill("tpu-vm.sh", _tpu_vm(values, train))
+        text = fill("tpu-vm.sh", _tpu_vm(values, train))
         check_script(text)
     else:
-        text = _fill("gke.yaml", _gke(values, train))
+        text = fill("gke.yaml", _gke(values, train))
         check_jobset(text)
     return text
 
@@ -133,12 +133,18 @@ def check_run_dir(values: Any, run_dir: str) -> None:
         )
 
 
-def _fill(name: str, values: dict[str, Any]) -> str:
+def fill(name: str, values: dict[str, Any]) -> str:
+    """A template with `values` in its places."""
     text = (_TEMPLATES / name).read_text(encoding="utf-8")
     return re.sub(r"@\{(\w+)\}", lambda match: str(values[match[1]]), text)
 
 
-def _require(values: Any, platform: str) -> None:
+def require_values(values: Any, platform: str) -> None:
+    """Refuses values that are missing, out of range, or of more than one line.
+
+    Raises:
+      ConfigError: names them.
+    """
     optional = {"partition", "account", "topology"}
     missing = [
         field.name
@@ -159,26 +165,27 @@ def _require(values: Any, platform: str) -> None:
             raise ConfigError(f"{field.name} is {value!r}: give one line")
 
 
-def _plain(name: str, value: str, pattern: str = r"[\w.:/@%+-]+") -> str:
+def plain(name: str, value: str, pattern: str = r"[\w.:/@%+-]+") -> str:
     """A value that stands where nothing can be quoted."""
     if not re.fullmatch(pattern, value):
         raise ConfigError(f"{name} is {value!r}: use letters, digits and . : / @ % + - _ only")
     return value
 
 
+def partition_and_account(partition: str | None, account: str | None) -> str:
+    """The directives of those that are given."""
+    given = (("partition", partition), ("account", account))
+    return "".join(f"#SBATCH --{name}={plain(name, value)}\n" for name, value in given if value)
+
+
 def _slurm(values: Slurm, train: Sequence[str]) -> dict[str, Any]:
-    directives = "".join(
-        f"#SBATCH --{name}={_plain(name, value)}\n"
-        for name, value in (("partition", values.partition), ("account", values.account))
-        if value
-    )
     return {
-        "name": _plain("name", values.name or ""),
+        "name": plain("name", values.name or ""),
         "nodes": values.nodes,
         "gpus_per_node": values.gpus_per_node,
         "cpus_per_gpu": values.cpus_per_gpu,
-        "time": _plain("time", values.time, r"[\d:-]+"),
-        "optional_directives": directives,
+        "time": plain("time", values.time, r"[\d:-]+"),
+        "optional_directives": partition_and_account(values.partition, values.account),
         "setup": values.setup or ":",
         "xla_flags": shlex.quote(" ".join(OVERLAP)),
         "command": shlex.join(["mmfree", "train", *train]),
@@ -208,7 +215,7 @@ def _gke(values: Gke, train: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{values.accelerator} needs its topology: give --topology, such as 4x4")
     if not is_tpu and values.slices != 1:
         raise ConfigError(f"slices is {values.slices}: GPU hosts count as hosts, set --slices 1")
-    name = _plain("name", values.name or "", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+    name = plain("name", values.name or "", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
     if is_tpu:  # GKE tells TPU processes who they are
         selector = {
             "cloud.google.com/gke-tpu-accelerator": values.accelerator,

@@ -77,6 +77,20 @@ def _load(a: _Sweep) -> "SweepConfig":
     return load_sweep(a.config, out=a.out, data=a.data)
 
 
+def planned_sweep(argv: Sequence[str]) -> "SweepConfig":
+    """The sweep of `sweep run` with these arguments, its plan checked.
+
+    Raises:
+      MMFreeError: what `sweep run` would refuse of the arguments or of the plan.
+    """
+    a = parse(_Run, argv, prog="mmfree sweep run", description=run.__doc__)
+    from mmfree_jax.experiments.sweep.state import snapshot
+
+    sweep = _load(a)
+    snapshot(sweep)
+    return sweep
+
+
 def _shard(text: str | None) -> tuple[int, int]:
     """`--shard`, or a SLURM array's task and size."""
     from mmfree_jax.errors import ConfigError

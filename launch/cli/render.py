@@ -12,12 +12,17 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import last_place, resolve_config
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.cli.sweep import planned_sweep
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
+from mmfree_jax.launch.sweep_array import SlurmArray, render_array
 
 
 def render_job(argv: Sequence[str]) -> int:
-    """Write a job file for SLURM, a TPU pod or GKE: launch render slurm ... -- TRAIN ARGUMENTS."""
+    """Write a job file for SLURM, a TPU pod or GKE: launch render slurm ... -- TRAIN ARGUMENTS.
+
+    Behind -- `sweep run` and its arguments make a SLURM job array.
+    """
     argv, train = list(argv), []
     if "--" in argv:
         at = argv.index("--")
@@ -29,7 +34,10 @@ def render_job(argv: Sequence[str]) -> int:
         return 0
     if platform not in PLATFORMS:
         raise ConfigError(f"platform is {platform!r}: choose {', '.join(PLATFORMS)}")
-    kind = PLATFORMS[platform]
+    is_sweep = train[:2] == ["sweep", "run"]
+    if is_sweep and platform != "slurm":
+        raise ConfigError(f"platform is {platform!r}: a sweep is rendered for slurm alone")
+    kind = SlurmArray if is_sweep else PLATFORMS[platform]
     path = last_place(argv, "--values")
     given = kind() if path is None else from_dict(kind, read_yaml(path) or {})
     arguments: Any = parse(
@@ -38,14 +46,18 @@ def render_job(argv: Sequence[str]) -> int:
         prog=f"mmfree launch render {platform}",
         description=(
             f"{kind.__doc__}\n\nValues come from --values, a YAML file, and over it from the "
-            "flags. The arguments of mmfree train follow behind --. The file is checked, and "
-            "written to --out or printed."
+            "flags. The arguments of mmfree train follow behind --, or for a job array `sweep run` "
+            "and its arguments. The file is checked, and written to --out or printed."
         ),
         default=_arguments(kind)(None, None, given),
     )
-    config = resolve_config(train)  # refused after an hour in the queue would be a bad joke
-    text = render(arguments.job, train)
-    check_run_dir(arguments.job, config.run_dir)
+    # Refused after an hour in the queue would be a bad joke.
+    if is_sweep:
+        text = render_array(arguments.job, train, planned_sweep(train[2:]))
+    else:
+        config = resolve_config(train)
+        text = render(arguments.job, train)
+        check_run_dir(arguments.job, config.run_dir)
     if arguments.out is None:
         sys.stdout.write(text)
         return 0

@@ -144,14 +144,15 @@ def parse_words(words: list[str]) -> None:
         return  # any of them
     if any(f"{name} ".startswith(" ".join([*own, ""])) for name in known):
         return  # a command's name, or the first word of several
+    is_sweep = after[:2] == ["sweep", "run"]  # which decides whose values `launch render` takes
     try:
         with pytest.raises((Parsed, SystemExit)):
-            main._dispatch(own)
+            main._dispatch([*own, "--", *after] if is_sweep else own)
     except ConfigError as e:
         if not (abbreviated and re.search(r"^missing: |has no value", str(e))):
             raise
     if after:
-        parse_words(after if own[:2] == ["launch", "local"] else ["train", *after])
+        parse_words(after if is_sweep or own[:2] == ["launch", "local"] else ["train", *after])
 
 
 @pytest.mark.parametrize(("path", "line"), COMMANDS, ids=[f"{a}: {b}"[:90] for a, b in COMMANDS])
