@@ -383,6 +383,9 @@ class TrainConfig:
     """skip: updates in a row that may be skipped before the run stops."""
     max_minutes: AboveZero | None = None
     """Stop early, with a checkpoint, after this much time (minutes)."""
+    stop_at: Count | None = None
+    """Stop early, with a checkpoint and an evaluation, after this step; schedules still span all
+    steps, and the same command with another value, or none, goes on."""
     init_from: Place | None = None
     """Folder of a model whose weights to start from: a run, a model folder, Hugging Face. Weights
     alone: optimiser, step, schedule and position in the data begin anew."""

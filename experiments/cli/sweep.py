@@ -137,7 +137,7 @@ def _announce(
     print(plan_text(runs, tokens))
     for note in plan_notes(sweep, runs, tokens):
         print(note)
-    ended = ("done",) if retry_failed else ("done", "failed")
+    ended = ("done", "dropped") if retry_failed else ("done", "dropped", "failed")
     todo = [r for r in runs if found.status(r) not in ended]
     with show_progress("looking at the devices"):
         device = device_from_name(a.device) if a.device else probe_device()
@@ -179,6 +179,7 @@ def run(argv: Sequence[str]) -> int:
     with show_progress("") as show:
         tally = run_sweep(sweep, options, say=lambda text: print(text, flush=True), show=show)
     counts = [(len(tally.done), "finished"), (len(tally.failed), "failed"),
+              (len({*tally.paused} - {*tally.done}), "paused or ended at a pause"),
               (len(tally.standing), "failed before and not tried again"),
               (len(tally.stopped), "cut off"), (len(tally.elsewhere), "under way elsewhere"),
               (tally.waiting, "waiting for tuning runs or trunks")]  # fmt: skip

@@ -17,6 +17,7 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AxesConfig
+from mmfree_jax.experiments.sweep.halving import HalvingConfig
 from mmfree_jax.experiments.sweep.rate_rule import RateRuleConfig
 from mmfree_jax.places import Place
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
@@ -36,7 +37,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.+]+(-[A-Za-z0-9_.+]+)*")
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 
 # What the plan itself decides; `train` may not.
-_PLANNED = ("run_dir", "steps", "seed", "init_from", "branch_from", "max_minutes")
+_PLANNED = ("run_dir", "steps", "seed", "init_from", "branch_from", "max_minutes", "stop_at")
 
 
 def _require(condition: bool, name: str, value: object, way_out: str) -> None:
@@ -193,6 +194,8 @@ class SweepConfig:
     """Seeds of the initialisation and of the order of the data."""
     replicates: ReplicateConfig = field(default_factory=ReplicateConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    halving: HalvingConfig = field(default_factory=HalvingConfig)
+    """End the worse of a size's tuning runs early."""
     widen_rates: CountOrZero = 0
     """Most rates to add at each end of a list of rates while the best one is at that end; 0:
     none, the best one is marked."""
@@ -262,6 +265,8 @@ class SweepConfig:
         both = self.warmup_fraction > 0 and self.axes.warmup_fraction
         _require(not both, "warmup_fraction", self.warmup_fraction,
                  "leave it out, or axes.warmup_fraction")  # fmt: skip
+        _require(self.tuning.is_on or not self.halving.is_on, "halving.eta", self.halving.eta,
+                 "set tuning.tokens as well: it ends tuning runs")  # fmt: skip
         if self.widen_rates:
             lists = [rates for f in self.families
                      for rates in (f.rate_rule.around if f.rate_rule.is_on else f.learning_rates,
@@ -292,6 +297,11 @@ class SweepConfig:
         schedule = optimizer.get("schedule", "wsd")
         _require(schedule == "wsd", f"{where}.optimizer.schedule", schedule,
                  "leave it out: schedule is wsd-branched")  # fmt: skip
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether runs of a cell decide which others are made."""
+        return self.widen_rates > 0 or self.halving.is_on
 
     @property
     def is_branched(self) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mmfree_jax.experiments.sweep.branches import savings_text
 from mmfree_jax.experiments.sweep.config import SweepConfig
+from mmfree_jax.experiments.sweep.pauses import saved_flops
 from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes, parameters
 from mmfree_jax.experiments.sweep.shapes import FEWEST
 
@@ -23,6 +24,11 @@ def plan_notes(
     lines = [f"note: {text}" for text in derived_sizes(sweep).left_out]
     lines += _beyond_rules(sweep, runs)
     lines += _few_sizes(sweep, runs)
+    if sweep.halving.is_on:
+        lines.append(
+            f"note: halving ends tuning runs early, which saves {_saved(sweep, runs):.3g} FLOPs of "
+            "those below"
+        )
     if (savings := savings_text(runs)) is not None:
         lines.append(savings)
     elif sweep.is_branched and any(run.stage == "main" for run in runs):
@@ -75,3 +81,7 @@ def _beyond_rules(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
                     f"{max(values):.3g}"
                 )
     return lines
+
+
+def _saved(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> float:
+    return saved_flops([run for run in runs if run.stage == "tuning"], sweep.halving)

@@ -53,6 +53,8 @@ class Tally:
     """Name -> reason."""
     standing: dict[str, str] = field(default_factory=dict)
     """The same of runs that failed in an earlier call and were not tried again."""
+    paused: list[str] = field(default_factory=list)
+    """Came to a pause of successive halving."""
     stopped: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
     """Under way in another process."""

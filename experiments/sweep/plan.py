@@ -22,7 +22,7 @@ Stage = Literal["tuning", "main", "trunk"]
 # What changes neither the model that comes out nor the loss in the table. A branch of a trunk is
 # the run that it would be alone.
 _NOT_IN_HASH = (
-    "run_dir", "loss_chunk", "max_minutes", "mesh", "checkpoint", "log", "branch_from",
+    "run_dir", "loss_chunk", "max_minutes", "stop_at", "mesh", "checkpoint", "log", "branch_from",
 )  # fmt: skip
 
 
@@ -370,15 +370,15 @@ def shard(
 ) -> list[PlannedRun]:
     """Every `count`-th run from the `index`-th (from 0): disjoint, complete, about equal.
 
-    Where cells get more rates as they go (`widen_rates`), every `count`-th cell instead: runs
-    that are added then belong to the shard that made the others of their cell. In a branched
+    Where the runs of a cell decide about each other (`widen_rates`, `halving`), every `count`-th
+    cell instead, so that one shard has all that a decision needs. In a branched
     sweep a trunk and its branches are one part; with both, all runs of a size.
     """
 
     def part(run: PlannedRun) -> tuple[str, ...]:
         if sweep.is_branched:
-            return (run.family, run.size) if sweep.widen_rates else (run.trunk or run.name,)
-        return tuple(map(str, run.cell)) if sweep.widen_rates else (run.name,)
+            return (run.family, run.size) if sweep.is_adaptive else (run.trunk or run.name,)
+        return tuple(map(str, run.cell)) if sweep.is_adaptive else (run.name,)
 
     own = set(list(dict.fromkeys(map(part, runs)))[index::count])
     return [run for run in runs if part(run) in own]

@@ -55,7 +55,9 @@ def _fit(family: str, tuned: list[Choice]) -> FittedRule:
     )
     notes = []
     if out := len(tuned) - len(inside):
-        notes.append(f"{out} of {len(tuned)} winners are at an end of their list and left out")
+        notes.append(
+            f"{out} of {len(tuned)} winners are left out, at an end of their list or alone"
+        )
     params, tokens, rate = np.array(winners).reshape(-1, 3).T
     columns = {"params": params, "tokens": tokens}
     inputs = {name: x for name, x in columns.items() if len(np.unique(x)) > 1}

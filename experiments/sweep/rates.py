@@ -39,6 +39,8 @@ class Choice:
     """The best values of the other axes; of a transferred rate, those of the nearest size."""
     tokens: int | None = None
     """Training tokens of the runs behind it; None for a transferred rate."""
+    dropped: tuple[float, ...] = ()
+    """Of the rates tried those that successive halving ended early; their loss is infinite."""
 
     @property
     def is_transferred(self) -> bool:

@@ -90,7 +90,7 @@ def status_text(found: Snapshot) -> str:
     states = {run.name: found.status(run) for run in found.runs}
     counts = collections.Counter(states.values())
     spent = sum(run.own_flops for run in found.runs if states[run.name] == "done")
-    total = sum(run.own_flops for run in found.runs)
+    total = sum(run.own_flops for run in found.runs if states[run.name] != "dropped")
     lines = [", ".join(f"{n} {state}" for state, n in counts.most_common())
              + f"; {spent:.3g} of {total:.3g} FLOPs done"]  # fmt: skip
     for name, state in states.items():
@@ -155,8 +155,7 @@ def rates_text(found: Snapshot, choices: Iterable[Choice]) -> str:
     """The learning rates, and the losses behind them."""
     rows = []
     for c in sorted(choices, key=lambda c: (c.family, c.params, c.size)):
-        tried = ", ".join(f"{r:.3g}: {loss:.4f}" if math.isfinite(loss) else f"{r:.3g}: diverged"
-                          for r, loss in c.tried)  # fmt: skip
+        tried = ", ".join(f"{r:.3g}: {_loss_text(c, r, loss)}" for r, loss in c.tried)
         note = "from the other sizes" if c.is_transferred else tried
         rows.append([c.family, c.size, f"{c.rate:.3g}", " ".join(c.setting.parts),
                      "edge" if c.at_edge else "", note])  # fmt: skip
@@ -166,6 +165,12 @@ def rates_text(found: Snapshot, choices: Iterable[Choice]) -> str:
         f"{found.sweep.seeds[0]}; edge: the best may lie beyond the rates tried)\n"
         + table(rows, ("family", "size", "rate", "", "", "loss by rate"))
     )
+
+
+def _loss_text(choice: Choice, rate: float, loss: float) -> str:
+    if math.isfinite(loss):
+        return f"{loss:.4f}"
+    return "ended early" if rate in choice.dropped else "diverged"
 
 
 def losses_text(rows: Sequence[Row]) -> str:

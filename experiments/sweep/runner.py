@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import share
 from mmfree_jax.experiments.sweep.options import Options, Tally
 from mmfree_jax.experiments.sweep.order import in_order
+from mmfree_jax.experiments.sweep.pauses import PAUSES, record_pause
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, shard
 from mmfree_jax.experiments.sweep.process import (
     Outcome,
@@ -63,6 +64,8 @@ class _Child:
     lock: int
     began: float
     share: int
+    pause: int | None
+    """The step after which it pauses; None: it goes to its end."""
 
 
 class _Stop:
@@ -123,6 +126,8 @@ def run_sweep(
             (out / name).mkdir(parents=True, exist_ok=True)
         if sweep.is_branched:
             (out / TRUNKS).mkdir(exist_ok=True)
+        if sweep.halving.is_on:
+            (out / PAUSES).mkdir(exist_ok=True)
     deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
     tally, stop = Tally(), _Stop(deadline, clock)
     with Children(options.grace_seconds) as children, stop.listening():
@@ -150,7 +155,8 @@ class _Scheduler:
         self._children: list[_Child] = []
         gpus = max(1, len(options.gpus))
         self._free = list(range(gpus * options.parallel))
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, int | None]] = set()
+        self._pauses: Mapping[str, int] = {}
         self._trunks: dict[str, TrunkState] = {}
         self._begun: set[str] = set()  # branches with a checkpoint of their own
         self._compiled: set[tuple[str, str, Setting]] = set()
@@ -191,12 +197,18 @@ class _Scheduler:
         found = snapshot(self._sweep)
         news = []
         self._tally.waiting = 0
+        self._pauses = found.halved.next_pause
+        if not self._sweep.keep_checkpoints:
+            for name in found.halved.dropped:
+                shutil.rmtree(self._out / "runs" / name / "checkpoints", ignore_errors=True)
         for stage in self._options.stages:
             for run in shard(self._sweep, found.of_stage(stage), *self._options.shard):
                 if not run.rate_known:
                     self._tally.waiting += 1
-                elif run.name not in self._seen:
-                    self._seen.add(run.name)
+                    continue
+                leg = run.name, self._pauses.get(run.name)
+                if run.name not in found.halved.paused and leg not in self._seen:
+                    self._seen.add(leg)
                     if self._is_due(found, run):
                         news.append(run)
                     if run.trunk is not None and kept_steps(run_folder(self._out, run)):
@@ -263,11 +275,12 @@ class _Scheduler:
             sharing = share(self._sweep, run, self._options.parallel)
             run_dir = run_folder(self._out, run)
             run = self._branched(run)
-            config = dataclasses.replace(run.config, run_dir=str(run_dir))
+            pause = self._pauses.get(run.name)
+            config = dataclasses.replace(run.config, run_dir=str(run_dir), stop_at=pause)
             summary = None if run.stage == "trunk" else _finished(run_dir, config)
             if summary is not None:
                 # Cut off between the end of training and the row.
-                self._record(run, summary, wall=None, sharing=sharing)
+                self._record(run, summary, wall=None, sharing=sharing, pause=pause)
                 os.close(lock)
                 return
             config_file = self._out / "configs" / f"{run.name}.yaml"
@@ -283,7 +296,7 @@ class _Scheduler:
             os.close(lock)
             raise
         self._free = [s for s in self._free if s not in slots]
-        self._children.append(_Child(run, process, slots, lock, self._clock(), sharing))
+        self._children.append(_Child(run, process, slots, lock, self._clock(), sharing, pause))
 
     def _branched(self, run: PlannedRun) -> PlannedRun:
         """A branch with its source; a trunk with the steps that are left to branch from."""
@@ -317,9 +330,10 @@ class _Scheduler:
         log = self._out / "logs" / f"{run.name}.log"
         summary = read_summary(run_folder(self._out, run))
         result = outcome(child.process.returncode, log, summary)
-        if result.end == "complete":
-            assert summary is not None
-            self._record(run, summary, wall=wall, sharing=child.share)
+        has_paused = summary is not None and _has_paused(child, summary)
+        if summary is not None and (result.end == "complete" or has_paused):
+            pause = child.pause if has_paused else None
+            self._record(run, summary, wall=wall, sharing=child.share, pause=pause)
             return
         self._ended += 1
         if result.end == "stopped":
@@ -335,8 +349,9 @@ class _Scheduler:
         self._say(f"[{self._ended}/{self._total}] {run.name}: failed: {result.reason}")
 
     def _record(
-        self, run: PlannedRun, summary: dict[str, Any], *, wall: float | None, sharing: int
-    ) -> None:
+        self, run: PlannedRun, summary: dict[str, Any], *, wall: float | None, sharing: int,
+        pause: int | None,
+    ) -> None:  # fmt: skip
         self._ended += 1
         seconds = "" if wall is None else f", {wall:.0f} s"
         if run.stage == "trunk":
@@ -346,6 +361,12 @@ class _Scheduler:
         if loss is None:
             self._fail(run, Outcome("failed", "error", "no held-out loss in summary.json: set "
                                     "train.eval.batches above 0"), 0)  # fmt: skip
+            return
+        if pause is not None:
+            record_pause(self._out, run, pause, loss)
+            self._tally.paused.append(run.name)
+            self._say(f"[{self._ended}/{self._total}] {run.name}: loss {loss:.4f} at step {pause} "
+                      f"of {run.config.steps}, where it pauses{seconds}")  # fmt: skip
             return
         row = make_row(run, summary, wall, sharing, self._code)
         append_result(self._out, row)
@@ -392,12 +413,17 @@ def _is_training(run_dir: Path) -> bool:
         return False
 
 
+def _has_paused(child: _Child, summary: dict[str, Any]) -> bool:
+    """Whether a run has come to its pause, and not to one that it left before."""
+    return child.process.returncode == 0 and child.pause == summary.get("step")
+
+
 def _finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The summary of a run that is complete under the same settings; else None."""
-    summary = read_summary(run_dir)
-    if summary is None or summary.get("status") != "complete":
+    """The summary of a run that is complete, or has paused, under the same settings; else None."""
+    summary, status = read_summary(run_dir), "complete" if config.stop_at is None else "stopped"
+    if summary is None or summary.get("status") != status:
         return None
-    if summary.get("step") != config.steps:
+    if summary.get("step") != (config.stop_at or config.steps):
         return None
     try:
         there = read_yaml(run_dir / "config.yaml")

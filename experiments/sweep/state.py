@@ -2,8 +2,8 @@
 
 The folder holds results.csv, and for each run: configs/NAME.yaml (as the trainer got it),
 runs/NAME/ (its run directory; trunks/NAME/ of a trunk, which gets no row), logs/NAME.log (what
-it printed), failures/NAME.json (why it failed, gone once it succeeds) and locks/NAME.lock (held
-while it runs).
+it printed), failures/NAME.json (why it failed, gone once it succeeds), pauses/NAME.json (its losses
+where it paused) and locks/NAME.lock (held while it runs).
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from mmfree_jax.experiments.sweep.branches import (
 )
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
+from mmfree_jax.experiments.sweep.pauses import Halved, halve, read_pauses
 from mmfree_jax.experiments.sweep.plan import (
     PlannedRun,
     cheapest_first,
@@ -45,7 +46,9 @@ from mmfree_jax.files import is_locked
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
 
-Status = Literal["done", "failed", "running", "cut off", "pending", "waiting"]
+Status = Literal[
+    "done", "failed", "running", "cut off", "paused", "dropped", "pending", "waiting"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Snapshot:
     """Tuned rates, as far as the tuning runs behind them have ended."""
     trunks: list[PlannedRun] = field(default_factory=list)
     """Of a branched sweep: what main runs branch from."""
+    halved: Halved = field(default_factory=Halved)
+    """Which tuning runs pause, and which have ended at a pause."""
 
     @property
     def runs(self) -> list[PlannedRun]:
@@ -92,6 +97,10 @@ class Snapshot:
             return "running"
         if run.name in self.failures:
             return "failed"
+        if run.name in self.halved.dropped:
+            return "dropped"
+        if run.name in self.halved.paused:
+            return "paused"
         if (run_folder(out, run) / "metrics.jsonl").exists():
             return "cut off"
         if run.trunk is not None and not trunk_state(out, run.trunk).is_ready_for(run):
@@ -159,8 +168,17 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
         most, seed = sweep.widen_rates, sweep.seeds[0]
         return cheapest_first(widened(runs, loss_of, most=most, first_seed=seed))
 
-    tuning = wider(tuning_runs(sweep), loss_of)
-    choices = _choices(sweep, tuning, loss_of)
+    tuning = tuning_runs(sweep)
+    halved = Halved()
+    if sweep.halving.is_on:
+        losses = {run.name: read_pauses(out, run) for run in tuning}
+        halved = halve(tuning, sweep.halving, lambda r, step: losses[r.name].get(step), loss_of)
+
+    def loss_of_tuning(run: PlannedRun) -> float | None:
+        return math.inf if run.name in halved.dropped else loss_of(run)
+
+    tuning = wider(tuning, loss_of_tuning)
+    choices = _choices(sweep, tuning, loss_of_tuning, halved.dropped)
     main = main_runs(sweep, choices)
     if not sweep.tuning.is_on:
         main = wider(main, loss_of_branch)
@@ -173,7 +191,7 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
             failed = _failed_trunk(out, failures, run, run.trunk)
             if failed is not None and run.name not in rows:
                 failures.setdefault(run.name, failed)
-    found = Snapshot(sweep, rows, failures, tuning, main, choices, trunks)
+    found = Snapshot(sweep, rows, failures, tuning, main, choices, trunks, halved)
     _check_rows(found)
     for trunk in trunks:
         if found.left_of(trunk.name):
@@ -241,6 +259,7 @@ def _choices(
     sweep: SweepConfig,
     tuning: Sequence[PlannedRun],
     loss_of: Callable[[PlannedRun], float | None],
+    dropped: frozenset[str],
 ) -> dict[tuple[str, str], Choice]:
     """The rates that are known: of a tuned size once its tuning runs are all in the table or
     diverged, of the other sizes once those of the whole family are."""
@@ -258,11 +277,13 @@ def _choices(
     tuned = {key: losses for key, losses in tried.items() if key not in unfinished}
     wanted = {key: n for key, n in sizes.items()
               if key in tuned or (key not in tried and key[0] not in open_families)}  # fmt: skip
-    budgets = {(run.family, run.size): run.tokens for run in tuning}
-    return {
-        key: dataclasses.replace(choice, tokens=budgets.get(key))
-        for key, choice in choose_rates(tuned, wanted, sweep.tuning.rule).items()
-    }
+    chosen = choose_rates(tuned, wanted, sweep.tuning.rule)
+    for key, choice in chosen.items():
+        own = [r for r in tuning if (r.family, r.size, r.setting) == (*key, choice.setting)]
+        if own and not choice.is_transferred:
+            lost = tuple(run.learning_rate for run in own if run.name in dropped)
+            chosen[key] = dataclasses.replace(choice, tokens=own[0].tokens, dropped=lost)
+    return chosen
 
 
 def check_data(runs: Sequence[PlannedRun]) -> dict[tuple[str, ...], int]:

@@ -38,8 +38,8 @@ A rung, and a shape by flags alone, has the vocabulary of the data, where none i
 A preset is a model and a peak rate, no recipe: steps, batch and warm-up are the defaults below. The
 paper's runs are experiments/configs/paper-370M.yaml, paper-1.3B.yaml and paper-2.7B.yaml.
 
-Exit codes: 0 complete, or max_minutes reached; 143 SIGTERM, 130 SIGINT and 129 SIGHUP (the
-terminal is closed), all after saving a checkpoint; 2 something to put right, in one line; 75
+Exit codes: 0 complete, or max_minutes or stop_at reached; 143 SIGTERM, 130 SIGINT and 129 SIGHUP
+(the terminal is closed), all after saving a checkpoint; 2 something to put right, in one line; 75
 another process of the run is gone or hangs: start all again."""
 
 

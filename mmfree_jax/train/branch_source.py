@@ -67,7 +67,11 @@ def branch_config(source: str, run_dir: str = TrainConfig.run_dir) -> TrainConfi
     else:
         settings = find_manifest(parse_source(source)).config
     return dataclasses.replace(
-        from_dict(TrainConfig, settings), run_dir=run_dir, init_from=None, branch_from=source
+        from_dict(TrainConfig, settings),
+        run_dir=run_dir,
+        init_from=None,
+        branch_from=source,
+        stop_at=None,  # the parent's own end is none of its branch's
     )
 
 

@@ -65,11 +65,17 @@ class Loop:
         self._profiler = Profiler(run.config.log.profile_steps, profile, self._read_metrics)
         self.compile_seconds = 0.0
 
+    @property
+    def _end(self) -> int:
+        """The step after which this session ends."""
+        config = self._run.config
+        return min(config.steps, config.stop_at or config.steps)
+
     def run(self, state: TrainState, start: int) -> Summary:
         """Trains from `start` to the end, or to where it is told to stop."""
         config, recorder, watch = self._run.config, self._recorder, self._recorder.watch
-        stopped_by, done = None, start
-        if start < config.steps:
+        stopped_by, done, end = None, start, self._end
+        if start < end:
             rows = process_rows(self._run.mesh, (config.batch_size, config.data.seq_len))
             self._rows = rows
             self._iterator = make_train_iterator(
@@ -83,7 +89,7 @@ class Loop:
             recorder.start()
             recorder.progress.stage(TRAINING)
             recorder.progress.step(start)
-        while done < config.steps and stopped_by is None:
+        while done < end and stopped_by is None:
             self._profiler.before(done + 1)
             with watch.section("step"):
                 state, metrics = step_fn(state, batch)
@@ -92,10 +98,12 @@ class Loop:
                 self._pending = (done, metrics)
             if self._on_step:
                 self._on_step(done)
-            if done < config.steps:
+            if done < end:
                 with watch.section("data"):
                     batch = self._next_batch()
             stopped_by = self._after_step(state, done)
+        if stopped_by is None and done < config.steps:
+            stopped_by = "stop_at"
         recorder.sync()
         if stopped_by is None:
             recorder.check_learnt(done)
@@ -104,7 +112,9 @@ class Loop:
         else:
             self._evaluate(state, done)
             self._sample(state, done)
-            if stopped_by:
+            if stopped_by == "stop_at":
+                recorder.message("stop_at reached: run the same command with a later one to go on")
+            elif stopped_by:
                 recorder.message(f"{stopped_by} reached: run the same command to go on")
         with watch.section("checkpoint"), recorder.progress.during("saving the checkpoint"):
             self._checkpointer.wait()
@@ -161,7 +171,7 @@ class Loop:
         if failed:
             self._end_in_failure()
         is_last = done == config.steps
-        must_save = bool(is_last or signalled or out_of_time or save_by_time)
+        must_save = bool(done == self._end or signalled or out_of_time or save_by_time)
         must_save |= done % config.checkpoint.every_steps == 0
         must_save |= done in config.checkpoint.at_steps
 
@@ -179,7 +189,7 @@ class Loop:
             self._save(state, done)
         if signalled:
             return signal.Signals(signalled).name
-        return "max_minutes" if out_of_time and not is_last else None
+        return "max_minutes" if out_of_time and done < self._end else None
 
     def _end_in_failure(self) -> NoReturn:
         self._verification.check()

@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "on_nonfinite",
     "max_skips",
     "max_minutes",
+    "stop_at",
     "data.paths",
     "data.prefetch",
     "model.remat",

@@ -49,9 +49,9 @@ def train(
 
     Else from the checkpoint that `config.branch_from` names: `branch_config` makes such a config.
 
-    SIGTERM, SIGINT and SIGHUP end the run early with a checkpoint; so does `config.max_minutes`.
-    With several processes (`processes.join` comes before) all call this alike, and a signal to
-    one stops all.
+    SIGTERM, SIGINT and SIGHUP end the run early with a checkpoint; so do `config.max_minutes` and
+    `config.stop_at`. With several processes (`processes.join` comes before) all call this alike,
+    and a signal to one stops all.
 
     Args:
       config: the run.

@@ -100,11 +100,14 @@ train:
     assert cli.run([str(path), "--device", "H100"]) == 0
     assert "nothing was left to do" in capsys.readouterr().out
 
-    # Alone, with the warm-up of 2 steps, the longer run is the same.
+    # Alone, with the warm-up of 2 steps and a pause after 20, the longer run is the same.
     alone = config_file("alone", "train", [10240], "{schedule: wsd}")
     text = alone.read_text().replace("warmup_fraction: 0.2", "warmup_fraction: 0.05")
-    alone.write_text(text)
+    text = text.replace("[1e-2]", "[1e-2, 1e-5]")
+    alone.write_text(text + "tuning: {tokens: 10240}\nhalving: {eta: 2}\n")
     assert cli.run([str(alone), "--device", "H100"]) == 0
+    assert "lr1e-05-s0: loss" in (said := capsys.readouterr().out)
+    assert said.count("at step 20 of 40, where it pauses") == 2
     (row,) = read_results(tmp_path / "alone")
     there = rows["10240"]
     same = ("run", "config_hash", "tokens", "flops", "loss", "train_loss", "warmup_steps")

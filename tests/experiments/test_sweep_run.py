@@ -62,8 +62,10 @@ width = config["model"]["hidden_size"]
 if behaviour == f"broken at {width}":
     raise RuntimeError("broken")
 loss = 3 + math.log(rate / (4e-3 * 128 / width)) ** 2
-steps = config["steps"]
-summary = {"status": "complete", "step": steps, "tokens": steps * 256, "eval_loss": loss,
+steps = config["stop_at"] or config["steps"]
+status = "complete" if steps == config["steps"] else "stopped"
+summary = {"status": status, "stopped_by": "stop_at", "step": steps,
+  "tokens": steps * 256, "eval_loss": loss,
   "training_flops": 1e9, "parameters": {"total": 2, "non_embedding": 1, "ternary": 1},
   "device": {"kind": "cpu", "count": 1}, "versions": {"jax": "0"}, "tokens_per_s": 1e6}
 os.makedirs(out + "/checkpoints/1", exist_ok=True)
@@ -517,6 +519,24 @@ def test_rates_are_added_in_the_call_that_finds_the_best_at_an_end(make, trainer
         *(f"matmulfree-rung-1M-t9.984K-lr0.00{digit}-s0" for digit in (1, 2, 4, 8)),
     ]
     assert not run_sweep(sweep, Options(), say=quiet, command=trainer).done
+
+
+def test_paused_runs_go_on_in_the_same_call_and_the_others_stay(make, trainer):
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    sweep = make(tuning={"tokens": 1e4}, rates=rates, sizes=["rung-1M"], tokens=[2e4],
+                 halving={"eta": 2, "fraction": 0.25})  # fmt: skip
+    tally = run_sweep(sweep, Options(parallel=2), say=quiet, command=trainer)
+    name = "matmulfree-rung-1M-t9.984K-lr{}-s0".format
+    # Pauses after 10 and 20 of 39 steps; the main run is of the best of them.
+    assert sorted(tally.done) == ["matmulfree-rung-1M-t19.97K-lr0.004-s0", name(0.004)]
+    legs = {run: len(s) for run, s in starts(sweep).items() if run != tally.done[-1]}
+    assert legs == {name(0.001): 1, name(0.002): 2, name(0.004): 3, name(0.008): 1}
+    assert len(tally.paused) == 6
+    # As after a kill between a pause and its record: it is only recorded.
+    out = Path(sweep.out)
+    (out / "pauses" / f"{name(0.008)}.json").unlink()
+    assert run_sweep(sweep, Options(), say=quiet, command=trainer).paused == [name(0.008)]
+    assert sum(map(len, starts(sweep).values())) == 1 + 2 + 3 + 1 + 1
 
 
 def test_a_size_may_have_rates_of_its_own(make, trainer):

@@ -20,6 +20,7 @@ _SETTINGS_OF_THE_LOOP = (
     "eval",
     "log",
     "max_minutes",
+    "stop_at",
     "on_nonfinite",
 )
 _TRACED: dict[tuple[str, TrainConfig], Any] = {}

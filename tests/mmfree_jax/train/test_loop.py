@@ -113,6 +113,18 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     assert _records(tmp_path / "broken", *kinds) == _records(whole_dir, *kinds)
 
 
+def test_a_run_stops_where_it_is_told_and_goes_on_as_if_nothing_had_happened(finished, tmp_path):
+    whole, whole_dir, _ = finished
+    config = replace(whole, run_dir=str(tmp_path))
+    for end in (5, 5, 9):  # the second finds the step made
+        summary = train(replace(config, stop_at=end))
+        assert (summary["status"], summary["stopped_by"]) == ("stopped", "stop_at")
+        assert summary["step"] == checkpoint_steps(tmp_path / "checkpoints")[-1] == end
+        assert _records(tmp_path, "eval")[-1]["step"] == end
+    assert train(config)["status"] == "complete"
+    assert _records(tmp_path, "train") == _records(whole_dir, "train")
+
+
 def test_records_beyond_the_restored_step_are_dropped(small_run, tmp_path):
     """As after a kill between two checkpoints."""
     config = replace(small_run, run_dir=str(tmp_path))
