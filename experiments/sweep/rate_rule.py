@@ -40,7 +40,8 @@ class RateRule:
     def rate(self, params: float, tokens: float) -> float:
         """At one size and budget."""
         a, b = self.params_exponent, self.tokens_exponent
-        return math.exp(math.log(self.coefficient) + a * math.log(params) + b * math.log(tokens))
+        log = math.log(self.coefficient) + a * math.log(params) + b * math.log(tokens)
+        return math.exp(log) if log < 100 else math.inf
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,14 @@ class RateRuleConfig:
           ConfigError: as `rule`.
         """
         rate = self.rule(label).rate(params, tokens)
-        return tuple(round_rate(factor * rate) for factor in self.around)
+        rates = tuple(round_rate(factor * rate) for factor in self.around)
+        where = f"{_WHERE} of {label} at {params:.4g} parameters and {tokens:.4g} tokens"
+        if not all(Range(0, open_low=True).holds(rate) for rate in rates):
+            raise ConfigError(f"{where} gives the rate {rates[0]:g}: use other coefficients")
+        if len(set(rates)) < len(rates):
+            raise ConfigError(f"{where} gives the rates {list(rates)}: use values of around that "
+                              "differ in their first three digits")  # fmt: skip
+        return rates
 
 
 def read_rule(file: str, family: str) -> RateRule:

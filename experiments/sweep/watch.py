@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 60.0  # between lines while nothing but time has changed
 _LONGEST_SLEEP = 86_400.0
-_ORDER: tuple[Status, ...] = ("done", "running", "pending", "waiting", "cut off", "failed")
+_ORDER: tuple[Status, ...] = (
+    "done", "running", "pending", "waiting", "paused", "cut off", "dropped", "failed",
+)  # fmt: skip
+_ENDED = ("done", "dropped", "failed")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Standing:
     @property
     def is_over(self) -> bool:
         """Whether nothing is under way or left to start."""
-        return not any(n for state, n in self.counts.items() if state not in ("done", "failed"))
+        return not any(n for state, n in self.counts.items() if state not in _ENDED)
 
     @property
     def line(self) -> str:
@@ -98,7 +101,7 @@ def standing(found: Snapshot) -> Standing:
         state, whole = states[run.name], relative_seconds(run)
         done = 1.0 if state == "done" else underway[run.name].share if run.name in underway else 0.0
         flops += done * run.own_flops
-        if state != "failed":
+        if state not in ("failed", "dropped"):
             left += (1 - done) * whole
         spent = underway[run.name].seconds if run.name in underway else _spent(found, run)
         if done and spent:
@@ -107,7 +110,7 @@ def standing(found: Snapshot) -> Standing:
     if underway and work:
         alone = [u.eta for u in underway.values() if u.eta is not None]
         eta = max([left * seconds / work / len(underway), *alone])
-    total = sum(run.own_flops for run in found.runs)
+    total = sum(run.own_flops for run in found.runs if states[run.name] != "dropped")
     return Standing(dict(collections.Counter(states.values())), flops / total,
                     tuple(underway.values()), eta)  # fmt: skip
 

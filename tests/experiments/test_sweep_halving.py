@@ -16,6 +16,7 @@ from mmfree_jax.experiments.sweep.pauses import halve, record_pause
 from mmfree_jax.experiments.sweep.plan import shard, tuning_runs
 from mmfree_jax.experiments.sweep.report import rates_text, status_text
 from mmfree_jax.experiments.sweep.state import snapshot
+from mmfree_jax.experiments.sweep.watch import standing
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 
@@ -70,6 +71,10 @@ def test_the_best_half_goes_on_at_each_pause_and_the_winner_is_used(tmp_path):
     text = rates_text(found, found.choices.values())
     assert "0.001: ended early, 0.002: 3.0091, 0.004: 3.3574, 0.008: ended early" in text
     assert status_text(found).startswith("4 dropped, 2 done, 1 pending; ")
+    finish(sweep, found.main, loss)
+    over = standing(snapshot(sweep))
+    assert (over.is_over, over.flops_share) == (True, 1.0)
+    assert over.line == "3/7 runs done, 4 dropped; 100% of the FLOPs"
 
 
 def test_nobody_goes_on_before_all_have_come_as_far(tmp_path):
