@@ -111,7 +111,7 @@ def test_initial_sizes_follow_the_table(family):
 
 
 def test_rates_follow_the_table_and_the_decay_does_not():
-    shapes = jax.eval_shape(initial, make("transformer", WIDE, mup=True))
+    shapes = jax.eval_shape(lambda: initial.__wrapped__(make("transformer", WIDE, mup=True)))
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     config = dataclasses.replace(CONSTANT, weight_decay=0.5)
     steps = {}
