@@ -4,6 +4,7 @@ Fitted are the winners that are inside their lists of rates, each moved to the l
 parabola through it and its neighbours: a winner at an end says only on which side the best rate is.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mmfree_jax.experiments.scaling.output_files import write_json
-from mmfree_jax.experiments.scaling.power_law import PowerLaw, fit_power_law
+from mmfree_jax.experiments.scaling.power_relation import PowerRelation, fit_power
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate
 
 _ROUNDING = 0.05  # of log tokens, as steps are whole
@@ -22,7 +23,7 @@ class FittedRule:
     """The rule of one family, or why there is none."""
 
     family: str
-    law: PowerLaw | None
+    law: PowerRelation | None
     """Over "params" and "tokens", or the one of them that varies; None: no rule."""
     winners: tuple[tuple[float, float, float], ...]
     """(N, D, rate) that it was fitted to."""
@@ -32,7 +33,13 @@ class FittedRule:
     def exponent(self, name: str) -> float:
         """Of "params" or "tokens"; 0 where that did not vary."""
         assert self.law is not None
-        return self.law.exponent(name) if name in self.law.inputs else 0.0
+        return self.law.exponents.get(name, 0.0)
+
+    @property
+    def coefficient(self) -> float:
+        """c."""
+        assert self.law is not None
+        return math.exp(self.law.coefficients[0])
 
 
 def fit_rules(choices: Iterable[Choice]) -> list[FittedRule]:
@@ -68,7 +75,7 @@ def _fit(family: str, tuned: list[Choice]) -> FittedRule:
     if len(inputs) == 2 and _on_a_line(np.log(params), np.log(tokens)):
         del inputs["tokens"]
         notes.append("params and tokens did not vary apart: a holds along that line alone")
-    law = fit_power_law(rate, inputs)
+    law = fit_power({"learning_rate": rate, **inputs}, "learning_rate", tuple(inputs))
     return FittedRule(family, law, winners, "; ".join(notes))
 
 
@@ -85,11 +92,11 @@ def rules_text(rules: Iterable[FittedRule]) -> str:
         if rule.law is None:
             lines.append(f"  {rule.family}: none; {rule.note}")
             continue
-        parts = [f"c {rule.law.constant:.4g}"]
+        parts = [f"c {rule.coefficient:.4g}"]
         for letter, name in (("a", "params"), ("b", "tokens")):
-            if name in rule.law.inputs:
-                low, high = rule.law.exponent_interval(name)
-                about = f"[{low:.3f}, {high:.3f}]" if low == low else "(no interval)"
+            if name in rule.law.exponents:
+                ends = rule.law.intervals.get(name)
+                about = "(no interval)" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
                 parts.append(f"{letter} {rule.exponent(name):.3f} {about}")
         note = f"; {rule.note}" if rule.note else ""
         lines.append(f"  {rule.family}: {', '.join(parts)}, from {len(rule.winners)} winners{note}")
@@ -103,10 +110,10 @@ def write_rules(path: Path, rules: Iterable[FittedRule]) -> None:
         if rule.law is not None:
             params, tokens, _ = zip(*rule.winners, strict=True)
             found.append({
-                "family": rule.family, "coefficient": rule.law.constant,
+                "family": rule.family, "coefficient": rule.coefficient,
                 "params_exponent": rule.exponent("params"),
                 "tokens_exponent": rule.exponent("tokens"),
-                "intervals": {n: rule.law.exponent_interval(n) for n in rule.law.inputs},
+                "intervals": rule.law.intervals,
                 "residual_log_rate": rule.law.residual, "winners": len(rule.winners),
                 "params_range": (min(params), max(params)),
                 "tokens_range": (min(tokens), max(tokens)), "note": rule.note,

@@ -92,7 +92,7 @@ def test_tuning_at_one_budget_a_parameter_gives_the_exponent_along_that_line(tmp
     finish(sweep, tuning_runs(sweep), loss_of)
     (rule,) = fit_rules(snapshot(sweep).choices.values())
     assert rule.law is not None
-    assert rule.law.inputs == ("params",)
+    assert rule.law.x == ("params",)
     assert rule.exponent("params") == pytest.approx(-0.9, abs=0.01)  # D is in proportion to N
     assert "did not vary apart" in rule.note
 
