@@ -71,9 +71,9 @@ def sharing_test(
     if noise is not None:
         drawn = loss + noise * rng.standard_normal((count, n))
     elif raw:
-        drawn = loss + (np.exp(log_loss) - loss)[_donors(joint, clusters, count, rng)]
+        drawn = loss + (np.exp(log_loss) - loss)[donors(joint, clusters, count, rng)]
     else:
-        drawn = loss * np.exp((log_loss - np.log(loss))[_donors(joint, clusters, count, rng)])
+        drawn = loss * np.exp((log_loss - np.log(loss))[donors(joint, clusters, count, rng)])
     targets = np.log(np.maximum(drawn, 1e-3 * loss))
     weights = np.ones((count, n))
     shared, under = refit(joint.whole, objective, targets, weights, found.optima, scale=scale)
@@ -105,7 +105,7 @@ def sharing_test(
     )
 
 
-def _donors(
+def donors(
     joint: JointModel, clusters: np.ndarray, count: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Whose residual each row gets in each data set, [count, n]: a run's from another run.

@@ -18,6 +18,7 @@ from mmfree_jax.experiments.scaling.joint_law import bind, joint_law, share
 from mmfree_jax.experiments.scaling.laws import LAWS
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.output_files import write_csv
+from mmfree_jax.experiments.scaling.sharing_test import donors
 
 ONE = {"E": 1.75, "A": 420.0, "B": 1900.0, "alpha": 0.34, "beta": 0.36}
 TWO = {"E": 1.75, "A": 600.0, "B": 1500.0, "alpha": 0.34, "beta": 0.34}
@@ -213,6 +214,18 @@ def test_p_value_is_that_of_the_f_test_where_that_is_exact(seed, slopes):
     assert found.test.statistic == pytest.approx(18 * np.log(parallel / apart), rel=1e-8)
     exact = f_distribution.sf((parallel - apart) / (apart / 14), 1, 14)
     assert found.test.p_value == pytest.approx(exact, abs=0.04)
+
+
+def test_residuals_come_from_runs_of_the_same_family_and_stay_in_order():
+    """Two families, 0 to 4 and 5 to 8; rows 0 to 2 are one run, and rows 3 and 4 another."""
+    x = {"compute": 10.0 ** np.arange(9), "family": np.repeat([0, 1], [5, 4])}
+    joint = bind(share(LAWS["power"], ["a", "b"], ["gamma"]), x)
+    clusters = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5])
+    drawn = donors(joint, clusters, 200, np.random.default_rng(0))
+    assert {tuple(row) for row in drawn[:, :3]} == {(0, 1, 2), (3, 3, 4)}
+    assert {tuple(row) for row in drawn[:, 3:5]} == {(0, 1), (3, 4)}
+    assert {int(v) for v in drawn[:, 5:].ravel()} == {5, 6, 7, 8}
+    assert not np.array_equal(drawn[:, 5], drawn[:, 6])
 
 
 def test_p_values_are_about_uniform_under_sharing():
