@@ -19,7 +19,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.ranges import AboveZero, Count, Port, Range, check_numbers
 
 # A process that was told to stop, saved and left. The others are about to do the same.
-_STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
+_STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 _LOOK_SECONDS = 0.1
 
 Processes = Annotated[int, Range(1, 1024)]

@@ -84,7 +84,7 @@ def outcome(code: int, log: Path, summary: dict[str, Any] | None) -> Outcome:
         if summary.get("status") == "complete":
             return Outcome("complete")
         return Outcome("stopped", reason=f"stopped by {summary.get('stopped_by')}")
-    stops = (signal.SIGTERM, signal.SIGINT)
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     if code in [128 + s for s in stops] or -code in stops:
         return Outcome("stopped", reason="told to stop")
     if code < 0:

@@ -387,7 +387,9 @@ def test_what_the_end_of_a_process_means(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"=== started one\nmmfree: error: old\n=== started two\nValueError: new\n")
     assert outcome(1, log, None).reason == "exit code 1: ValueError: new"
-    assert outcome(143, log, None).end == outcome(-15, log, None).end == "stopped"
+    for number in (15, 2, 1):  # SIGTERM, SIGINT, SIGHUP: a closed terminal goes to all of it
+        ends = {outcome(code, log, None).end for code in (128 + number, -number)}
+        assert ends == {"stopped"}
     assert outcome(0, log, None).end == "failed"
     assert outcome(0, log, {"status": "stopped", "stopped_by": "max_minutes"}).end == "stopped"
     log.write_bytes(b"=== started one\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: oh\n")
