@@ -11,7 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run make torch")
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 import mmfree_jax  # noqa: E402
 from mmfree_jax.config import ModelConfig  # noqa: E402
@@ -87,6 +93,20 @@ def test_fine_tuning_lowers_the_loss_and_comes_back(trained, tmp_path):
     found = np.asarray(ours.apply({"params": params}, jnp.asarray(ids.numpy())))
     expected = logits(model, ids).numpy()
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_the_trainer_of_transformers_trains_evaluates_and_saves(exported, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
+        gradient_checkpointing=True, report_to=[], use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(exported.torch_model(), arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    trainer.save_model(str(tmp_path / "out"))
+    assert torch.equal(logits(load(tmp_path / "out")), logits(trainer.model.eval()))
 
 
 def test_the_gradients_are_ours(exported):

@@ -4,7 +4,7 @@ Written by `mmfree export-hf` beside a model's weights. Fields and names are tho
 authors, whose package reads the same folder. Apache-2.0.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -37,7 +37,7 @@ class HGRNBitConfig(PretrainedConfig):
     """
 
     model_type = "hgrn_bit"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     # Whether the linear layers' weights are stored at 2 bits.
     packed = False
 

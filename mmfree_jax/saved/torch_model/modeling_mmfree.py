@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, D channels of the residual stream, E of the recurrent 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ class HGRNBitPreTrainedModel(PreTrainedModel):
     config_class = HGRNBitConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: Sequence[str] = ("HGRNBitBlock",)
+    _no_split_modules: ClassVar[list[str]] = ["HGRNBitBlock"]
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
