@@ -15,6 +15,8 @@ from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
 
 FORMAT = 1
+POWER = "power-of-columns"
+"""What `mmfree fit power` writes as its law."""
 """Of the block `for_predictions` in a fit's JSON."""
 AGAIN = "fit the runs again with this version"
 
@@ -146,10 +148,17 @@ def read_fits(path: Path) -> list[FittedLaw]:
 def _read_family(document: dict[str, Any], where: str) -> FittedLaw:
     """One family's part of a fit's document."""
     name = document.get("law")
+    if name == POWER:
+        raise ScalingError(f"{where}: is a power between columns (mmfree fit power), not a law of "
+                           "the loss; give the file that mmfree fit wrote")  # fmt: skip
     if not isinstance(name, str) or name not in LAWS:
         raise ScalingError(f"{where}: 'law' is {str(name)[:100]!r}, which this version does not "
                            f"know ({', '.join(LAWS)}); use the version that fitted it")  # fmt: skip
     law = get_law(name)
+    if law.also:
+        raise ScalingError(f"{where}: the law {name} reads the column {law.also[0]!r} besides, "
+                           "which predictions do not take; use its formula with the parameters of "
+                           "the file")  # fmt: skip
     _check(document, {
         "parameters": dict.fromkeys(law.parameters, _NUMBER), "interval_level": _NUMBER,
         "conventions": {"params": str, "flops": str},

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from mmfree_jax.experiments.scaling.fitted_law import POWER
 from mmfree_jax.experiments.scaling.grouped import grouped
 from mmfree_jax.experiments.scaling.plots import Rows
 from mmfree_jax.experiments.scaling.power_relation import Estimate, PowerRelation
@@ -16,7 +17,7 @@ from mmfree_jax.installed import versions
 def power_document(fit: PowerRelation, estimate: Estimate) -> dict[str, Any]:
     """The JSON document of a power between columns."""
     return {
-        "law": "power-of-columns",
+        "law": POWER,
         "formula": fit.formula,
         "parameters": {"k": float(np.exp(fit.coefficients[0])), **fit.exponents},
         "n": len(fit.columns[fit.y]),

@@ -9,6 +9,7 @@ from synthetic_runs import isoflop_design
 
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.cli.fit import fit
+from mmfree_jax.experiments.cli.predict import predict
 from mmfree_jax.experiments.scaling.fit import fit_law
 from mmfree_jax.experiments.scaling.frame import make_frame
 from mmfree_jax.experiments.scaling.laws import LAWS
@@ -153,6 +154,8 @@ def test_accuracy_on_the_command_line(tmp_path, capsys):
     assert json.loads(out.read_text())["parameters"]["ceiling"] == pytest.approx(0.82, abs=0.02)
     assert out.with_suffix(".png").exists()
     assert "(L_fit - L)^2, L the accuracy, n = 30" in capsys.readouterr().out
+    with pytest.raises(MMFreeError, match=r"the law accuracy reads the column 'chance' besides"):
+        predict([str(out), "--params", "1e8", "--tokens", "1e10"])
     write_csv(tmp_path / "x.csv", [{**row, "acc": 100 * row["acc"]} for row in rows])
     with pytest.raises(MMFreeError, match=r"in x\.csv, row 2; write a share from 0 to 1"):
         fit([*argv, "--chance", "0.25"])

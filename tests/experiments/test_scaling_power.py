@@ -8,6 +8,7 @@ from scipy.stats import linregress, t
 
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.cli.fit_power import fit_power as command
+from mmfree_jax.experiments.cli.predict import predict
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.output_files import write_csv
 from mmfree_jax.experiments.scaling.power_relation import best_of, fit_power
@@ -111,6 +112,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "  at N 1e+10: lr " in text
     assert (tmp_path / "p.png").exists()
     assert command([*argv, "--out", "p.json", "--no-plot"]) == 0  # replaces its own
+    with pytest.raises(MMFreeError, match="is a power between columns"):
+        predict(["p.json", "--params", "1e8", "--tokens", "1e10"])
     write_csv(tmp_path / "two.csv", [*rows, {**rows[0], "family": "b"}])
     write_csv(tmp_path / "bad.csv", [*rows, {**rows[0], "N": -1}])
     for argv, told in (
