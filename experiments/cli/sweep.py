@@ -112,12 +112,14 @@ def _announce(
 ) -> int:
     """Prints the plan and its cost; returns how many runs are left to this shard."""
     from mmfree_jax.errors import DataError
+    from mmfree_jax.experiments.sweep.branches import apart
     from mmfree_jax.experiments.sweep.cost import device_from_name, estimate, probe_device
     from mmfree_jax.experiments.sweep.notes import plan_notes
     from mmfree_jax.experiments.sweep.plan import shard, without_repeats
     from mmfree_jax.experiments.sweep.report import cost_text, plan_text
     from mmfree_jax.experiments.sweep.runner import Options
     from mmfree_jax.experiments.sweep.state import check_data, snapshot
+    from mmfree_jax.readable import format_seconds
 
     options = Options(parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage)
     found = snapshot(sweep)
@@ -151,6 +153,10 @@ def _announce(
     index, count = options.shard
     label = "all" if count == 1 else f"shard {index}/{count}"
     print(cost_text(whole, left, label if a.stage == "all" else f"{label}, {a.stage}"), flush=True)
+    if len(separate := apart(runs)) < len(runs):
+        cost = estimate(sweep, separate, rows, device, a.parallel, len(a.gpus))
+        print(f"without trunks: {cost.runs} runs, {cost.flops:.3g} FLOPs, about "
+              f"{format_seconds(cost.seconds)}", flush=True)  # fmt: skip
     if sweep.widen_rates:
         print(f"to this come up to {sweep.widen_rates} rates at each end of a list, while the best "
               "one is at that end", flush=True)  # fmt: skip

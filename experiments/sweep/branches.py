@@ -128,15 +128,20 @@ def trunk_state(out: Path, trunk: str) -> TrunkState:
     return TrunkState(folder, tuple(kept_steps(folder)))
 
 
+def apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """`runs` as they would be without trunks, each by itself."""
+    return [dataclasses.replace(run, trunk=None) for run in runs if run.stage != "trunk"]
+
+
 def savings_text(runs: Sequence[PlannedRun]) -> str | None:
     """What a plan's trunks save against separate runs, in a line; None without trunks."""
     trunks = [run for run in runs if run.stage == "trunk"]
     branches = [run for run in runs if run.trunk is not None]
     if not trunks or not branches:
         return None
-    apart = sum(run.flops for run in branches)
+    separate = sum(run.flops for run in branches)
     together = sum(run.own_flops for run in (*trunks, *branches))
     return (
         f"branched: {len(trunks)} trunks carry {len(branches)} decays, {together:.3g} FLOPs in "
-        f"place of {apart:.3g} for separate runs ({1 - together / apart:.0%} less)"
+        f"place of {separate:.3g} for separate runs ({1 - together / separate:.0%} less)"
     )

@@ -5,11 +5,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.config import TrainConfig
+from mmfree_jax.config_io import from_dict, read_yaml
+from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash
-from mmfree_jax.experiments.sweep.process import Outcome, host_name
+from mmfree_jax.experiments.sweep.process import Outcome, host_name, read_summary
 from mmfree_jax.experiments.sweep.state import data_fingerprint
 from mmfree_jax.experiments.sweep.table import Row
 from mmfree_jax.files import write_text
+
+
+def finished_summary(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The summary of a run that is complete, or has paused, under the same settings; else None."""
+    summary, status = read_summary(run_dir), "complete" if config.stop_at is None else "stopped"
+    if summary is None or summary.get("status") != status:
+        return None
+    if summary.get("step") != (config.stop_at or config.steps):
+        return None
+    try:
+        there = read_yaml(run_dir / "config.yaml")
+        same = config_hash(from_dict(TrainConfig, there)) == config_hash(config)
+    except MMFreeError:  # the trainer says what is wrong with it
+        return None
+    return summary if same else None
 
 
 def make_row(

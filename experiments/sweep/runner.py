@@ -23,7 +23,6 @@ from typing import Any
 from mmfree_jax.children import Children
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
-from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.branches import (
     TRUNKS,
@@ -37,7 +36,7 @@ from mmfree_jax.experiments.sweep.cost import share
 from mmfree_jax.experiments.sweep.options import Options, Tally
 from mmfree_jax.experiments.sweep.order import in_order
 from mmfree_jax.experiments.sweep.pauses import PAUSES, record_pause
-from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, shard
+from mmfree_jax.experiments.sweep.plan import PlannedRun, shard
 from mmfree_jax.experiments.sweep.process import (
     Outcome,
     child_environment,
@@ -47,7 +46,7 @@ from mmfree_jax.experiments.sweep.process import (
     start,
     trainer_command,
 )
-from mmfree_jax.experiments.sweep.record import make_row, write_failure
+from mmfree_jax.experiments.sweep.record import finished_summary, make_row, write_failure
 from mmfree_jax.experiments.sweep.state import Snapshot, run_folder, snapshot
 from mmfree_jax.experiments.sweep.table import append_result
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
@@ -277,7 +276,7 @@ class _Scheduler:
             run = self._branched(run)
             pause = self._pauses.get(run.name)
             config = dataclasses.replace(run.config, run_dir=str(run_dir), stop_at=pause)
-            summary = None if run.stage == "trunk" else _finished(run_dir, config)
+            summary = None if run.stage == "trunk" else finished_summary(run_dir, config)
             if summary is not None:
                 # Cut off between the end of training and the row.
                 self._record(run, summary, wall=None, sharing=sharing, pause=pause)
@@ -416,18 +415,3 @@ def _is_training(run_dir: Path) -> bool:
 def _has_paused(child: _Child, summary: dict[str, Any]) -> bool:
     """Whether a run has come to its pause, and not to one that it left before."""
     return child.process.returncode == 0 and child.pause == summary.get("step")
-
-
-def _finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The summary of a run that is complete, or has paused, under the same settings; else None."""
-    summary, status = read_summary(run_dir), "complete" if config.stop_at is None else "stopped"
-    if summary is None or summary.get("status") != status:
-        return None
-    if summary.get("step") != (config.stop_at or config.steps):
-        return None
-    try:
-        there = read_yaml(run_dir / "config.yaml")
-        same = config_hash(from_dict(TrainConfig, there)) == config_hash(config)
-    except MMFreeError:  # the trainer says what is wrong with it
-        return None
-    return summary if same else None

@@ -14,7 +14,7 @@ import yaml
 
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.experiments.sweep.branches import savings_text
+from mmfree_jax.experiments.sweep.branches import apart, savings_text
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import DeviceRate, estimate
 from mmfree_jax.experiments.sweep.errors import SweepError
@@ -154,10 +154,12 @@ def test_a_trunk_is_counted_once(make):
     assert cost.seconds == pytest.approx(cost.flops / (1e12 * sweep.utilisation))
     text = savings_text(found.runs)
     assert text is not None
-    apart = f"{step * 70:.3g}"
+    whole = f"{step * 70:.3g}"
     assert text.startswith("branched: 1 trunks carry 3 decays, ")
-    assert f"in place of {apart} for separate runs (34% less)" in text  # 46 steps for 70
+    assert f"in place of {whole} for separate runs (34% less)" in text  # 46 steps for 70
     assert text in plan_notes(sweep, found.runs, None)
+    separate = estimate(sweep, apart(found.runs), [], DeviceRate("cpu", 1, 1e12, True))
+    assert (separate.runs, separate.flops) == (3, pytest.approx(step * 70))
     stages = [line.split()[2] for line in plan_text(found.runs, None).splitlines()]
     assert stages == ["stage", "trunk", "branch", "branch", "branch"]
     # What a finished branch took to start: its wall time without the steps of its own.

@@ -80,6 +80,7 @@ train:
     text = capsys.readouterr().out
     assert "measured here" in text
     assert "branched: 1 trunks carry 2 decays" in text
+    assert "without trunks: 2 runs, " in text
     rows = {row["tokens"]: row for row in read_results(out)}
     assert {t: row["trunk_tokens"] for t, row in rows.items()} == {"2560": "2048", "10240": "8192"}
     for row in rows.values():
