@@ -17,6 +17,7 @@ from mmfree_jax.experiments.bench.records import (
     Row,
     Say,
     Study,
+    cpu_name,
     measure_alone,
     one_of,
     say,
@@ -142,7 +143,7 @@ def machine(plan: Plan) -> Row:
     flags = first.get("flags", "").split()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "f16c", "fma")
     return {
-        "cpu": first.get("model name", platform.processor()),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": plan.threads,
         "instructions": [name for name in wanted if name in flags],

@@ -6,6 +6,8 @@ measured. A measurement that fails is a row with its reason under "failed".
 """
 
 import json
+import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +67,16 @@ def reason(code: int, stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"{how}: {lines[-1].strip()[:300]}"
+
+
+def cpu_name() -> str:
+    """The processor's model as Linux names it, else its architecture."""
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    names = re.findall(r"^model name\s*:\s*(.+)$", about, re.M)
+    return names[0].strip() if names else platform.processor()
 
 
 def one_of(plan: Any, choices: Iterable[str], *fields: str) -> None:

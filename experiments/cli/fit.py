@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmfree_jax.experiments.scaling.objectives import Objective
 
 _DESCRIPTION = """Fits a scaling law to runs from many starts and reports every parameter with its
-bootstrap and profile-likelihood interval, the held-out error by size, and what the data cannot
+bootstrap and profile interval, the held-out error by size, and what the data cannot
 tell. Runs are CSV or parquet files, run directories, or folders of run directories. With --joint
 two or more families share parameters, and a likelihood-ratio test says whether they may."""
 

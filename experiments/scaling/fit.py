@@ -79,7 +79,7 @@ class Fit:
 
 def fit_law(
     frame: RunFrame,
-    law: str = "chinchilla",
+    law: str | Law = "chinchilla",
     objective: Objective | None = None,
     *,
     size: str = "auto",
@@ -96,7 +96,7 @@ def fit_law(
 
     Args:
         frame: the runs.
-        law: a name in `LAWS`.
+        law: a name in `LAWS`, or a law.
         objective: what to minimise; by default Huber with delta 1e-3 on log loss, and least
             squares for the straight line and for accuracies.
         size: which parameters N counts; flops: how C is counted (`frame.resolve`, `compute`).
@@ -112,14 +112,14 @@ def fit_law(
         ScalingError: a column that the law needs is missing, or there are fewer runs than
             parameters.
     """
-    form = get_law(law)
+    form = get_law(law) if isinstance(law, str) else law
     objective = objective or Objective(form.objective)
     size, flops = resolve([frame], size, flops)
     x = inputs(frame, (*form.inputs, *form.also), size=size, flops=flops)
     log_loss = np.log(targets(frame, form.target))
     if resample == "noise" and form.target != "loss":
-        raise ScalingError(f"resample: noise redraws losses, and {law} is fitted to the column "
-                           f"{form.target!r}; resample runs")  # fmt: skip
+        raise ScalingError(f"resample: noise redraws losses, and {form.name} is fitted to the "
+                           f"column {form.target!r}; resample runs")  # fmt: skip
     warnings = [*frame.notes, *before_fit(form, x)]
     if len(frame) < len(form.parameters):
         raise ScalingError(

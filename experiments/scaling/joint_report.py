@@ -74,7 +74,7 @@ def joint_text(fit: JointFit) -> str:
             if name not in sharing.shared:
                 lines.append("  " + _line(fit, name, sharing.names[i]))
     level = f"{100 * fit.level:.0f}%"
-    lines.append(f"  ({level} intervals: bootstrap within each family, then profile likelihood)")
+    lines.append(f"  ({level} intervals: bootstrap within each family, then profile)")
     lines.append(f"  objective {s.objective:.10g}; {s.starts_at_best} of {s.starts} starts reached "
                  f"it, gradient {s.slope:.1e}")  # fmt: skip
     if fit.test is not None:

@@ -1,7 +1,7 @@
 """Profiles of the objective: what values of one parameter the data do not reject."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -183,10 +183,21 @@ def _scatter(
     point: np.ndarray,
     clusters: np.ndarray,
 ) -> Scatter:
-    """How far each natural parameter scatters about its value at an optimum."""
+    """How far each natural parameter scatters about its value at an optimum.
+
+    Squares of normal residuals, which the degrees of freedom are of, vary by twice their mean's
+    square. The scores of a robust loss are bounded and vary less, but so do its slopes; the
+    freedom is as much greater, to that of all runs.
+    """
     residual, gradient = response(model, objective.space, log_loss, point)
     score, slope = score_and_slope(objective, residual, len(point))
-    return scatter(gradient, score, slope, clusters, model.matrix)
+    known = scatter(gradient, score, slope, clusters, model.matrix)
+    if np.ptp(slope) == 0:
+        return known
+    noise = sum(np.var(x) / np.mean(x) ** 2 for x in (score**2, slope))
+    most = max(int(clusters.max()) + 1 - len(point), 1)
+    freedom = np.maximum(known.freedom, np.minimum(known.freedom * 2 / noise, most))
+    return replace(known, freedom=freedom)
 
 
 def _others(row: np.ndarray) -> np.ndarray:

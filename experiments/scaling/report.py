@@ -146,7 +146,7 @@ def fit_text(fit: Fit) -> str:
             low, high = profile.interval
             shown += f"   profile [{number(low)}, {number(high)}]"
         lines.append(f"  {name:<10} {shown}")
-    lines.append(f"  ({level} intervals: bootstrap, then profile likelihood)")
+    lines.append(f"  ({level} intervals: bootstrap, then profile)")
     lines.append(f"  objective {s.objective:.10g}; {s.starts_at_best} of {s.starts} starts reached "
                  f"it, gradient {s.slope:.1e}")  # fmt: skip
     if fit.law.name == "chinchilla":

@@ -34,9 +34,9 @@ def test_intervals_hold_the_truth_and_the_estimate(fit):
 
 
 def test_seeded(runs, fit):
-    again = fit_law(runs, resamples=400)
+    again = fit_law(runs, resamples=400, profile=False, holdout=False)
     assert again.intervals == fit.intervals
-    other = fit_law(runs, resamples=400, seed=5)
+    other = fit_law(runs, resamples=400, seed=5, profile=False, holdout=False)
     assert other.intervals != fit.intervals
     assert other.parameters["alpha"] == pytest.approx(fit.parameters["alpha"], rel=1e-6)
 
@@ -81,11 +81,13 @@ def test_three_points_cannot_fix_a_floor():
 def test_collinear_design_and_dead_term_are_flagged():
     params = 10 ** np.linspace(7, 9, 12)
     frame = draw_runs("chinchilla", TRUTH, params, 20 * params, noise=0.003)
-    said = " ".join(fit_law(frame, resamples=50, profile=False).warnings)
+    said = " ".join(fit_law(frame, resamples=50, profile=False, holdout=False, restarts=0).warnings)
     assert "cannot be told apart" in said
     n, d, _ = isoflop_design(10.0 ** np.linspace(18, 21, 5), 6)
     dead = draw_runs("chinchilla", {**TRUTH, "B": 1e-9}, n, d, noise=0.001)
-    assert "on its bound at 0" in " ".join(fit_law(dead, resamples=50, profile=False).warnings)
+    assert "on its bound at 0" in " ".join(
+        fit_law(dead, resamples=50, profile=False, holdout=False, restarts=0).warnings
+    )
 
 
 def test_no_floor_in_the_data_is_said():
@@ -121,13 +123,13 @@ def test_leave_one_size_out_predicts_the_held_out_size(runs):
     params = np.repeat(10 ** np.linspace(7, 9, 5), 4)
     tokens = np.tile(10 ** np.linspace(9, 10.5, 4), 5)
     good = draw_runs("chinchilla", TRUTH, params, tokens, noise=0.001)
-    folds = fit_law(good, resamples=0, profile=False).holdout
+    folds = fit_law(good, resamples=0, profile=False, restarts=0).holdout
     assert [f.runs for f in folds] == [4] * 5
     assert [f.extrapolated for f in folds] == [False] * 4 + [True]
     assert all(abs(f.error) < 0.02 for f in folds)
     loss = np.where(params == params.max(), 1.1 * good.loss, good.loss)
     bad = make_frame(params=params, tokens=tokens, loss=loss)
-    folds = fit_law(bad, resamples=0, profile=False).holdout
+    folds = fit_law(bad, resamples=0, profile=False, restarts=0).holdout
     assert folds[-1].error == pytest.approx(-0.1, abs=0.03)
 
 
@@ -139,7 +141,7 @@ def test_groups_of_sizes():
 def test_profile_of_an_unbounded_parameter_is_open():
     params, tokens, _ = isoflop_design(10.0 ** np.linspace(20, 20.3, 3), 3, spread=1.5)
     frame = draw_runs("chinchilla", TRUTH, params, tokens, noise=0.02, seed=4)
-    fit = fit_law(frame, objective=Objective("log-lsq"), resamples=0)
+    fit = fit_law(frame, objective=Objective("log-lsq"), resamples=0, restarts=0)
     assert any(None in p.interval for p in fit.profiles.values())
 
 

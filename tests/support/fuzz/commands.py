@@ -52,6 +52,9 @@ GOOD: dict[str, tuple[str, ...]] = {
         "--model run --data data --out runs.csv --prompts 1 --prompt-tokens 2 --new-tokens 2 "
         "--dtypes trained --repeats 1",
     ),
+    "bench coverage": (
+        "--out new --designs grid-20 --methods gap,profile --repetitions 1 --resamples 20",
+    ),
     "bench scaling": ("--report text", "--out text/a.txt --presets tiny --devices 1"),
     "compile": ("--topology cpu:1 --config train.yaml --out new.json",),
     "launch local": ("-n 1 -- info --preset tiny",),
