@@ -1,6 +1,6 @@
 """A fitted law as its file keeps it: what predictions need, and nothing of the search."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import Fit
 from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.laws import LAWS, Law, get_law
+from mmfree_jax.experiments.scaling.training_cost import SIX, TrainingCost
 from mmfree_jax.experiments.scaling.uncertainty import on_bound
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
 
 FORMAT = 1
+"""Of the block `for_predictions` in a fit's JSON."""
 POWER = "power-of-columns"
 """What `mmfree fit power` writes as its law."""
-"""Of the block `for_predictions` in a fit's JSON."""
 AGAIN = "fit the runs again with this version"
 
 Range = tuple[float, float]
@@ -41,6 +42,7 @@ class FittedLaw:
         conventions: how `params` and `flops` are counted, by name.
         definitions: what `N` and `C` are, in words.
         level: of the fit's intervals.
+        cost: FLOPs a token, by which a compute is shared out between size and tokens.
         on_bound: whether a term vanished, so that the refits' bias is not to be corrected.
         lacks: what an older file does not hold, a sentence each.
     """
@@ -56,6 +58,7 @@ class FittedLaw:
     definitions: dict[str, str]
     level: float
     on_bound: bool = False
+    cost: TrainingCost = SIX
     lacks: tuple[str, ...] = ()
 
 
@@ -87,6 +90,7 @@ def fitted_law(fit: Fit, source: str = "") -> FittedLaw:
         definitions=definitions(fit.frame, fit.size, fit.flops),
         level=fit.level,
         on_bound=on_bound(fit.model, fit.search),
+        cost=fit.cost,
     )
 
 
@@ -97,6 +101,7 @@ def prediction_block(fit: Fit) -> dict[str, Any]:
         "format": FORMAT,
         "family": kept.family,
         "on_bound": kept.on_bound,
+        "cost": asdict(kept.cost),
         "ranges": {name: list(ends) for name, ends in kept.ranges.items()},
         "log_residuals": _line(kept.log_residuals),
         "resamples": {name: _line(column) for name, column in
@@ -154,11 +159,10 @@ def _read_family(document: dict[str, Any], where: str) -> FittedLaw:
     if not isinstance(name, str) or name not in LAWS:
         raise ScalingError(f"{where}: 'law' is {str(name)[:100]!r}, which this version does not "
                            f"know ({', '.join(LAWS)}); use the version that fitted it")  # fmt: skip
-    law = get_law(name)
-    if law.also:
-        raise ScalingError(f"{where}: the law {name} reads the column {law.also[0]!r} besides, "
-                           "which predictions do not take; use its formula with the parameters of "
-                           "the file")  # fmt: skip
+    law = get_law(name)  # with `also`, what it reads besides is asked for by `predict.Place`
+    if law.target != "loss":
+        raise ScalingError(f"{where}: the law {name} gives {law.target}, not a loss; use its "
+                           "formula with the parameters of the file")  # fmt: skip
     _check(document, {
         "parameters": dict.fromkeys(law.parameters, _NUMBER), "interval_level": _NUMBER,
         "conventions": {"params": str, "flops": str},
@@ -183,8 +187,10 @@ def _read_family(document: dict[str, Any], where: str) -> FittedLaw:
     if version > FORMAT:
         raise ScalingError(f"{where}: was written by a newer version (format {version}; this one "
                            f"reads up to {FORMAT}); update mmfree_jax, or {AGAIN}")  # fmt: skip
-    _check(block, {"family": str, "on_bound": bool, "resamples": dict.fromkeys(law.parameters, str),
-                   "log_residuals": str, "ranges": {}}, where)  # fmt: skip
+    _check(block, {
+        "family": str, "on_bound": bool, "cost": dict.fromkeys(asdict(SIX), _NUMBER),
+        "resamples": dict.fromkeys(law.parameters, str), "log_residuals": str, "ranges": {},
+    }, where)  # fmt: skip
     columns = [_column(block["resamples"][p], f"resamples.{p}", where) for p in law.parameters]
     _hold(len({len(c) for c in columns}) == 1, "its resamples differ in length by parameter", where)
     ranges = {}
@@ -196,6 +202,7 @@ def _read_family(document: dict[str, Any], where: str) -> FittedLaw:
     bare = "was fitted without a bootstrap: no intervals; fit with --bootstrap 1000 or more"
     return replace(
         fitted, family=block["family"], on_bound=block["on_bound"], ranges=ranges,
+        cost=TrainingCost(**{f.name: block["cost"][f.name] for f in fields(TrainingCost)}),
         resamples=np.array(columns).T,
         log_residuals=_column(block["log_residuals"], "log_residuals", where),
         lacks=() if len(columns[0]) else (bare,),

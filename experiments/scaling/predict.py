@@ -74,7 +74,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Size and tokens of least loss for a compute C = 6 N D."""
+    """Size and tokens of least loss for a compute, by the FLOPs a token of the fitted runs."""
 
     params: Estimate
     tokens: Estimate
@@ -191,8 +191,8 @@ def predict(
         at = {"params": place.params, "tokens": place.tokens}
     elif place.compute is not None and "params" in fitted.law.inputs:
         log_c = np.log10([place.compute])
-        (n,), (d,) = (v[0] for v in allocate(fitted.law, fitted.parameters, log_c))
-        ns, ds = (v[:, 0] for v in allocate(fitted.law, fitted.resamples, log_c))
+        (n,), (d,) = (v[0] for v in allocate(fitted.law, fitted.parameters, log_c, fitted.cost))
+        ns, ds = (v[:, 0] for v in allocate(fitted.law, fitted.resamples, log_c, fitted.cost))
         optimum = Optimum(*(estimate(v, refits_of, level, corrects) for v, refits_of in
                             ((n, ns), (d, ds), (d / n, ds / ns))))  # fmt: skip
         at = {"params": float(n), "tokens": float(d)}
@@ -201,17 +201,22 @@ def predict(
     return Prediction(fitted, place, mean, new_run, optimum, _beyond(fitted, {**at, **also}))
 
 
+def spent(fitted: FittedLaw, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The compute of runs, elementwise, by the FLOPs a token of the fitted ones."""
+    return tokens * np.exp(fitted.cost.log_per_token(np.log(params)))
+
+
 def _loss_at(place: Place) -> Callable[[FittedLaw, np.ndarray], np.ndarray]:
     """The loss [R] at a place by a law's parameters [R, P]."""
 
     def loss(fitted: FittedLaw, parameters: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
             if place.compute is not None:
-                return curve(fitted.law, parameters, np.log10([place.compute]))[:, 0]
+                return curve(fitted.law, parameters, np.log10([place.compute]), fitted.cost)[:, 0]
             assert place.params is not None
             assert place.tokens is not None
             n, d = np.array([place.params]), np.array([place.tokens])
-            x = {"params": n, "tokens": d, "compute": 6 * n * d}
+            x = {"params": n, "tokens": d, "compute": spent(fitted, n, d)}
             x |= {name: np.array([value]) for name, value in place.also(fitted.law).items()}
             return fitted.law.loss(parameters, x)[:, 0]
 
@@ -305,12 +310,12 @@ def _along(
     def loss(parameters: np.ndarray, log10: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
             if what == "compute":
-                return curve(fitted.law, parameters, log10[:, None])[:, 0]
+                return curve(fitted.law, parameters, log10[:, None], fitted.cost)[:, 0]
             amounts = {"params": np.full_like(log10, place.params or np.nan),
                        "tokens": np.full_like(log10, place.tokens or np.nan)}  # fmt: skip
             amounts[what] = 10.0**log10
             x = {key: amount[:, None] for key, amount in amounts.items()}
-            x["compute"] = 6 * x["params"] * x["tokens"]
+            x["compute"] = spent(fitted, x["params"], x["tokens"])
             x |= {name: np.array([value]) for name, value in place.also(fitted.law).items()}
             return fitted.law.loss(parameters, x)[:, 0]
 

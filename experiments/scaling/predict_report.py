@@ -13,6 +13,7 @@ from mmfree_jax.experiments.scaling.predict import (
     Prediction,
 )
 from mmfree_jax.experiments.scaling.report import number
+from mmfree_jax.experiments.scaling.training_cost import SIX
 from mmfree_jax.experiments.scaling.uncertainty import Interval
 from mmfree_jax.installed import versions
 
@@ -96,8 +97,12 @@ def warnings(predictions: Sequence[Prediction]) -> list[str]:
 
 
 def _about_compute(p: Prediction) -> list[str]:
-    """That C = 6 N D is assumed, where the runs' FLOPs are not that."""
+    """How C is counted, where that is not as for every run."""
     f = p.fitted
+    if f.cost != SIX:
+        return [f"{f.family}: C is 6 N D (1 + {number(f.cost.excess)} / N^"
+                f"{number(f.cost.shrink)}), from the fitted runs (within "
+                f"{100 * f.cost.worst:.2g}%)"]  # fmt: skip
     low, high = f.ranges.get("flops_per_6nd", (1.0, 1.0))
     if max(high, 1 / low) > 1.01:
         return [f"{f.family}: C is taken to be 6 N D, but the runs' FLOPs are {low:.3g} to "

@@ -154,7 +154,7 @@ def test_accuracy_on_the_command_line(tmp_path, capsys):
     assert json.loads(out.read_text())["parameters"]["ceiling"] == pytest.approx(0.82, abs=0.02)
     assert out.with_suffix(".png").exists()
     assert "(L_fit - L)^2, L the accuracy, n = 30" in capsys.readouterr().out
-    with pytest.raises(MMFreeError, match=r"the law accuracy reads the column 'chance' besides"):
+    with pytest.raises(MMFreeError, match="the law accuracy gives accuracy, not a loss"):
         predict([str(out), "--params", "1e8", "--tokens", "1e10"])
     write_csv(tmp_path / "x.csv", [{**row, "acc": 100 * row["acc"]} for row in rows])
     with pytest.raises(MMFreeError, match=r"in x\.csv, row 2; write a share from 0 to 1"):

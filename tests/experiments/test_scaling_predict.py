@@ -22,6 +22,7 @@ from mmfree_jax.experiments.scaling.output_files import write_csv, write_json
 from mmfree_jax.experiments.scaling.predict import Place, equal_loss, predict
 from mmfree_jax.experiments.scaling.predict_report import warnings
 from mmfree_jax.experiments.scaling.report import fit_document
+from mmfree_jax.experiments.scaling.training_cost import TrainingCost
 
 FLOAT = (1.7, 400.0, 1500.0, 0.34, 0.36)
 TERNARY = (1.7, 520.0, 1800.0, 0.34, 0.36)
@@ -225,6 +226,29 @@ def test_flops_that_are_not_six_n_d_are_told():
     assert warnings([predict(fitted, Place(params=5e8, tokens=1e11))]) == []
 
 
+def test_a_compute_is_shared_out_at_the_flops_of_the_runs():
+    """FLOPs a token of 6 N (1 + 300 / N^0.4): the least loss by search over N."""
+    cost = TrainingCost(300.0, 0.4, 0.001)
+    found = minimize_scalar(
+        lambda x: chinchilla(FLOAT, np.exp(x), C / 6 / np.exp(x) / (1 + 300 * np.exp(-0.4 * x))),
+        bounds=(np.log(1e6), np.log(1e13)), method="bounded", options={"xatol": 1e-10},
+    )  # fmt: skip
+    at = predict(replace(law(FLOAT), cost=cost), Place(compute=C))
+    assert at.optimum.params.value == pytest.approx(np.exp(found.x), rel=1e-5)
+    assert at.loss.value == pytest.approx(found.fun, rel=1e-9)
+    assert "C is 6 N D (1 + 300 / N^0.4), from the fitted runs (within 0.1%)" in warnings([at])[-1]
+
+
+def test_laws_with_further_columns_come_back_from_their_files(fits, tmp_path):
+    document = json.loads((fits[0] / "fit.json").read_text())
+    names = LAWS["precision"].parameters
+    document |= {"law": "precision", "parameters": dict.fromkeys(names, 0.5)}
+    document["for_predictions"]["resamples"] = dict.fromkeys(names, "0.5")
+    (tmp_path / "fit.json").write_text(json.dumps(document))
+    (read,) = read_fits(tmp_path)
+    assert read.law.also == ("bits",)
+
+
 def test_families_that_count_otherwise_are_not_compared():
     other = law(FLOAT, family="other")
     other.conventions["params"] = "non-embedding"
@@ -403,6 +427,7 @@ def _changed(**changes):
         (_changed(for_predictions__format=2), "was written by a newer version (format 2; this one"),
         (_changed(for_predictions__format="1"), "format is '1'"),
         (_changed(for_predictions__on_bound=0), "on_bound is 0"),
+        (_changed(for_predictions__cost={}), "excess is missing"),
         (_changed(for_predictions__resamples__E="1 2"), "its resamples differ in length"),
         (_changed(for_predictions__resamples__E="1 x"), "resamples.E: could not convert string"),
         (_changed(for_predictions__resamples__E=3), "E is 3"),
