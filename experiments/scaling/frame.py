@@ -128,7 +128,8 @@ def _need(frame: RunFrame, name: str, purpose: str, way_out: str = "") -> np.nda
     if np.any(column <= 0):
         row = int(np.argmin(column))
         raise ScalingError(
-            f"column: '{name}' is {column[row]:g} in {where(frame, row)}; it must be positive"
+            f"column: '{name}' is {column[row]:g} in {where(frame, row)}; it must be positive: "
+            "correct it or leave the row out with --where"
         )
     return column
 
