@@ -198,7 +198,8 @@ def test_half_precision_sums_do_not_overflow(export):
     layer = half.model.layers[0].mlp.down_proj
     with torch.no_grad():
         for model in (half, full):
-            model.model.layers[0].mlp.down_proj.weight.fill_(1.0)
+            for parameter in model.model.layers[0].mlp.down_proj.parameters():
+                parameter.fill_(1.0)
         x = torch.ones(1, 600)
         found = layer(x).float()
         expected = full.model.layers[0].mlp.down_proj(x)

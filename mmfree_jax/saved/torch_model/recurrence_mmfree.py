@@ -71,7 +71,7 @@ def scan(decay: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
             state = torch.addcmul(inputs[:, t], decay[:, t], state, out=states[:, t])
         return states
     padding = (0, 0, 0, -length % CHUNK)
-    decay = F.pad(decay, padding, value=1.0).view(batch, -1, CHUNK, size)
+    decay = F.pad(decay, padding).view(batch, -1, CHUNK, size)
     inputs = F.pad(inputs, padding).view(batch, -1, CHUNK, size)
     # Within each chunk: the states if it began at zero, and the share of its start that is left.
     states, left = inputs.clone(), decay.clone()
