@@ -139,6 +139,11 @@ def test_a_new_run_scatters_as_the_runs_do():
     assert at.loss.interval == pytest.approx((mean, mean))
     half = 1.96 * np.std(fitted.log_residuals) * np.sqrt(200 / 195)
     assert np.log(np.array(at.new_run) / mean) == pytest.approx([-half, half], abs=0.004)
+    few = replace(fitted, log_residuals=np.tile([-0.01, 0.01], 6))  # 12 runs, 5 parameters
+    wide = np.log(np.array(predict(few, Place(params=N, tokens=D)).new_run) / mean)
+    assert wide == pytest.approx(np.array([-0.01, 0.01]) * np.sqrt(12 / 7), rel=1e-9)
+    none = replace(fitted, log_residuals=np.zeros(5))
+    assert predict(none, Place(params=N, tokens=D)).new_run is None
 
 
 def test_equal_loss_at_a_size_and_tokens():
