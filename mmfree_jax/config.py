@@ -342,6 +342,8 @@ class LogConfig:
     """Also write TensorBoard events."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (docs/tracking.md)."""
+    wandb_group: str | None = None
+    """Group of the run there; a sweep names its own after its folder."""
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """rich: one live line, on a terminal that can draw one; plain: lines; none: nothing; auto: as
     rich."""

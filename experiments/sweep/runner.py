@@ -49,6 +49,7 @@ from mmfree_jax.experiments.sweep.process import (
 from mmfree_jax.experiments.sweep.record import finished_summary, make_row, write_failure
 from mmfree_jax.experiments.sweep.state import Snapshot, run_folder, snapshot
 from mmfree_jax.experiments.sweep.table import append_result
+from mmfree_jax.experiments.sweep.tracking import grouped
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
 from mmfree_jax.progress import Display
 
@@ -275,7 +276,8 @@ class _Scheduler:
             run_dir = run_folder(self._out, run)
             run = self._branched(run)
             pause = self._pauses.get(run.name)
-            config = dataclasses.replace(run.config, run_dir=str(run_dir), stop_at=pause)
+            config = grouped(run.config, self._sweep)
+            config = dataclasses.replace(config, run_dir=str(run_dir), stop_at=pause)
             summary = None if run.stage == "trunk" else finished_summary(run_dir, config)
             if summary is not None:
                 # Cut off between the end of training and the row.

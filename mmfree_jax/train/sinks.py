@@ -61,7 +61,7 @@ class TensorBoard:
 class WandB:
     """Logs to Weights & Biases; a resumed run goes on under the id kept in the run directory."""
 
-    def __init__(self, project: str, run_dir: Path, config: TrainConfig) -> None:
+    def __init__(self, project: str, group: str | None, run_dir: Path, config: TrainConfig) -> None:
         wandb = import_optional("wandb", f"log.wandb_project ({project})", install_command("wandb"))
         id_file = run_dir / WANDB_ID
         if not id_file.exists():
@@ -69,6 +69,7 @@ class WandB:
         try:
             self._run = wandb.init(
                 project=project,
+                group=group,
                 id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 name=run_dir.name,
@@ -118,5 +119,5 @@ def make_sinks(config: TrainConfig, run_dir: Path, restored_step: int) -> list[S
     if config.log.tensorboard:
         sinks.append(TensorBoard(run_dir / TENSORBOARD, restored_step))
     if config.log.wandb_project:
-        sinks.append(WandB(config.log.wandb_project, run_dir, config))
+        sinks.append(WandB(config.log.wandb_project, config.log.wandb_group, run_dir, config))
     return sinks

@@ -130,6 +130,15 @@ def test_done_runs_are_skipped(make, trainer):
         assert all(row[c] for c in ("code", "device", "data_fingerprint", "wall_s", "finished_at"))
 
 
+def test_runs_that_are_tracked_have_the_sweep_as_their_group(make, trainer, data):
+    train = {"batch_size": 4, "data": {"paths": [str(data)], "seq_len": 64},
+             "log": {"wandb_project": "p"}}  # fmt: skip
+    sweep = make(rates=(4e-3,), sizes=["rung-1M"], train=train)
+    (name,) = run_sweep(sweep, Options(), say=quiet, command=trainer).done
+    config = yaml.safe_load((Path(sweep.out) / "configs" / f"{name}.yaml").read_text())
+    assert (config["log"]["wandb_project"], config["log"]["wandb_group"]) == ("p", "out")
+
+
 def test_a_run_that_ended_before_its_row_is_only_recorded(make, trainer):
     sweep = make()
     run_sweep(sweep, Options(), say=quiet, command=trainer)

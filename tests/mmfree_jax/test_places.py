@@ -34,7 +34,7 @@ TEXTS = {
     "--context-forms", "--device", "--devices", "--dtypes", "--energy-size",
     "--eval.sample-prompt", "--families", "--family", "--forms", "--gpus",
     "--image", "--labels", "--layouts",
-    "--log.wandb-project", "--metrics", "--mode", "--name", "--nfs",
+    "--log.wandb-group", "--log.wandb-project", "--metrics", "--mode", "--name", "--nfs",
     "--numerics", "--ops", "--package",
     "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
     "--project", "--prompt",

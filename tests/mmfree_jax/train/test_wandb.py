@@ -14,7 +14,11 @@ import pytest
 from whole_runs import replace, stop_at
 
 from mmfree_jax.config import LogConfig, TrainConfig
+from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.sweep.config import SweepConfig
+from mmfree_jax.experiments.sweep.plan import main_runs
+from mmfree_jax.experiments.sweep.tracking import grouped
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.train.sinks import make_sinks
 from mmfree_jax.train.training import train
@@ -132,6 +136,31 @@ def test_all_numbers_of_an_interrupted_run_are_in_its_files(small_run, tmp_path)
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 assert sent[record["step"]][f"{record['kind']}/{name}"] == value
+
+
+def test_a_sweeps_runs_are_one_group(tmp_path):
+    """Two runs of a sweep as its runner configures them, and one that stands alone."""
+    values = {
+        "out": str(tmp_path / "rates-of-7M"), "families": [{"learning_rates": [1e-3, 2e-3]}],
+        "sizes": ["tiny"], "tokens": [1e6],
+        "train": {"log": {"wandb_project": "ternary", "tensorboard": False}},
+    }  # fmt: skip
+    sweep = from_dict(SweepConfig, values)
+    configs = {run.name: grouped(run.config, sweep) for run in main_runs(sweep)} | {"alone": CONFIG}
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (sink,) = make_sinks(config, tmp_path / name, 0)
+        sink.close()
+    wandb.teardown()
+    runs = [_started(path) for path in tmp_path.glob("*/wandb/offline-run-*/*.wandb")]
+    assert {run.display_name: run.run_group for run in runs} == {
+        "matmulfree-tiny-t999.4K-lr0.001-s0": "rates-of-7M",
+        "matmulfree-tiny-t999.4K-lr0.002-s0": "rates-of-7M",
+        "alone": "",
+    }
+    own = LogConfig(wandb_project="ternary", wandb_group="mine")
+    assert grouped(TrainConfig(log=own), sweep).log.wandb_group == "mine"
+    assert grouped(TrainConfig(), sweep).log.wandb_group is None
 
 
 def test_two_runs_have_two_ids(tmp_path):
