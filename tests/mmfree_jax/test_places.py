@@ -31,7 +31,7 @@ TEXTS = {
     "--columns.loss-sd", "--columns.params", "--columns.params-non-embedding",
     "--columns.params-ternary", "--columns.provenance", "--columns.run", "--columns.seed",
     "--columns.tokens", "--columns.unique-tokens",
-    "--context-forms", "--device", "--devices", "--dtypes", "--energy-size",
+    "--context-forms", "--device", "--devices", "--dtypes", "--energy-size", "--equal-to",
     "--eval.sample-prompt", "--families", "--family", "--forms", "--gpus",
     "--image", "--labels", "--layouts",
     "--log.wandb-group", "--log.wandb-project", "--metrics", "--mode", "--name", "--nfs",
@@ -148,7 +148,7 @@ def test_no_option_of_any_command_takes_a_url(
         if other.positional:
             argv.append(value)
         elif other == option or other.required:
-            argv += [other.flag, "2" if other.flag == "--n" else value]
+            argv += [other.flag, "2" if other.flag in ("--n", "--budget") else value]
     if words[:2] == ["launch", "render"]:
         argv, behind = [*argv, "--name", "x"], ["--", "--run-dir", "/mnt/shared/x"]
         for flag, value in _OF_JOBS.get(words[2], {}).items():
