@@ -73,6 +73,11 @@ class ModelConfig:
     """Attention heads; None: hidden_size / 64, at least 1. MLGRU has no heads."""
     num_kv_heads: Count | None = None
     """Attention heads of keys and values, shared by groups of queries; None: num_heads."""
+    head_dim: Count | None = None
+    """Width of an attention head (channels); None: hidden_size / num_heads."""
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    """Projections of attention that add a bias. qkv: those of queries, keys and values; qkvo: the
+    output's too."""
     expand_ratio: AboveZero = 1.0
     """MLGRU: channels of the recurrent state for each of the residual stream."""
     short_conv: CountOrZero = 0
@@ -138,10 +143,17 @@ class ModelConfig:
         if self.mixer == "attention":
             heads = self.attention_heads
             _require(
-                self.hidden_size % (2 * heads) == 0,
+                self.head_dim is not None or self.hidden_size % (2 * heads) == 0,
                 "model.num_heads",
                 heads,
-                f"set --model.num-heads to a divisor of half of hidden_size ({self.hidden_size})",
+                f"set --model.num-heads to a divisor of half of hidden_size ({self.hidden_size}), "
+                "or --model.head-dim",
+            )
+            _require(
+                self.head_channels % 2 == 0,
+                "model.head_dim",
+                self.head_dim,
+                "set --model.head-dim to an even number: positions rotate its halves",
             )
             kv_heads = self.kv_heads
             _require(
@@ -167,6 +179,22 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Number of attention heads of keys and values."""
         return self.num_kv_heads if self.num_kv_heads is not None else self.attention_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Width of an attention head (channels)."""
+        default = self.hidden_size // self.attention_heads
+        return self.head_dim if self.head_dim is not None else default
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of a token, and of what attention hands on (channels)."""
+        return self.attention_heads * self.head_channels
+
+    @property
+    def key_size(self) -> int:
+        """Width of all keys of a token, and of all values (channels)."""
+        return self.kv_heads * self.head_channels
 
     @property
     def state_size(self) -> int:

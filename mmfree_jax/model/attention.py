@@ -43,17 +43,17 @@ class Attention(nn.Module):
         """
         c = self.config
         B, T, D = x_BTD.shape
-        heads, kv_heads = c.attention_heads, c.kv_heads
-        channels = D // heads
+        kv_heads, channels = c.kv_heads, c.head_channels
         deviation = c.initializer_range * mup.hidden_scale(c)
         scales = {"q_proj": mup.query_scale(c)}
-        widths = {"q_proj": D, "k_proj": kv_heads * channels, "v_proj": kv_heads * channels}
+        widths = {"q_proj": c.query_size, "k_proj": c.key_size, "v_proj": c.key_size}
         projections = [
             Linear(
                 width,
                 c.mixer_linear,
                 c.param_dtype,
                 nn.initializers.normal(deviation * scales.get(name, 1.0)),
+                c.attention_bias != "none",
                 name=name,
             )(D)
             for name, width in widths.items()
@@ -77,6 +77,8 @@ class Attention(nn.Module):
             )
             state = {"k": k_cache, "v": v_cache}
         out_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
-        o_proj = Linear(D, c.mixer_linear, c.param_dtype, out_init, name="o_proj")
-        _, (out_BTD,) = linears(c, [o_proj(D)], out_BTHK.reshape(B, T, D))
+        o_proj = Linear(
+            D, c.mixer_linear, c.param_dtype, out_init, c.attention_bias == "qkvo", name="o_proj"
+        )
+        _, (out_BTD,) = linears(c, [o_proj(c.query_size)], out_BTHK.reshape(B, T, c.query_size))
         return out_BTD, state

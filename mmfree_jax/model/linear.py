@@ -28,6 +28,7 @@ class LinearWeights:
       scale: [1, 1] float32, the weight ternarised once for the whole step; None where that
         was not done.
       options: what the layer computes.
+      bias: [N], added to the outputs; None where it has none.
     """
 
     weight: jax.Array | None
@@ -35,25 +36,27 @@ class LinearWeights:
     trits: jax.Array | None
     scale: jax.Array | None
     options: LinearConfig
+    bias: jax.Array | None = None
 
 
 class Linear(nn.Module):
-    """Owns the parameters of one linear layer without bias.
+    """Owns the parameters of one linear layer.
 
-    Parameters `weight` [N, K] and, with `input_norm`, `norm_scale` [K]. A variable
-    collection `ternary` may carry `trits` and `scale` (see `Ternary`).
+    Parameters `weight` [N, K], with `input_norm` `norm_scale` [K], and with `use_bias` `bias` [N].
+    A variable collection `ternary` may carry `trits` and `scale` (see `Ternary`).
     """
 
     features: int
     options: LinearConfig
     param_dtype: str
     weight_init: jax.nn.initializers.Initializer
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, in_features: int) -> LinearWeights:
         """Returns the parameters of a layer with `in_features` inputs."""
         dtype = jnp.dtype(self.param_dtype)
-        trits = scale = weight = norm_scale = None
+        trits = scale = weight = norm_scale = bias = None
         if self.has_variable("ternary", "trits"):
             trits = self.get_variable("ternary", "trits")
             scale = self.get_variable("ternary", "scale")
@@ -61,7 +64,9 @@ class Linear(nn.Module):
             weight = self.param("weight", self.weight_init, (self.features, in_features), dtype)
         if self.options.input_norm:
             norm_scale = self.param("norm_scale", nn.initializers.ones, (in_features,), dtype)
-        return LinearWeights(weight, norm_scale, trits, scale, self.options)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
+        return LinearWeights(weight, norm_scale, trits, scale, self.options, bias)
 
 
 class NormScale(nn.Module):
@@ -135,7 +140,8 @@ def linears(
             skip=skip,
             name=name,
         )
-        return (outputs[-1], outputs[:-1]) if skip else (x, outputs)
+        read, outputs = (outputs[-1], outputs[:-1]) if skip else (x, outputs)
+        return read, _with_biases(layers, outputs)
     given = x
     if gated:
         x = swiglu(x)
@@ -154,7 +160,16 @@ def linears(
         )
         for layer in layers
     )
-    return given, checkpoint_name(outputs, name)
+    return given, checkpoint_name(_with_biases(layers, outputs), name)
+
+
+def _with_biases(
+    layers: Sequence[LinearWeights], outputs: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    return tuple(
+        y if layer.bias is None else y + layer.bias.astype(y.dtype)
+        for layer, y in zip(layers, outputs, strict=True)
+    )
 
 
 def _ternary(layer: LinearWeights) -> tuple[jax.Array, jax.Array]:

@@ -39,7 +39,7 @@ def head_scale(config: ModelConfig) -> float:
 
 def query_scale(config: ModelConfig) -> float:
     """Further factor of q_proj's, and of its rate."""
-    if not config.mup:
+    if not config.mup or config.head_dim is not None:  # heads as wide as at the base
         return 1.0
     base = config.mup_base_width
     heads = config.num_heads if config.num_heads is not None else max(1, base // 64)

@@ -67,7 +67,6 @@ def init_state(config: ModelConfig, batch_size: int, max_length: int | None = No
         return State(position_B, layers)
     if max_length is None:
         raise ValueError("max_length is None: attention needs room for its keys and values")
-    channels = config.hidden_size // config.attention_heads
-    shape = (config.num_layers, batch_size, max_length, config.kv_heads, channels)
+    shape = (config.num_layers, batch_size, max_length, config.kv_heads, config.head_channels)
     dtype = jnp.dtype(config.compute_dtype)
     return State(position_B, {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)})

@@ -35,6 +35,7 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"blocks/mixer/(conv|i_conv|f_conv)/kernel", P()),
     (r"blocks/mixer/[ifgqkv]_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/mixer/o_proj/weight", P(None, "fsdp", "tensor")),
+    (r"blocks/mixer/[qkvo]_proj/bias", P()),
     (r"blocks/glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/glu/down_proj/weight", P(None, "fsdp", "tensor")),
     (r"blocks/(mixer|glu)/\w+_proj/norm_scale", P()),

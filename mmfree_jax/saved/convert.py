@@ -77,7 +77,7 @@ def import_hf(
                 shutil.copyfile(saved.path / name, folder / TOKENIZER / name)
         if ends := end_ids(saved.path):
             write_end_ids(folder, ends)
-    return _converted(target, saved.config, huggingface.model_type_of(saved.config))
+    return _converted(target, saved.config, huggingface.read_config(saved.path).model_type)
 
 
 def export_hf(

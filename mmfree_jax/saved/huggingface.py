@@ -1,11 +1,11 @@
 """Hugging Face model folders: their config fields, to ours and back; names are `tensor_names`'.
 
-Read and written: `hgrn_bit` (the MatMul-free models as their authors release them) and `llama`
-(the Transformer++). A config value whose meaning is not implemented is refused by name.
+Read and written: `hgrn_bit` (the MatMul-free models as their authors release them) and the
+Transformer++ (`huggingface_llama.py`). A config value whose meaning is not implemented is refused
+by name.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.readable import brief
-from mmfree_jax.saved.huggingface_fields import check_unread, rope_theta
+from mmfree_jax.saved import huggingface_llama
+from mmfree_jax.saved.huggingface_fields import Fields, check_unread
 from mmfree_jax.saved.kinds import HUGGINGFACE_CONFIG as CONFIG
 from mmfree_jax.saved.remote_code import auto_map
 from mmfree_jax.text_files import read_json
 
-HGRN_BIT, LLAMA = "hgrn_bit", "llama"
+HGRN_BIT = "hgrn_bit"
 # `hgrn_bit` with weights at 2 bits, which is ours alone: written for PyTorch, and not read back.
 HGRN_BIT_PACKED = "hgrn_bit_packed"
 
@@ -42,20 +43,6 @@ _HGRN_DEFAULTS: dict[str, Any] = {
 }
 # Without a default: a config must say them.
 _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-_LLAMA_DEFAULTS: dict[str, Any] = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "rope_theta": None,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class HuggingFaceModel:
     """What a folder's config.json says.
 
     Attributes:
-      model_type: "hgrn_bit" or "llama".
+      model_type: "hgrn_bit", or one of `huggingface_llama.DEFAULTS`.
       config: of our model.
       tied: whether the head's matrix is the embedding's (loaded as a copy).
       raw: all fields.
@@ -91,66 +78,25 @@ def read_config(folder: Path) -> HuggingFaceModel:
         raise ConfigError(f"{file} is not valid JSON ({e}): fetch it again") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} is not a mapping of fields: fetch it again")
-    readers: dict[str, Callable[[_Fields], ModelConfig]] = {
-        HGRN_BIT: _from_hgrn_bit,
-        LLAMA: _from_llama,
-    }
+    defaults = {HGRN_BIT: _HGRN_DEFAULTS} | huggingface_llama.DEFAULTS
     kind = raw.get("model_type")
     if kind == HGRN_BIT_PACKED:
         raise ConfigError(
             f"{file}: model_type is {kind!r}, an export at 2 bits that PyTorch reads: give the "
             "packed model that it was made from"
         )
-    if not isinstance(kind, str) or kind not in readers:
+    if not isinstance(kind, str) or kind not in defaults:
         raise ConfigError(
-            f"{file}: model_type is {brief(kind)}: only {' and '.join(readers)} models are read"
+            f"{file}: model_type is {brief(kind)}: only {', '.join(defaults)} models are read"
         )
-    fields = _Fields(file, raw, _HGRN_DEFAULTS if kind == HGRN_BIT else _LLAMA_DEFAULTS)
+    fields = Fields(file, raw, defaults[kind])
     check_unread(file, raw, {*fields.defaults, *_SHAPE})
-    config = readers[kind](fields)
+    read = _from_hgrn_bit if kind == HGRN_BIT else huggingface_llama.read
+    config = read(fields)
     return HuggingFaceModel(kind, config, fields.flag("tie_word_embeddings"), raw)
 
 
-class _Fields:
-    """The fields of a config.json, with defaults; errors name the file and the field."""
-
-    def __init__(self, file: Path, raw: dict[str, Any], defaults: dict[str, Any]) -> None:
-        self.file, self.raw, self.defaults = file, raw, defaults
-
-    def __getitem__(self, name: str) -> Any:
-        return self.raw.get(name, self.defaults.get(name))
-
-    def refuse(self, name: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.file}: {name} is {brief(self[name])}: {why}")
-
-    def require(self, names: tuple[str, ...], allowed: tuple[Any, ...]) -> None:
-        for name in names:
-            if self[name] not in allowed:
-                shown = " or ".join(map(repr, allowed))
-                raise self.refuse(name, f"not supported, only {shown}")
-
-    def flag(self, name: str) -> bool:
-        value = self[name]
-        if value is not None and not isinstance(value, bool):
-            raise self.refuse(name, "true or false is needed")
-        return bool(value)
-
-    def number(self, name: str, kind: type = int, *, optional: bool = False) -> Any:
-        value = self[name]
-        if value is None and optional:
-            return None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
-        ):
-            raise self.refuse(name, "a number above 0 is needed")
-        if kind is int and value != int(value):
-            raise self.refuse(name, "a whole number is needed")
-        return kind(value)
-
-
-def _from_hgrn_bit(fields: _Fields) -> ModelConfig:
+def _from_hgrn_bit(fields: Fields) -> ModelConfig:
     # The recurrence and the gate norm act on each channel alone, so that neither the number of
     # heads nor the name of the kernel changes what is computed.
     fields.require(("attn_mode",), ("fused_recurrent", "fused_chunk", "chunk"))
@@ -185,35 +131,6 @@ def _from_hgrn_bit(fields: _Fields) -> ModelConfig:
         share_short_conv=fields.flag("share_conv_kernel"),
         norm_eps=fields.number("rms_norm_eps", float),
         linear_norm_eps=fields.number("linear_norm_eps", float),
-        initializer_range=fields.number("initializer_range", float),
-        compute_dtype="float32",
-        residual_dtype="float32",
-    )
-
-
-def _from_llama(fields: _Fields) -> ModelConfig:
-    fields.require(("hidden_act",), ("silu", "swish"))
-    fields.require(("attention_bias", "mlp_bias"), (False, None))
-    width, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
-    kv_heads = fields.number("num_key_value_heads", optional=True)
-    head_dim = fields.number("head_dim", optional=True)
-    if head_dim is not None and head_dim * heads != width:
-        raise fields.refuse(
-            "head_dim", f"not supported, only hidden_size / num_attention_heads ({width // heads})"
-        )
-    return ModelConfig(
-        mixer="attention",
-        vocab_size=fields.number("vocab_size"),
-        hidden_size=width,
-        num_layers=fields.number("num_hidden_layers"),
-        intermediate_size=fields.number("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=None if kv_heads == heads else kv_heads,
-        rope_theta=rope_theta(fields.file, fields.raw, 10_000.0),
-        mixer_linear=DENSE,
-        glu_linear=DENSE,
-        head_linear=DENSE,
-        norm_eps=fields.number("rms_norm_eps", float),
         initializer_range=fields.number("initializer_range", float),
         compute_dtype="float32",
         residual_dtype="float32",
@@ -278,28 +195,12 @@ def write_config(
         if config.linear_norm_eps != 1e-6:
             fields["linear_norm_eps"] = config.linear_norm_eps
     elif config.mixer == "attention" and groups == {DENSE}:
-        fields = common | {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "hidden_act": "silu",
-            "intermediate_size": config.glu_size,
-            "mlp_bias": False,
-            "model_type": LLAMA,
-            "num_attention_heads": config.attention_heads,
-            "num_key_value_heads": config.kv_heads,
-            "rope_scaling": None,
-            "rope_theta": config.rope_theta,
-        }
+        fields = common | huggingface_llama.write(config)
     else:
         raise ConfigError(
             f"the model is a hybrid (mixer {config.mixer!r}; mixer_linear, glu_linear and "
             "head_linear not all BitLinear or all dense): Hugging Face folders hold only "
-            f"{HGRN_BIT} (MLGRU, all BitLinear) and {LLAMA} (attention, all dense) models"
+            f"{HGRN_BIT} (MLGRU, all BitLinear) and {', '.join(huggingface_llama.DEFAULTS)} "
+            "(attention, all dense) models"
         )
     return dict(sorted(fields.items()))
-
-
-def model_type_of(config: ModelConfig) -> str:
-    """The Hugging Face architecture of a model that has one."""
-    return HGRN_BIT if config.mixer == "mlgru" else LLAMA

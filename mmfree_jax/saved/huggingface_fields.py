@@ -1,13 +1,15 @@
-"""Fields of a config.json that this package does not read: harmless, or refused by name.
+"""The fields of a config.json: those that are read, and the others, harmless or refused by name.
 
 A field changes what a model computes, or it does not. Those of the second kind are listed here;
 any other that is not read is an error, so that none is dropped in silence.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.readable import brief
 
 # Names, versions, training, and how a program runs: the same logits whatever they say.
 _HARMLESS = {
@@ -108,6 +110,7 @@ _GENERATION = {
 # Harmless with these values only; each is off or what the model computes anyway.
 _OFF: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "attention_bias": (False,),
     "attention_out_bias": (False,),
     "attention_qkv_bias": (False,),
     "attn_bias": (False,),
@@ -115,6 +118,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
+    "mlp_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
     "pruned_heads": ({},),
     "qkv_bias": (False,),
@@ -161,39 +165,44 @@ def check_unread(file: Path, raw: dict[str, Any], read: set[str]) -> None:
 _WAY_OUT = "use a model without it"
 
 
-def rope_theta(file: Path, raw: dict[str, Any], default: float) -> float:
-    """The base of plain rotary positions, from whichever of three spellings a config has.
+class Fields:
+    """The fields of a config.json, with defaults; errors name the file and the field."""
 
-    Args:
-      file: config.json, for messages.
-      raw: its fields: `rope_theta`, and inside `rope_parameters` (newer) or `rope_scaling` (older).
-      default: where none says it.
+    def __init__(self, file: Path, raw: dict[str, Any], defaults: dict[str, Any]) -> None:
+        self.file, self.raw, self.defaults = file, raw, defaults
 
-    Raises:
-      ConfigError: another kind of positions, a base that is no number above 0, or two that differ.
-    """
-    found: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
-    for name in ("rope_parameters", "rope_scaling"):
-        values = raw.get(name)
-        if not values:
-            continue
-        rest = dict(values) if isinstance(values, dict) else {"": values}
-        kinds = [k for key in ("rope_type", "type") if (k := rest.pop(key, None)) is not None]
-        found[f"{name}.rope_theta"] = rest.pop("rope_theta", None)
-        plain = all(k == "default" for k in kinds) and (kinds or name == "rope_parameters")
-        if not plain or {k: v for k, v in rest.items() if v is not None} not in (
-            {},
-            {"partial_rotary_factor": 1.0},
+    def __getitem__(self, name: str) -> Any:
+        return self.raw.get(name, self.defaults.get(name))
+
+    def refuse(self, name: str, why: str) -> ConfigError:
+        """The error that names a field and its value."""
+        return ConfigError(f"{self.file}: {name} is {brief(self[name])}: {why}")
+
+    def require(self, names: tuple[str, ...], allowed: tuple[Any, ...]) -> None:
+        """Refuses fields with other values than the allowed ones."""
+        for name in names:
+            if self[name] not in allowed:
+                shown = " or ".join(map(repr, allowed))
+                raise self.refuse(name, f"not supported, only {shown}")
+
+    def flag(self, name: str) -> bool:
+        """A field that is true or false; null is false."""
+        value = self[name]
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(name, "true or false is needed")
+        return bool(value)
+
+    def number(self, name: str, kind: type = int, *, optional: bool = False) -> Any:
+        """A field that is a finite number above 0, as `kind`; None only where `optional`."""
+        value = self[name]
+        if value is None and optional:
+            return None
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
         ):
-            raise ConfigError(
-                f"{file}: {name} is {values!r}: not supported, only plain rotary positions "
-                "(rope_type default)"
-            )
-    given = {name: value for name, value in found.items() if value is not None}
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(f"{file}: {name} is {value!r}: a number above 0 is needed")
-    if len(set(given.values())) > 1:
-        shown = " and ".join(f"{name} is {value!r}" for name, value in given.items())
-        raise ConfigError(f"{file}: {shown}: make them one value")
-    return float(next(iter(given.values()), default))
+            raise self.refuse(name, "a number above 0 is needed")
+        if kind is int and value != int(value):
+            raise self.refuse(name, "a whole number is needed")
+        return kind(value)

@@ -158,7 +158,7 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> SavedModel:
     """Opens the model in a folder: a training run, a packed model, a model folder of `mmfree
-    import-hf`, or a Hugging Face folder (hgrn_bit or llama, in safetensors).
+    import-hf`, or a Hugging Face folder (`huggingface.py`, in safetensors).
 
     What a folder is, one file in it says (`kinds.py`); with two such files it is refused.
 

@@ -65,11 +65,15 @@ def _hgrn_block(config: ModelConfig) -> Iterator[_BlockRow]:
 
 def _llama_block(config: ModelConfig) -> Iterator[_BlockRow]:
     width, m = config.hidden_size, config.glu_size
-    keys = config.kv_heads * (width // config.attention_heads)
+    queries, keys = config.query_size, config.key_size
     yield "input_layernorm.weight", "mixer_norm/scale", (width,), 0
     yield "post_attention_layernorm.weight", "glu_norm/scale", (width,), 0
-    for p, out_features in (("q", width), ("k", keys), ("v", keys), ("o", width)):
-        yield f"self_attn.{p}_proj.weight", f"mixer/{p}_proj/weight", (out_features, width), 0
+    shapes = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
+    biased = set("" if config.attention_bias == "none" else config.attention_bias)
+    for p, shape in shapes.items():
+        yield f"self_attn.{p}_proj.weight", f"mixer/{p}_proj/weight", shape, 0
+        if p in biased:
+            yield f"self_attn.{p}_proj.bias", f"mixer/{p}_proj/bias", shape[:1], 0
     yield "mlp.gate_proj.weight", "glu/gate_up_proj/weight", (m, width), 0
     yield "mlp.up_proj.weight", "glu/gate_up_proj/weight", (m, width), m
     yield "mlp.down_proj.weight", "glu/down_proj/weight", (width, m), 0

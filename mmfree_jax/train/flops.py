@@ -17,8 +17,8 @@ class Parameters:
 
     embedding: int
     mixer: int
-    """Matrices of the token mixer, its short convolutions, and the lower bounds of its forget
-    gates."""
+    """Matrices of the token mixer, their biases, its short convolutions, and the lower bounds of
+    its forget gates."""
     glu: int
     head: int
     norms: int
@@ -48,7 +48,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     mixer, glu, head = layers * mixer_weights(config), layers * 3 * d * m, vocab * d
     bounds = layers * d if is_mlgru and config.use_lower_bound else 0
     convolutions = layers * _convolution_weights(config)
-    inner = config.state_size if is_mlgru else d
+    inner = config.state_size if is_mlgru else config.query_size
     norms = layers * 2 * d + d
     if is_mlgru:
         norms += layers * inner  # on the output gate
@@ -64,7 +64,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
     return Parameters(
         embedding=vocab * d,
-        mixer=mixer + bounds + convolutions,
+        mixer=mixer + bounds + convolutions + layers * _biases(config),
         glu=glu,
         head=head,
         norms=norms,
@@ -79,7 +79,15 @@ def mixer_weights(config: ModelConfig) -> int:
     d = config.hidden_size
     if config.mixer == "mlgru":
         return 4 * d * config.state_size
-    return 2 * d * d + 2 * d * (d // config.attention_heads) * config.kv_heads
+    return 2 * d * config.query_size + 2 * d * config.key_size
+
+
+def _biases(config: ModelConfig) -> int:
+    """Biases of one layer's projections."""
+    if config.mixer != "attention" or config.attention_bias == "none":
+        return 0
+    of_output = config.hidden_size if config.attention_bias == "qkvo" else 0
+    return config.query_size + 2 * config.key_size + of_output
 
 
 def _convolution_weights(config: ModelConfig) -> int:
@@ -104,7 +112,7 @@ class TokenFlops:
 
     @property
     def forward(self) -> float:
-        """Forward pass; norms, activations of the GLU and quantisation are left out."""
+        """Forward pass; norms, biases, activations of the GLU and quantisation are left out."""
         return self.mixer + self.mixing + self.glu + self.head
 
     @property
@@ -126,12 +134,12 @@ def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     """Operations a token of the forward pass, averaged over a row of `seq_len` tokens.
 
     Attention is counted as causal: the token at position t (from 1) attends to t keys, on
-    average (seq_len + 1) / 2, at 2 d operations each for the score and for the sum. Rows
-    that pack several documents do less.
+    average (seq_len + 1) / 2, at 2 operations a channel of all heads each for the score and for
+    the sum. Rows that pack several documents do less.
     """
     d, layers = config.hidden_size, config.num_layers
     if config.mixer == "attention":
-        mixing = layers * 4 * d * (seq_len + 1) / 2
+        mixing = layers * 4 * config.query_size * (seq_len + 1) / 2
     else:
         # The first layer has no lower bound.
         bounded = layers - 1 if config.use_lower_bound else 0

@@ -51,7 +51,7 @@ def _block_bytes_per_token(config: ModelConfig) -> dict[str, float]:
     if config.mixer == "mlgru":
         inner = pair = config.state_size
     else:
-        inner, pair = d, d // config.attention_heads * config.kv_heads
+        inner, pair = config.query_size, config.key_size
     # Outputs of the six products and the mixer's third; and what they read.
     products = (2 * pair + inner + d + 2 * m + d) * c
     inputs = (d + inner + d + m) * c

@@ -57,6 +57,8 @@ def other_model(old: ModelConfig, new: ModelConfig) -> list[str]:
             there, here = old.glu_size, new.glu_size
         elif field.name == "num_heads" and new.mixer == "attention":
             there, here = old.attention_heads, new.attention_heads
+        elif field.name == "head_dim" and new.mixer == "attention":
+            there, here = old.head_channels, new.head_channels
         if field.name not in RUN_SETTINGS and there != here:
             differing.append(f"model.{field.name} is {here!r}, there {there!r}")
     return differing

@@ -139,8 +139,13 @@ _TRANSFORMER = _BOTH | {
             _MATMUL_FREE | {"blocks/mixer/i_conv/kernel": P(), "blocks/mixer/f_conv/kernel": P()},
         ),
         ("tiny-transformer", {}, _TRANSFORMER),
+        (
+            "tiny-transformer",
+            {"attention_bias": "qkvo"},
+            _TRANSFORMER | {f"blocks/mixer/{p}_proj/bias": P() for p in "qkvo"},
+        ),
     ],
-    ids=["matmulfree", "convolution", "convolutions", "transformer"],
+    ids=["matmulfree", "convolution", "convolutions", "transformer", "biases"],
 )
 def test_every_parameter_is_laid_out_as_written_here(name, changes, expected):
     config = dataclasses.replace(preset(name).model, **changes)

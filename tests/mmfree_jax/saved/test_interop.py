@@ -126,47 +126,6 @@ def _silu(x):
     return x / (1 + np.exp(-x))
 
 
-def _llama(tensors, config, tokens):
-    """The llama equations in float64, one sequence."""
-    t = {name: x.astype(np.float64) for name, x in tensors.items()}
-    eps, heads, groups = config["rms_norm_eps"], 4, config["num_key_value_heads"]
-    x = t["model.embed_tokens.weight"][tokens]
-    T, D = x.shape
-    K = D // heads
-    angle = np.arange(T)[:, None] * config["rope_theta"] ** (-np.arange(0, K, 2) / K)
-    cos, sin = (np.concatenate([f(angle)] * 2, -1)[:, None] for f in (np.cos, np.sin))
-
-    def rotate(y):
-        half = np.concatenate([-y[..., K // 2 :], y[..., : K // 2]], -1)
-        return y * cos + half * sin
-
-    for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        h = _norm(x, t[p + "input_layernorm.weight"], eps)
-        q, k, v = ((h @ t[f"{p}self_attn.{n}_proj.weight"].T).reshape(T, -1, K) for n in "qkv")
-        q, k = rotate(q), rotate(k)
-        k, v = (np.repeat(y, heads // groups, axis=1) for y in (k, v))
-        scores = np.einsum("thk,shk->hts", q, k) / np.sqrt(K)
-        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
-        share = np.exp(scores - scores.max(-1, keepdims=True))
-        share /= share.sum(-1, keepdims=True)
-        mixed = np.einsum("hts,shk->thk", share, v).reshape(T, D)
-        x = x + mixed @ t[p + "self_attn.o_proj.weight"].T
-        h = _norm(x, t[p + "post_attention_layernorm.weight"], eps)
-        gate, up = (h @ t[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-        x = x + (_silu(gate) * up) @ t[p + "mlp.down_proj.weight"].T
-    return _norm(x, t["model.norm.weight"], eps) @ t["lm_head.weight"].T
-
-
-def test_llama_with_grouped_heads_computes_its_equations(tmp_path):
-    tensors = _write_folder(tmp_path / "hf", LLAMA)
-    model, params = load_pretrained(tmp_path / "hf")
-    logits = model.apply({"params": params}, TOKENS)
-    for row in range(2):
-        want = _llama(tensors, LLAMA, TOKENS[row])
-        np.testing.assert_allclose(logits[row], want, rtol=2e-4, atol=2e-4)
-
-
 def _bit_linear(t, name, x, eps):
     x = _norm(x, t[name + ".norm.weight"], eps)
     scale = 127 / np.maximum(np.abs(x).max(-1, keepdims=True), 1e-5)
@@ -413,8 +372,6 @@ def test_damaged_files(tmp_path):
         (HGRN, {"hidden_size": "16"}, "hidden_size is '16'"),
         (HGRN, {"num_hidden_layers": None}, "num_hidden_layers is None"),
         (HGRN, {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (LLAMA, {"attention_bias": True}, "attention_bias is True"),
-        (LLAMA, {"head_dim": 8}, "head_dim is 8"),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"),
         (LLAMA, {"num_key_value_heads": 3}, "num_kv_heads is 3"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias is True"),

@@ -16,7 +16,6 @@ from mmfree_jax.cli.main import main
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.saved import huggingface
 from mmfree_jax.train.init_from import initial_params, training_config
 
 
@@ -144,5 +143,5 @@ def test_training_keeps_its_own_ways_of_running(released):
     config = training_config(released, base)
     assert (config.compute_dtype, config.remat) == ("bfloat16", "dots")
     assert (config.hidden_size, config.vocab_size, config.num_layers) == (64, 256, 2)
-    assert huggingface.model_type_of(config) == "hgrn_bit"
+    assert config.family == "matmulfree"
     assert LanguageModel(config).config is config

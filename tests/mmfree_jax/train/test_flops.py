@@ -41,7 +41,14 @@ def test_components_by_hand():
 def test_counts_are_those_of_the_model(name):
     model = pytest.importorskip("mmfree_jax.train.step")
     config = preset(name)
-    for change in ({}, {"use_lower_bound": False}, {"head_linear": DENSE}, {"glu_linear": DENSE}):
+    for change in (
+        {},
+        {"use_lower_bound": False},
+        {"head_linear": DENSE},
+        {"glu_linear": DENSE},
+        {"attention_bias": "qkv", "head_dim": 24},
+        {"attention_bias": "qkvo", "head_dim": 24, "num_heads": 4, "num_kv_heads": 2},
+    ):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
         from mmfree_jax.train.optimizer import make_optimizer
 
@@ -67,6 +74,11 @@ def test_flops_by_hand():
     attention = dataclasses.replace(config, mixer="attention")
     # A causal row of 8 has 36 pairs; 2 d for the score and 2 d for the sum of each.
     assert count_flops(attention, seq_len=8).mixing == pytest.approx(3 * 36 * 4 * 16 / 8)
+    # Queries of 4 heads of 10 channels, keys and values of 2.
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 10, "attention_bias": "qkvo"}
+    wider = count_flops(dataclasses.replace(attention, **heads), seq_len=8)
+    assert wider.mixer == 2 * 3 * 16 * (40 + 20 + 20 + 40)
+    assert wider.mixing == pytest.approx(3 * 36 * 4 * 40 / 8)
 
 
 @pytest.mark.parametrize("name", ["370M", "1.3B", "1.3B-transformer"])
