@@ -1,5 +1,6 @@
 """The parameter tree by path: names joined by slashes, as files and messages have them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
     return flatten(tree["params"])
+
+
+def param_count(config: ModelConfig) -> int:
+    """Number of a model's parameters."""
+    return sum(math.prod(x.shape) for x in param_shapes(config).values())
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "", separator: str = "/") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Whole folders from and to the Hugging Face format: config, weights and tokenizer."""
 
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_target, new_folder, write_text
-from mmfree_jax.model.parameters import param_shapes
+from mmfree_jax.model.parameters import param_count
 from mmfree_jax.model.weights import Master, Ternary
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
+from mmfree_jax.saved.evaluations import read_evaluations
 from mmfree_jax.saved.exported_tensors import exported_tensors
 from mmfree_jax.saved.huggingface_tokenizer import FILES, write_tokenizer
+from mmfree_jax.saved.model_card import CARD, model_card
 from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.saved.open_model import find_tokenizer, open_model
 from mmfree_jax.saved.remote_code import write_code
@@ -87,6 +88,9 @@ def export_hf(
     dtype: str = "float32",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    scores: str | os.PathLike[str] | None = None,
+    model_license: str | None = None,
+    data_license: str | None = None,
 ) -> Converted:
     """Writes a model as a Hugging Face folder that transformers loads.
 
@@ -100,9 +104,13 @@ def export_hf(
       dtype: of the stored weights; of a packed model's, those that are not at 2 bits.
       overwrite: replace an earlier output of the same command.
       shard_bytes: most bytes in one file; a larger model gets several and an index.
+      scores: folder of `mmfree eval --output`, for the model card; None: `eval`, if there is one.
+      model_license: of the model, for the card: an identifier of the Hub; None: none is named.
+      data_license: of the training data, for the card, in words; None: not known.
 
     Raises:
-      ConfigError: no Hugging Face architecture computes this model, or `dtype` is unknown.
+      ConfigError: no Hugging Face architecture computes this model, `dtype` is unknown, a licence
+        is malformed, or `scores` has none of this model.
       CheckpointError: as `open_model`, or `dtype` does not hold a weight.
       OutputError: `target` may not be replaced (see `files.py`), or cannot be written.
     """
@@ -122,6 +130,11 @@ def export_hf(
         bos_id=getattr(tokenizer, "bos_id", None),
         eos_ids=_ends(saved.path, tokenizer),
     )
+    evaluations = read_evaluations(saved, scores)
+    card = model_card(
+        Path(target).resolve().name, saved, fields, tokenizer, evaluations,
+        model_license=model_license, data_license=data_license,
+    )  # fmt: skip
     weights = saved.weights("ternary" if packed else "master")
     assert isinstance(weights, (Master, Ternary))
     stored_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -133,6 +146,7 @@ def export_hf(
             _from_model_config=True,
             bos_token_id=fields["bos_token_id"],
         )
+        write_text(folder / CARD, card)
         tensors = exported_tensors(config, weights, stored_dtype)
         write_tensors(folder, tensors, shard_bytes=shard_bytes)
         if "auto_map" in fields:
@@ -155,10 +169,9 @@ def _ends(source: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _converted(target: str | os.PathLike[str], config: ModelConfig, model_type: str) -> Converted:
-    count = sum(math.prod(x.shape) for x in param_shapes(config).values())
     found = find_tokenizer(Path(target))
     kind = None if found is None else load_tokenizer(found).kind
-    return Converted(Path(target), count, kind, model_type)
+    return Converted(Path(target), param_count(config), kind, model_type)
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -56,6 +56,15 @@ class SavedModel:
     trained_length: int | None
     _read: Callable[[Shapes, Mesh | None], dict[str, Any]]
     _packed: packed.PackedFile | None = None
+    _checkpoint: Callable[[], Path] | None = None
+
+    def checkpoint(self) -> Path | None:
+        """The folder of the run's checkpoint that weights are read from; None: it is no run.
+
+        Raises:
+          CheckpointError: the run has none that is whole.
+        """
+        return None if self._checkpoint is None else self._checkpoint()
 
     def model(self, compute_dtype: Any = None) -> LanguageModel:
         """The model, its weights apart, with kernels that run here.
@@ -209,7 +218,9 @@ def _open_run(folder: Path, step: int | None) -> SavedModel:
     def read(shapes: Shapes, mesh: Mesh | None) -> dict[str, Any]:
         return run_model.read_params(checkpoint(), shapes, mesh)
 
-    return SavedModel(folder, "run", config.model, config.data.seq_len, read)
+    return SavedModel(
+        folder, "run", config.model, config.data.seq_len, read, _checkpoint=checkpoint
+    )
 
 
 def _open_packed(folder: Path) -> SavedModel:
