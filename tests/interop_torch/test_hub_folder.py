@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: run make torch")
 
-from huggingface_hub import ModelCard  # noqa: E402
-from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mmfree_jax.saved.convert import export_hf, import_hf  # noqa: E402
+from mmfree_jax.saved.convert import export_hf, import_hf
 
 TEXT = " two  spaces, é 漢字 \U0001f600\n\x00 <|bos|> <|eos|>"
 
@@ -54,8 +54,6 @@ def test_several_files_load_as_one(trained, tmp_path):
     files = {file.name for file in (tmp_path / "hf").glob("*.safetensors")}
     assert len(files) > 3
     assert set(index["weight_map"].values()) == files
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     whole = trained.torch_model().state_dict()
     assert model.state_dict().keys() == whole.keys()
