@@ -24,6 +24,7 @@ from mmfree_jax.ranges import (
     ShareBelowOne,
     check_numbers,
 )
+from mmfree_jax.rope_scaling import UNSCALED, RopeScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MatmulKernel = Literal[
@@ -86,6 +87,8 @@ class ModelConfig:
     """Where it acts: once on the mixer's input; off: on the i and f projections' outputs."""
     rope_theta: AboveZero = 10_000.0
     """Base of the rotary position angles (attention only)."""
+    rope_scaling: RopeScaling = UNSCALED
+    """Stretching of these angles for longer rows (attention only)."""
     mixer_linear: LinearConfig = BITLINEAR
     """The mixer's projections."""
     glu_linear: LinearConfig = BITLINEAR

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import ModelConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import check_local
 from mmfree_jax.presets import preset
@@ -31,6 +31,19 @@ _MOST_VALUES = 10**6
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as nested dicts of plain values; tuples become lists."""
     return _plain(dataclasses.asdict(config))
+
+
+# Fields that are newer than files which name a model by its fields (sessions, sweeps' tables).
+_NEWER = ("head_dim", "attention_bias", "rope_scaling")
+
+
+def model_identity(config: ModelConfig) -> dict[str, Any]:
+    """As `to_dict`, for files that name a model: newer fields only where they say something.
+
+    So that the files of before are still of the same model.
+    """
+    values, defaults = to_dict(config), to_dict(ModelConfig())
+    return {k: v for k, v in values.items() if k not in _NEWER or v != defaults[k]}
 
 
 def _plain(value: Any) -> Any:

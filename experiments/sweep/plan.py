@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
-from mmfree_jax.config_io import to_dict
+from mmfree_jax.config_io import model_identity, to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AS_GIVEN, Setting
 from mmfree_jax.experiments.sweep.config import FamilyConfig, SweepConfig, base_train_config
@@ -142,6 +142,7 @@ def config_hash(config: TrainConfig) -> str:
     checkpoints, logs.
     """
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
+    values["model"] = model_identity(config.model)
     if not config.model.mup:  # fields that older tables' hashes know nothing of
         unused = ("mup", "mup_base_width")
         values["model"] = {k: v for k, v in values["model"].items() if k not in unused}

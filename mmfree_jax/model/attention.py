@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.model import functional, mup
+from mmfree_jax.model import functional, mup, rope
 from mmfree_jax.model.linear import Linear, linears
 from mmfree_jax.parallel.sharding import channel_partition
 
@@ -60,8 +60,9 @@ class Attention(nn.Module):
         ]
         _, (q_BTHK, k_BTGK, v_BTGK) = linears(c, projections, x_BTD, outer_norm=outer_norm_scale_D)
         q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, channels) for y in (q_BTHK, k_BTGK, v_BTGK))
-        q_BTHK = functional.rotate(q_BTHK, positions_BT, theta=c.rope_theta)
-        k_BTGK = functional.rotate(k_BTGK, positions_BT, theta=c.rope_theta)
+        frequency_F = rope.frequencies(channels, theta=c.rope_theta, scaling=c.rope_scaling)
+        q_BTHK = rope.rotate(q_BTHK, positions_BT, frequency_F)
+        k_BTGK = rope.rotate(k_BTGK, positions_BT, frequency_F)
         if state is None:
             out_BTHK = functional.causal_attention(
                 q_BTHK,

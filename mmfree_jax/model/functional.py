@@ -102,25 +102,6 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
 
-def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), halves rotated as in Llama.
-
-    Args:
-      x_BTHK: queries or keys; K even.
-      positions_BT: int32.
-      theta: base of the angles.
-
-    Returns:
-      [B, T, H, K] in x's dtype; angles in float32.
-    """
-    half = x_BTHK.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1F = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
-    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
-
-
 def causal_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,

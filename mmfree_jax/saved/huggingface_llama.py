@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.saved.huggingface_fields import Fields
-from mmfree_jax.saved.huggingface_rope import rope_theta
+from mmfree_jax.saved.huggingface_rope import read_rope, write_scaling
 
 LLAMA, MISTRAL, QWEN2 = "llama", "mistral", "qwen2"
 _ARCHITECTURES = {
@@ -63,6 +63,7 @@ def read(fields: Fields) -> ModelConfig:
     width, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
     kv_heads = fields.number("num_key_value_heads", optional=True)
     head_dim = fields.number("head_dim", optional=True)
+    theta, scaling = read_rope(fields.file, fields.raw, 10_000.0)
     return ModelConfig(
         mixer="attention",
         vocab_size=fields.number("vocab_size"),
@@ -73,7 +74,8 @@ def read(fields: Fields) -> ModelConfig:
         num_kv_heads=None if kv_heads == heads else kv_heads,
         head_dim=None if head_dim is not None and head_dim * heads == width else head_dim,
         attention_bias=bias,
-        rope_theta=rope_theta(fields.file, fields.raw, 10_000.0),
+        rope_theta=theta,
+        rope_scaling=scaling,
         mixer_linear=DENSE,
         glu_linear=DENSE,
         head_linear=DENSE,
@@ -135,7 +137,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "model_type": kind,
         "num_attention_heads": config.attention_heads,
         "num_key_value_heads": config.kv_heads,
-        "rope_scaling": None,
+        "rope_scaling": write_scaling(config.rope_scaling),
         "rope_theta": config.rope_theta,
     }
     if config.head_dim is not None:

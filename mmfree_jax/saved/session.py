@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.config import RUN_SETTINGS, ModelConfig
-from mmfree_jax.config_io import to_dict
+from mmfree_jax.config_io import model_identity
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State, init_state
 from mmfree_jax.model.weights import Packed, Weights, as_weights, matrix_scales
@@ -30,7 +30,7 @@ VERSION = 2
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    values = {k: v for k, v in to_dict(config).items() if k not in RUN_SETTINGS}
+    values = {k: v for k, v in model_identity(config).items() if k not in RUN_SETTINGS}
     return values | {"intermediate_size": config.glu_size}
 
 

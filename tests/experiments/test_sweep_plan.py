@@ -133,6 +133,7 @@ def test_the_hash_ignores_where_and_keeps_what():
     wider = replace_model(config, mup=True)
     assert config_hash(wider) != config_hash(config)
     assert config_hash(replace_model(wider, mup_base_width=64)) != config_hash(wider)
+    assert config_hash(replace_model(config, head_dim=32)) != config_hash(config)
     # As an earlier version wrote it into its tables, which knew neither branches nor muP.
     assert config_hash(config) == "96ccc31dbbc164c6"
 

@@ -38,6 +38,18 @@ FOLDERS = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}, "qwen2"),
     "qwen2_window_layers": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4}, "qwen2"),
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FOLDERS |= {
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}, "llama"),
+    "linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "qwen2"),
+}
 TOKENS = np.random.default_rng(1).integers(0, 48, (2, 100))
 
 

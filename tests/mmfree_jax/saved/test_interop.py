@@ -387,7 +387,8 @@ def test_damaged_files(tmp_path):
         (LLAMA, {"rope_theta": "10000"}, "rope_theta is '10000'"),
         (LLAMA, {"rope_theta": 0}, "rope_theta is 0"),
         (LLAMA, {"rope_scaling": {"factor": 2.0}}, "rope_scaling is"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling is"),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_parameters is"),
         (

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model import rope
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.convert import export_hf, import_hf
 from mmfree_jax.saved.pretrained import load_pretrained
@@ -27,6 +28,8 @@ LLAMA = {
 }
 MISTRAL = LLAMA | {"model_type": "mistral", "head_dim": 6, "sliding_window": None}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7)
 
 
@@ -136,12 +139,37 @@ def test_a_folder_computes_its_equations_and_comes_back(tmp_path, config, biases
         (QWEN2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
          "sliding_window is 8"),
         (QWEN2, {"mlp_bias": True}, "mlp_bias is True"),
+        (LLAMA, {"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "high_freq_factor is 4.0: set"),
+        (LLAMA, {"rope_scaling": LLAMA3 | {"attention_factor": 2}}, "rope_scaling is"),
+        (LLAMA, {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 500.0}},
+         "rope_parameters is .* and rope_scaling is .*: make them one value"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused(tmp_path, base, change, named):
     (tmp_path / "config.json").write_text(json.dumps(base | change))
     with pytest.raises(ConfigError, match=named):
         huggingface.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        # Published (Llama 3.1): base 500,000, 128 channels. Of 64 pairs: the first is left, the
+        # last divided by 8; pair 32 turns 8192 / (2 pi 500000^(1/2)) = 1.84384 times, so that
+        # (1.84384 - 1) / 3 = 0.281280 of it is left and the rest divided.
+        ({"rope_scaling": LLAMA3}, {0: 1.0, 32: 0.281280 + 0.718720 / 8, 63: 1 / 8}),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 500_000.0}}, {28: 1.0, 35: 1 / 8}),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, {0: 0.4, 32: 0.4, 63: 0.4}),
+        ({"rope_scaling": None}, {0: 1.0, 63: 1.0}),
+    ],
+)
+def test_frequencies_are_the_published_ones(tmp_path, change, expected):
+    config = LLAMA | {"rope_theta": 500_000.0, "head_dim": 128} | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    c = huggingface.read_config(tmp_path).config
+    found = rope.frequencies(c.head_channels, theta=c.rope_theta, scaling=c.rope_scaling)
+    for pair, share in expected.items():
+        assert found[pair] == pytest.approx(share * 500_000.0 ** (-pair / 64), rel=2e-5)
 
 
 def test_a_window_longer_than_every_row_is_none(tmp_path):
