@@ -79,6 +79,8 @@ class ModelConfig:
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
     """Projections of attention that add a bias. qkv: those of queries, keys and values; qkvo: the
     output's too."""
+    qk_norm: bool = False
+    """Attention: an RMSNorm over each head's queries and keys, before their positions."""
     expand_ratio: AboveZero = 1.0
     """MLGRU: channels of the recurrent state for each of the residual stream."""
     short_conv: CountOrZero = 0

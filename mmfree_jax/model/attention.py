@@ -8,7 +8,8 @@ import jax
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional, mup, rope
-from mmfree_jax.model.linear import Linear, linears
+from mmfree_jax.model.linear import Linear, NormScale, linears
+from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.parallel.sharding import channel_partition
 
 
@@ -60,6 +61,11 @@ class Attention(nn.Module):
         ]
         _, (q_BTHK, k_BTGK, v_BTGK) = linears(c, projections, x_BTD, outer_norm=outer_norm_scale_D)
         q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, channels) for y in (q_BTHK, k_BTGK, v_BTGK))
+        if c.qk_norm:
+            q_norm_K = NormScale(c.param_dtype, name="q_norm")(channels)
+            k_norm_K = NormScale(c.param_dtype, name="k_norm")(channels)
+            q_BTHK = rms_norm(q_BTHK, q_norm_K, eps=c.norm_eps).astype(q_BTHK.dtype)
+            k_BTGK = rms_norm(k_BTGK, k_norm_K, eps=c.norm_eps).astype(k_BTGK.dtype)
         frequency_F = rope.frequencies(channels, theta=c.rope_theta, scaling=c.rope_scaling)
         q_BTHK = rope.rotate(q_BTHK, positions_BT, frequency_F)
         k_BTGK = rope.rotate(k_BTGK, positions_BT, frequency_F)

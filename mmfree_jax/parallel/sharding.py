@@ -31,7 +31,7 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"embedding/weight", P("tensor", "fsdp")),
     (r"lower_bounds", P()),
     (r"blocks/(mixer|glu)_norm/scale", P()),
-    (r"blocks/mixer/gate_norm/scale", P()),
+    (r"blocks/mixer/(gate|q|k)_norm/scale", P()),
     (r"blocks/mixer/(conv|i_conv|f_conv)/kernel", P()),
     (r"blocks/mixer/[ifgqkv]_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/mixer/o_proj/weight", P(None, "fsdp", "tensor")),

@@ -10,11 +10,12 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.saved.huggingface_fields import Fields
 from mmfree_jax.saved.huggingface_rope import read_rope, write_scaling
 
-LLAMA, MISTRAL, QWEN2 = "llama", "mistral", "qwen2"
+LLAMA, MISTRAL, QWEN2, QWEN3 = "llama", "mistral", "qwen2", "qwen3"
 _ARCHITECTURES = {
     LLAMA: "LlamaForCausalLM",
     MISTRAL: "MistralForCausalLM",
     QWEN2: "Qwen2ForCausalLM",
+    QWEN3: "Qwen3ForCausalLM",
 }
 
 _COMMON: dict[str, Any] = {
@@ -42,6 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     MISTRAL: _COMMON
     | {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
     QWEN2: _QWEN,
+    QWEN3: _QWEN | {"head_dim": 128, "attention_bias": False},
 }
 
 
@@ -74,6 +76,7 @@ def read(fields: Fields) -> ModelConfig:
         num_kv_heads=None if kv_heads == heads else kv_heads,
         head_dim=None if head_dim is not None and head_dim * heads == width else head_dim,
         attention_bias=bias,
+        qk_norm=kind == QWEN3,
         rope_theta=theta,
         rope_scaling=scaling,
         mixer_linear=DENSE,
@@ -109,6 +112,13 @@ def model_type_of(config: ModelConfig) -> str:
     Raises:
       ConfigError: none does.
     """
+    if config.qk_norm and config.attention_bias == "qkv":
+        raise ConfigError(
+            "model.attention_bias is 'qkv' with qk_norm: no Hugging Face architecture computes "
+            "this model"
+        )
+    if config.qk_norm:
+        return QWEN3
     if config.attention_bias == "qkv":
         return QWEN2
     if config.hidden_size % config.attention_heads == 0:
@@ -140,12 +150,14 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": write_scaling(config.rope_scaling),
         "rope_theta": config.rope_theta,
     }
-    if config.head_dim is not None:
-        fields["head_dim"] = config.head_dim
+    if config.head_dim is not None or kind == QWEN3:
+        fields["head_dim"] = config.head_channels
+    if kind in (LLAMA, QWEN3):
+        fields["attention_bias"] = config.attention_bias == "qkvo"
     if kind == LLAMA:
-        fields |= {"attention_bias": config.attention_bias == "qkvo", "mlp_bias": False}
+        fields["mlp_bias"] = False
     if kind == MISTRAL:
         fields["sliding_window"] = None
-    if kind == QWEN2:
+    if kind in (QWEN2, QWEN3):
         fields["use_sliding_window"] = False
     return fields

@@ -22,7 +22,8 @@ def load_pretrained(
     Args:
       path: a run directory; a model folder (`mmfree import-hf`); a packed model (`mmfree
         pack`), whose parameters are then such that ternarise to its trits and scales; or a
-        Hugging Face folder of `model_type` hgrn_bit, llama, mistral or qwen2, in safetensors.
+        Hugging Face folder of `model_type` hgrn_bit, llama, mistral, qwen2 or qwen3, in
+        safetensors.
       compute_dtype: dtype of activations ("float32", "bfloat16", "float16" or a dtype). None:
         as the run was trained; float32 for Hugging Face folders.
       mesh: to lay the weights out on by the sharding table, each device reading only its own

@@ -69,6 +69,9 @@ def _llama_block(config: ModelConfig) -> Iterator[_BlockRow]:
     yield "input_layernorm.weight", "mixer_norm/scale", (width,), 0
     yield "post_attention_layernorm.weight", "glu_norm/scale", (width,), 0
     shapes = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
+    if config.qk_norm:
+        for p in "qk":
+            yield f"self_attn.{p}_norm.weight", f"mixer/{p}_norm/scale", (config.head_channels,), 0
     biased = set("" if config.attention_bias == "none" else config.attention_bias)
     for p, shape in shapes.items():
         yield f"self_attn.{p}_proj.weight", f"mixer/{p}_proj/weight", shape, 0

@@ -52,6 +52,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
     norms = layers * 2 * d + d
     if is_mlgru:
         norms += layers * inner  # on the output gate
+    elif config.qk_norm:
+        norms += layers * 2 * config.head_channels
     if config.mixer_linear.input_norm:
         norms += layers * (3 * d + inner)
     if config.glu_linear.input_norm:

@@ -48,6 +48,8 @@ LLAMA3 = {
 }
 FOLDERS |= {
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}, "llama"),
+    "qwen3": ("Qwen3", {"head_dim": 12}, "qwen3"),
+    "qwen3_bias": ("Qwen3", {"head_dim": 8, "attention_bias": True}, "qwen3"),
     "linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "qwen2"),
 }
 TOKENS = np.random.default_rng(1).integers(0, 48, (2, 100))

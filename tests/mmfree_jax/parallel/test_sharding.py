@@ -141,11 +141,13 @@ _TRANSFORMER = _BOTH | {
         ("tiny-transformer", {}, _TRANSFORMER),
         (
             "tiny-transformer",
-            {"attention_bias": "qkvo"},
-            _TRANSFORMER | {f"blocks/mixer/{p}_proj/bias": P() for p in "qkvo"},
+            {"attention_bias": "qkvo", "qk_norm": True},
+            _TRANSFORMER
+            | {f"blocks/mixer/{p}_proj/bias": P() for p in "qkvo"}
+            | {f"blocks/mixer/{p}_norm/scale": P() for p in "qk"},
         ),
     ],
-    ids=["matmulfree", "convolution", "convolutions", "transformer", "biases"],
+    ids=["matmulfree", "convolution", "convolutions", "transformer", "options"],
 )
 def test_every_parameter_is_laid_out_as_written_here(name, changes, expected):
     config = dataclasses.replace(preset(name).model, **changes)

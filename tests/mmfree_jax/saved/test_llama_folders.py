@@ -28,6 +28,7 @@ LLAMA = {
 }
 MISTRAL = LLAMA | {"model_type": "mistral", "head_dim": 6, "sliding_window": None}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 6}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7)
@@ -55,6 +56,8 @@ def write_folder(folder, config, biases=""):
                    f"{p}post_attention_layernorm.weight": (width,)}  # fmt: skip
         sizes = {"q": queries, "k": keys, "v": keys, "o": width}
         shapes |= {f"{p}self_attn.{n}_proj.bias": (sizes[n],) for n in biases}
+        if config["model_type"] == "qwen3":
+            shapes |= {f"{p}self_attn.{n}_norm.weight": (channels,) for n in "qk"}
     rng = np.random.default_rng(0)
     tensors = {
         name: (rng.normal(size=shape) * 0.3 + ("norm" in name)).astype(np.float32)
@@ -89,6 +92,10 @@ def equations(tensors, config, tokens):
         p = f"model.layers.{i}."
         h = norm(x, t[p + "input_layernorm.weight"], eps)
         q, k, v = (linear(f"{p}self_attn.{n}_proj", h).reshape(T, -1, K) for n in "qkv")
+        if config["model_type"] == "qwen3":  # over each head
+            q, k = (
+                norm(y, t[f"{p}self_attn.{n}_norm.weight"], eps) for n, y in (("q", q), ("k", k))
+            )
         q, k = rotate(q), rotate(k)
         k, v = (np.repeat(y, heads // groups, axis=1) for y in (k, v))
         scores = np.einsum("thk,shk->hts", q, k) / np.sqrt(K)
@@ -109,8 +116,9 @@ def equations(tensors, config, tokens):
         (LLAMA | {"attention_bias": True}, "qkvo", "llama"),
         (MISTRAL, "", "llama"),
         (QWEN2, "qkv", "qwen2"),
+        (QWEN3, "", "qwen3"),
     ],
-    ids=["llama", "mistral", "qwen2"],
+    ids=["llama", "mistral", "qwen2", "qwen3"],
 )
 def test_a_folder_computes_its_equations_and_comes_back(tmp_path, config, biases, exported):
     tensors = write_folder(tmp_path / "hf", config, biases)

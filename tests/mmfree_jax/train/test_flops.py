@@ -48,6 +48,7 @@ def test_counts_are_those_of_the_model(name):
         {"glu_linear": DENSE},
         {"attention_bias": "qkv", "head_dim": 24},
         {"attention_bias": "qkvo", "head_dim": 24, "num_heads": 4, "num_kv_heads": 2},
+        {"qk_norm": True, "head_dim": 24},
     ):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
         from mmfree_jax.train.optimizer import make_optimizer
