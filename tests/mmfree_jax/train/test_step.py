@@ -169,10 +169,16 @@ def _run(config, batch, state=None):
     return step(state, batch)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch():
+@pytest.fixture(scope="module")
+def one_step():
+    """Config, batch and state of a step, and what it gives."""
     config = _config()
     batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
-    whole, whole_metrics = _run(config, batch, state)
+    return config, batch, state, *_run(config, batch, state)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(one_step):
+    config, batch, state, whole, whole_metrics = one_step
     parts, parts_metrics = _run(dataclasses.replace(config, grad_accum=4), batch, state)
     for name in whole_metrics:
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-5)
@@ -184,17 +190,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     )
 
 
-def test_remat_and_unrolled_layers_change_nothing():
-    config = _config()
-    batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
-    _, expected = _run(config, batch, state)
-    unrolled = {"scan_layers": False}
+def test_remat_and_unrolled_layers_change_nothing(one_step):
+    config, batch, state, _, expected = one_step
     for changes in (
         {"remat": "full"},
         {"remat": "gated"},
-        {"remat": "dots"},
-        unrolled,
-        {"remat": "states", **unrolled},
+        {"remat": "dots", "scan_layers": False},
+        {"remat": "states", "scan_layers": False},
     ):
         _, metrics = _run(replace_model(config, **changes), batch, state)
         np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
@@ -224,12 +226,10 @@ def test_each_remat_policy_recomputes_less_than_the_one_before():
     assert states == gated == gates < stream == full == all_products
 
 
-def test_gradients_in_bfloat16_differ_by_their_rounding_alone():
-    config = _config()
+def test_gradients_in_bfloat16_differ_by_their_rounding_alone(one_step):
+    config, batch, state, expected, metrics = one_step
     optimizer = dataclasses.replace(config.optimizer, gradient_dtype="bfloat16")
-    batch = _batch(config, 0)
-    expected, metrics = _run(config, batch)
-    got, rounded = _run(dataclasses.replace(config, optimizer=optimizer), batch)
+    got, rounded = _run(dataclasses.replace(config, optimizer=optimizer), batch, state)
     np.testing.assert_array_equal(rounded["loss"], metrics["loss"])
     path = ("blocks", "glu", "down_proj", "weight")
     for name in (path, ("embedding", "weight")):
