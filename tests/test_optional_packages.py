@@ -17,6 +17,7 @@ from mmfree_jax.experiments.cli import accelerator
 from mmfree_jax.export import onnx_session
 from mmfree_jax.export.chat import package
 from mmfree_jax.installed import import_optional, install_command
+from mmfree_jax.saved import hub
 from mmfree_jax.train.sinks import make_sinks
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,7 @@ USES = {
     "datasets": lambda folder: tasks._rows_of_hub("piqa"),
     "onnxruntime": onnx_session.load,
     "onnx": lambda folder: main._dispatch(f"export onnx --model {folder} --out {folder}/x".split()),
+    "huggingface_hub": lambda folder: hub.check_repository("me/model", sends=False),
     "selenium": _browser,
     "amaranth": lambda folder: accelerator.cells(),
 }

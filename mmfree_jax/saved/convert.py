@@ -91,6 +91,7 @@ def export_hf(
     scores: str | os.PathLike[str] | None = None,
     model_license: str | None = None,
     data_license: str | None = None,
+    repository: str | None = None,
 ) -> Converted:
     """Writes a model as a Hugging Face folder that transformers loads.
 
@@ -107,6 +108,7 @@ def export_hf(
       scores: folder of `mmfree eval --output`, for the model card; None: `eval`, if there is one.
       model_license: of the model, for the card: an identifier of the Hub; None: none is named.
       data_license: of the training data, for the card, in words; None: not known.
+      repository: of the Hub, that the card names to load from; None: a folder.
 
     Raises:
       ConfigError: no Hugging Face architecture computes this model, `dtype` is unknown, a licence
@@ -133,7 +135,7 @@ def export_hf(
     evaluations = read_evaluations(saved, scores)
     card = model_card(
         Path(target).resolve().name, saved, fields, tokenizer, evaluations,
-        model_license=model_license, data_license=data_license,
+        model_license=model_license, data_license=data_license, repository=repository,
     )  # fmt: skip
     weights = saved.weights("ternary" if packed else "master")
     assert isinstance(weights, (Master, Ternary))

@@ -33,6 +33,7 @@ def model_card(
     *,
     model_license: str | None = None,
     data_license: str | None = None,
+    repository: str | None = None,
 ) -> str:
     """The text of README.md, with the front matter that the Hub reads.
 
@@ -44,6 +45,7 @@ def model_card(
       evaluations: of the model.
       model_license: identifier of the Hub, for example "apache-2.0"; None: none is named.
       data_license: of the training data, in words; None: what is known of it is written.
+      repository: of the Hub that it will be loaded from; None: a folder.
 
     Raises:
       ConfigError: `model_license` is no identifier.
@@ -66,7 +68,7 @@ def model_card(
         _model(saved, fields, tokenizer),
         _training(saved, data_license),
         _evaluation(evaluations),
-        _use(fields, has_tokenizer=tokenizer is not None),
+        _use(fields, repository or "path/to/folder", has_tokenizer=tokenizer is not None),
     ]
     return f"---\n{yaml.safe_dump(front)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
@@ -209,16 +211,16 @@ def _evaluation(evaluations: Evaluations) -> str:
     return "\n".join(["## Evaluation", "", *lines]).rstrip() if lines else ""
 
 
-def _use(fields: dict[str, Any], *, has_tokenizer: bool) -> str:
+def _use(fields: dict[str, Any], place: str, *, has_tokenizer: bool) -> str:
     trust = ", trust_remote_code=True" if "auto_map" in fields else ""
     lines = [
         "```python",
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * has_tokenizer}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/folder"{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"{trust})',
     ]
     if has_tokenizer:
-        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/folder")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}")')
     lines += ["```", ""]
     if fields["model_type"].endswith("_packed"):
         lines.append("JAX: mmfree-jax reads the packed model that this was made from, not this.")
