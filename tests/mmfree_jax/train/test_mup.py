@@ -11,6 +11,7 @@ import pytest
 
 from mmfree_jax.config import DENSE, ModelConfig, OptimizerConfig
 from mmfree_jax.model import LanguageModel, training_weights
+from mmfree_jax.model.mup import query_scale
 from mmfree_jax.train.optimizer import make_optimizer, schedule_values
 
 NARROW, WIDE, VOCABULARY = 64, 512, 64
@@ -142,3 +143,9 @@ def test_at_the_base_width_and_without_it_nothing_changes():
         given = params, state, params, schedule_values(CONSTANT, 100)
         programs.append(str(jax.make_jaxpr(update)(*given)))
     assert programs[0] == programs[1] == programs[2]
+
+
+def test_heads_of_a_width_of_their_own_are_as_wide_as_at_the_base():
+    wide = ModelConfig(mixer="attention", hidden_size=1024, num_heads=4, mup=True)
+    assert query_scale(wide) == 0.5  # 256 channels a head, 64 of them at the base of 256
+    assert query_scale(dataclasses.replace(wide, head_dim=256)) == 1.0
