@@ -6,6 +6,8 @@ DATA ?= data/sotu
 JOBS ?= 2
 SEED ?= 0
 BIN := $(VENV)/bin
+# In the order of the files: by their number of tests, the slowest would be alone at the end.
+SPREAD := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help train sample test lint format typecheck unit quick fuzz torch aot aot-tpu wheel clean
@@ -37,10 +39,10 @@ typecheck: $(VENV)/.dev ## Check the types of the public packages
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(VENV)/.dev ## Run the tests, slow ones included
-	$(BIN)/pytest -n $(JOBS) --dist loadfile
+	$(BIN)/pytest -n $(JOBS) $(SPREAD)
 
 quick: $(VENV)/.dev ## Run the tests without the slow ones
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/pytest -n $(JOBS) $(SPREAD) -m "not slow"
 
 fuzz: $(VENV)/.dev ## Try malformed commands and damaged files at random (10 minutes at most; SEED=0)
 	PYTHONPATH=tests/support $(BIN)/python -m fuzz --seed $(SEED)
