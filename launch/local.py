@@ -12,14 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Annotated, Any, Self
+from typing import IO, Annotated
 
 from mmfree_jax.children import Children
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.ranges import AboveZero, Count, Port, Range, check_numbers
+from mmfree_jax.signals import EXIT_CODES, heard
 
 # A process that was told to stop, saved and left. The others are about to do the same.
-_STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+_STOPPED = set(EXIT_CODES.values())
 _LOOK_SECONDS = 0.1
 
 Processes = Annotated[int, Range(1, 1024)]
@@ -116,7 +117,8 @@ def run(
     """
     port = plan.port or _free_port()
     environments = [environment(plan, i, port, environ) for i in range(plan.count)]
-    with Children(plan.stop_seconds) as children, _Signals() as signals:
+    signals = _Signals()
+    with Children(plan.stop_seconds) as children, heard(signals.receive):
         launch = _Launch(plan, children, signals, sys.stdout if out is None else out)
         for env in environments:
             launch.start(env)
@@ -126,32 +128,20 @@ def run(
 
 
 class _Signals:
-    """Those that say to stop, while in a `with` block in the main thread: kept, and passed on."""
+    """Those that say to stop: kept, and passed on."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self.pass_on: Callable[[int], None] = lambda number: None
-        self._before: dict[int, Any] = {}
 
-    def _receive(self, number: int, _: object) -> None:
+    def receive(self, number: int, _: object) -> None:
+        """Handles a signal."""
         self.received.append(number)
         self.pass_on(_meaning(number))
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # What nohup ignores stays ignored.
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
 
 def _meaning(number: int) -> int:
-    """What a process is sent for a signal to us: it saves on SIGTERM and SIGINT only."""
+    """What a process is sent for a signal to us: one that nohup shields hears SIGTERM."""
     return signal.SIGTERM if number == signal.SIGHUP else number
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import mmfree_jax
 from mmfree_jax.children import Children
 from mmfree_jax.installed import own_version
+from mmfree_jax.signals import EXIT_CODES, STOPPING
 from mmfree_jax.text_files import read_json
 
 # Where mmfree_jax lies: the checkout, or site-packages.
@@ -84,8 +85,7 @@ def outcome(code: int, log: Path, summary: dict[str, Any] | None) -> Outcome:
         if summary.get("status") == "complete":
             return Outcome("complete")
         return Outcome("stopped", reason=f"stopped by {summary.get('stopped_by')}")
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    if code in [128 + s for s in stops] or -code in stops:
+    if code in EXIT_CODES.values() or -code in STOPPING:
         return Outcome("stopped", reason="told to stop")
     if code < 0:
         name = signal.Signals(-code).name

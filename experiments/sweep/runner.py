@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +51,7 @@ from mmfree_jax.experiments.sweep.table import append_result
 from mmfree_jax.experiments.sweep.tracking import grouped
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
 from mmfree_jax.progress import Display
+from mmfree_jax.signals import heard
 
 _POLL_SECONDS = 0.1
 
@@ -86,15 +86,8 @@ class _Stop:
         def note(number: int, _: Any) -> None:
             self.signal = number
 
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-            numbers.append(signal.SIGHUP)
-        before = {n: signal.signal(n, note) for n in numbers}
-        try:
+        with heard(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def run_sweep(

@@ -19,6 +19,7 @@ from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
 from mmfree_jax.places import check_local
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.progress import open_display
+from mmfree_jax.signals import EXIT_CODES
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -192,7 +193,6 @@ def train(argv: Sequence[str]) -> int:
     with contextlib.closing(open_display(kind, sys.stdout, patience=0.0)) as display:
         display.stage("starting JAX")
         from mmfree_jax.parallel import processes
-        from mmfree_jax.train.stop import EXIT_CODES
         from mmfree_jax.train.training import (
             train as run_training,  # JAX starts here, not for --help
         )

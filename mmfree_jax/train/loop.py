@@ -20,6 +20,7 @@ from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
+from mmfree_jax.signals import EXIT_CODES
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.profiler import Profiler
@@ -28,7 +29,7 @@ from mmfree_jax.train.report import Summary, write_report
 from mmfree_jax.train.run_display import TRAINING
 from mmfree_jax.train.setup import Run, checkpoint_metadata
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
-from mmfree_jax.train.stop import EXIT_CODES, Consensus, StopRequest
+from mmfree_jax.train.stop import Consensus, StopRequest
 
 Sampler = Callable[..., str]
 

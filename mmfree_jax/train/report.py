@@ -21,12 +21,12 @@ from mmfree_jax.saved.run_directory import (
     SUMMARY,
     TENSORBOARD,
 )
+from mmfree_jax.signals import EXIT_CODES
 from mmfree_jax.text_files import read_json
 from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.setup import PACKAGES, Run
-from mmfree_jax.train.stop import EXIT_CODES
 
 Summary = dict[str, Any]
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -14,8 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Exit codes of a run that was told to stop and saved first: the shell's 128 + signal.
-EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+from mmfree_jax.signals import heard
 
 
 class StopRequest:
@@ -50,23 +48,13 @@ def _leave_terminal() -> None:
 
 @contextlib.contextmanager
 def catch_signals(say: Callable[[str], None] = lambda text: None) -> Iterator[StopRequest]:
-    """Turns SIGTERM, SIGINT and SIGHUP into a request, while inside. Only in the main thread.
+    """Turns the signals that `heard` lets in into a request, while inside.
 
-    A SIGHUP that is ignored (nohup) stays so. `say` is called by the handler: it may take no lock.
+    `say` is called by the handler: it may take no lock.
     """
     request = StopRequest(say)
-    if threading.current_thread() is not threading.main_thread():
+    with heard(request._handle):
         yield request
-        return
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {n: signal.signal(n, request._handle) for n in numbers}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Consensus:
