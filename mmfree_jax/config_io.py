@@ -34,7 +34,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Fields that are newer than files which name a model by its fields (sessions, sweeps' tables).
-_NEWER = ("head_dim", "attention_bias", "qk_norm", "rope_scaling")
+_NEWER = ("head_dim", "attention_bias", "qk_norm", "rope_scaling", "mup", "mup_base_width")
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def allocate(
     """Size N and tokens D of least loss at a compute.
 
     For `chinchilla` at C = 6 N D as `optimal_allocation`, at another cost by Newton's method from
-    there; `gadre` has one best ratio D / N = (b / a)^(1 / 2
-    eta) at every compute.
+    there; `gadre` has one best ratio D / N = (b / a)^(1 / 2 eta)
+    at every compute.
 
     Args:
         law: of N and D.

@@ -17,13 +17,12 @@ from mmfree_jax.experiments.scaling.training_cost import SIX, TrainingCost, trai
 from mmfree_jax.experiments.scaling.uncertainty import (
     Bootstrap,
     Holdout,
+    Interval,
     bootstrap,
     bootstrap_intervals,
     clusters_of,
     leave_one_out,
 )
-
-Interval = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmfree_jax.experiments.scaling.uncertainty import bias_of, corrected_quantiles
+from mmfree_jax.experiments.scaling.uncertainty import Interval, bias_of, corrected_quantiles
 
 EQUAL = 1e-12
 """Losses whose relative difference is no larger are equal: it is rounding that orders them."""
-
-Interval = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -151,9 +149,9 @@ def measure_lead(
 
 def _score_end(share: np.ndarray, count: int, level: float, side: int) -> np.ndarray:
     """An end (side -1 or 1) of Wilson's score interval of a share that was counted in `count`."""
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
-    z = float(norm.ppf((1 + level) / 2))
+    z = float(ndtri((1 + level) / 2))
     middle = share + z * z / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return (middle + side * half) / (1 + z * z / count)

@@ -46,13 +46,10 @@ def halve(
       loss_at: held-out loss of a run at a pause (its step); None: it has not come so far.
       end_of: loss of a run that has ended, infinite where it diverged; None: it has not.
     """
-    cells: dict[tuple[object, ...], list[PlannedRun]] = {}
-    for run in runs:
-        cells.setdefault(run.cell, []).append(run)
     next_pause: dict[str, int] = {}
     paused: set[str] = set()
     dropped: set[str] = set()
-    for members in cells.values():
+    for members in _cells(runs):
         left = list(members)
         for share in halving.pauses:
             if len(left) < 2:
@@ -69,6 +66,14 @@ def halve(
             dropped |= {run.name for run in left[len(goes_on) :] if end_of(run) is None}
             left = [run for run in goes_on if known[run.name] < math.inf]
     return Halved(next_pause, frozenset(paused), frozenset(dropped))
+
+
+def _cells(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The runs that decide about each other."""
+    cells: dict[tuple[object, ...], list[PlannedRun]] = {}
+    for run in runs:
+        cells.setdefault(run.cell, []).append(run)
+    return list(cells.values())
 
 
 def pause_step(run: PlannedRun, share: float) -> int:
@@ -91,11 +96,8 @@ def _at_pause(
 
 def saved_flops(runs: Sequence[PlannedRun], halving: HalvingConfig) -> float:
     """FLOPs of the steps that dropped runs will not make, if none diverges."""
-    cells: dict[tuple[object, ...], list[PlannedRun]] = {}
-    for run in runs:
-        cells.setdefault(run.cell, []).append(run)
     saved = 0.0
-    for members in cells.values():
+    for members in _cells(runs):
         left = len(members)
         for share in halving.pauses:
             after = halving.survivors(left)

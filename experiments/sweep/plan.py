@@ -143,9 +143,6 @@ def config_hash(config: TrainConfig) -> str:
     """
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
     values["model"] = model_identity(config.model)
-    if not config.model.mup:  # fields that older tables' hashes know nothing of
-        unused = ("mup", "mup_base_width")
-        values["model"] = {k: v for k, v in values["model"].items() if k not in unused}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("paths", "prefetch")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
