@@ -1,0 +1,1 @@
+"""Serving a model to many clients at once."""
