@@ -9,14 +9,18 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
+from mmfree_jax.data.pieces import byte_level_bytes, piece_bytes
 from mmfree_jax.data.special_tokens import (
+    BOS_TOKEN,
     BY_NAME,
+    EOS_TOKEN,
     as_text,
     named_ends,
     resolve_ends,
@@ -42,6 +46,7 @@ class Tokenizer(Protocol):
       eos_id: end of a document, or None.
       unk_id: what stands for text that cannot be encoded, or None if there is none.
       sha256: identifies the mapping between text and ids (hex).
+      special_tokens: ids of the special tokens by their names, which chat templates write.
     """
 
     kind: str
@@ -50,6 +55,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     unk_id: int | None
     sha256: str
+    special_tokens: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start or end token."""
@@ -61,6 +67,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids: special tokens are left out, bytes that are no UTF-8 are U+FFFD."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one id stands for, with its leading space; of a special token its name."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -88,6 +98,7 @@ class ByteTokenizer:
     eos_id: int | None = BYTE_EOS
     unk_id: int | None = None
     sha256 = hashlib.sha256(b"mmfree byte tokenizer: 0-255 bytes, 256 bos, 257 eos").hexdigest()
+    special_tokens: Mapping[str, int] = MappingProxyType({BOS_TOKEN: BYTE_BOS, EOS_TOKEN: BYTE_EOS})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -104,6 +115,11 @@ class ByteTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of ids, whatever they are; special tokens and larger ids are left out."""
         return bytes(i for i in map(int, ids) if i < 256)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one id stands for."""
+        names = (BOS_TOKEN.encode(), EOS_TOKEN.encode())
+        return bytes([token]) if token < BYTE_BOS else b"".join(names[token - BYTE_BOS :][:1])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `byte.json`."""
@@ -151,6 +167,10 @@ class SentencePieceTokenizer:
             digest.update(f" bos {self.bos_id} eos {self.eos_id}".encode())
         self.sha256 = digest.hexdigest()
         self._skip = self._ids_before_newline()
+        processor = self._processor
+        self.special_tokens: Mapping[str, int] = {
+            processor.IdToPiece(i): i for i in range(self.vocab_size) if processor.IsControl(i)
+        }
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -169,6 +189,10 @@ class SentencePieceTokenizer:
     def piece(self, token: int) -> str:
         """The piece of an id, as the model's file names it."""
         return self._processor.IdToPiece(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one id stands for."""
+        return piece_bytes(self.piece(token)) if 0 <= token < self.vocab_size else b""
 
     def _ids_before_newline(self) -> int | None:
         """Ids to drop from a segment that begins with a newline; None if cuts change the ids.
@@ -268,6 +292,8 @@ class JsonTokenizer:
         self.unk_id = None if unknown is None else ids.get(unknown)
         added = {t["content"] for t in description.get("added_tokens", ()) if t.get("special")}
         special = {ids[t] for t in added if t in ids} | {self.bos_id, self.eos_id}
+        self.special_tokens: Mapping[str, int] = {t: i for t, i in ids.items() if i in special}
+        self._byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
         self._spelled = spell(special, ids, self.unk_id)
         digest = hashlib.sha256(self._text)
         digest.update(f" bos {self.bos_id} eos {self.eos_id}".encode())
@@ -298,6 +324,13 @@ class JsonTokenizer:
         # A start or end token need not be marked as special in the file.
         kept = [i for i in map(int, ids) if i not in (self.bos_id, self.eos_id)]
         return self._tokenizer.decode(kept, skip_special_tokens=True)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one id stands for."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        if self._byte_level and piece not in self.special_tokens:
+            return byte_level_bytes(piece)
+        return piece_bytes(piece)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.data.pieces import byte_level_bytes
 from mmfree_jax.data.tokenizer import BYTE, JsonTokenizer, Tokenizer
 from mmfree_jax.errors import DataError
 from mmfree_jax.infer.text import start_tokens
@@ -204,17 +205,13 @@ def _json_pieces(encoder: dict[str, Any], size: int) -> tuple[list[bytes | None]
     steps = decoder.get("decoders", [decoder])
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
-        unmap = {character: byte for byte, character in _byte_characters().items()}
-
-        def render(token: str) -> bytes:
-            return bytes(unmap[c] for c in token)
-
+        render = byte_level_bytes
     elif set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
 
-        def render(token: str) -> bytes:
-            if "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x"):
-                return bytes([int(token[3:5], 16)])
-            return token.replace(_SPACE, " ").encode()
+        def render(piece: str) -> bytes:
+            if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x"):
+                return bytes([int(piece[3:5], 16)])
+            return piece.replace(_SPACE, " ").encode()
 
     else:
         raise DataError(
@@ -236,10 +233,3 @@ def _json_pieces(encoder: dict[str, Any], size: int) -> tuple[list[bytes | None]
         for step in steps
     )
     return pieces, strip
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

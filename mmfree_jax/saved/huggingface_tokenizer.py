@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.data.pieces import byte_level_alphabet
 from mmfree_jax.files import write_text
 
 TOKENIZER_MODELS = ("tokenizer.model", "tokenizer.json")
@@ -125,20 +126,12 @@ def _byte_json(tokenizer: Any) -> str:
 
     from mmfree_jax.data.special_tokens import BOS_TOKEN, EOS_TOKEN
 
-    vocab = {_byte_piece(byte): byte for byte in range(256)}
+    vocab = dict(sorted(byte_level_alphabet().items(), key=lambda pair: pair[1]))
     vocab |= {BOS_TOKEN: tokenizer.bos_id, EOS_TOKEN: tokenizer.eos_id}
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     return bpe.to_str()
-
-
-def _byte_piece(byte: int) -> str:
-    """The character that stands for a byte in GPT-2's byte-level alphabet."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if byte in printable:
-        return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
 
 
 def _sentencepiece_names(tokenizer: Any) -> dict[str, str]:
