@@ -183,7 +183,7 @@ def generate_chunk(
             weights, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps
         )
         stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B
-        return _see(Session(state, logits_BV, session.seen_BV), tokens_BN), tokens_BN, stopped_B
+        return see(Session(state, logits_BV, session.seen_BV), tokens_BN), tokens_BN, stopped_B
 
     def unfinished(carry: tuple[Any, ...]) -> jax.Array:
         step, _, _, _, finished_B = carry
@@ -226,12 +226,12 @@ def generate_chunk(
         carry = jax.lax.fori_loop(0, steps, lambda _, carry: body(carry), carry)
     _, session, tokens_BN, stopped_B, _ = carry
     if not filters.repetition_penalty:
-        session = _see(session, tokens_BN)
+        session = see(session, tokens_BN)
     return session, tokens_BN, stopped_B
 
 
-def _see(session: Session, tokens_BN: jax.Array) -> Session:
-    """Notes tokens as seen; -1 is none."""
+def see(session: Session, tokens_BN: jax.Array) -> Session:
+    """Notes tokens [B, N] as seen; -1 is none."""
     batch, vocabulary = session.seen_BV.shape
     place_BN = jnp.where(tokens_BN < 0, vocabulary, tokens_BN)
     seen_BV = session.seen_BV.at[jnp.arange(batch)[:, None], place_BN].set(True, mode="drop")

@@ -339,7 +339,7 @@ def decode_greedy(
     state: State,
     logits_BV: jax.Array,
     limit_B: jax.Array,
-    stop_ids_S: jax.Array,
+    stop_ids: jax.Array,
     steps: int,
     **how: Any,
 ) -> tuple[jax.Array, jax.Array, State]:
@@ -351,7 +351,7 @@ def decode_greedy(
       state: to go on from.
       logits_BV: float32, of the token that comes next.
       limit_B: int32, most tokens.
-      stop_ids_S: int32 tokens before which it ends; -1 is none.
+      stop_ids: int32 tokens before which it ends, [S] for all rows or [B, S]; -1 is none.
       steps: static, what `limit_B` may be at most.
       how: implementation, cut and interpret of the decode op.
 
@@ -367,11 +367,12 @@ def decode_greedy(
     )
 
     def row(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        h_L1D, logits_1V, limit_1 = inputs
+        h_L1D, logits_1V, limit_1, stop_ids_S = inputs
         return read_row(h_L1D, logits_1V, limit_1, stop_ids_S)
 
     h_BL1D = jnp.swapaxes(state.layers["h"], 0, 1)[:, :, None]
-    rows = (h_BL1D, logits_BV[:, None], limit_B[:, None])
+    stop_ids_BS = jnp.broadcast_to(stop_ids, (len(limit_B), stop_ids.shape[-1]))
+    rows = (h_BL1D, logits_BV[:, None], limit_B[:, None], stop_ids_BS)
     if len(limit_B) == 1:  # Without a loop around the kernel.
         outputs = jax.tree.map(lambda x: x[None], row(tuple(x[0] for x in rows)))
     else:

@@ -35,7 +35,12 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def save_session(
-    path: str | os.PathLike[str], session: Session, weights: Weights, config: ModelConfig
+    path: str | os.PathLike[str],
+    session: Session,
+    weights: Weights,
+    config: ModelConfig,
+    *,
+    known: Fingerprint | None = None,
 ) -> None:
     """Writes a session, whole or not at all.
 
@@ -44,6 +49,7 @@ def save_session(
       session: to save; all of its rows.
       weights: of the model that made it.
       config: of that model.
+      known: the fingerprint of `weights`, for whoever saves many; None: made here.
 
     Raises:
       OutputError: the file cannot be written.
@@ -54,7 +60,7 @@ def save_session(
         "seen": np.packbits(np.asarray(session.seen_BV), axis=1),
         **{f"layers/{name}": np.asarray(x) for name, x in session.state.layers.items()},
     }
-    found = fingerprint(weights, config).tensors()
+    found = (known or fingerprint(weights, config)).tensors()
     arrays |= {f"weights/{name}": x for name, x in found.items()}
     with tensor_writer(
         Path(path),
@@ -67,11 +73,17 @@ def save_session(
             write(name, array)
 
 
-def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelConfig) -> Session:
+def load_session(
+    path: str | os.PathLike[str],
+    weights: Weights,
+    config: ModelConfig,
+    *,
+    known: Fingerprint | None = None,
+) -> Session:
     """Reads a session for the model whose `weights` and `config` are given.
 
     A file of version 1 knows its model by the scales of its matrices alone: it is loaded with a
-    warning.
+    warning. `known` is the fingerprint of `weights`, for whoever loads many.
 
     Raises:
       CheckpointError: the file is missing, damaged, or of another model.
@@ -89,7 +101,7 @@ def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelCo
             f"{saved.get(differing[0])!r} there, {wanted.get(differing[0])!r} here): load it with "
             "the model that saved it"
         )
-    if not _same_weights(path, reader, weights, config):
+    if not _same_weights(path, reader, weights, config, known):
         raise CheckpointError(
             f"session file {path} is of a model with other weights: load it with the model that "
             "saved it"
@@ -98,10 +110,14 @@ def load_session(path: str | os.PathLike[str], weights: Weights, config: ModelCo
 
 
 def _same_weights(
-    path: str | os.PathLike[str], reader: Reader, weights: Weights, config: ModelConfig
+    path: str | os.PathLike[str],
+    reader: Reader,
+    weights: Weights,
+    config: ModelConfig,
+    known: Fingerprint | None,
 ) -> bool:
     if reader.version > 1:
-        here: Fingerprint = fingerprint(weights, config)
+        here = known or fingerprint(weights, config)
         return here.matches({name: reader.read(f"weights/{name}") for name in here.tensors()})
     warnings.warn(
         f"session file {path} is of an older version, which may take another model for its own: "

@@ -55,6 +55,10 @@ class UnknownSession(MMFreeError):
     """No session has this name."""
 
 
+class SessionsFull(MMFreeError):
+    """Named sessions hold as much memory as they may."""
+
+
 @dataclass(frozen=True)
 class RowSampling:
     """How the next token of one request is drawn; the defaults sample from the model itself.
@@ -269,6 +273,9 @@ class Limits:
     batch_sizes: tuple[Count, ...] | None = None
     """Rows that decoding is compiled for. None: powers of 4 up to `slots`, for attention `slots`
     alone. One size: a request's tokens are the same in any company, to the last bit."""
+    few_row_kernels: bool = False
+    """On a GPU, decode few packed rows by the kernels that are fastest for them. Their last bits
+    are others, so that a request's tokens then depend on how many run beside it."""
     prefix_cache_bytes: Annotated[int, Range(0)] = 2**30
     """Memory of the device for the states after prompts; 0: none are kept."""
     session_bytes: Annotated[int, Range(0)] = 2**32
