@@ -9,28 +9,24 @@ With several processes, all of them call `save` and `restore`; process 0 writes 
 and deletes old checkpoints.
 """
 
-import contextlib
 import dataclasses
 import errno
 import functools
-import inspect
-import logging
 import os
 import shutil
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.files import disk_errors, sync_folder, write_text
 from mmfree_jax.parallel import processes
+from mmfree_jax.saved.array_files import quieten, read_arrays, start_writing
 from mmfree_jax.saved.manifest import (
     MANIFEST,
     DamagedCheckpointError,
@@ -44,6 +40,7 @@ from mmfree_jax.saved.manifest import (
     read_manifest,
     verify,
 )
+from mmfree_jax.saved.shares import Snapshots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +54,6 @@ class Restored:
     def step(self) -> int:
         """That it was made after."""
         return self.manifest.step
-
-
-def _is_not_of_orbax_threads(record: logging.LogRecord) -> bool:
-    """False for tracebacks that Orbax logs of failures which `response.result()` raises too."""
-    return record.exc_info is None or "orbax" not in record.pathname
 
 
 _ITS_CONFIG = "the config it was saved with (--config RUN/config.yaml)"
@@ -102,38 +94,7 @@ def restore(folder: Path, abstract_state: Any, *, check_files: bool = True) -> R
     """
     manifest = verify(folder) if check_files else read_manifest(folder)
     _check_leaves(folder, manifest.leaves, abstract_state)
-    with orbax_errors(folder):
-        loaded = ocp.load_checkpointables(str(folder.absolute()), {"state": abstract_state})
-    return Restored(loaded["state"], manifest)
-
-
-@contextlib.contextmanager
-def orbax_errors(folder: Path) -> Iterator[None]:
-    """Turns what Orbax raises while reading into a CheckpointError of one line."""
-    _say_nothing_of_closed_loops()
-    try:
-        yield
-    except Exception as e:  # many kinds, none documented
-        reason = " ".join(str(e).split())[:200]
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from e
-
-
-@functools.cache
-def _say_nothing_of_closed_loops() -> None:
-    """Drops the tracebacks of reads and writes that end after Orbax gave up on another one.
-
-    TensorStore's threads then find the event loop closed, which Python tells as what cannot be
-    raised anywhere, a traceback each; asyncio logs those that were never waited for.
-    """
-    say = sys.unraisablehook
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        closed = str(unraisable.exc_value) == "Event loop is closed"
-        if not closed and not inspect.iscoroutine(unraisable.object):
-            say(unraisable)
-
-    sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: record.exc_info is None)
+    return Restored(read_arrays(folder, abstract_state), manifest)
 
 
 def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
@@ -223,8 +184,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._is_writer = jax.process_index() == 0
-        logging.getLogger("absl").addFilter(_is_not_of_orbax_threads)
-        _say_nothing_of_closed_loops()
+        self._snapshots = Snapshots()
+        quieten()
         with disk_errors(folder, "make room there, or give another --run-dir"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._is_writer:
@@ -245,7 +206,7 @@ class Checkpointer:
         return steps[-1] if steps else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Copies `state` off the devices, then writes it in the background.
+        """Copies `state` on its devices, or else to the host, then writes it in the background.
 
         Args:
           step: the checkpoint's name. One that exists already is left as it is.
@@ -260,8 +221,9 @@ class Checkpointer:
             manifest_text, step, metadata, self._clock(), leaves=leaf_types(state)
         )
         try:
-            # Orbax copies to the host before it returns, so donation is safe.
-            response = ocp.save_checkpointables_async(str(path), {"state": state})
+            copy = self._snapshots.take(state)
+            ours = copy is not None
+            response = start_writing(path, copy if ours else state, is_ours=ours)
         except Exception as e:
             self._failure = (step, e)
             self._discard(path)

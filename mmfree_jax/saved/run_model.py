@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.saved import checkpoint
 from mmfree_jax.saved import manifest as manifests
+from mmfree_jax.saved.array_files import read_arrays
 from mmfree_jax.saved.run_directory import CHECKPOINTS
 
 
@@ -92,8 +92,4 @@ def read_params(
         wanted,
         shardings,
     )
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with checkpoint.orbax_errors(folder), context:
-        loaded = ocp.load_checkpointables(str(folder.absolute()), {"state": {"params": abstract}})
-    return loaded["state"]["params"]
+    return read_arrays(folder, {"params": abstract}, partial=True)["params"]
