@@ -12,6 +12,12 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+# Orbax has no public name for what its public option `serialization_status_callback` takes.
+from orbax.checkpoint._src.serialization.types import (
+    DefaultSerializationStatusCallback,
+    TransferPriority,
+)
+
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.saved.shares import gather, local_bytes, share_shardings
 
@@ -23,6 +29,14 @@ _IN_FLIGHT_BYTES = 2 * 2**30
 get (2 GB/s) and comes from a pool that XLA limits to 64 GiB."""
 _PINNED_BYTES = 16 * 2**30
 _ON_PURPOSE = "No prioritized params found for saving"
+
+
+class _Later(DefaultSerializationStatusCallback):
+    """Lets arrays leave the devices after the call that saves them."""
+
+    def key_priority(self, _: Any) -> TransferPriority:
+        """For every array."""
+        return TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
 
 
 def quieten() -> None:
@@ -84,7 +98,7 @@ def start_writing(folder: Path, state: Any, *, is_ours: bool) -> ocp.AsyncRespon
     saving.ocdbt_target_data_file_size = _FILE_BYTES
     if is_ours:
         context.memory.transfer_concurrent_bytes = _IN_FLIGHT_BYTES
-        context.memory.is_prioritized_key_fn = lambda keypath: False
+        context.memory.serialization_status_callback = _Later()
     elif sum(local_bytes(state).values()) > _PINNED_BYTES:
         saving.enable_pinned_host_transfer = False
     with context:

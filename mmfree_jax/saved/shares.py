@@ -49,8 +49,8 @@ def share_shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: share_sharding(x.sharding, x.shape), tree)
 
 
-def memory_of(device: jax.Device) -> tuple[int, int] | None:
-    """Most bytes that were in use on a device, and those there are; None: it does not tell.
+def memory_of(device: Any) -> tuple[int, int] | None:
+    """Most bytes that were in use on a jax.Device, and those there are; None: it does not tell.
 
     CPU devices do not: their memory is the host's.
     """
@@ -60,9 +60,9 @@ def memory_of(device: jax.Device) -> tuple[int, int] | None:
     return stats["peak_bytes_in_use"], stats["bytes_limit"]
 
 
-def local_bytes(tree: Any) -> dict[jax.Device, int]:
-    """Bytes of a state's shares on each device of this process."""
-    total: dict[jax.Device, int] = {}
+def local_bytes(tree: Any) -> dict[Any, int]:
+    """Bytes of a state's shares by jax.Device of this process."""
+    total: dict[Any, int] = {}
     for x in jax.tree.leaves(tree):
         sharding = share_sharding(x.sharding, x.shape)
         size = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -96,7 +96,7 @@ class Snapshots:
     """Copies of a state's shares on its devices, where there is room beside the training."""
 
     def __init__(self) -> None:
-        self._training: dict[jax.Device, int] = {}
+        self._training: dict[Any, int] = {}
 
     def take(self, state: Any) -> Any | None:
         """Starts a copy of the shares; None where a device has no room, or tells of none.

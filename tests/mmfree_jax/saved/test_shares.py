@@ -1,11 +1,14 @@
 """Each device's share of a state: copied beside training, written, read and gathered."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.sharding import SingleDeviceSharding as OneDevice
+from orbax.checkpoint._src.serialization import replica_slices
 
 from mmfree_jax.saved import array_files, shares
 from mmfree_jax.saved.checkpoint import Checkpointer, restore
@@ -87,10 +90,19 @@ def test_a_copy_on_the_devices_is_what_is_saved(state, tmp_path, monkeypatch):
     advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpointer = Checkpointer(tmp_path)
     before = len(jax.live_arrays())
+    waiting = threading.Event()
+
+    def to_host(arrays, *args, **kwargs):
+        assert waiting.wait(60), "save() waits for what leaves the devices"
+        return transfer(arrays, *args, **kwargs)
+
+    transfer = replica_slices.transfer_arrays_to_host
+    monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", to_host)
     checkpointer.save(3, mine, METADATA)
     for _ in range(5):
         mine = advance(mine)
     jax.block_until_ready(mine)
+    waiting.set()
     checkpointer.wait()
     assert written == [(PartitionSpec(("data", "fsdp"), None), True)]
     assert len(jax.live_arrays()) == before, "the copy is given back"
