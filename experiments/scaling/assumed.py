@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.fitted_law import read_fits
 from mmfree_jax.experiments.scaling.information import AssumedLaws
 from mmfree_jax.experiments.scaling.laws import get_law
-from mmfree_jax.json_shape import fault
-from mmfree_jax.text_files import read_json
 
 _NAMES = get_law("chinchilla").parameters
 EXAMPLE = "E=1.8,A=480,B=2100,alpha=0.35,beta=0.37"
@@ -84,19 +83,14 @@ def _read(source: str, families: Sequence[str]) -> list[tuple[str, list[float], 
 
 
 def _from_fit(path: Path, families: Sequence[str]) -> list[tuple[str, list[float], str | None]]:
-    try:
-        document = read_json(path)
-    except (OSError, ValueError) as e:
-        raise ScalingError(f"assume: {path} cannot be read ({e})") from e
-    joint = document.get("families") if isinstance(document, dict) else None
-    parts = {f: joint[f] for f in families if f in joint} if isinstance(joint, dict) else {}
-    out = []
-    for family, part in (parts or dict.fromkeys(families, document)).items():
-        wanted = {"law": str, "parameters": dict.fromkeys(_NAMES, (int, float)),
-                  "conventions": {"params": str}}  # fmt: skip
-        if wrong := fault(part, wanted):
-            raise ScalingError(f"assume: {path} is no fit of chinchilla ({wrong}); write it by "
-                               "`mmfree fit --law chinchilla`")  # fmt: skip
-        values = [float(part["parameters"][name]) for name in _NAMES]
-        out.append((family, values, part["conventions"]["params"]))
-    return out
+    fits = read_fits(path)
+    for fit in fits:
+        if fit.law.name != "chinchilla":
+            raise ScalingError(f"assume: {path} is a fit of {fit.law.name}; write one of "
+                               "chinchilla by `mmfree fit --law chinchilla`")  # fmt: skip
+    joint = {fit.family: fit for fit in fits}
+    parts = {family: joint[family] for family in families if family in joint}
+    return [
+        (family, [float(v) for v in fit.parameters], fit.conventions["params"])
+        for family, fit in (parts or dict.fromkeys(families, fits[0])).items()
+    ]

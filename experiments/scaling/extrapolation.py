@@ -78,16 +78,16 @@ class Extrapolation:
     def average(self, log10_c: np.ndarray) -> np.ndarray:
         """Loss (nats a token) averaged over laws by their weights, and its interval [3, m].
 
-        At compute-optimal size. The interval is of all laws' bootstrap refits together, each
-        law as often as its weight; NaN without refits.
+        At compute-optimal size, by the FLOPs a token of the runs. The interval is of all laws'
+        bootstrap refits together, each law as often as its weight; NaN without refits.
         """
         fits, weights = [s.fit for s in self.scores], [s.weight for s in self.scores]
-        centre = sum(w * curve(f.law, f.vector(), log10_c)[0]
+        centre = sum(w * curve(f.law, f.vector(), log10_c, f.cost)[0]
                      for w, f in zip(weights, fits, strict=True))  # fmt: skip
         lines, shares = [], []
         for w, f in zip(weights, fits, strict=True):
             if f.bootstrap is not None and len(f.bootstrap.parameters) >= 20:
-                lines.append(curve(f.law, f.bootstrap.parameters, log10_c))
+                lines.append(curve(f.law, f.bootstrap.parameters, log10_c, f.cost))
                 shares.append(np.full(len(lines[-1]), w / len(lines[-1])))
         ends = np.full((2, len(log10_c)), np.nan)
         if len(lines) == len(fits):

@@ -106,7 +106,7 @@ def plot_extrapolation(result: Extrapolation) -> tuple[Figure, list[dict]]:
     grid = np.linspace(np.log10(c.min()), np.log10(c.max()) + 0.5, 200)
     for j, s in enumerate(result.scores):
         colour, name = COLOURS[j % len(COLOURS)], s.fit.law.name
-        line = curve(s.fit.law, s.shortest, grid)[0]
+        line = curve(s.fit.law, s.shortest, grid, s.fit.cost)[0]
         left.plot(10**grid, line, color=colour, lw=1.2, label=f"{name}, weight {s.weight:.2f}")
         rows += [{"series": name, "compute": 10**g, "loss": v}
                  for g, v in zip(grid, line, strict=True)]  # fmt: skip

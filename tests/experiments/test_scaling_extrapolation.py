@@ -75,6 +75,30 @@ def test_the_average_is_of_all_laws_and_its_interval_of_their_refits(scored):
     assert high[1] - low[1] > high[0] - low[0]
 
 
+def test_the_average_counts_the_runs_own_flops_a_token():
+    """A head that N leaves out makes small models dearer than 6 N D: C / D = 6 N (1 + 3e3 N^-1/2).
+
+    The least loss at a compute is looked for on a fine grid of sizes at that cost.
+    """
+
+    def tokens(n, c):
+        return c / (6 * n * (1 + 3e3 / np.sqrt(n)))
+
+    def loss(n, d):
+        return 1.8 + 480 * n**-0.35 + 2100 * d**-0.37
+
+    c, n = (a.ravel() for a in np.meshgrid(10 ** np.linspace(17, 20, 7), np.logspace(6, 9, 12)))
+    d = tokens(n, c)
+    frame = make_frame(params=n, tokens=d, loss=loss(n, d), flops=c)
+    result = extrapolate(frame, ("chinchilla",), flops="exact", resamples=0)
+    sizes = np.logspace(6, 11, 200_001)
+    least = [loss(sizes, tokens(sizes, 10**at)).min() for at in (18.0, 20.0, 21.0)]
+    at_six = [loss(sizes, 10**at / 6 / sizes).min() for at in (18.0, 20.0, 21.0)]
+    assert least[0] > 1.02 * at_six[0]  # or the cost would not tell
+    found = result.average(np.array([18.0, 20.0, 21.0]))[0]
+    np.testing.assert_allclose(found, least, rtol=2e-4)
+
+
 def test_without_a_floor_the_power_law_is_not_outweighed():
     found = extrapolate(runs(0.0), ("power", "power-floor"), resamples=0)
     weight = {s.fit.law.name: s.weight for s in found.scores}

@@ -104,13 +104,17 @@ def test_runs_end_with_the_corpus(run, tmp_path):
 def test_laws_come_from_fits(run, tmp_path):
     def fit(law, count="total"):
         values = {k: float(v) for k, v in (part.split("=") for part in law.split(","))}
-        return {"law": "chinchilla", "parameters": values, "conventions": {"params": count}}
+        conventions = {"params": count, "flops": "exact"}
+        return {"law": "chinchilla", "parameters": values, "interval_level": 0.95,
+                "conventions": conventions}  # fmt: skip
 
     for name, document in (
         ("a", fit(LAW)), ("b", fit(OTHER)), ("n", fit(LAW, "non-embedding")),
         ("joint", {"law": "chinchilla", "families": {"matmulfree": fit(LAW),
                                                      "transformer": fit(OTHER)}}),
         ("bad", {"law": "chinchilla", "parameters": {"E": 1.7}}),
+        ("line", {"law": "line", "parameters": {"intercept": 9.0, "slope": -0.3},
+                  "interval_level": 0.95, "conventions": {"params": "total", "flops": "exact"}}),
     ):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
     gap = ("--quantity", "gap", "--at", "1e20", "--runs", "16")
@@ -121,8 +125,9 @@ def test_laws_come_from_fits(run, tmp_path):
     shared, _ = run(*gap, "--share-floor", assume=["joint.json"])
     assert shared != both
     for assume, message in (
-        (["bad.json"], "bad.json is no fit of chinchilla .A is missing"),
-        (["none.json"], "none.json cannot be read"),
+        (["bad.json"], "bad.json: is no whole fit: A is missing"),
+        (["line.json"], "line.json is a fit of line; write one of chinchilla"),
+        (["none.json"], "none.json: cannot be read"),
         (["mamba:a.json"], "'mamba' is no family of the sweep"),
         (["a.json", "matmulfree:b.json"], "matmulfree has two laws"),
         (["matmulfree:a.json", "transformer:n.json"], "N counts non-embedding and total"),
