@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +60,19 @@ class CompiledStep(NamedTuple):
       mesh: it runs on.
       optimizer: whose state is in the training state.
       schedule: of the learning rate, on the host.
+      seconds: that compiling took.
     """
 
     step: jax.stages.Compiled
     mesh: Mesh
     optimizer: Optimizer
     schedule: ScheduleValues
+    seconds: float
+
+    @property
+    def schedule_sharding(self) -> NamedSharding:
+        """Where the step wants its schedule: everywhere."""
+        return NamedSharding(self.mesh, P())
 
 
 def compile_train_step(config: TrainConfig) -> CompiledStep:
@@ -78,6 +85,7 @@ def compile_train_step(config: TrainConfig) -> CompiledStep:
       ConfigError: batch or model do not divide over the mesh, or are far too large for it, or a
         kernel is of other devices.
     """
+    begin = time.perf_counter()
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     check_kernels(config.model, mesh.devices.flat[0].platform)
@@ -89,7 +97,8 @@ def compile_train_step(config: TrainConfig) -> CompiledStep:
     with jax.set_mesh(mesh):
         step = jit_train_step(config, optimizer, mesh)
         lowered = step.lower(state_shapes(config, optimizer), batch, schedule)
-        return CompiledStep(lowered.compile(), mesh, optimizer, schedule)
+        step = lowered.compile()
+    return CompiledStep(step, mesh, optimizer, schedule, time.perf_counter() - begin)
 
 
 def measure_train_step(
@@ -99,6 +108,7 @@ def measure_train_step(
     steps_per_group: int = 4,
     warmup: int = 2,
     trace_dir: Path | None = None,
+    compiled: CompiledStep | None = None,
 ) -> TrainMeasurement:
     """Times the compiled training step on random tokens that are already on the device.
 
@@ -112,18 +122,17 @@ def measure_train_step(
       warmup: steps before the timing.
       trace_dir: folder for a profiler trace of `TRACED_STEPS` more steps behind the timing;
         None: no trace.
+      compiled: the step, if it is there already.
 
     Raises:
       ConfigError: batch or model do not divide over the mesh, or are far too large for it, or a
         kernel is of other devices.
     """
-    begin = time.perf_counter()
-    compiled = compile_train_step(config)
-    compile_s = time.perf_counter() - begin
+    compiled = compiled or compile_train_step(config)
     step, mesh = compiled.step, compiled.mesh
-    schedule = jax.device_put(compiled.schedule, NamedSharding(mesh, P()))
+    schedule = jax.device_put(compiled.schedule, compiled.schedule_sharding)
     state = init_sharded(config, compiled.optimizer, mesh)
-    batch = _random_batch(config, batch_sharding(mesh))
+    batch = random_batch(config, mesh)
 
     for _ in range(warmup):
         state, metrics = step(state, batch, schedule)
@@ -151,7 +160,7 @@ def measure_train_step(
         seq_len=config.data.seq_len,
         devices=mesh.size,
         device_kind=jax.devices()[0].device_kind,
-        compile_s=compile_s,
+        compile_s=compiled.seconds,
         step_ms=1e3 * seconds,
         spread_ms=1e3 * (max(times) - min(times)),
         tokens_per_s=rate,
@@ -161,7 +170,8 @@ def measure_train_step(
     )
 
 
-def _random_batch(config: TrainConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+def random_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of random tokens on the mesh."""
     rng = np.random.default_rng(0)
     shape = (config.batch_size, config.data.seq_len + 1)
     tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
@@ -170,4 +180,5 @@ def _random_batch(config: TrainConfig, sharding: jax.sharding.Sharding) -> dict[
         "targets": tokens[:, 1:],
         "segment_ids": np.ones((shape[0], shape[1] - 1), np.int32),
     }
+    sharding = batch_sharding(mesh)
     return {name: jax.device_put(value, sharding) for name, value in host.items()}

@@ -153,9 +153,11 @@ def _exchange(record: Record) -> list[str]:
 
 
 def _saving(record: Record) -> list[str]:
-    names = ("gib", "save_blocked_s", "save_s", "restore_s")
-    numbers = [f"{record['checkpoint'][name]:.1f}" for name in names]
-    return [record["case"]["preset"], str(record["case"]["devices"]), *numbers]
+    case, saving = record["case"], record["checkpoint"]
+    # Older records have only the call that saves, not what the steps beside it lost.
+    stall = saving.get("save_stall_s", saving["save_blocked_s"])
+    numbers = (saving["gib"], stall, saving["save_s"], saving["restore_s"])
+    return [case["preset"], str(case["devices"]), *(f"{number:.1f}" for number in numbers)]
 
 
 def training_times(records: list[Record]) -> str:

@@ -11,7 +11,6 @@ choices on a device keeps that memory until its process ends.
 
 import dataclasses
 import json
-import shutil
 import sys
 import time
 import traceback
@@ -66,17 +65,20 @@ def _planned(compiled: Any) -> dict[str, float]:
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Times the step, traces it, and times saving and restoring, as the case asks for it."""
-    from mmfree_jax.experiments.bench.train import measure_train_step
+    from mmfree_jax.experiments.bench.train import compile_train_step, measure_train_step
 
     config = train_config(case)
+    compiled = compile_train_step(config)
     timing = timing_of(case)
     trace_dir = folder / "trace" if case.trace else None
-    measured = measure_train_step(config, **timing, trace_dir=trace_dir)
+    measured = measure_train_step(config, **timing, trace_dir=trace_dir, compiled=compiled)
     result = dataclasses.asdict(measured) | {"timing": timing}
     if trace_dir is not None:
         result |= summarise_trace(trace_dir, case.name, folder / "timeline.png")
     if case.checkpoint:
-        result["checkpoint"] = measure_checkpoint(case, folder)
+        from mmfree_jax.launch.device_scaling.saving import measure_checkpoint
+
+        result["checkpoint"] = measure_checkpoint(config, compiled, folder)
     return result
 
 
@@ -113,51 +115,6 @@ def timing_of(case: Case) -> dict[str, int]:
     if seconds > 1.5:
         return {"groups": 3, "steps_per_group": 1, "warmup": 1}
     return {"groups": 5, "steps_per_group": max(1, min(4, round(1.2 / seconds))), "warmup": 2}
-
-
-def measure_checkpoint(case: Case, folder: Path) -> dict[str, float]:
-    """Seconds that a save keeps the training waiting, until it is whole, and for a restore."""
-    import jax
-
-    from mmfree_jax.config_io import to_dict
-    from mmfree_jax.parallel.sharding import make_mesh, state_shardings
-    from mmfree_jax.saved.checkpoint import Checkpointer, restore
-    from mmfree_jax.saved.manifest import verify
-    from mmfree_jax.train.optimizer import make_optimizer
-    from mmfree_jax.train.step import init_sharded, state_shapes
-
-    config = train_config(case)
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, config.model)
-    state = jax.block_until_ready(init_sharded(config, optimizer, mesh))
-    checkpoints = folder / "checkpoints"
-    checkpointer = Checkpointer(checkpoints)
-    begin = time.perf_counter()
-    nothing = {"fingerprints": [], "tokens": [], "paths": [], "tokenizer": {}}
-    checkpointer.save(1, state, {"config": to_dict(config), "data": nothing})
-    blocked = time.perf_counter() - begin
-    checkpointer.wait()
-    saved = time.perf_counter() - begin
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state_shapes(config, optimizer),
-        state_shardings(mesh, state),
-    )
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
-    del state
-    path = checkpoints / "1"
-    begin = time.perf_counter()
-    verify(path)
-    verified = time.perf_counter() - begin
-    jax.block_until_ready(restore(path, abstract, check_files=False).state)
-    restored = time.perf_counter() - begin
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return {
-        "gib": size / 2**30,
-        "save_blocked_s": blocked,
-        "save_s": saved,
-        "verify_s": verified,
-        "restore_s": restored,
-    }
 
 
 def main(stage: str, folder: Path) -> int:

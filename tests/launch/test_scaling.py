@@ -129,6 +129,10 @@ def test_the_report(tmp_path):
         _record("370M", 8, "fsdp", 90_000.0, checkpoint={
             "gib": 4.1, "save_blocked_s": 0.5, "save_s": 3.0, "verify_s": 1.0, "restore_s": 4.0,
         }),
+        _record("370M", 4, "fsdp", 90_000.0, checkpoint={
+            "gib": 4.1, "save_blocked_s": 0.1, "save_stall_s": 0.7, "save_s": 3.0,
+            "restore_s": 2.0,
+        }),
         _record("370M", 2, "fsdp", 91_000.0, exchange={
             "ms_a_step": 10.0, "hidden_ms_a_step": 8.0, "collectives": [],
         }),
@@ -137,6 +141,7 @@ def test_the_report(tmp_path):
     text = report.table(records)
     assert "| 370M | weak | 8 | data | 64 x 2048 | 95,000 | 95.0% | 100.0 | 200 | 31.5 |" in text
     assert "| 370M | 8 | 4.1 | 0.5 | 3.0 | 4.0 |" in text
+    assert "| 370M | 4 | 4.1 | 0.7 | 3.0 | 2.0 |" in text
     assert "| 370M | 2 | fsdp | 10.0 | 80% |" in text
     assert "Not measured: bad: out of memory: 1" in text
     # 15e9 tokens at 760,000 a second.
