@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import queue
@@ -22,6 +23,8 @@ from mmfree_jax.signals import EXIT_CODES, heard
 # A process that was told to stop, saved and left. The others are about to do the same.
 _STOPPED = set(EXIT_CODES.values())
 _LOOK_SECONDS = 0.1
+_NO_DEVICES = "NoDevFiles"
+"""What SLURM and NVIDIA's containers set where a job has no GPU."""
 
 Processes = Annotated[int, Range(1, 1024)]
 """Of one machine."""
@@ -54,7 +57,9 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     if environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return []
     if "CUDA_VISIBLE_DEVICES" in environ:
-        return [name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+        names = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        # CUDA sees none from the first name on that is no device: "" and -1 hide all.
+        return list(itertools.takewhile(lambda name: name not in ("", "-1", _NO_DEVICES), names))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

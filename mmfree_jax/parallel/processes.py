@@ -34,6 +34,7 @@ EXIT_LOST = 75
 
 _PREFIX = "mmfree"
 _PART_SECONDS = 10.0
+_LATER_SECONDS = 60
 _KINDS: dict[str, type[MMFreeError]] = {
     kind.__name__: kind for kind in (CheckpointError, ConfigError, DataError, TrainingError)
 }
@@ -75,9 +76,12 @@ def join(options: ProcessOptions, environ: Mapping[str, str] = os.environ) -> No
     timer.daemon = True
     timer.start()
     try:
-        # JAX's own limit ends the process with a stack trace: let ours come first.
-        limit = int(options.join_seconds) + 60
-        jax.distributed.initialize(**arguments, initialization_timeout=limit)
+        # JAX's own limits end the processes with a stack trace: let ours come first.
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=int(options.join_seconds) + _LATER_SECONDS,
+            heartbeat_timeout_seconds=int(options.silent_seconds) + _LATER_SECONDS,
+        )
     except (RuntimeError, ValueError) as e:
         raise ConfigError(
             f"the processes cannot meet at {where}: {' '.join(str(e).split())[:300]}; see "

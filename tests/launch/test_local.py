@@ -181,6 +181,13 @@ def test_gpus_are_shared_out():
         environment(Plan(("x",), 5), 0, 1234, gpus)
 
 
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles", "-1,0"])
+def test_hidden_gpus_are_not_shared_out(hidden):
+    env = environment(Plan(("x",), 2), 1, 1234, {"CUDA_VISIBLE_DEVICES": hidden})
+    assert env["XLA_FLAGS"] == "--xla_force_host_platform_device_count=1"
+    assert env["CUDA_VISIBLE_DEVICES"] == hidden
+
+
 def test_simulated_devices_replace_the_flag_and_keep_the_others():
     env = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_other=1"}
     flags = environment(Plan(("x",), 2, devices_per_process=4), 0, 1, env)["XLA_FLAGS"]

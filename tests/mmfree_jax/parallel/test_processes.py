@@ -1,8 +1,10 @@
 """How processes find each other, and how the watchdog judges, without any processes."""
 
+import jax
 import pytest
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
 from mmfree_jax.parallel.watchdog import Watchdog
 
@@ -107,6 +109,15 @@ class _Pod:
             if any(verdicts.values()):
                 return verdicts
         return {}
+
+
+def test_our_limits_come_before_those_of_jax(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: given.update(kwargs))
+    options = ProcessOptions("n1:8476", 2, 1, join_seconds=200, silent_seconds=500)
+    processes.join(options, {})
+    assert given["initialization_timeout"] > 200
+    assert given["heartbeat_timeout_seconds"] > 500
 
 
 def test_a_pod_at_work_is_left_alone():
