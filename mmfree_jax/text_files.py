@@ -116,15 +116,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(read_text(path))
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """What a JSON text holds; a key that occurs twice in an object is an error.
+
+    Args:
+      text: the text.
+      finite: also refuse NaN and Infinity, which Python writes and JSON does not know.
 
     Raises:
       ValueError: it is not JSON, a key occurs twice, it is nested deeper than `DEEPEST`, a whole
         number has more than `MOST_DIGITS` digits, or a string holds half of a surrogate pair.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole_number)
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_whole_number,
+            parse_constant=_no_number if finite else None,
+        )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     _check_depth(value)
@@ -153,6 +162,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {twice!r} occurs twice in one object: keep one")
     return values
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _whole_number(digits: str) -> int:

@@ -45,6 +45,10 @@ USES = {
     "huggingface_hub": lambda folder: hub.check_repository("me/model", sends=False),
     "selenium": _browser,
     "amaranth": lambda folder: accelerator.cells(),
+    **{
+        name: lambda folder: main._dispatch(["serve", "--model", str(folder)])
+        for name in ("starlette", "uvicorn", "prometheus_client", "jinja2")
+    },
 }
 """What needs each package, called with an empty folder."""
 

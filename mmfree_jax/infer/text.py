@@ -116,8 +116,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, first: bool = True) -> l
     return ids or start_tokens(tokenizer)
 
 
-class _Row:
-    """One answer as it comes: text so far, and whether a stop string has ended it."""
+class AnswerText:
+    """One answer as it comes; a string that ends it is no part of it, and none is given in part.
+
+    Attributes:
+      text: given out so far.
+      stopped: whether a stop string has ended it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str]) -> None:
         self._stream = TextStream(tokenizer, context)
@@ -126,11 +131,18 @@ class _Row:
         self.text = ""
         self.stopped = False
 
+    @property
+    def length(self) -> int:
+        """Characters that have come, with those that are held back."""
+        return len(self.text) + len(self._pending)
+
     def push(self, token: int) -> str:
+        """Adds a token; returns the text that may be given out."""
         self._pending += self._stream.push([token])
         return self._release(final=False)
 
     def flush(self) -> str:
+        """What was held back, now that nothing follows."""
         if self.stopped:
             return ""
         self._pending += self._stream.flush()
@@ -196,7 +208,7 @@ def generate_text(
         for p in prompts
     ]
     check_prompts(model.config, ids, session)  # what follows reads the texts of the ids
-    rows = [_Row(tokenizer, prompt, stop) for prompt in ids]
+    rows = [AnswerText(tokenizer, prompt, stop) for prompt in ids]
     stop_ids = list(options.pop("stop_ids", ()))
     if stop_at_end and tokenizer.eos_id is not None:
         stop_ids.append(tokenizer.eos_id)

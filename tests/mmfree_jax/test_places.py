@@ -24,7 +24,8 @@ NOT_YET = "object storage and URLs are not supported yet"
 
 # Texts that name no file or folder of this machine. A new option belongs here or is a `Place`.
 TEXTS = {
-    "--accelerator", "--accelerator-type", "--account", "--agreement", "--assume", "--batch-forms",
+    "--accelerator", "--accelerator-type", "--account", "--agreement", "--allowed-hosts",
+    "--allowed-origins", "--assume", "--batch-forms",
     "--best", "--cases", "--claim",
     "--columns.accuracy", "--columns.bits", "--columns.budget", "--columns.chance",
     "--columns.family", "--columns.flops", "--columns.loss",
@@ -33,7 +34,7 @@ TEXTS = {
     "--columns.tokens", "--columns.unique-tokens",
     "--context-forms", "--data-license", "--designs", "--device", "--devices", "--dtypes",
     "--energy-size", "--equal-to",
-    "--eval.sample-prompt", "--families", "--family", "--forms", "--gpus",
+    "--eval.sample-prompt", "--families", "--family", "--forms", "--gpus", "--host",
     "--image", "--labels", "--layouts",
     "--log.wandb-group", "--log.wandb-project", "--methods", "--metrics", "--model-license",
     "--mode", "--name", "--nfs",

@@ -1,0 +1,130 @@
+"""A small random model behind a real server on loopback, in a thread of this process."""
+
+import contextlib
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.data.tokenizer import ByteTokenizer
+from mmfree_jax.model import LanguageModel
+from mmfree_jax.saved.model_folder import write_model
+from mmfree_jax.serve import server
+from mmfree_jax.serve.app import make_app
+from mmfree_jax.serve.chat_template import find_chat_format
+from mmfree_jax.serve.engine import Engine
+from mmfree_jax.serve.metrics import Metrics
+from mmfree_jax.serve.requests import Limits
+from mmfree_jax.serve.service import Service, ServiceLimits
+
+CONFIG = ModelConfig(
+    vocab_size=258,
+    hidden_size=32,
+    num_layers=1,
+    intermediate_size=32,
+    compute_dtype="float32",
+    residual_dtype="float32",
+    remat="none",
+)
+NAME = "small"
+
+
+def small_model() -> tuple[LanguageModel, dict[str, Any]]:
+    """A byte model whose answers vary with what it has read."""
+    model = LanguageModel(CONFIG)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    # Its first logits are all but equal: a larger head makes some bytes likely.
+    head = dict(params["head"], norm_scale=4 * params["head"]["norm_scale"])
+    return model, dict(params, head=head)
+
+
+def write_small_model(folder: Path) -> None:
+    """The same model as a folder."""
+    folder.mkdir(parents=True)
+    write_model(folder, CONFIG, small_model()[1])
+    (folder / "tokenizer").mkdir()
+    ByteTokenizer().save(folder / "tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A server that runs.
+
+    Attributes:
+      url: of the server.
+      port: that it listens at.
+      service: what it serves.
+      running: it.
+    """
+
+    url: str
+    port: int
+    service: Service
+    running: server.Running
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any, Mapping[str, str]]:
+        """One request by the standard library: status, parsed JSON (or bytes) and headers."""
+        data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+        sent = {"Content-Type": "application/json"} if data is not None else {}
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, data, {**sent, **(headers or {})})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        found = {name.lower(): value for name, value in response.getheaders()}
+        is_json = found.get("content-type", "").startswith("application/json")
+        return response.status, json.loads(content) if is_json else content, found
+
+
+@contextlib.contextmanager
+def served(
+    limits: Limits | None = None,
+    service_limits: ServiceLimits | None = None,
+    patience: server.Patience | None = None,
+    *,
+    sessions: Path | None = None,
+    tokenizer_folder: Path | None = None,
+    **app: Any,
+) -> Iterator[Served]:
+    """Serves the small model while inside."""
+    model, params = small_model()
+    engine = Engine(
+        model, params, limits or Limits(slots=4, queue=64, batch_sizes=(4,)), sessions=sessions
+    )
+    engine.start(warm_up=False)
+    service = Service(
+        name=NAME,
+        engine=engine,
+        tokenizer=ByteTokenizer(),
+        chat=find_chat_format(ByteTokenizer(), tokenizer_folder),
+        end_ids=(257,),
+        limits=service_limits or ServiceLimits(),
+        metrics=Metrics(engine),
+        created=0,
+    )
+    with server.bind("127.0.0.1", 0) as listening:
+        running = server.Running(
+            make_app(service, **app), service, patience or server.Patience(drain_seconds=5)
+        )
+        ready = threading.Event()
+        thread = threading.Thread(target=running.run, args=(listening, ready.set))
+        thread.start()
+        try:
+            assert ready.wait(60)
+            url = server.address_of(listening)
+            yield Served(url, int(url.rpartition(":")[2]), service, running)
+        finally:
+            running.stop()
+            thread.join(60)
+            assert not thread.is_alive()
