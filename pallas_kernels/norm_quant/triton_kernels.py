@@ -37,13 +37,14 @@ class Columns:
     """Loads and stores of whole rows, masked beyond K."""
 
     def __init__(self, k: int, padded: int) -> None:
-        self.slice = pl.ds(0, padded)
-        self.mask = None if k == padded else jnp.arange(padded) < k
+        # Numbers of columns and not a slice: jax 0.12 refuses a slice that ends beyond the array.
+        self.indices = jnp.arange(padded)
+        self.mask = None if k == padded else self.indices < k
         self.other = None if k == padded else 0.0
 
     def load(self, ref: Ref, row: Any = None) -> jax.Array:
         """One row, in its own dtype."""
-        ref = ref.at[self.slice] if row is None else ref.at[row, self.slice]
+        ref = ref.at[self.indices] if row is None else ref.at[row, self.indices]
         return pltriton.load(ref, mask=self.mask, other=self.other)
 
     def weight(self, ref: Ref) -> jax.Array:
@@ -52,7 +53,7 @@ class Columns:
 
     def store(self, ref: Ref, value: jax.Array, row: Any) -> None:
         """One row, in the dtype of where it goes."""
-        pltriton.store(ref.at[row, self.slice], value.astype(ref.dtype), mask=self.mask)
+        pltriton.store(ref.at[row, self.indices], value.astype(ref.dtype), mask=self.mask)
 
 
 def walk(
