@@ -87,22 +87,41 @@ class Served:
         return response.status, json.loads(content) if is_json else content, found
 
 
+class _Lent:
+    """An engine that another server uses too, and closes."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self, *, drain: bool = True) -> None:
+        del drain
+
+
+def start_engine(limits: Limits | None = None, sessions: Path | None = None) -> Engine:
+    """An engine of the small model."""
+    model, params = small_model()
+    limits = limits or Limits(slots=4, queue=64, batch_sizes=(4,))
+    engine = Engine(model, params, limits, sessions=sessions)
+    engine.start(warm_up=False)
+    return engine
+
+
 @contextlib.contextmanager
 def served(
-    limits: Limits | None = None,
+    engine: Engine,
     service_limits: ServiceLimits | None = None,
     patience: server.Patience | None = None,
     *,
-    sessions: Path | None = None,
     tokenizer_folder: Path | None = None,
+    lent: bool = False,
     **app: Any,
 ) -> Iterator[Served]:
-    """Serves the small model while inside."""
-    model, params = small_model()
-    engine = Engine(
-        model, params, limits or Limits(slots=4, queue=64, batch_sizes=(4,)), sessions=sessions
-    )
-    engine.start(warm_up=False)
+    """Serves the small model while inside; closes the engine unless it is only lent."""
+    if lent:
+        engine = _Lent(engine)  # type: ignore[assignment]
     service = Service(
         name=NAME,
         engine=engine,
