@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Sequence
 
-from mmfree_jax.errors import ConfigError, DataError, MMFreeError
+from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.infer.text import encode_prompt
 from mmfree_jax.serve.answers import Answer
 from mmfree_jax.serve.bodies import ChatBody, Choosing, CompletionBody, SessionBody
@@ -15,6 +15,7 @@ from mmfree_jax.serve.requests import (
     QueueFull,
     Request,
     RowSampling,
+    SessionsFull,
     UnknownSession,
 )
 from mmfree_jax.serve.service import Service
@@ -116,13 +117,15 @@ def ask_session(service: Service, body: SessionBody) -> Handle:
 
 def engine_error(error: MMFreeError) -> RequestError:
     """What a client is told of an error that the engine raised."""
-    message = str(error)
+    message = str(error).replace("stop_ids", "stop_token_ids")  # as clients know them
     if isinstance(error, QueueFull):
         retry = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
         return RequestError(message, status=429, code="queue_full", headers=retry)
     if isinstance(error, EngineClosed):
         retry = {"Retry-After": "5"}
         return RequestError(message, status=503, code="engine_closed", headers=retry)
+    if isinstance(error, SessionsFull):
+        return RequestError(message, param="save_as", code="sessions_full")
     if isinstance(error, UnknownSession):
         return RequestError(message, status=404, param="session", code="session_not_found")
     param = message.partition(" ")[0]  # messages begin with the field that they are about
@@ -201,7 +204,7 @@ def _submit(service: Service, requests: Sequence[Request]) -> list[Handle]:
     try:
         for request in requests:
             handles.append(service.engine.submit(request))
-    except (QueueFull, EngineClosed, UnknownSession, ConfigError, DataError) as e:
+    except MMFreeError as e:  # of the engine: a full queue, an unknown session, a token id
         for handle in handles:
             handle.cancel()
         raise engine_error(e) from e

@@ -205,7 +205,7 @@ def test_errors_are_the_clients_own(client):
 
 
 def test_sessions_are_saved_forked_continued_and_deleted(client, small, expected):
-    text, tokens = expected
+    text, _ = expected
     status, saved, _ = small.ask("POST", "/v1/sessions", {"name": "a", "prompt": PROMPT})
     assert (status, saved["tokens"]) == (201, 1 + len(PROMPT))
     assert small.ask("POST", "/v1/sessions/a/fork", {"name": "b"})[0] == 201
