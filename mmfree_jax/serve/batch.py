@@ -64,7 +64,7 @@ class Batch:
             decode.init_session(config, slots, self._plan.max_length),
             jnp.zeros((slots, config.vocab_size), jnp.int32),
             jnp.zeros(slots, jnp.int32),
-            nobody,
+            jax.tree.map(jnp.asarray, nobody),
         )
 
     def clear(self, slot: int) -> None:
@@ -73,17 +73,17 @@ class Batch:
 
     def put(self, slot: int, session: Session) -> None:
         """Puts a session of one row into a slot."""
-        self._pool = programs.put_row(self._pool, jnp.int32(slot), session)
+        self._pool = programs.put_row(self._pool, np.int32(slot), session)
 
     def take(self, slot: int) -> Session:
         """A copy of a slot's session."""
-        return programs.take_row(self._pool, jnp.int32(slot))
+        return programs.take_row(self._pool, np.int32(slot))
 
     def begin(self, slot: int, request: Request) -> None:
         """Lets a slot answer, its prompt read."""
         settings = settings_of([request], self._config.vocab_size)
         self._pool = programs.begin_row(
-            self._pool, jnp.int32(slot), jnp.int32(request.max_tokens), settings
+            self._pool, np.int32(slot), np.int32(request.max_tokens), settings
         )
 
     def read(self, pieces: Sequence[Piece]) -> None:

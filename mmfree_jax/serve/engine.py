@@ -16,7 +16,7 @@ from mmfree_jax.model.weights import Params, Weights, as_weights
 from mmfree_jax.serve.batch import Batch
 from mmfree_jax.serve.handle import Handle
 from mmfree_jax.serve.job import Job, Outbox, new_job
-from mmfree_jax.serve.plan import plan_for
+from mmfree_jax.serve.plan import Plan, plan_for
 from mmfree_jax.serve.prefix_cache import PrefixCache, session_bytes
 from mmfree_jax.serve.requests import EngineClosed, Limits, QueueFull, Request, check_tokens
 from mmfree_jax.serve.scheduler import TIME_IS_OVER, Scheduler
@@ -75,9 +75,11 @@ class Engine:
 
     Attributes:
       max_length: most tokens of a request, with its prompt and session; None: no limit.
+      plan: sizes of its programs.
     """
 
     max_length: int | None
+    plan: Plan
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Engine:
           OutputError: the folder cannot be written.
         """
         self._config, self._limits = model.config, limits or Limits()
-        plan = plan_for(self._limits, self._config, jax.default_backend())
+        self.plan = plan = plan_for(self._limits, self._config, jax.default_backend())
         self.max_length = plan.max_length
         weights = as_weights(params, self._config)
         self._store = SessionStore(weights, self._config, self._limits.session_bytes, sessions)

@@ -7,7 +7,7 @@ Shapes: B rows, V vocabulary, S stop tokens, K biased tokens.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -55,32 +55,30 @@ class Settings:
 
 
 def settings_of(requests: Sequence[Request], vocabulary: int) -> Settings:
-    """The settings of requests, one a row, as arrays."""
+    """The settings of requests, one a row, in arrays of the host, which a program takes as they
+    are."""
 
-    def filled(rows: Sequence[Sequence[float]], width: int, fill: float, dtype: type) -> jax.Array:
+    def filled(rows: Sequence[Sequence[float]], width: int, fill: float, dtype: type) -> np.ndarray:
         out = np.full((len(rows), width), fill, dtype)
         for place, row in enumerate(rows):
             out[place, : len(row)] = row
-        return jnp.asarray(out)
+        return out
 
     samplings = [request.sampling for request in requests]
-    return Settings(
-        jnp.asarray(np.array([request.seed for request in requests], np.uint32)),
-        jnp.asarray(np.array([request.sample for request in requests], np.uint32)),
-        {
-            name: jnp.asarray(np.array([getattr(s, name) for s in samplings], np.float32))
-            for name in _NUMBERS
+    ids = [[token for token, _ in s.logit_bias] for s in samplings]
+    biases = [[bias for _, bias in s.logit_bias] for s in samplings]
+    arrays: dict[str, Any] = {
+        "seed_B": np.array([request.seed for request in requests], np.uint32),
+        "sample_B": np.array([request.sample for request in requests], np.uint32),
+        "numbers": {
+            name: np.array([getattr(s, name) for s in samplings], np.float32) for name in _NUMBERS
         },
-        jnp.asarray(np.array([min(s.top_k, vocabulary) for s in samplings], np.int32)),
-        filled([request.stop_ids for request in requests], MOST_STOP_IDS, -1, np.int32),
-        filled(
-            [[token for token, _ in s.logit_bias] for s in samplings],
-            MOST_BIASES,
-            vocabulary,
-            np.int32,
-        ),
-        filled([[bias for _, bias in s.logit_bias] for s in samplings], MOST_BIASES, 0, np.float32),
-    )
+        "top_k_B": np.array([min(s.top_k, vocabulary) for s in samplings], np.int32),
+        "stop_ids_BS": filled([r.stop_ids for r in requests], MOST_STOP_IDS, -1, np.int32),
+        "bias_ids_BK": filled(ids, MOST_BIASES, vocabulary, np.int32),
+        "bias_BK": filled(biases, MOST_BIASES, 0, np.float32),
+    }
+    return Settings(**arrays)
 
 
 def draw_of(request: Request) -> Draw:

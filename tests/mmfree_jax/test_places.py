@@ -43,7 +43,8 @@ TEXTS = {
     "--project", "--prompt", "--prompt-ids", "--push-to-hub",
     "--runtime-version", "--setup", "--shard", "--share", "--sizes",
     "--splits", "--stop",
-    "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--where",
+    "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--url",
+    "--where",
     "--x", "--y", "--zone", "--model of bench scaling",
 }  # fmt: skip
 

@@ -1,0 +1,305 @@
+"""What serving makes of decoding: tokens a second of many streams beside the bare loop's.
+
+Everything is measured in one process with the same weights: the compiled greedy loop that `mmfree
+bench infer` times, streams through the engine, arrivals at random times, prompts that begin
+alike with and without the cache, and streams alone against the same in company. With --url the
+streams go through a server that runs elsewhere, over HTTP.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+
+from mmfree_jax.cli.parse import Counts
+from mmfree_jax.errors import ConfigError
+from mmfree_jax.experiments.bench import serve_load
+from mmfree_jax.experiments.bench.infer_process import (
+    decode_loop,
+    model_config,
+    random_weights,
+    stored_form,
+)
+from mmfree_jax.experiments.bench.serve_load import Ask, Timed
+from mmfree_jax.files import check_file, write_text
+from mmfree_jax.installed import versions
+from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.weights import Weights
+from mmfree_jax.ranges import Count, CountOrZero, Range
+from mmfree_jax.saved.open_model import open_model
+from mmfree_jax.serve.engine import Engine
+from mmfree_jax.serve.requests import Limits, Request, RowSampling
+
+Row = dict[str, Any]
+
+# Of the bare loop, as `mmfree bench infer` has it by default.
+_LOOP_STEPS, _LOOP_REPEATS = 64, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Measure the server: tokens a second, time to the first token, prefix cache, company."""
+
+    out: Path
+    """File that receives the record (JSON)."""
+    model: Path | None = None
+    """Folder of a model."""
+    preset: str | None = None
+    """In its place, a named size with random packed weights."""
+    url: str | None = None
+    """A server that serves this model, http://HOST:PORT; None: the engine in this process."""
+    streams: Counts = (1, 16, 64)
+    """Streams at once, separated by commas."""
+    prompt_tokens: Count = 32
+    """Random tokens of each prompt."""
+    new_tokens: Count = 200
+    """Tokens of each answer."""
+    repeats: Count = 3
+    """Times that all streams run; the median counts."""
+    loads: tuple[Annotated[float, Range(0, 10, open_low=True)], ...] = (0.5, 0.8)
+    """Arrivals at random times, as shares of what the most streams finished a second."""
+    arrivals: CountOrZero = 200
+    """Requests of each load; 0: do not measure."""
+    shared_tokens: CountOrZero = 1024
+    """Tokens with which prompts begin alike, with and without the prefix cache; 0: do not
+    measure."""
+    company: CountOrZero = 64
+    """Streams that run alone and then beside others, to count those that are equal; 0: none."""
+    few_row_kernels: bool = False
+    """Serve few rows by the kernels that are fastest for them; see `mmfree serve`."""
+
+
+def measure(plan: Plan, about: Mapping[str, Any]) -> Iterator[Row]:
+    """Every measurement of a plan as it is made, kept in the record.
+
+    Args:
+      plan: what to measure.
+      about: what the record begins with (command, date and the like).
+
+    Raises:
+      ConfigError: not just one of --model and --preset.
+      OutputError: the file holds what no such measurement made.
+    """
+    if (plan.model is None) == (plan.preset is None):
+        raise ConfigError("give one of --model FOLDER and --preset NAME")
+    check_file(plan.out, r'\{\s*"command"')
+    record: Row = {
+        **about,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions("jax", "jaxlib", "flax"),
+        "rows": [],
+    }
+    for row in _rows(plan, *_model(plan)):
+        record["rows"].append(row)
+        write_text(plan.out, json.dumps(record, indent=1) + "\n")
+        yield row
+
+
+def _model(plan: Plan) -> tuple[LanguageModel, Weights]:
+    if plan.model is not None:
+        saved = open_model(plan.model)
+        return saved.model(), saved.weights()
+    config = model_config(str(plan.preset), "packed")
+    return LanguageModel(config), random_weights(config, stored_form("packed"))
+
+
+def _rows(plan: Plan, model: LanguageModel, weights: Weights) -> Iterator[Row]:
+    bare = {}
+    for streams in plan.streams:
+        row = _bare(model, weights, streams)
+        bare[streams] = row["tokens_per_s"]
+        yield row
+    if plan.url is not None:
+        ask = serve_load.of_url(plan.url, "bench")
+        yield from _through(plan, ask, model, bare)
+        return
+    engine, row = _started(plan, model, weights)
+    yield row
+    ask = serve_load.of_engine(engine)
+    yield from _through(plan, ask, model, bare)
+    if plan.company:
+        yield _company(plan, ask, model)
+    engine.close()
+    if plan.shared_tokens:
+        for cache in (0, None):
+            engine, _ = _started(plan, model, weights, cache)
+            yield _shared(plan, engine, model, cached=cache is None)
+            engine.close()
+
+
+def _bare(model: LanguageModel, weights: Weights, batch: int) -> Row:
+    """What `mmfree bench infer` measures at this batch."""
+    steps, repeats = _LOOP_STEPS, _LOOP_REPEATS
+    run = decode_loop(model.config, weights, batch=batch, steps=steps, calls=repeats + 1)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[1:])
+    return {
+        "work": "bare loop",
+        "batch": batch,
+        "ms_per_token": round(1e3 * seconds / steps, 4),
+        "tokens_per_s": round(batch * steps / seconds, 1),
+    }
+
+
+def _started(
+    plan: Plan, model: LanguageModel, weights: Weights, cache_bytes: int | None = None
+) -> tuple[Engine, Row]:
+    """An engine whose decoding calls have the sizes that are measured, and how it started."""
+    slots = max(*plan.streams, 2)
+    sizes = None
+    if model.config.mixer == "mlgru" and not plan.few_row_kernels:
+        sizes = tuple(sorted({*(n for n in plan.streams if n > 1), slots}))
+    limits = Limits(
+        slots=slots,
+        queue=10_000,
+        batch_sizes=sizes,
+        few_row_kernels=plan.few_row_kernels,
+        max_length=None if model.config.mixer == "mlgru" else _longest(plan),
+        **({} if cache_bytes is None else {"prefix_cache_bytes": cache_bytes}),
+    )
+    engine = Engine(model, weights, limits)
+    start = time.perf_counter()
+    engine.start()
+    return engine, {
+        "work": "start",
+        "slots": slots,
+        "batch_sizes": list(engine.plan.batch_sizes),
+        "steps": engine.plan.steps,
+        "few_row_kernels": plan.few_row_kernels,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _longest(plan: Plan) -> int:
+    return max(plan.prompt_tokens, plan.shared_tokens + plan.prompt_tokens) + plan.new_tokens
+
+
+def _requests(plan: Plan, model: LanguageModel, count: int, seed: int) -> list[Request]:
+    """Greedy requests with prompts of their own."""
+    drawn = np.random.default_rng(seed).integers(
+        0, model.config.vocab_size, (count, plan.prompt_tokens)
+    )
+    return [Request(tuple(row), plan.new_tokens, RowSampling(0.0)) for row in drawn.tolist()]
+
+
+def _through(
+    plan: Plan, ask: Ask, model: LanguageModel, bare: Mapping[int, float]
+) -> Iterator[Row]:
+    """Streams at once, then arrivals at random."""
+    whole = 0.0
+    for streams in plan.streams:
+        runs = [
+            serve_load.at_once(ask, _requests(plan, model, streams, 100 * streams + repeat))
+            for repeat in range(plan.repeats + 1)
+        ][1:]
+        rates = [serve_load.tokens_per_s(run) for run in runs]
+        row = {
+            "work": "streams",
+            "streams": streams,
+            "whole_tokens_per_s": statistics.median(rate["whole"] for rate in rates),
+            **serve_load.delays_ms([answer for run in runs for answer in run]),
+        }
+        if all("steady" in rate for rate in rates):
+            row["tokens_per_s"] = statistics.median(rate["steady"] for rate in rates)
+            row["share_of_bare_loop"] = round(row["tokens_per_s"] / bare[streams], 4)
+        whole = max(whole, row["whole_tokens_per_s"])
+        yield row
+    for load in plan.loads if plan.arrivals else ():
+        rate = load * whole / plan.new_tokens
+        requests = _requests(plan, model, plan.arrivals, seed=7)
+        answers = serve_load.at_random(ask, requests, rate)
+        yield {
+            "work": "arrivals",
+            "load": load,
+            "requests_per_s": round(rate, 3),
+            "requests": plan.arrivals,
+            **serve_load.delays_ms(answers),
+        }
+
+
+def _company(plan: Plan, ask: Ask, model: LanguageModel) -> Row:
+    """Each stream alone, then all of them at random times in a busy batch."""
+    requests = _requests(plan, model, plan.company, seed=3)
+    alone = [serve_load.at_once(ask, [request])[0] for request in requests]
+    others = [
+        dataclasses.replace(r, sampling=RowSampling(), seed=i)
+        for i, r in enumerate(_requests(plan, model, max(plan.streams), seed=4))
+    ]
+    mixed = [request for pair in zip(requests, _cycle(others), strict=False) for request in pair]
+    busy = serve_load.at_random(ask, mixed, rate=20 * len(mixed) / _seconds(alone))[::2]
+    same = [a.tokens == b.tokens for a, b in zip(alone, busy, strict=True)]
+    agreed = [_agreed(a.tokens, b.tokens) for a, b in zip(alone, busy, strict=True)]
+    return {
+        "work": "company",
+        "streams": len(same),
+        "tokens": plan.new_tokens,
+        "equal": sum(same),
+        "share_equal": round(statistics.fmean(same), 4),
+        "share_of_tokens": round(statistics.fmean(agreed) / plan.new_tokens, 4),
+        "distinct": len({a.tokens for a in alone}),
+    }
+
+
+def _cycle(requests: Sequence[Request]) -> Iterator[Request]:
+    while True:
+        yield from requests
+
+
+def _seconds(answers: Sequence[Timed]) -> float:
+    return sum(answer.came[-1][0] - answer.sent_s for answer in answers)
+
+
+def _agreed(one: Sequence[int], other: Sequence[int]) -> int:
+    return [*(a == b for a, b in zip(one, other, strict=True)), False].index(False)
+
+
+def _shared(plan: Plan, engine: Engine, model: LanguageModel, *, cached: bool) -> Row:
+    """Prompts that begin alike, one after another."""
+    rng = np.random.default_rng(11)
+    beginning = tuple(rng.integers(0, model.config.vocab_size, plan.shared_tokens).tolist())
+    requests = [
+        dataclasses.replace(r, prompt=beginning + r.prompt, max_tokens=4)
+        for r in _requests(plan, model, 20, seed=12)
+    ]
+    ask = serve_load.of_engine(engine)
+    answers = [serve_load.at_once(ask, [request])[0] for request in requests][1:]
+    counts = engine.statistics()
+    return {
+        "work": "prefix cache",
+        "cache": cached,
+        "shared_tokens": plan.shared_tokens,
+        "hits": counts.prefix_hits,
+        "tokens_saved": counts.prefix_tokens_saved,
+        "cache_bytes": counts.prefix_bytes,
+        **serve_load.delays_ms(answers),
+    }
+
+
+def describe(row: Row) -> str:
+    """A line for a row."""
+    values = [
+        f"{name.replace('_', ' ')} {value:,.4g}" if isinstance(value, float) else
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in row.items()
+        if name != "work"
+    ]  # fmt: skip
+    return f"{row['work']}: " + ", ".join(values)
+
+
+def run(plan: Plan, about: Mapping[str, Any]) -> Sequence[Row]:
+    """Measures, and shows each row as it comes."""
+    rows = []
+    for row in measure(plan, about):
+        print(describe(row), flush=True)
+        rows.append(row)
+    return rows
