@@ -147,6 +147,16 @@ def test_an_echo_with_logprobs_scores_the_prompt(client, expected):
         assert own == max(top.values())
 
 
+def test_a_scored_prompt_has_one_entry_behind_it_whatever_the_token(client):
+    """lm-eval drops the last entry: without one for the end of the text it would drop a score."""
+    ask = {**GREEDY, "max_tokens": 1, "logprobs": 1, "logit_bias": {"257": 100}}
+    scored = client.completions.create(**ask, echo=True).choices[0]
+    assert scored.logprobs.tokens == ["<|bos|>", *PROMPT, "<|eos|>"]
+    assert scored.text == PROMPT
+    plain = client.completions.create(**ask)
+    assert (plain.choices[0].finish_reason, plain.usage.completion_tokens) == ("stop", 0)
+
+
 def test_nothing_is_generated_where_nothing_is_asked_for(client):
     response = client.completions.create(**GREEDY, max_tokens=0, echo=True, logprobs=0)
     assert response.choices[0].text == PROMPT
