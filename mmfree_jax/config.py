@@ -289,8 +289,9 @@ class OptimizerConfig:
     moment_dtype: Dtype = "float32"
     """Dtype in which the first moment is kept."""
     gradient_dtype: Dtype = "float32"
-    """Dtype in which the blocks' ternary weights get their gradients (bitlinear fused only); the
-    sums over tokens, the norm and the update are float32 in any case."""
+    """Dtype in which devices exchange the gradients of matrices (bitlinear fused only): bfloat16
+    halves the bytes. Each device's sum over its tokens, and all that follows the exchange (micro-
+    batches, norm, clipping, update), is float32 in any case; one device exchanges nothing."""
     second_moment_dtype: Dtype = "float32"
     """Dtype in which the second moment is kept; bfloat16 needs b2 well below 0.99."""
 

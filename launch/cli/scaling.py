@@ -63,8 +63,9 @@ def scaling(argv: Sequence[str]) -> int:
           batch_per_device: rows on each GPU; strong: on each of the most GPUs.
           seq_len: tokens in a row.
           cases: single configurations before the combinations: PRESET:LAYOUT:GPUS[:ROWS], and
-            behind it +plain (XLA's own flags), +checkpoint (time a save and a restore) or +trace
-            (how much of the collectives runs beside other kernels).
+            behind it +plain (XLA's own flags), +checkpoint (time a save and a restore), +trace
+            (how much of the collectives runs beside other kernels), +FIELD=VALUE (of the run, as
+            optimizer.gradient_dtype=bfloat16) or +xla_FLAG=VALUE.
           model: fields of the model to change in all of them, as remat=dots.
           max_minutes: what is not done by then is recorded as not run.
           compile_minutes: how long to wait for all to compile.
@@ -82,7 +83,7 @@ def scaling(argv: Sequence[str]) -> int:
         if presets:
             planned += plan_cases(presets, devices, layouts, mode, batch_per_device, seq_len)
         changes = tuple(map(_parse_change, model))
-        planned = [dataclasses.replace(case, changes=changes) for case in planned]
+        planned = [dataclasses.replace(case, changes=changes + case.changes) for case in planned]
         if not planned:
             raise ConfigError("no model is named: give --presets or --cases")
         unique = list({case.name: case for case in planned}.values())

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import yaml
+
 from mmfree_jax.config import MeshConfig, TrainConfig
+from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import PRESETS, preset
 
@@ -30,12 +33,16 @@ class Case:
     trace: bool = False
     """Also trace two steps, and say how much of the collectives ran beside other kernels."""
     changes: tuple[tuple[str, Any], ...] = ()
-    """Fields of the model that differ from the preset's."""
+    """Fields of the run that differ from the preset's, as `optimizer.gradient_dtype`; those of the
+    model also by their name alone."""
+    flags: tuple[str, ...] = ()
+    """XLA's flags, before `mmfree_jax.launch.xla_flags`."""
 
     @property
     def name(self) -> str:
         """A name without spaces, for files and tables."""
         end = "".join(f"-{name}={value}" for name, value in self.changes)
+        end += "".join(f"-{flag.removeprefix('--')}" for flag in self.flags)
         end += "" if self.overlap else "-plain"
         return f"{self.preset}-{self.mode}-{self.layout}-{self.devices}-b{self.batch_size}{end}"
 
@@ -62,13 +69,19 @@ def mesh_of(layout: str, devices: int) -> MeshConfig:
 def train_config(case: Case) -> TrainConfig:
     """The run whose step is measured."""
     base = preset(case.preset)
-    return dataclasses.replace(
+    base = dataclasses.replace(
         base,
         batch_size=case.batch_size,
         data=dataclasses.replace(base.data, seq_len=case.seq_len),
-        model=dataclasses.replace(base.model, **dict(case.changes)),
         mesh=mesh_of(case.layout, case.devices),
     )
+    for name, value in case.changes:
+        *groups, field = (name if "." in name else f"model.{name}").split(".")
+        values = {field: value}
+        for group in reversed(groups):
+            values = {group: values}
+        base = from_dict(TrainConfig, values, base)
+    return base
 
 
 def plan_cases(
@@ -111,7 +124,8 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
     """A case from "13B:fsdp:8", with the rows a device behind a fourth colon if they differ.
 
     Options follow behind "+": "+plain" leaves the XLA switches out, "+checkpoint" times those,
-    "+trace" looks at how much of the collectives ran beside other kernels.
+    "+trace" looks at how much of the collectives ran beside other kernels;
+    "+optimizer.gradient_dtype=bfloat16" sets a field of the run, "+xla_...=..." a flag of XLA.
 
     Raises:
       ConfigError: it is malformed.
@@ -123,7 +137,10 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
         layout, *numbers = layout_and_rest.split(":")
     else:
         name, layout, *numbers = head.split(":") if head.count(":") >= 2 else (head, "", "")
-    unknown = set(options) - {"plain", "checkpoint", "trace"}
+    unknown = {o for o in options if "=" not in o} - {"plain", "checkpoint", "trace"}
+    settings = [o for o in options if "=" in o]
+    flags = tuple(f"--{o}" for o in settings if o.startswith("xla_"))
+    pairs = [o.split("=", 1) for o in settings if not o.startswith("xla_")]
     try:
         count = int(numbers[0])
         rows = int(numbers[1]) if len(numbers) > 1 else batch_per_device
@@ -133,7 +150,7 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
     if not name or name not in PRESETS or layout not in LAYOUTS or count < 1 or unknown:
         raise ConfigError(
             f"case is {text!r}: give PRESET:LAYOUT:DEVICES[:ROWS], as in 13B:fsdp:8, with "
-            "+plain, +checkpoint or +trace behind it"
+            "+plain, +checkpoint, +trace, +FIELD=VALUE or +xla_FLAG=VALUE behind it"
         )
     return Case(
         name,
@@ -145,4 +162,6 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
         overlap="plain" not in options,
         checkpoint="checkpoint" in options,
         trace="trace" in options,
+        changes=tuple((name, yaml.safe_load(value)) for name, value in pairs),
+        flags=flags,
     )

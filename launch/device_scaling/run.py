@@ -222,6 +222,7 @@ class _Study:
         env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         if self._gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[i] for i in worker.gpus)
+            env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), *worker.case.flags])
             env = with_overlap(env) if worker.case.overlap else env
         else:
             flags = [f for f in env.get("XLA_FLAGS", "").split() if "device_count" not in f]

@@ -26,7 +26,8 @@ from mmfree_jax.train.flops import count_flops
 def read_case(path: Path) -> Case:
     """A case as `write_case` wrote it."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Case(**values | {"changes": tuple(map(tuple, values["changes"]))})
+    changes = tuple(map(tuple, values["changes"]))
+    return Case(**values | {"changes": changes, "flags": tuple(values["flags"])})
 
 
 def write_case(path: Path, case: Case) -> None:

@@ -11,9 +11,10 @@ from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional, mup, packed_model, remat
 from mmfree_jax.model.block import Block, Rows
 from mmfree_jax.model.linear import Linear, NormScale, linears
+from mmfree_jax.model.lookup import lookup
 from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import Master, Packed, Ternary, Weights
-from mmfree_jax.parallel.sharding import constrain_batch, whole_rows
+from mmfree_jax.parallel.sharding import constrain_batch
 
 
 class Embedding(nn.Module):
@@ -31,7 +32,7 @@ class Embedding(nn.Module):
             (c.vocab_size, c.hidden_size),
             jnp.dtype(c.param_dtype),
         )
-        return jnp.take(whole_rows(table_VD), tokens_BT, axis=0).astype(jnp.dtype(c.residual_dtype))
+        return lookup(table_VD, tokens_BT).astype(jnp.dtype(c.residual_dtype))
 
 
 class LanguageModel(nn.Module):

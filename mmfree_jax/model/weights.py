@@ -24,6 +24,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.functional import forget_gate_lower_bounds
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+from mmfree_jax.parallel.sharding import constrain_parameter
 
 # A nested dict of arrays, whose keys are those of ARCHITECTURE.md.
 Params = dict[str, Any]
@@ -219,6 +220,8 @@ def ternary_weights(params: Params, config: ModelConfig) -> Params:
                     out[name] = inner
             elif is_ternary(config, (*path, name)):
                 trits, scale = ternarise_matrix(jax.lax.stop_gradient(value))
+                # Trits are to travel, not the weights that they are made of.
+                trits = constrain_parameter("/".join((*path, name)), trits)
                 out |= {"trits": trits, "scale": scale}
         return out
 

@@ -308,6 +308,11 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return x if _ambient() is None else jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def constrain_parameter(path: str, x: jax.Array) -> jax.Array:
+    """Pins what is made of the parameter at `path` to its layout, where a mesh is set."""
+    return x if _ambient() is None else jax.lax.with_sharding_constraint(x, param_spec(path))
+
+
 def whole_rows(table_VD: jax.Array) -> jax.Array:
     """A table to look rows up in, its channels together: the fsdp axis gathers the table.
 

@@ -82,7 +82,7 @@ def train_step(
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
         return sums, grads
 
-    params = _with_gradients_in(config.optimizer.gradient_dtype, weights, config.model)
+    params = _exchanging_in(config.optimizer.gradient_dtype, weights, config.model)
     if config.grad_accum == 1:
         sums, grads = sums_and_grads(batch)
     else:
@@ -122,22 +122,22 @@ def train_step(
     return new_state, metrics
 
 
-def _with_gradients_in(
-    dtype: str, weights: Master | Ternary, config: ModelConfig
-) -> dict[str, Any]:
-    """The parameters, those of the blocks' ternary weights cast: their gradients follow.
+def _exchanging_in(dtype: str, weights: Master | Ternary, config: ModelConfig) -> dict[str, Any]:
+    """The parameters, the matrices cast: in their dtype the sum of their gradients is exchanged.
 
-    The fused program reads a ternary weight's trits and never the weight, so that the cast
-    costs nothing and changes no value but the gradient's rounding.
+    A cast changes no value of the forward pass: the fused program reads a ternary weight's trits
+    and never the weight, and rows of the embedding go into the residual stream, whose dtype
+    must be as short. Nothing is cast on one device, which exchanges nothing.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if isinstance(weights, Master) or mesh.empty or mesh.size == 1:
+        return weights.params
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = tuple(key.key for key in path)
-        in_block = names[0] == "blocks" and is_ternary(config, names)
-        return leaf.astype(dtype) if in_block else leaf
+        short = names[0] == "embedding" and config.residual_dtype == dtype
+        return leaf.astype(dtype) if short or is_ternary(config, names) else leaf
 
-    if isinstance(weights, Master):
-        return weights.params
     return jax.tree_util.tree_map_with_path(cast, weights.params)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ..over_tokens import TOKENS, WHOLE, devices_in_mesh, over_tokens
+from ..over_tokens import TOKENS, WHOLE, devices_in_mesh, over_tokens, partial_sums
 from ..ternary_matmul import api as ternary_matmul
 from . import int8_triton
 
@@ -82,7 +82,7 @@ def weight_gradient(
     *,
     token_axes: Sequence[str] = (),
 ) -> jax.Array:
-    """`int8_backward.weight_gradient`, each device's tokens being a block.
+    """`int8_backward.weight_gradient` of each device's tokens, for `total`.
 
     Args:
       d: [..., N] float.
@@ -93,20 +93,16 @@ def weight_gradient(
       token_axes: mesh axes that split the leading axes.
 
     Returns:
-      [N, K].
+      [devices or 1, N, K].
     """
-    split_over_mesh = bool(token_axes) and devices_in_mesh() > 1
 
-    def local(
-        d: jax.Array, x: jax.Array, x_scale: jax.Array, largest: jax.Array
-    ) -> tuple[jax.Array]:
+    def local(d: jax.Array, x: jax.Array, x_scale: jax.Array, largest: jax.Array) -> jax.Array:
         q, d_scale = int8_triton.quantize_columns(
             d.reshape(-1, d.shape[-1]), x_scale.reshape(-1), largest[0]
         )
-        d_w = _product(q, d_scale, x.reshape(-1, x.shape[-1]), out_dtype)
-        return (jax.lax.psum(d_w, tuple(token_axes)) if split_over_mesh else d_w,)
+        return _product(q, d_scale, x.reshape(-1, x.shape[-1]), out_dtype)
 
-    return over_tokens(local, token_axes, (TOKENS,) * 4, (WHOLE,))(d, x, x_scale, largest)[0]
+    return partial_sums(local, token_axes, 4)(d, x, x_scale, largest)
 
 
 def _product(

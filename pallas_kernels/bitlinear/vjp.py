@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..norm_quant import api as norm_quant
 from ..norm_quant import xla as norm_xla
 from ..norm_quant.api import Statistics
-from ..over_tokens import TOKENS, WHOLE, over_tokens
+from ..over_tokens import TOKENS, WHOLE, over_tokens, partial_sums, total
 from ..ternary_matmul import api as ternary_matmul
 from . import int8_backward, int8_kernels, pallas_tpu
 
@@ -222,6 +222,7 @@ def _backward(
                 strict=True,
             )
         ]
+    d_ws = [None if d is None else total(d) for d in d_ws]
     if options.gated:
         # The weight's gradient now, not when the scheduler likes: its operands are among the
         # largest arrays of a block, and the next layer's backward needs room.
@@ -307,7 +308,7 @@ def _weight_gradient(
     largest: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """d^T x over tokens.
+    """d^T x over each device's tokens, for `total`.
 
     Args:
       options: of the call.
@@ -318,12 +319,13 @@ def _weight_gradient(
       out_dtype: of the result.
 
     Returns:
-      [N, K].
+      [devices or 1, N, K].
     """
     if x_scale is None:
-        return _token_dot(d, x, out_dtype)
+        dot = functools.partial(_token_dot, out_dtype=out_dtype)
+        return partial_sums(dot, options.token_axes, 2)(d, x)
     if largest is None:
-        return int8_backward.weight_gradient(d, x, x_scale, out_dtype)
+        return int8_backward.weight_gradient(d, x, x_scale, out_dtype)[None]
     return int8_kernels.weight_gradient(
         d, x, x_scale, largest, out_dtype, token_axes=options.token_axes
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..over_tokens import covers_mesh
+from ..over_tokens import covers_mesh, total
 from . import pallas_gpu, xla
 
 _IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu}
@@ -207,34 +207,26 @@ class _How(NamedTuple):
     def call(self, name: str, *args: Any) -> Any:
         """A function of the implementation, on each device's own tokens where axes are named.
 
-        Arrays that start with N tokens stay apart; weight gradients are summed over devices.
+        Arrays that start with N tokens stay apart, and so do the weight gradients, [devices or
+        1, V, D], for `total`.
         """
         function = functools.partial(
             getattr(_IMPLEMENTATIONS[self.implementation], name),
             z_loss=self.z_loss,
             chunk_size=self.chunk_size,
         )
-        if not self.token_axes:
-            return function(*args)
-        tokens, whole = PartitionSpec(self.token_axes), PartitionSpec()
-        # Operands are x, weights, scale, then per-token arrays; gradients are (.., dx, dw).
-        in_specs = (tokens, whole, None if args[2] is None else whole) + (tokens,) * len(args[3:])
         with_gradient = name != "forward"
-        outputs = {"forward": 3, "backward": 2, "forward_with_gradients": 5}[name]
 
         def local(*args: Any) -> Any:
             results = function(*args)
-            if with_gradient:
-                results = (*results[:-1], jax.lax.psum(results[-1], self.token_axes))
-            return results
+            return (*results[:-1], results[-1][None]) if with_gradient else results
 
-        last = whole if with_gradient else tokens
-        return jax.shard_map(
-            local,
-            in_specs=in_specs,
-            out_specs=(tokens,) * (outputs - 1) + (last,),
-            check_vma=False,
-        )(*args)
+        if not self.token_axes:
+            return local(*args)
+        tokens, whole = PartitionSpec(self.token_axes), PartitionSpec()
+        # Operands are x, weights, scale, then per-token arrays.
+        in_specs = (tokens, whole, None if args[2] is None else whole) + (tokens,) * len(args[3:])
+        return jax.shard_map(local, in_specs=in_specs, out_specs=tokens, check_vma=False)(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -264,8 +256,8 @@ def _cross_entropy_forward(
 
 def _cross_entropy_backward(how: _How, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     x_ND, w_VD, *operands = residuals
-    dx_ND, dw_VD = how.call("backward", x_ND, *operands, cotangents.loss_N, cotangents.lse_N)
-    return dx_ND, dw_VD.astype(w_VD.dtype), None, None, None
+    dx_ND, dw_1VD = how.call("backward", x_ND, *operands, cotangents.loss_N, cotangents.lse_N)
+    return dx_ND, total(dw_1VD.astype(w_VD.dtype)), None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -293,16 +285,17 @@ def _cross_entropy_sum_forward(
     w_scale: jax.Array | None,
     targets_N: jax.Array,
 ) -> tuple[tuple[jax.Array, CrossEntropy], tuple[jax.Array, ...]]:
-    *result, dx_ND, dw_VD = how.call("forward_with_gradients", x_ND, weights_VD, w_scale, targets_N)
+    operands = x_ND, weights_VD, w_scale, targets_N
+    *result, dx_ND, dw_1VD = how.call("forward_with_gradients", *operands)
     result = CrossEntropy(*result)
-    return (jnp.sum(result.loss_N), result), (dx_ND, dw_VD, w_VD)
+    return (jnp.sum(result.loss_N), result), (dx_ND, dw_1VD, w_VD)
 
 
 def _cross_entropy_sum_backward(how: _How, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    dx_ND, dw_VD, w_VD = residuals
+    dx_ND, dw_1VD, w_VD = residuals
     dtotal = cotangents[0]  # the per-token results come with their gradients stopped
     dx_ND = (dx_ND.astype(dtotal.dtype) * dtotal).astype(dx_ND.dtype)
-    return dx_ND, (dw_VD * dtotal).astype(w_VD.dtype), None, None, None
+    return dx_ND, total((dw_1VD * dtotal).astype(w_VD.dtype)), None, None, None
 
 
 _cross_entropy_sum.defvjp(_cross_entropy_sum_forward, _cross_entropy_sum_backward)

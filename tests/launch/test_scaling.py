@@ -58,6 +58,19 @@ def test_single_cases(text, expected):
     train_config(expected)
 
 
+def test_a_case_may_change_fields_and_flags():
+    text = "13B:fsdp:4+optimizer.gradient_dtype=bfloat16+model.remat=dots+xla_gpu_x=false+trace"
+    case = parse_case(text, 8, 2048)
+    assert case.flags == ("--xla_gpu_x=false",)
+    assert case.trace
+    config = train_config(case)
+    assert (config.optimizer.gradient_dtype, config.model.remat) == ("bfloat16", "dots")
+    assert "gradient_dtype=bfloat16" in case.name
+    assert "xla_gpu_x=false" in case.name
+    with pytest.raises(ConfigError, match=r"unknown config key 'optimizer\.gradient'"):
+        train_config(parse_case("13B:fsdp:4+optimizer.gradient=float32", 8, 2048))
+
+
 @pytest.mark.parametrize(
     "text", ["13B", "13Z:data:1", "13B:rows:2", "13B:data:two", "13B:data:2+x"]
 )
@@ -76,7 +89,8 @@ def test_layouts_become_meshes():
 
 
 def test_a_case_survives_its_file(tmp_path):
-    case = Case("tiny", 2, "fsdp", "weak", 8, 64, changes=(("remat", "dots"),))
+    changes = (("remat", "dots"), ("optimizer.gradient_dtype", "bfloat16"))
+    case = Case("tiny", 2, "fsdp", "weak", 8, 64, changes=changes, flags=("--x=1",))
     write_case(tmp_path / "case.json", case)
     assert read_case(tmp_path / "case.json") == case
     assert train_config(case).model.remat == "dots"
