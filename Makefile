@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SPREAD := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit quick fuzz torch aot aot-tpu wheel clean
+.PHONY: help train sample test lint format typecheck unit quick fuzz load torch aot aot-tpu wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ quick: $(VENV)/.dev ## Run the tests without the slow ones
 
 fuzz: $(VENV)/.dev ## Try malformed commands and damaged files at random (10 minutes at most; SEED=0)
 	PYTHONPATH=tests/support $(BIN)/python -m fuzz --seed $(SEED)
+
+load: $(VENV)/.dev ## Load a server with 1,500 requests, 64 at once, some of which misbehave (two minutes)
+	PYTHONPATH=tests/support $(BIN)/python -m server_load --seed $(SEED)
 
 torch: $(VENV)/.torch ## Load exports in PyTorch, transformers and lm-eval (an environment of its own, 2 GB)
 	$(VENV)/torch/bin/pytest tests/interop_torch

@@ -69,17 +69,15 @@ class Answer:
         prompt = self.handle.request.prompt
         text = AnswerText(self.tokenizer, prompt, self.stops)
         start = len(self.prompt_text) if self.echo else 0
-        first = Piece(self.prompt_text) if self.echo else None
-        if first is not None and not self.handle.request.echo_logprobs:
-            yield first
-        count = 0
+        if self.echo and not self.handle.request.echo_logprobs:
+            yield Piece(self.prompt_text)
+        count, new = 0, ""
         async for event in self.handle:
             if isinstance(event, PromptScores):
                 yield Piece(self.prompt_text, self._score_prompt(event))
             elif isinstance(event, Tokens):
                 if text.stopped:
                     continue  # was under way when the stop string was found
-                new = ""
                 for place, token in enumerate(event.ids):
                     offset = start + text.length
                     new += text.push(token)
@@ -89,16 +87,18 @@ class Answer:
                     if text.stopped:
                         self.handle.cancel(keep=count)
                         break
-                if new:
+                # Where the client or this loop lags behind, several tokens make one piece.
+                if new and not self.handle.has_more:
                     yield Piece(new, self._due(start + len(text.text)))
+                    new = ""
             else:
-                yield self._end(event, text, start)
+                yield self._end(event, new, text, start)
 
-    def _end(self, end: End, text: AnswerText, start: int) -> Piece:
+    def _end(self, end: End, new: str, text: AnswerText, start: int) -> Piece:
         given_up = end.reason == "error" or (end.reason == "cancelled" and not text.stopped)
         if given_up or (end.reason == "timeout" and not end.usage.completion_tokens):
             raise _gave_up(end)
-        rest = text.flush()
+        rest = new + text.flush()
         # A stop string's own tokens are left out, as its text is.
         whole = start + len(text.text) if text.stopped else None
         finish = "stop" if text.stopped or end.reason == "stop" else "length"

@@ -49,6 +49,11 @@ class Handle:
         """What `cancel` was given."""
         return None if self._cancelled is None else self._cancelled[0]
 
+    @property
+    def has_more(self) -> bool:
+        """Whether an event is at hand, so that the reader need not wait for it."""
+        return bool(self._events)
+
     def put(self, event: Event) -> "asyncio.AbstractEventLoop | None":
         """Adds an event; called by the engine.
 

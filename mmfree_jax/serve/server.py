@@ -163,7 +163,8 @@ class Running:
         Raises:
           OutputError: a session cannot be written.
         """
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        for name in ("uvicorn.error", "asyncio"):  # which warn of every client that goes
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             with signals.heard(self._hear):
                 asyncio.run(self._run(listening, on_ready))

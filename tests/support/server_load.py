@@ -1,8 +1,7 @@
 """A server under load: a process of its own, many clients at once, and clients that misbehave.
 
-Requests of a plan are sent by a fixed number of clients; some are cancelled, malformed, or read by
-nobody. Every answer must be that of the same request alone. Run by `make load`, and in small by
-the tests.
+Requests of a plan are sent, so many at once; some are cancelled, malformed, or read by nobody.
+Every answer must be that of the same request alone. `make load` runs it, and in small the tests.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from served import write_small_model
 
 HOST = "127.0.0.1"
 MODEL = "small"
@@ -176,9 +176,6 @@ async def run_load(port: int, planned: list[tuple[str, dict[str, Any]]], at_once
 
 def load(count: int, at_once: int, seed: int, folder: Path, *, rounds: int = 1) -> dict[str, Any]:
     """Serves a small model in `folder`, loads it and stops it; what was found."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
-    from served import write_small_model
-
     write_small_model(folder / "model")
     server = ServerProcess(
         folder / "model", "--slots", "16", "--max-queue", "64", "--one-batch-size",
