@@ -29,8 +29,8 @@ def test_every_kind_of_row_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(serve, "_model", lambda plan: served())
     monkeypatch.setattr(serve, "_LOOP_STEPS", 2)
     plan = serve.Plan(
-        tmp_path / "serve.json", preset="370M", streams=(3,), prompt_tokens=5, new_tokens=20,
-        repeats=1, loads=(0.5,), arrivals=4, shared_tokens=64, company=3,
+        tmp_path / "serve.json", preset="370M", streams=(3,), prompt_tokens=16, new_tokens=20,
+        repeats=1, loads=(0.5,), arrivals=4, shared_tokens=16, company=3,
     )  # fmt: skip
     rows = list(serve.measure(plan, {"command": "c"}))
     record = json.loads((tmp_path / "serve.json").read_text())
@@ -46,7 +46,7 @@ def test_every_kind_of_row_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
     without, cached = rows[-2:]
     assert (without["hits"], without["tokens_saved"]) == (0, 0)
     # 20 prompts that begin alike: the first is read whole.
-    assert (cached["hits"], cached["tokens_saved"]) == (19, 19 * 64)
+    assert (cached["hits"], cached["tokens_saved"]) == (19, 19 * 16)
 
 
 def test_rates_and_delays_are_of_the_right_times() -> None:

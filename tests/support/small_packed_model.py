@@ -23,10 +23,15 @@ BASE = ModelConfig(
 @functools.cache
 def build(config):
     model = LanguageModel(config)
+    return model, _params(model)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # A hundred small programs take seconds.
+def _params(model):
     params = model.init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
     keys = iter(jax.random.split(jax.random.key(9), 64))
     # Norms and bounds away from their initial values, as training leaves them.
-    params = jax.tree_util.tree_map_with_path(
+    return jax.tree_util.tree_map_with_path(
         lambda path, x: (
             x + 0.3 * jax.random.normal(next(keys), x.shape)
             if "weight" not in jax.tree_util.keystr(path)
@@ -34,4 +39,3 @@ def build(config):
         ),
         params,
     )
-    return model, params

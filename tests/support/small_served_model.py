@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from small_packed_model import BASE, build
 
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.weights import Packed, Ternary, as_weights, pack
+from mmfree_jax.model.weights import Packed, Params, Ternary, as_weights, pack
 from mmfree_jax.serve.engine import Engine
 from mmfree_jax.serve.handle import Handle
 from mmfree_jax.serve.requests import End, Event, Limits, Request, Tokens
@@ -23,9 +24,14 @@ PATIENCE_S = 120.0
 def served() -> tuple[LanguageModel, Packed]:
     """The model and its packed weights."""
     model, params = build(BASE)
-    weights = as_weights(params, BASE)
-    assert isinstance(weights, Ternary)
-    return model, pack(weights, BASE)
+
+    @jax.jit
+    def packed(params: Params) -> Packed:
+        weights = as_weights(params, BASE)
+        assert isinstance(weights, Ternary)
+        return pack(weights, BASE)
+
+    return model, packed(params)
 
 
 @contextmanager
@@ -41,7 +47,7 @@ def engine(limits: Limits = FOUR, **options: Any) -> Iterator[Engine]:
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """Random tokens."""
-    return tuple(jax.random.randint(jax.random.key(seed), (length,), 0, BASE.vocab_size).tolist())
+    return tuple(np.random.default_rng(seed).integers(0, BASE.vocab_size, length).tolist())
 
 
 def events(handle: Handle) -> list[Event]:

@@ -31,6 +31,7 @@ from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.serve import engine as engine_module
+from mmfree_jax.serve import programs
 from mmfree_jax.serve.engine import Engine
 from mmfree_jax.serve.plan import Plan
 from mmfree_jax.serve.requests import (
@@ -68,18 +69,14 @@ def alone() -> list[list[int]]:
 
 def test_answers_are_those_of_generate() -> None:
     model, weights = served()
-    options = {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
-    cases = [(GREEDY, {"temperature": 0.0}), (DRAWN, {"temperature": 0.9, **options})]
+    wanted = generate(
+        model, weights, [prompt(21)], max_new_tokens=12, seed=[5], streams=[(0, 3)],
+        temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2,
+    )  # fmt: skip
     with engine() as running:
-        for sampling, numbers in cases:
-            request = Request(prompt(21), 12, sampling, seed=5, sample=3)
-            wanted = generate(
-                model, weights, [prompt(21)], max_new_tokens=12, seed=[5], streams=[(0, 3)],
-                **numbers,
-            )  # fmt: skip
-            found, end = ask(running, request)
-            assert found == wanted.tokens[0]
-            assert end == End("length", Usage(21, 0, 12))
+        found, end = ask(running, Request(prompt(21), 12, DRAWN, seed=5, sample=3))
+    assert found == wanted.tokens[0]
+    assert end == End("length", Usage(21, 0, 12))
 
 
 def test_an_answer_does_not_depend_on_the_company(alone: list[list[int]]) -> None:
@@ -122,42 +119,35 @@ def test_fewer_rows_are_decoded_in_smaller_calls() -> None:
         assert [answer(events(handle)) for handle in handles] == [first] * 3
 
 
-def test_log_probabilities_are_the_models_own() -> None:
+def test_log_probabilities_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "_SCORED_AT_ONCE", 8)  # of 16: in two blocks
     model, weights = served()
-    ids = prompt(70)
+    ids = prompt(40)
     # Neither a temperature nor a bias changes what they say.
     sampling = RowSampling(0.0, logit_bias=((7, 100.0),))
     request = Request(ids, 2, sampling, logprobs=2, echo_logprobs=True)
     with engine() as running:
         scored, *tokens, end = events(running.submit(request))
-    logits = model.apply(weights, jnp.asarray([[*ids, 7]]))
+    logits = jax.jit(model.apply)(weights, jnp.asarray([[*ids, 7]]))
     wanted = np.asarray(jax.nn.log_softmax(logits[0]))
     assert isinstance(scored, PromptScores)
     assert scored.scores[0] is None
-    for place in range(1, 70):
-        score = scored.scores[place]
-        np.testing.assert_allclose(score.logprob, wanted[place - 1, ids[place]], atol=1e-3)
-        best = np.argsort(-wanted[place - 1])[:2]
+    for place, score in enumerate(scored.scores[1:]):
+        assert score is not None
+        np.testing.assert_allclose(score.logprob, wanted[place, ids[place + 1]], atol=1e-3)
+        best = np.argsort(-wanted[place])[:2]
         assert len(score.top) == 2
-        np.testing.assert_allclose([v for _, v in score.top], wanted[place - 1, best], atol=1e-3)
+        np.testing.assert_allclose([v for _, v in score.top], wanted[place, best], atol=1e-3)
     assert answer(tokens) == [7, 7]
-    (first,), (second,) = (event.scores for event in tokens)
-    np.testing.assert_allclose(first.logprob, wanted[69, 7], atol=1e-3)
-    np.testing.assert_allclose(second.logprob, wanted[70, 7], atol=1e-3)
-    assert first.top[0][0] == int(np.argmax(wanted[69]))
-    assert end.usage == Usage(70, 0, 2)
-
-
-def test_scores_of_a_prompt_add_up_to_those_of_the_harness() -> None:
-    model, weights = served()
-    ids = prompt(90, 3)
-    (score,) = Scorer(model, weights).score([Query(ids, 30)])
-    with engine() as running:
-        first, end = events(running.submit(Request(ids, 0, echo_logprobs=True)))
-    assert sum(s.logprob for s in first.scores[60:]) == pytest.approx(
-        score.log_likelihood, abs=1e-3
-    )
-    assert end == End("length", Usage(90, 0, 0))
+    (first,), (second,) = (event.scores for event in tokens if isinstance(event, Tokens))
+    np.testing.assert_allclose(first.logprob, wanted[39, 7], atol=1e-3)
+    np.testing.assert_allclose(second.logprob, wanted[40, 7], atol=1e-3)
+    assert first.top[0][0] == int(np.argmax(wanted[39]))
+    assert end == End("length", Usage(40, 0, 2))
+    # The offline harness says the same of the last ten.
+    (score,) = Scorer(model, weights, share_contexts=False).score([Query(ids, 10)])
+    total = sum(one.logprob for one in scored.scores[30:] if one is not None)
+    assert total == pytest.approx(score.log_likelihood, abs=1e-3)
 
 
 def test_a_cached_prompt_is_not_read_again() -> None:
@@ -334,20 +324,20 @@ def attention() -> tuple[LanguageModel, dict[str, object]]:
         glu_linear=DENSE, head_linear=DENSE,
     )  # fmt: skip
     model = LanguageModel(config)
-    return model, model.init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 def test_attention_models_are_served_within_their_length() -> None:
     model, params = attention()
-    prompts = [prompt(5), prompt(33, 1), prompt(70, 2)]
+    prompts = [prompt(5), prompt(33, 1), prompt(45, 2)]
     wanted = [
         generate(model, params, [ids], max_new_tokens=9, temperature=0).tokens[0] for ids in prompts
     ]
-    running = Engine(model, params, Limits(slots=2, max_length=80))
+    running = Engine(model, params, Limits(slots=2, max_length=55))
     running.start(warm_up=False)
     handles = [running.submit(Request(ids, 9, GREEDY)) for ids in prompts]
     assert [answer(events(handle)) for handle in handles] == wanted
-    with pytest.raises(ConfigError, match="together they must be at most 80"):
+    with pytest.raises(ConfigError, match="together they must be at most 55"):
         running.submit(Request(prompts[2], 11))
     # A session goes on where it was.
     assert ask(running, Request(prompts[1], 4, GREEDY, save_as="x"))[0] == wanted[1][:4]
