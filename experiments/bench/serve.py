@@ -2,8 +2,8 @@
 
 Everything is measured in one process with the same weights: the compiled greedy loop that `mmfree
 bench infer` times, streams through the engine, arrivals at random times, prompts that begin
-alike with and without the cache, and streams alone against the same in company. With --url the
-streams go through a server that runs elsewhere, over HTTP.
+alike with and without the cache, streams alone against the same in company, and streams over HTTP
+through a real server. With --url they go to a server that runs elsewhere.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from mmfree_jax.experiments.bench.infer_process import (
     random_weights,
     stored_form,
 )
-from mmfree_jax.experiments.bench.serve_load import Ask, Timed
+from mmfree_jax.experiments.bench.serve_load import Drive, Load, Timed
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.model import LanguageModel
@@ -40,6 +40,8 @@ Row = dict[str, Any]
 
 # Of the bare loop, as `mmfree bench infer` has it by default.
 _LOOP_STEPS, _LOOP_REPEATS = 64, 5
+# So long that no request is refused.
+_QUEUE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,11 @@ class Plan:
     preset: str | None = None
     """In its place, a named size with random packed weights."""
     url: str | None = None
-    """A server that serves this model, http://HOST:PORT; None: the engine in this process."""
+    """A server that serves this model, http://HOST:PORT; None: an engine in this process."""
+    served_as: str = "bench"
+    """Name of the model at --url."""
+    http: bool = True
+    """Also measure through HTTP, by a server in this process and clients in another."""
     streams: Counts = (1, 16, 64)
     """Streams at once, separated by commas."""
     prompt_tokens: Count = 32
@@ -116,15 +122,23 @@ def _rows(plan: Plan, model: LanguageModel, weights: Weights) -> Iterator[Row]:
         bare[streams] = row["tokens_per_s"]
         yield row
     if plan.url is not None:
-        ask = serve_load.of_url(plan.url, "bench")
-        yield from _through(plan, ask, model, bare)
+        yield from _through(
+            "http", plan, serve_load.through_http(plan.url, plan.served_as), model, bare
+        )
         return
     engine, row = _started(plan, model, weights)
     yield row
-    ask = serve_load.of_engine(engine)
-    yield from _through(plan, ask, model, bare)
+    drive = serve_load.through_engine(engine)
+    yield from _through("engine", plan, drive, model, bare)
     if plan.company:
-        yield _company(plan, ask, model)
+        yield _company(plan, drive, model)
+    if plan.http:
+        from mmfree_jax.experiments.bench.serve_http import NAME, serve_engine  # the extra `serve`
+
+        tokenizer = None if plan.model is None else open_model(plan.model).tokenizer()
+        with serve_engine(engine, tokenizer) as url:
+            drive = serve_load.through_http(url, NAME)
+            yield from _through("http", plan, drive, model, bare)
     engine.close()
     if plan.shared_tokens:
         for cache in (0, None):
@@ -161,7 +175,7 @@ def _started(
         sizes = tuple(sorted({*(n for n in plan.streams if n > 1), slots}))
     limits = Limits(
         slots=slots,
-        queue=10_000,
+        queue=_QUEUE,
         batch_sizes=sizes,
         few_row_kernels=plan.few_row_kernels,
         max_length=None if model.config.mixer == "mlgru" else _longest(plan),
@@ -184,27 +198,29 @@ def _longest(plan: Plan) -> int:
     return max(plan.prompt_tokens, plan.shared_tokens + plan.prompt_tokens) + plan.new_tokens
 
 
-def _requests(plan: Plan, model: LanguageModel, count: int, seed: int) -> list[Request]:
+def _requests(plan: Plan, model: LanguageModel, count: int, seed: int) -> tuple[Request, ...]:
     """Greedy requests with prompts of their own."""
     drawn = np.random.default_rng(seed).integers(
         0, model.config.vocab_size, (count, plan.prompt_tokens)
     )
-    return [Request(tuple(row), plan.new_tokens, RowSampling(0.0)) for row in drawn.tolist()]
+    return tuple(Request(tuple(row), plan.new_tokens, RowSampling(0.0)) for row in drawn.tolist())
 
 
 def _through(
-    plan: Plan, ask: Ask, model: LanguageModel, bare: Mapping[int, float]
+    way: str, plan: Plan, drive: Drive, model: LanguageModel, bare: Mapping[int, float]
 ) -> Iterator[Row]:
     """Streams at once, then arrivals at random."""
     whole = 0.0
     for streams in plan.streams:
-        runs = [
-            serve_load.at_once(ask, _requests(plan, model, streams, 100 * streams + repeat))
+        loads = [
+            Load(_requests(plan, model, streams, 100 * streams + repeat))
             for repeat in range(plan.repeats + 1)
-        ][1:]
+        ]
+        runs = drive(loads)[1:]
         rates = [serve_load.tokens_per_s(run) for run in runs]
         row = {
             "work": "streams",
+            "through": way,
             "streams": streams,
             "whole_tokens_per_s": statistics.median(rate["whole"] for rate in rates),
             **serve_load.delays_ms([answer for run in runs for answer in run]),
@@ -216,10 +232,10 @@ def _through(
         yield row
     for load in plan.loads if plan.arrivals else ():
         rate = load * whole / plan.new_tokens
-        requests = _requests(plan, model, plan.arrivals, seed=7)
-        answers = serve_load.at_random(ask, requests, rate)
+        (answers,) = drive([Load(_requests(plan, model, plan.arrivals, seed=7), rate)])
         yield {
             "work": "arrivals",
+            "through": way,
             "load": load,
             "requests_per_s": round(rate, 3),
             "requests": plan.arrivals,
@@ -227,16 +243,21 @@ def _through(
         }
 
 
-def _company(plan: Plan, ask: Ask, model: LanguageModel) -> Row:
+def _one_by_one(drive: Drive, requests: Sequence[Request]) -> list[Timed]:
+    return [answer for answers in drive([Load((r,)) for r in requests]) for answer in answers]
+
+
+def _company(plan: Plan, drive: Drive, model: LanguageModel) -> Row:
     """Each stream alone, then all of them at random times in a busy batch."""
     requests = _requests(plan, model, plan.company, seed=3)
-    alone = [serve_load.at_once(ask, [request])[0] for request in requests]
+    alone = _one_by_one(drive, requests)
     others = [
         dataclasses.replace(r, sampling=RowSampling(), seed=i)
-        for i, r in enumerate(_requests(plan, model, max(plan.streams), seed=4))
+        for i, r in enumerate(_requests(plan, model, plan.company, seed=4))
     ]
-    mixed = [request for pair in zip(requests, _cycle(others), strict=False) for request in pair]
-    busy = serve_load.at_random(ask, mixed, rate=20 * len(mixed) / _seconds(alone))[::2]
+    mixed = tuple(r for pair in zip(requests, others, strict=True) for r in pair)
+    seconds = sum(answer.came[-1][0] - answer.sent_s for answer in alone)
+    busy = drive([Load(mixed, rate=20 * len(mixed) / seconds)])[0][::2]
     same = [a.tokens == b.tokens for a, b in zip(alone, busy, strict=True)]
     agreed = [_agreed(a.tokens, b.tokens) for a, b in zip(alone, busy, strict=True)]
     return {
@@ -248,15 +269,6 @@ def _company(plan: Plan, ask: Ask, model: LanguageModel) -> Row:
         "share_of_tokens": round(statistics.fmean(agreed) / plan.new_tokens, 4),
         "distinct": len({a.tokens for a in alone}),
     }
-
-
-def _cycle(requests: Sequence[Request]) -> Iterator[Request]:
-    while True:
-        yield from requests
-
-
-def _seconds(answers: Sequence[Timed]) -> float:
-    return sum(answer.came[-1][0] - answer.sent_s for answer in answers)
 
 
 def _agreed(one: Sequence[int], other: Sequence[int]) -> int:
@@ -271,8 +283,7 @@ def _shared(plan: Plan, engine: Engine, model: LanguageModel, *, cached: bool) -
         dataclasses.replace(r, prompt=beginning + r.prompt, max_tokens=4)
         for r in _requests(plan, model, 20, seed=12)
     ]
-    ask = serve_load.of_engine(engine)
-    answers = [serve_load.at_once(ask, [request])[0] for request in requests][1:]
+    answers = _one_by_one(serve_load.through_engine(engine), requests)[1:]
     counts = engine.statistics()
     return {
         "work": "prefix cache",

@@ -1,24 +1,25 @@
 """Clients of a server under load: many streams at once, or arrivals at random times.
 
-A stream is timed where its reader is: in a coroutine of one event loop, as the server's own
-writers are.
+A stream is timed where its reader is: in a coroutine of one event loop, in this process or, over
+HTTP, in one of its own, which shares no interpreter with the server.
 """
 
 import asyncio
+import dataclasses
 import json
+import sys
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mmfree_jax.errors import MMFreeError
+from mmfree_jax.experiments.bench.records import measure_alone
 from mmfree_jax.serve.engine import Engine
-from mmfree_jax.serve.requests import End, Request, Tokens
-
-Ask = Callable[[Request], AsyncIterator[tuple[int, ...]]]
-"""Sends a request; gives the tokens of its answer as they come, over HTTP their number alone."""
+from mmfree_jax.serve.requests import End, Request, RowSampling, Tokens
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Timed:
 
     Attributes:
       sent_s: when it was asked for (`time.perf_counter`).
-      came: when tokens came, and how many.
-      tokens: ids; over HTTP zeros.
+      came: when tokens came, and how many; over HTTP the mean of all messages.
+      count: tokens of the answer.
+      tokens: their ids; empty over HTTP.
     """
 
     sent_s: float
-    came: tuple[tuple[float, int], ...]
-    tokens: tuple[int, ...]
+    came: tuple[tuple[float, float], ...]
+    count: int
+    tokens: tuple[int, ...] = ()
 
     @property
     def first_s(self) -> float:
@@ -41,31 +44,90 @@ class Timed:
         return self.came[0][0] - self.sent_s
 
 
-def of_engine(engine: Engine) -> Ask:
-    """Asks an engine of this process."""
+Ask = Callable[[Request], Awaitable[Timed]]
 
-    async def ask(request: Request) -> AsyncIterator[tuple[int, ...]]:
+
+@dataclass(frozen=True)
+class Load:
+    """Requests, and how they arrive.
+
+    Attributes:
+      requests: greedy or at a temperature, with prompts of their own.
+      rate: how many arrive a second, independently (a Poisson process); None: all at once.
+    """
+
+    requests: tuple[Request, ...]
+    rate: float | None = None
+
+
+Drive = Callable[[Sequence[Load]], list[list[Timed]]]
+"""Sends loads, one behind the end of the other."""
+
+
+def through_engine(engine: Engine) -> Drive:
+    """Sends to an engine of this process."""
+
+    async def ask(request: Request) -> Timed:
+        sent_s, came, tokens = time.perf_counter(), [], []
         async for event in engine.submit(request):
             if isinstance(event, Tokens):
-                yield event.ids
+                came.append((time.perf_counter(), len(event.ids)))
+                tokens += event.ids
             elif isinstance(event, End) and event.reason != "length":
                 raise MMFreeError(f"an answer ended as {event.reason}: {event.message}")
+        return Timed(sent_s, tuple(came), len(tokens), tuple(tokens))
 
-    return ask
+    return lambda loads: [_send(ask, load) for load in loads]
 
 
-def of_url(url: str, model: str, key: str | None = None) -> Ask:
-    """Asks a server that speaks OpenAI's completions, by token ids and as a stream.
+def through_http(url: str, model: str) -> Drive:
+    """Sends to a server that speaks OpenAI's completions, by token ids and as streams.
 
     Args:
       url: of the server, for example http://127.0.0.1:8000.
       model: name that it has there.
-      key: for its Authorization header.
+
+    Returns:
+      A function that starts a client process for each call.
     """
+
+    def drive(loads: Sequence[Load]) -> list[list[Timed]]:
+        task = {"url": url, "model": model, "loads": [dataclasses.asdict(load) for load in loads]}
+        found = measure_alone([sys.executable, "-m", __name__], task)
+        if "failed" in found:
+            raise MMFreeError(f"{url}: {found['failed']}")
+        return [
+            [Timed(one["sent_s"], tuple(map(tuple, one["came"])), one["count"]) for one in answers]
+            for answers in found["answers"]
+        ]
+
+    return drive
+
+
+def answer_task(task: dict[str, Any]) -> dict[str, Any]:
+    """What the client process makes of a line of `through_http`."""
+    ask = _ask_url(task["url"], task["model"])
+    answers = []
+    for load in task["loads"]:
+        requests = tuple(
+            Request(
+                tuple(one["prompt"]),
+                one["max_tokens"],
+                RowSampling(one["sampling"]["temperature"]),
+                one["seed"],
+            )
+            for one in load["requests"]
+        )
+        found = _send(ask, Load(requests, load["rate"]))
+        answers.append([dataclasses.asdict(one) for one in found])
+    return {"answers": answers}
+
+
+def _ask_url(url: str, model: str) -> Ask:
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
 
-    async def ask(request: Request) -> AsyncIterator[tuple[int, ...]]:
+    async def ask(request: Request) -> Timed:
         body = json.dumps(
             {
                 "model": model, "prompt": list(request.prompt), "max_tokens": request.max_tokens,
@@ -74,35 +136,33 @@ def of_url(url: str, model: str, key: str | None = None) -> Ask:
             }
         ).encode()  # fmt: skip
         asked = [
-            f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.0", f"Host: {host}",
-            "Content-Type: application/json", f"Content-Length: {len(body)}",
-            *([f"Authorization: Bearer {key}"] if key else []),
+            f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.0", f"Host: {host}:{port}",
+            "Content-Type: application/json", f"Content-Length: {len(body)}", "", "",
         ]  # fmt: skip
+        sent_s = time.perf_counter()
         reader, writer = await asyncio.open_connection(host, port)
         try:
-            writer.write("\r\n".join([*asked, "", ""]).encode() + body)
+            writer.write("\r\n".join(asked).encode() + body)
             head = (await reader.readuntil(b"\r\n\r\n")).decode(errors="replace")
             status = head.splitlines()[0]
             if " 200 " not in status:
                 text = (await reader.read()).decode(errors="replace")
                 raise MMFreeError(f"{url} answered {status}: {text[-300:]}")
-            given = 0
-            async for event in _server_sent(reader):
-                if event.get("choices"):
-                    given += 1
-                    yield (0,)
-                elif usage := event.get("usage"):
-                    # A message may have held several tokens, or none whole enough to show.
-                    rest = usage["completion_tokens"] - given
-                    if rest > 0:
-                        yield (0,) * rest
+            times, count = [], 0
+            async for message in _messages(reader):
+                if message.get("error"):
+                    raise MMFreeError(f"{url}: {message['error']}")
+                if any(choice.get("text") for choice in message.get("choices", ())):
+                    times.append(time.perf_counter())
+                count = (message.get("usage") or {}).get("completion_tokens", count)
         finally:
             writer.close()
+        return Timed(sent_s, tuple((when, count / len(times)) for when in times), count)
 
     return ask
 
 
-async def _server_sent(reader: asyncio.StreamReader) -> AsyncIterator[dict]:
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """The JSON messages of a stream of server-sent events."""
     async for line in reader:
         text = line.decode().strip()
@@ -112,35 +172,17 @@ async def _server_sent(reader: asyncio.StreamReader) -> AsyncIterator[dict]:
             yield json.loads(text.removeprefix("data: "))
 
 
-async def timed(ask: Ask, request: Request) -> Timed:
-    """One request and the times of its tokens."""
-    sent_s, came, tokens = time.perf_counter(), [], []
-    async for ids in ask(request):
-        came.append((time.perf_counter(), len(ids)))
-        tokens += ids
-    return Timed(sent_s, tuple(came), tuple(tokens))
-
-
-def at_once(ask: Ask, requests: Sequence[Request]) -> list[Timed]:
-    """All requests at the same time."""
-
-    async def run() -> list[Timed]:
-        return await asyncio.gather(*(timed(ask, request) for request in requests))
-
-    return asyncio.run(run())
-
-
-def at_random(ask: Ask, requests: Sequence[Request], rate: float, seed: int = 0) -> list[Timed]:
-    """Requests that arrive independently, `rate` a second (a Poisson process)."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, len(requests))
+def _send(ask: Ask, load: Load) -> list[Timed]:
+    starts = np.zeros(len(load.requests))
+    if load.rate is not None:
+        starts = np.cumsum(np.random.default_rng(0).exponential(1 / load.rate, len(starts)))
 
     async def later(request: Request, start_s: float) -> Timed:
         await asyncio.sleep(start_s)
-        return await timed(ask, request)
+        return await ask(request)
 
     async def run() -> list[Timed]:
-        starts = np.cumsum(gaps).tolist()
-        return await asyncio.gather(*map(later, requests, starts))
+        return await asyncio.gather(*map(later, load.requests, starts.tolist()))
 
     return asyncio.run(run())
 
@@ -156,7 +198,7 @@ def tokens_per_s(answers: Sequence[Timed]) -> dict[str, float]:
     begun = max(a.came[0][0] for a in answers)
     ended = min(a.came[-1][0] for a in answers)
     steady = sum(n for a in answers for when, n in a.came if begun < when <= ended)
-    rates = {"whole": sum(len(a.tokens) for a in answers) / (last - first)}
+    rates = {"whole": sum(a.count for a in answers) / (last - first)}
     if ended > begun:
         rates["steady"] = steady / (ended - begun)
     return {name: round(rate, 1) for name, rate in rates.items()}
@@ -166,7 +208,7 @@ def delays_ms(answers: Sequence[Timed]) -> dict[str, float]:
     """Milliseconds to the first token and between tokens: median and 99th percentile."""
     first = [1e3 * a.first_s for a in answers]
     gaps = [
-        1e3 * (a.came[-1][0] - a.came[0][0]) / (len(a.tokens) - a.came[0][1])
+        1e3 * (a.came[-1][0] - a.came[0][0]) / (a.count - a.came[0][1])
         for a in answers
         if len(a.came) > 1
     ]
@@ -174,3 +216,7 @@ def delays_ms(answers: Sequence[Timed]) -> dict[str, float]:
     if gaps:
         out |= {"a_token_p50": np.percentile(gaps, 50), "a_token_p99": np.percentile(gaps, 99)}
     return {name: round(float(value), 2) for name, value in out.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer_task(json.loads(sys.stdin.readline()))), flush=True)

@@ -1,9 +1,7 @@
 """`mmfree bench serve`: a small engine measured, its numbers, and what is refused."""
 
-import asyncio
+import dataclasses
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,14 @@ from small_served_model import FOUR, served
 from mmfree_jax.cli.main import main
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.bench import serve, serve_load
-from mmfree_jax.experiments.bench.serve_load import Timed
+from mmfree_jax.experiments.bench.serve_load import Load, Timed
 from mmfree_jax.serve.engine import Engine
 from mmfree_jax.serve.requests import Request, RowSampling
 
 
 def test_every_kind_of_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def started(plan, model, weights, cache_bytes=1000_000):
-        engine = Engine(model, weights, serve.dataclasses.replace(
+        engine = Engine(model, weights, dataclasses.replace(
             FOUR, prefix_cache_bytes=1000_000 if cache_bytes is None else cache_bytes
         ))  # fmt: skip
         engine.start(warm_up=False)
@@ -30,7 +28,7 @@ def test_every_kind_of_row_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(serve, "_LOOP_STEPS", 2)
     plan = serve.Plan(
         tmp_path / "serve.json", preset="370M", streams=(3,), prompt_tokens=16, new_tokens=20,
-        repeats=1, loads=(0.5,), arrivals=4, shared_tokens=16, company=3,
+        repeats=1, loads=(0.5,), arrivals=4, shared_tokens=16, company=3, http=False,
     )  # fmt: skip
     rows = list(serve.measure(plan, {"command": "c"}))
     record = json.loads((tmp_path / "serve.json").read_text())
@@ -51,8 +49,8 @@ def test_every_kind_of_row_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_rates_and_delays_are_of_the_right_times() -> None:
     answers = [
-        Timed(0.0, ((1.0, 2), (2.0, 2), (3.0, 2)), (0,) * 6),
-        Timed(0.0, ((2.0, 2), (3.0, 2), (4.0, 2)), (0,) * 6),
+        Timed(0.0, ((1.0, 2), (2.0, 2), (3.0, 2)), 6),
+        Timed(0.0, ((2.0, 2), (3.0, 2), (4.0, 2)), 6),
     ]
     # All: 12 tokens in 4 s. Steady, from 2 s to 3 s: two tokens of each.
     assert serve_load.tokens_per_s(answers) == {"whole": 3.0, "steady": 4.0}
@@ -62,51 +60,26 @@ def test_rates_and_delays_are_of_the_right_times() -> None:
         "a_token_p50": 500.0,
         "a_token_p99": 500.0,
     }
-    assert "steady" not in serve_load.tokens_per_s([Timed(0.0, ((1.0, 3),), (0,) * 3)])
+    assert "steady" not in serve_load.tokens_per_s([Timed(0.0, ((1.0, 3),), 3)])
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[bytes]]]:
-    """A server whose answer to a path that ends in completions is four tokens in two messages."""
-    asked: list[bytes] = []
-    loop = asyncio.new_event_loop()
+def test_streams_go_through_a_real_server() -> None:
+    pytest.importorskip("uvicorn")
+    from mmfree_jax.experiments.bench.serve_http import NAME, serve_engine
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        body = json.loads(await reader.readexactly(length))
-        asked.append(head.split(b"\r\n")[0])
-        if body["prompt"] == [0]:
-            writer.write(b"HTTP/1.1 429 Too Many Requests\r\n\r\nwait")
-        else:
-            usage = {"choices": [], "usage": {"completion_tokens": 4}}
-            messages = [{"choices": [{"text": "ab"}]}, {"choices": [{"text": ""}]}, usage]
-            lines = [f"data: {json.dumps(m)}\n\n" for m in messages] + ["data: [DONE]\n\n"]
-            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + "".join(lines).encode())
-        await writer.drain()
-        writer.close()
-
-    async def start() -> asyncio.Server:
-        return await asyncio.start_server(answer, "127.0.0.1", 0)
-
-    running = loop.run_until_complete(start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    port = running.sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}", asked
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
-
-
-def test_a_server_is_asked_as_openai_would_be(server: tuple[str, list[bytes]]) -> None:
-    url, asked = server
-    ask = serve_load.of_url(url, "m")
-    (found,) = serve_load.at_once(ask, [Request((5, 9), 4, RowSampling(0.0))])
-    assert len(found.tokens) == 4
-    assert asked == [b"POST /v1/completions HTTP/1.0"]
-    with pytest.raises(MMFreeError, match=r"429 Too Many Requests: wait"):
-        serve_load.at_once(ask, [Request((0,), 4)])
+    running = Engine(*served(), FOUR)
+    running.start(warm_up=False)
+    requests = tuple(Request((5, 9), 7, RowSampling(0.0), seed=i) for i in range(5))
+    with serve_engine(running, None) as url:
+        drive = serve_load.through_http(url, NAME)
+        at_once, later = drive([Load(requests), Load(requests[:2], rate=50.0)])
+        with pytest.raises(MMFreeError, match="bench-not"):
+            serve_load.through_http(url, "bench-not")([Load(requests[:1])])
+    assert [answer.count for answer in at_once + later] == [7] * 7
+    for answer in at_once + later:
+        assert sum(count for _, count in answer.came) == pytest.approx(7)
+        assert answer.first_s > 0
+    assert not running.healthy
 
 
 @pytest.mark.parametrize(
