@@ -120,11 +120,10 @@ class Gate:
         except RequestError as e:
             await error_response(e)(scope, receive, counted)
         except Exception as e:  # answered already, if it could be
-            log.error("fault at %s: %s", scope["path"], _where(e))
+            log.error("fault in %s: %s", _endpoint(scope), _where(e))
         finally:
             service.active -= 1
-            route = scope.get("route")
-            service.metrics.count_response(getattr(route, "path", "other"), status or GONE)
+            service.metrics.count_response(_endpoint(scope), status or GONE)
             if service.log_requests:
                 _log_request(scope, status or GONE, time.monotonic() - begun)
 
@@ -174,6 +173,11 @@ class Gate:
         except ValueError:
             return name in self._hosts
         return True
+
+
+def _endpoint(scope: MutableMapping[str, Any]) -> str:
+    """The endpoint that a request went to, so that no text of a client becomes a label."""
+    return getattr(scope.get("endpoint"), "__name__", "none")
 
 
 def _where(error: BaseException) -> str:

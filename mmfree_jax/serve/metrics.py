@@ -57,7 +57,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCounts(engine))
         self._responses = Counter(
-            "mmfree_responses", "HTTP responses.", ["path", "status"], registry=self._registry
+            "mmfree_responses", "HTTP responses.", ["endpoint", "status"], registry=self._registry
         )
         self._first_token = Histogram(
             "mmfree_first_token_seconds",
@@ -72,9 +72,9 @@ class Metrics:
             buckets=_SECONDS,
         )
 
-    def count_response(self, path: str, status: int) -> None:
-        """Counts a response; `path` is a route's, so that clients make no new ones."""
-        self._responses.labels(path, str(status)).inc()
+    def count_response(self, endpoint: str, status: int) -> None:
+        """Counts a response of an endpoint, or of none where the request was refused before."""
+        self._responses.labels(endpoint, str(status)).inc()
 
     def observe_answer(self, first_token_s: float | None, whole_s: float) -> None:
         """Notes how long an answer took (seconds)."""

@@ -66,7 +66,8 @@ def test_a_character_of_several_tokens_comes_whole(client):
     )  # fmt: skip
     texts = [chunk.choices[0].text for chunk in response]
     # The other two tokens begin a character that never ends.
-    assert texts == ["日", "\ufffd"]
+    assert "".join(texts) == "日\ufffd"
+    assert next(filter(None, texts)).startswith("日")
 
 
 def test_seeded_samples_are_those_of_the_seed_alone(client):
@@ -255,7 +256,7 @@ def test_metrics_and_health(small):
     status, text, _ = small.ask("GET", "/metrics")
     assert status == 200
     assert b"mmfree_slots 4.0\n" in text
-    assert b'mmfree_responses_total{path="/v1/models",status="200"}' in text
+    assert b'mmfree_responses_total{endpoint="models",status="200"}' in text
     assert small.ask("GET", "/health")[1] == {"status": "ok"}
 
 

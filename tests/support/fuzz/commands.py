@@ -55,6 +55,8 @@ GOOD: dict[str, tuple[str, ...]] = {
     "bench coverage": (
         "--out new --designs grid-20 --methods gap,profile --repetitions 1 --resamples 20",
     ),
+    "serve": ("--model text --host 127.0.0.1 --port 0 --slots 2",),
+    "bench serve": ("--out text/a.txt --preset tiny --streams 1 --prompt-tokens 2",),
     "bench scaling": ("--report text", "--out text/a.txt --presets tiny --devices 1"),
     "compile": ("--topology cpu:1 --config train.yaml --out new.json",),
     "launch local": ("-n 1 -- info --preset tiny",),
