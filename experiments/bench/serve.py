@@ -132,6 +132,11 @@ def _rows(plan: Plan, model: LanguageModel, weights: Weights) -> Iterator[Row]:
     yield from _through("engine", plan, drive, model, bare)
     if plan.company:
         yield _company(plan, drive, model)
+    if plan.shared_tokens and model.config.mixer == "mlgru":
+        without, _ = _started(plan, model, weights, cache_bytes=0)
+        yield _shared(plan, without, model, cached=False)
+        without.close()
+        yield _shared(plan, engine, model, cached=True)
     if plan.http:
         from mmfree_jax.experiments.bench.serve_http import NAME, serve_engine  # the extra `serve`
 
@@ -140,11 +145,6 @@ def _rows(plan: Plan, model: LanguageModel, weights: Weights) -> Iterator[Row]:
             drive = serve_load.through_http(url, NAME)
             yield from _through("http", plan, drive, model, bare)
     engine.close()
-    if plan.shared_tokens:
-        for cache in (0, None):
-            engine, _ = _started(plan, model, weights, cache)
-            yield _shared(plan, engine, model, cached=cache is None)
-            engine.close()
 
 
 def _bare(model: LanguageModel, weights: Weights, batch: int) -> Row:
@@ -283,14 +283,15 @@ def _shared(plan: Plan, engine: Engine, model: LanguageModel, *, cached: bool) -
         dataclasses.replace(r, prompt=beginning + r.prompt, max_tokens=4)
         for r in _requests(plan, model, 20, seed=12)
     ]
+    before = engine.statistics()
     answers = _one_by_one(serve_load.through_engine(engine), requests)[1:]
     counts = engine.statistics()
     return {
         "work": "prefix cache",
         "cache": cached,
         "shared_tokens": plan.shared_tokens,
-        "hits": counts.prefix_hits,
-        "tokens_saved": counts.prefix_tokens_saved,
+        "hits": counts.prefix_hits - before.prefix_hits,
+        "tokens_saved": counts.prefix_tokens_saved - before.prefix_tokens_saved,
         "cache_bytes": counts.prefix_bytes,
         **serve_load.delays_ms(answers),
     }
