@@ -72,6 +72,9 @@ class ServeConfig:
     one_batch_size: bool = False
     """Decode at one batch size, of all slots, so that an answer to a seed is the same in any
     company to the last bit; slower where few requests run."""
+    few_row_kernels: bool = False
+    """On a GPU, decode one or two packed answers by the kernels that are fastest for them. Their
+    last bits are others, so that an answer to a seed depends on how many run beside it."""
     log_requests: bool = False
     """Write each request with its body to standard error; otherwise nothing of them is logged."""
 
@@ -154,6 +157,7 @@ def _open(config: ServeConfig, show: Any) -> Any:
         queue=config.max_queue,
         max_length=config.max_length,
         batch_sizes=(config.slots,) if config.one_batch_size else None,
+        few_row_kernels=config.few_row_kernels,
         prefix_cache_bytes=config.prefix_cache_mib * 2**20,
         session_bytes=config.session_mib * 2**20,
         time_limit_s=config.request_seconds,

@@ -70,13 +70,14 @@ def plan_for(limits: Limits, config: ModelConfig, backend: str) -> Plan:
       ConfigError: limits that do not fit each other or the model.
     """
     attention = config.mixer == "attention"
-    on_gpu = backend == "gpu"
+    accelerated = backend != "cpu"
     sizes = limits.batch_sizes
     if sizes is None:
-        # From 16 rows down a GPU takes about the same time.
-        fewest = limits.slots if attention else 16 if on_gpu and not limits.few_row_kernels else 1
-        powers = [4**power for power in range(16) if fewest <= 4**power < limits.slots]
-        sizes = (*powers, limits.slots)
+        # From 16 rows down a GPU takes about the same time, but by other kernels.
+        few = (1, 2) if limits.few_row_kernels else ()
+        small = few if accelerated else (1, 4)
+        all_sizes = (*small, *(4**power for power in range(2, 16)))
+        sizes = (*(n for n in all_sizes if n < limits.slots and not attention), limits.slots)
     if attention and sizes != (limits.slots,):
         raise ConfigError(
             f"batch_sizes is {sizes}: a model with attention decodes all slots at once; leave it "
@@ -88,10 +89,10 @@ def plan_for(limits: Limits, config: ModelConfig, backend: str) -> Plan:
         slots=limits.slots,
         max_length=limits.max_length or (_ATTENTION_LENGTH if attention else None),
         batch_sizes=tuple(sorted(set(sizes))),
-        steps=limits.steps or (8 if on_gpu else 1),
-        piece_rows={16: 8, 64: 4, 256: 2, 1024: 1} if on_gpu else {16: 1, 64: 1},
-        turn_tokens=1024 if on_gpu else 64,
-        ahead=1 if on_gpu else 0,
+        steps=limits.steps or (8 if accelerated else 1),
+        piece_rows={16: 8, 64: 4, 256: 2, 1024: 1} if accelerated else {16: 1, 64: 1},
+        turn_tokens=1024 if accelerated else 64,
+        ahead=1 if accelerated else 0,
     )
 
 

@@ -83,7 +83,7 @@ def test_prompts_are_cut_the_same_wherever_they_begin_alike() -> None:
 def test_sizes_of_calls_by_backend_and_model() -> None:
     attention = ModelConfig(mixer="attention", num_heads=2, hidden_size=32)
     assert plan_for(Limits(slots=128), BASE, "gpu").batch_sizes == (16, 64, 128)
-    assert plan_for(Limits(slots=8, few_row_kernels=True), BASE, "gpu").batch_sizes == (1, 4, 8)
+    assert plan_for(Limits(slots=8, few_row_kernels=True), BASE, "gpu").batch_sizes == (1, 2, 8)
     assert plan_for(Limits(slots=6), BASE, "cpu").batch_sizes == (1, 4, 6)
     assert plan_for(Limits(slots=6), attention, "cpu").batch_sizes == (6,)
     assert plan_for(Limits(slots=6), attention, "cpu").max_length == 2048
