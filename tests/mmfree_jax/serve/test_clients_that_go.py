@@ -1,9 +1,9 @@
 """Clients that leave, read nothing or are too many; and how a server ends."""
 
 import contextlib
+import dataclasses
 import json
 import socket
-import threading
 import time
 from http.client import HTTPConnection
 
@@ -36,8 +36,8 @@ def begin(port, body):
 
 @pytest.fixture(scope="module")
 def crowded():
-    """A server with one slot and room for one request that waits."""
-    engine = start_engine(Limits(slots=1, queue=1, batch_sizes=(1,)))
+    """A server with room for one request that waits."""
+    engine = start_engine(Limits(slots=4, queue=1, batch_sizes=(4,)))
     with served(engine, patience=Patience(write_seconds=0.5, drain_seconds=5)) as server:
         yield server
 
@@ -58,8 +58,8 @@ def test_a_client_that_goes_away_frees_its_slot(crowded, stream):
 
 def test_a_full_queue_says_when_to_come_again(crowded):
     engine = crowded.service.engine
-    with contextlib.closing(begin(crowded.port, LONG)):
-        until(lambda: engine.statistics().running == 1)
+    with contextlib.closing(begin(crowded.port, LONG | {"n": 4})):
+        until(lambda: engine.statistics().running == 4)
         with contextlib.closing(begin(crowded.port, LONG)):
             until(lambda: engine.statistics().waiting == 1)
             status, error, headers = crowded.ask("POST", "/v1/completions", LONG)
@@ -69,6 +69,7 @@ def test_a_full_queue_says_when_to_come_again(crowded):
             client = openai.OpenAI(base_url=f"{crowded.url}/v1", api_key="x", max_retries=0)
             with client, pytest.raises(openai.RateLimitError):
                 client.completions.create(model=NAME, prompt="x")
+        until(lambda: engine.statistics().waiting == 0)
         # Of several prompts none is kept when one finds no place.
         status, _, _ = crowded.ask("POST", "/v1/completions", LONG | {"prompt": ["a", "b", "c"]})
         assert status == 429
@@ -95,7 +96,7 @@ def test_who_reads_nothing_is_let_go_and_holds_nobody(crowded):
 
 
 def test_a_server_that_stops_refuses_and_lets_streams_end():
-    engine = start_engine(Limits(slots=1, queue=4, batch_sizes=(1,)))
+    engine = start_engine(Limits(slots=4, queue=4, batch_sizes=(4,)))
     with served(engine, patience=Patience(drain_seconds=20)) as server:
         kept = HTTPConnection("127.0.0.1", server.port, timeout=60)
         kept.request("GET", "/v1/models", headers={"Host": "localhost"})
@@ -120,7 +121,7 @@ def test_a_server_that_stops_refuses_and_lets_streams_end():
 
 
 def test_a_stream_that_runs_too_long_ends_with_an_error():
-    engine = start_engine(Limits(slots=1, queue=4, batch_sizes=(1,)))
+    engine = start_engine(Limits(slots=4, queue=4, batch_sizes=(4,)))
     with served(engine, patience=Patience(drain_seconds=0.2)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
         stream = client.completions.create(**_long_stream())
@@ -136,22 +137,15 @@ def _long_stream():
 
 
 def test_time_that_passes_ends_an_answer_as_it_is():
-    engine = start_engine(Limits(slots=1, queue=4, batch_sizes=(1,), time_limit_s=3.0))
+    engine = start_engine(Limits(slots=4, queue=4, batch_sizes=(4,), time_limit_s=0.5))
     with served(engine) as server:
-        answers = {}
-
-        def ask(name, body):
-            answers[name] = server.ask("POST", "/v1/completions", body)
-
-        first = threading.Thread(target=ask, args=("first", LONG | {"max_tokens": 4096}))
-        first.start()
-        until(lambda: engine.statistics().running == 1)
-        ask("second", LONG | {"max_tokens": 4096})
-        first.join()
-    found = [answers[name] for name in ("first", "second")]
-    for status, answer, _ in found:
-        if status == 200:
-            assert answer["choices"][0]["finish_reason"] == "length"
-            assert 0 < answer["usage"]["completion_tokens"] <= 4096
-        else:
-            assert (status, answer["error"]["code"]) == (503, "timeout")
+        status, answer, _ = server.ask("POST", "/v1/completions", LONG | {"n": 4})
+        assert status == 200
+        assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
+        assert 4 <= answer["usage"]["completion_tokens"] < 4 * 4000
+        with contextlib.closing(begin(server.port, LONG | {"n": 4})):
+            until(lambda: engine.statistics().running == 4)
+            engine._limits = dataclasses.replace(engine._limits, time_limit_s=0.001)
+            status, answer, headers = server.ask("POST", "/v1/completions", LONG)
+    assert (status, answer["error"]["code"]) == (503, "timeout")
+    assert int(headers["retry-after"]) >= 1
