@@ -55,11 +55,8 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """Adds tokens; returns the text that they complete."""
-        pieces = []
-        for token in tokens:
-            self._window.append(token)
-            pieces.append(self._advance(final=False))
-        return "".join(pieces)
+        self._window += tokens
+        return self._advance(final=False)
 
     def flush(self) -> str:
         """What was held back, now that nothing follows."""
@@ -136,9 +133,9 @@ class AnswerText:
         """Characters that have come, with those that are held back."""
         return len(self.text) + len(self._pending)
 
-    def push(self, token: int) -> str:
-        """Adds a token; returns the text that may be given out."""
-        self._pending += self._stream.push([token])
+    def push(self, *tokens: int) -> str:
+        """Adds tokens; returns the text that may be given out."""
+        self._pending += self._stream.push(tokens)
         return self._release(final=False)
 
     def flush(self) -> str:

@@ -59,6 +59,7 @@ class Answer:
     echo: bool = False
     prompt_text: str = ""
     _waiting: list[Scored] = field(default_factory=list)
+    _count: int = 0
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer piece by piece; the last has `finish` and `usage`.
@@ -71,28 +72,35 @@ class Answer:
         start = len(self.prompt_text) if self.echo else 0
         if self.echo and not self.handle.request.echo_logprobs:
             yield Piece(self.prompt_text)
-        count, new = 0, ""
+        new = ""
         async for event in self.handle:
             if isinstance(event, PromptScores):
                 yield Piece(self.prompt_text, self._score_prompt(event))
-            elif isinstance(event, Tokens):
+            elif isinstance(event, End):
+                yield self._end(event, new, text, start)
+            elif not text.stopped:  # else it was under way when the stop string was found
+                new += self._read(event, text, start)
                 if text.stopped:
-                    continue  # was under way when the stop string was found
-                for place, token in enumerate(event.ids):
-                    offset = start + text.length
-                    new += text.push(token)
-                    count += 1
-                    if event.scores:
-                        self._waiting.append(Scored(token, offset, event.scores[place]))
-                    if text.stopped:
-                        self.handle.cancel(keep=count)
-                        break
+                    self.handle.cancel(keep=self._count)
                 # Where the client or this loop lags behind, several tokens make one piece.
                 if new and not self.handle.has_more:
                     yield Piece(new, self._due(start + len(text.text)))
                     new = ""
-            else:
-                yield self._end(event, new, text, start)
+
+    def _read(self, event: Tokens, text: AnswerText, start: int) -> str:
+        """The text that tokens add, up to the one that completes a stop string."""
+        if not self.stops and not event.scores:
+            return text.push(*event.ids)
+        new = ""
+        for place, token in enumerate(event.ids):
+            offset = start + text.length
+            new += text.push(token)
+            self._count += 1
+            if event.scores:
+                self._waiting.append(Scored(token, offset, event.scores[place]))
+            if text.stopped:
+                break
+        return new
 
     def _end(self, end: End, new: str, text: AnswerText, start: int) -> Piece:
         given_up = end.reason == "error" or (end.reason == "cancelled" and not text.stopped)
