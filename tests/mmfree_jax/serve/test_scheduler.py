@@ -1,5 +1,9 @@
 """Turns of the scheduler one by one: who reads, who answers, when a slot is free."""
 
+import dataclasses
+
+import jax
+import numpy as np
 import pytest
 from small_packed_model import BASE
 from small_served_model import answer, prompt, served
@@ -18,12 +22,17 @@ from mmfree_jax.serve.session_store import SessionStore
 GREEDY = RowSampling(0.0)
 
 
-@pytest.fixture
-def scheduler() -> Scheduler:
+def make_scheduler(store: SessionStore | None = None, ahead: int = 0) -> Scheduler:
     _, weights = served()
     plan = plan_for(Limits(slots=4, batch_sizes=(4,)), BASE, "cpu")
-    store = SessionStore(weights, BASE, 2**20)
+    plan = dataclasses.replace(plan, ahead=ahead)
+    store = store or SessionStore(weights, BASE, 2**20)
     return Scheduler(Batch(weights, BASE, plan), plan, PrefixCache(0), store, Outbox())
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return make_scheduler()
 
 
 def job(request: Request) -> Job:
@@ -58,6 +67,43 @@ def test_a_cancelled_request_frees_its_slot_before_the_next_token(scheduler: Sch
         Tokens((jobs[2].answer[0],)),
         End("cancelled", Usage(1, 0, 1)),
     ]
+
+
+def test_a_slot_forgets_the_request_that_was_cancelled_in_it() -> None:
+    _, weights = served()
+    store = SessionStore(weights, BASE, 2**20)
+    scheduler = make_scheduler(store)
+    alone, beside = (job(Request(prompt(200), 0, save_as=name)) for name in ("alone", "beside"))
+    scheduler.admit(alone)
+    while not alone.ended:
+        scheduler.turn()
+    others = [job(Request((1,), 50, GREEDY)) for _ in range(4)]
+    for each in others:
+        scheduler.admit(each)
+    scheduler.turn()
+    others[1].handle.cancel()
+    scheduler.end_cancelled()
+    scheduler.admit(beside)  # is read in four turns, while the other rows are given tokens
+    while not beside.ended:
+        scheduler.turn()
+    jax.tree.map(np.testing.assert_array_equal, store.find("beside"), store.find("alone"))
+
+
+def test_tokens_on_the_way_to_a_cut_answer_do_not_count() -> None:
+    _, weights = served()
+    store = SessionStore(weights, BASE, 2**20)
+    scheduler = make_scheduler(store, ahead=1)
+    cut = job(Request((1,), 500, GREEDY, save_as="cut"))
+    scheduler.admit(cut)
+    while len(cut.answer) < 75:
+        scheduler.turn()
+    cut.handle.cancel(keep=70)
+    scheduler.end_cancelled()
+    while not cut.ended:  # what is kept is read again in two turns
+        scheduler.turn()
+    assert len(cut.answer) == 75
+    assert list(cut.handle.events(0.0))[-1] == End("cancelled", Usage(1, 0, 70))
+    assert [info.tokens for info in store.list()] == [71]
 
 
 def test_a_slot_is_given_on_as_soon_as_its_last_token_is_on_the_way(scheduler: Scheduler) -> None:
