@@ -191,16 +191,22 @@ def tokens_per_s(answers: Sequence[Timed]) -> dict[str, float]:
     """Tokens a second of streams that were started at once.
 
     "whole": all tokens over all the time, prompts included. "steady": from when the last stream
-    had its first tokens to when the first had its last.
+    had its first tokens to when the first had its last; tokens that come together count as spread
+    over the time since those before.
     """
     first = min(a.sent_s for a in answers)
     last = max(a.came[-1][0] for a in answers)
     begun = max(a.came[0][0] for a in answers)
     ended = min(a.came[-1][0] for a in answers)
-    steady = sum(n for a in answers for when, n in a.came if begun < when <= ended)
+
+    def between(answer: Timed) -> float:
+        times, counts = zip(*answer.came, strict=True)
+        at_begin, at_end = np.interp((begun, ended), times, np.cumsum(counts))
+        return float(at_end - at_begin)
+
     rates = {"whole": sum(a.count for a in answers) / (last - first)}
     if ended > begun:
-        rates["steady"] = steady / (ended - begun)
+        rates["steady"] = sum(map(between, answers)) / (ended - begun)
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 

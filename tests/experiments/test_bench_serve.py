@@ -50,13 +50,13 @@ def test_every_kind_of_row_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
 def test_rates_and_delays_are_of_the_right_times() -> None:
     answers = [
         Timed(0.0, ((1.0, 2), (2.0, 2), (3.0, 2)), 6),
-        Timed(0.0, ((2.0, 2), (3.0, 2), (4.0, 2)), 6),
+        Timed(0.0, ((1.5, 2), (2.5, 2), (3.5, 2)), 6),
     ]
-    # All: 12 tokens in 4 s. Steady, from 2 s to 3 s: two tokens of each.
-    assert serve_load.tokens_per_s(answers) == {"whole": 3.0, "steady": 4.0}
+    # All: 12 tokens in 3.5 s. Steady, from 1.5 s to 3 s: three tokens of each.
+    assert serve_load.tokens_per_s(answers) == {"whole": 3.4, "steady": 4.0}
     assert serve_load.delays_ms(answers) == {
-        "first_token_p50": 1500.0,
-        "first_token_p99": 1990.0,
+        "first_token_p50": 1250.0,
+        "first_token_p99": 1495.0,
         "a_token_p50": 500.0,
         "a_token_p99": 500.0,
     }
