@@ -7,6 +7,7 @@ tokenizer and templates.
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mmfree_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from mmfree_jax.errors import DataError
@@ -56,11 +57,8 @@ IDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def make_tokenizer():
     """The byte-level BPE that gave the expected ids."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -72,6 +70,11 @@ def tokenizer():
     )
     bpe.train_from_iterator(["hello there you user assistant"] * 5, trainer)
     return JsonTokenizer(bpe.to_str().encode(), "<|bos|>", "<|eos|>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.mark.parametrize("template", TEXTS, ids=["mistral", "headers", "generation"])
