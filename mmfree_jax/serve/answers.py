@@ -1,5 +1,6 @@
 """One answer as it comes: from the engine's tokens to text, ended by stop strings."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -75,7 +76,9 @@ class Answer:
         new = ""
         async for event in self.handle:
             if isinstance(event, PromptScores):
-                yield Piece(self.prompt_text, self._score_prompt(event))
+                # A long prompt takes a while, in which the loop serves others.
+                scored = await asyncio.to_thread(self._score_prompt, event)
+                yield Piece(self.prompt_text, scored)
             elif isinstance(event, End):
                 yield self._end(event, new, text, start)
             elif not text.stopped:  # else it was under way when the stop string was found

@@ -18,6 +18,8 @@ from mmfree_jax.serve.requests import Usage
 from mmfree_jax.serve.responses import Choice, Form
 
 _WAITING = 64  # pieces of several answers on their way into one response
+_MANY_SCORES = 500
+"""Tokens with log-probabilities; more are written beside the loop, which serves others."""
 _T = TypeVar("_T")
 
 
@@ -132,8 +134,14 @@ class Delivery(Response):
             async for index, piece in pieces:
                 self._first.setdefault(index, time.monotonic())
                 choices[index].add(piece)
-        response = JSONResponse(self._form.whole(choices))
+        if sum(len(choice.scored) for choice in choices) > _MANY_SCORES:
+            response = await asyncio.to_thread(self._whole, choices)
+        else:
+            response = self._whole(choices)
         await response(scope, _nothing, send)
+
+    def _whole(self, choices: Sequence[Choice]) -> JSONResponse:
+        return JSONResponse(self._form.whole(choices))
 
     async def _write_stream(self, send: Send) -> None:
         """Server-sent events; an error before the first is an ordinary response."""

@@ -235,7 +235,9 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """`POST /detokenize`: the text of token ids."""
     body = await _read(request, lambda value: read_object(DetokenizeBody, value))
-    return JSONResponse({"prompt": service_of(request).tokenizer.decode(body.tokens)})
+    tokenizer = service_of(request).tokenizer
+    text = await _in_turn(len(body.tokens), lambda: tokenizer.decode(body.tokens))
+    return JSONResponse({"prompt": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
