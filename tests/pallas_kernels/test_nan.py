@@ -3,7 +3,7 @@
 Triton's maximum returns the other operand where one is NaN. Every kernel is run on rows of which
 one is poisoned: in the interpreter with a maximum of that kind, and on a GPU where there is one
 (`pytest tests/pallas_kernels/test_nan.py -k on_a_gpu`). And none of them, lowered, holds a bare
-maximum or minimum of floats.
+maximum or minimum of floats. XLA's programs are run on such rows as they are.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax._src.interpreters import mlir
 from jax._src.lib.mlir.dialects import hlo
 from jax._src.pallas.triton import pallas_call_registration
 
+from mmfree_jax.pallas_kernels.bitlinear import int8_backward
 from mmfree_jax.pallas_kernels.cross_entropy.pallas_gpu import softmax_rows
 from mmfree_jax.pallas_kernels.decode import token_choice
 from mmfree_jax.pallas_kernels.decode.api import Arithmetic, Cut, decode_greedy, decode_token
@@ -266,6 +267,25 @@ def test_a_nan_survives_where_the_maximum_loses_it(name, kernel, maxnum):
     bad, sound = jax.jit(functools.partial(kernel, True))()
     assert np.isnan(np.asarray(bad, np.float32)).all()
     assert np.isfinite(np.asarray(sound, np.float32)).all()
+
+
+@pytest.mark.parametrize("columns", [64, 300, 1024, 5632])
+def test_a_nan_survives_xlas_programs(columns):
+    """On a CPU XLA's maximum of floats loses it where rows are wide."""
+    x = values(16, columns)
+    x[BAD, 7] = np.nan
+
+    @jax.jit
+    def run(x):
+        _, _, scales, stats = norm_quant(
+            x, (jnp.ones(columns),), eps=1e-6, outer_eps=1e-6, implementation="xla"
+        )
+        return scales[0], stats.absmaxes[0], int8_backward.quantize(x, 1)[1]
+
+    for found in run(x):
+        assert np.isfinite(found).ravel().tolist() == [row != BAD for row in range(16)]
+    by_column = jax.jit(lambda x: int8_backward.quantize(x, 0)[1])(x.T)
+    assert np.isnan(by_column).ravel().tolist() == [row == BAD for row in range(16)]
 
 
 @each_kernel
