@@ -71,9 +71,10 @@ def test_a_full_queue_says_when_to_come_again(crowded):
                 client.completions.create(model=NAME, prompt="x")
         until(lambda: engine.statistics().waiting == 0)
         # Of several prompts none is kept when one finds no place.
+        cancelled = engine.statistics().ended["cancelled"]
         status, _, _ = crowded.ask("POST", "/v1/completions", LONG | {"prompt": ["a", "b", "c"]})
         assert status == 429
-        until(lambda: engine.statistics().waiting == 0)
+        until(lambda: engine.statistics().ended["cancelled"] == cancelled + 1)
     until(lambda: engine.statistics().running == 0)
 
 
