@@ -10,17 +10,18 @@ from collections.abc import Mapping
 #  - pipelined_*: a collective of the layer loop starts in one turn and is waited for in the
 #    next, so that the last one of a layer too has work to hide behind. The gradients'
 #    all-reduce (data), and the weights' all-gather and gradients' reduce-scatter (fsdp).
-#  - combine thresholds: the norms' gradients travel together, a matrix's alone and at once.
-#    What is reduced together is copied into one buffer and out of it, 10 GB a step at 1.3B, and
-#    waits for the last of its parts. Gathered trits travel together: nothing copies them.
+#  - combine thresholds: a layer's few matrices travel together, in messages large enough for
+#    the links' full rate, while a layer's still leave before the next one's are ready. With
+#    1 MiB, so that no matrix is copied into a common buffer and out of it, a step of 1.3B took
+#    as long (247.6 ms with 4 GPUs, 247.0 so) and 1.0 GiB more (results/h100/exchange.json).
 OVERLAP = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_pipelined_all_reduce=true",
     "--xla_gpu_enable_pipelined_all_gather=true",
     "--xla_gpu_enable_pipelined_reduce_scatter=true",
-    "--xla_gpu_all_reduce_combine_threshold_bytes=1048576",
+    "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
     "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
-    "--xla_gpu_reduce_scatter_combine_threshold_bytes=1048576",
+    "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
 )
 
 

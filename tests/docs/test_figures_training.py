@@ -164,6 +164,41 @@ def test_several_gpus(records, compare):
     compare("docs/pods.md", lines)
 
 
+def test_gradients_in_bfloat16(records, compare):
+    found = records["h100/exchange.json"]["records"]
+    alone = {r["case"]["preset"]: r["tokens_per_s"] for r in found if r["devices"] == 1}
+    lines, shares = [], []
+    for r in found:
+        size, devices, layout = r["case"]["preset"], r["devices"], r["case"]["layout"]
+        rounded = ["optimizer.gradient_dtype", "bfloat16"] in r["case"]["changes"]
+        each = r["tokens_per_s"] / devices
+        share = ""
+        if size in alone:
+            share = "100%" if devices == 1 else f"{each / alone[size]:.1%}"
+            shares += [each / alone[size]] * (devices > 1)
+        dtype = "" if devices == 1 else "bfloat16" if rounded else "float32"
+        if dtype == "float32" and not r["case"]["flags"]:  # thresholds of 1 MiB
+            lines.append(f"({each:,.0f} instead of")
+            lines.append(f"tokens/s a GPU, {r['peak_gib']:.1f} instead of")
+            continue
+        cells = [
+            size, str(devices), layout.replace("one", ""), dtype, str(r["batch_size"]),
+            f"{each:,.0f}", share, f"{r['step_ms']:.1f}", f"{r['peak_gib']:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
+    lines.append(f"95% is reached nowhere yet: {max(shares):.1%} at 1.3B on two GPUs")
+    losses = {key: run["eval_loss"] for key, run in records["exchange/summaries.json"].items()}
+    worse = sum(losses[f"bfloat16-{s}"] - losses[f"float32-{s}"] for s in (0, 1)) / 2
+    lines.append(f"({worse:+.4f} nats;")
+    parts = records["h100/processes.json"]["parts"]
+    for part in ("exact", "kill"):
+        difference = parts[part]["largest relative difference of a loss"]
+        lines.append(f"to {difference:.1e}")
+    lines.append(f"the other left {parts['kill']['others left after (s)']} s later")
+    lines.append(f"the other left after {parts['stop']['others left after (s)']} s")
+    compare("docs/pods.md", lines)
+
+
 def test_paper_runs(records, compare):
     big = run(records, "2.7B")
     measured = {size: printed(records, size)[0][1:] for size in ONE}
