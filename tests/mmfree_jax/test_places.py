@@ -41,7 +41,7 @@ TEXTS = {
     "--numerics", "--ops", "--package",
     "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
     "--project", "--prompt", "--prompt-ids", "--push-to-hub",
-    "--runtime-version", "--setup", "--shard", "--share", "--sizes",
+    "--runtime-version", "--served-as", "--setup", "--shard", "--share", "--sizes",
     "--splits", "--stop",
     "--tasks", "--text-field", "--time", "--tokens", "--topology", "--txt-separator", "--url",
     "--where",
