@@ -1,12 +1,11 @@
 """`mmfree serve` as a process, with a packed model: under a small load, and stopped by SIGTERM."""
 
 import asyncio
-import json
 import signal
 
 import openai
 import pytest
-from served import NAME, served, small_model, write_small_model
+from served import NAME, small_model, write_small_model
 from server_load import ServerProcess, plan, run_load
 
 from mmfree_jax.data.tokenizer import ByteTokenizer
@@ -63,15 +62,3 @@ def test_none_is_lost_and_none_mixed_up_and_it_stops_cleanly(process):
     assert [path.name for path in (folder / "sessions").iterdir() if "kept" in path.name]
     # Nothing of a request is logged.
     assert (output, errors) == ("", "mmfree serve: stopped\n")
-
-
-def test_requests_are_logged_if_asked_for(engine, capsys):
-    with served(engine, lent=True) as server:
-        server.service.log_requests = True
-        body = {"model": NAME, "prompt": "logged text", "max_tokens": 1}
-        server.ask("POST", "/v1/completions", body)
-        server.ask("GET", "/v1/models")
-    first, second = map(json.loads, capsys.readouterr().err.splitlines())
-    assert (first["path"], first["status"]) == ("/v1/completions", 200)
-    assert json.loads(first["body"]) == body
-    assert (second["path"], second["body"]) == ("/v1/models", None)

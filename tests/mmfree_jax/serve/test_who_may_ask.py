@@ -1,6 +1,7 @@
-"""Keys, host names and origins; what is refused for its size; what cannot be started."""
+"""Keys, host names and origins; what is refused for its size; what is logged; what cannot start."""
 
 import contextlib
+import json
 import re
 import socket
 from http.client import HTTPConnection
@@ -164,3 +165,15 @@ def test_a_silent_connection_is_closed(engine):
         contextlib.suppress(ConnectionResetError),
     ):
         assert silent.recv(10) == b""  # a timeout of the socket fails here
+
+
+def test_requests_are_logged_if_asked_for(engine, capsys):
+    with served(engine, lent=True) as server:
+        server.service.log_requests = True
+        body = {"model": NAME, "prompt": "logged text", "max_tokens": 1}
+        server.ask("POST", "/v1/completions", body)
+        server.ask("GET", "/v1/models")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["path"], first["status"]) == ("/v1/completions", 200)
+    assert json.loads(first["body"]) == body
+    assert (second["path"], second["body"]) == ("/v1/models", None)
