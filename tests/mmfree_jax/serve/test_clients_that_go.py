@@ -104,7 +104,7 @@ def test_a_server_that_stops_refuses_and_lets_streams_end():
         assert kept.getresponse().read()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
         stream = client.completions.create(
-            model=NAME, prompt="x", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
+            model=NAME, prompt="x", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
         )
         first = next(stream)
         server.running.stop()
