@@ -157,7 +157,8 @@ def whole_token(model, interpret):
         )  # fmt: skip
         return jnp.concatenate([logits.reshape(-1), h.reshape(-1)])
 
-    return read(BAD), read(0)
+    bad, sound = jax.lax.map(read, jnp.array([BAD, 0]))  # one compilation
+    return bad, sound
 
 
 def whole_tokens(model, interpret):
