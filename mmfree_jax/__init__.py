@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmfree_jax.config import ModelConfig, TrainConfig
+    from mmfree_jax.config import TrainConfig
     from mmfree_jax.data.tokenizer import load_tokenizer
     from mmfree_jax.errors import MMFreeError
     from mmfree_jax.infer import generate, generate_text
     from mmfree_jax.model import LanguageModel
+    from mmfree_jax.model_config import ModelConfig
     from mmfree_jax.presets import preset
     from mmfree_jax.saved.convert import export_hf, import_hf
     from mmfree_jax.saved.pretrained import load_pretrained
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "LanguageModel": "mmfree_jax.model",
     "MMFreeError": "mmfree_jax.errors",
-    "ModelConfig": "mmfree_jax.config",
+    "ModelConfig": "mmfree_jax.model_config",
     "TrainConfig": "mmfree_jax.config",
     "export_hf": "mmfree_jax.saved.convert",
     "generate": "mmfree_jax.infer",

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mmfree_jax.config import ModelConfig, TrainConfig
+from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.places import check_local
 from mmfree_jax.presets import preset
 from mmfree_jax.readable import brief

@@ -11,15 +11,9 @@ The embedding and the head add 2 V d.
 
 import dataclasses
 
-from mmfree_jax.config import (
-    DENSE,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    replace_model,
-)
+from mmfree_jax.config import DataConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import DENSE, ModelConfig
 
 # name: (layers, hidden size, peak learning rate MatMul-free, and Transformer++)
 # The paper's rates are 4e-3, 2.5e-3, 1.5e-3 against 3e-4. Beyond 2.7B it gives none:

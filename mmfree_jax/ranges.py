@@ -172,3 +172,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _short(number: float) -> str:
     return "2^32 - 1" if number == 2**32 - 1 else f"{number:g}"
+
+
+def require(condition: bool, name: str, value: object, way_out: str) -> None:
+    """Raises a ConfigError that names the field, its value and the way out."""
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}: {way_out}")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator import fixed
 from mmfree_jax.experiments.accelerator.isa import Instruction
 from mmfree_jax.experiments.accelerator.machine import BEATS_PER_WORD, Machine
 from mmfree_jax.experiments.accelerator.quantized import Quantized
 from mmfree_jax.experiments.accelerator.simulate import pack_trits, pack_vector
+from mmfree_jax.model_config import ModelConfig
 
 Tree = dict[str, Any]
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.evaluate.forward import FloatForward
 from mmfree_jax.evaluate.numerics import Variant, Variants
 from mmfree_jax.experiments.accelerator import integer_model
@@ -22,6 +21,7 @@ from mmfree_jax.experiments.accelerator.numerics import (
 from mmfree_jax.experiments.accelerator.quantized import check_supported, quantize, self_written
 from mmfree_jax.model import LanguageModel, State
 from mmfree_jax.model.weights import as_weights
+from mmfree_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.experiments.accelerator.compile import fitting, shape_program
 from mmfree_jax.experiments.accelerator.machine import Machine, timeline
+from mmfree_jax.model_config import ModelConfig
 
 CHANNELS = 4
 BURST_FACTOR = 64  # 512 bits for 8

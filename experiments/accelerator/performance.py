@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.experiments.accelerator.compile import fitting, shape_program
 from mmfree_jax.experiments.accelerator.machine import Machine, timeline
 from mmfree_jax.experiments.accelerator.paper import (
@@ -13,6 +12,7 @@ from mmfree_jax.experiments.accelerator.paper import (
     card_power,
     clock,
 )
+from mmfree_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator import fixed
 from mmfree_jax.experiments.accelerator.numerics import Numerics
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.weights import Ternary, Weights, can_pack, lower_bounds
+from mmfree_jax.model_config import ModelConfig
 
 Tree = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.model_config import ModelConfig
 
 Tree = dict[str, Any]
 

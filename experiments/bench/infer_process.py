@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.experiments.bench.edge_process import summary
 from mmfree_jax.infer import decode
 from mmfree_jax.infer.sample import Sampling, row_keys
@@ -31,6 +30,7 @@ from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
 from mmfree_jax.model.parameters import param_shapes
 from mmfree_jax.model.weights import Params, Ternary, Weights, is_ternary, packed_from_tree
+from mmfree_jax.model_config import LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, plane_columns, unpack
 from mmfree_jax.presets import preset

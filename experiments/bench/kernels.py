@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.roofline import Row, with_limits
 from mmfree_jax.files import write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.json_shape import fault
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels import dispatch as choices
 from mmfree_jax.presets import preset
 from mmfree_jax.text_files import read_json

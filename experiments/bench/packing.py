@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.cli.parse import Names
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.experiments.bench.edge_process import summary
 from mmfree_jax.experiments.bench.infer_process import decode_loop
@@ -31,6 +30,7 @@ from mmfree_jax.installed import versions
 from mmfree_jax.model import LanguageModel, init_state
 from mmfree_jax.model.weights import Packed, Ternary, Weights, as_weights
 from mmfree_jax.model.weights import pack as pack_in_memory
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.ranges import Count
 from mmfree_jax.saved.open_model import SavedModel, open_model

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfree_jax.cli.parse import Names, parse
-from mmfree_jax.config import Dtype
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_file, write_text
+from mmfree_jax.model_config import Dtype
 from mmfree_jax.ranges import Count
 
 _DESCRIPTION = """Time every implementation of the kernels at the shapes of real models, beside what

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.files import check_file, write_text
@@ -22,6 +21,7 @@ from mmfree_jax.launch.device_scaling.report import (
     training_times,
 )
 from mmfree_jax.launch.device_scaling.run import Options, run_study
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.ranges import AboveZero, Count
 from mmfree_jax.text_files import read_json
 

@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import yaml
-
 from mmfree_jax.config import MeshConfig, TrainConfig
-from mmfree_jax.config_io import from_dict
+from mmfree_jax.config_io import from_dict, parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.presets import PRESETS, preset
 
@@ -162,6 +160,6 @@ def parse_case(text: str, batch_per_device: int, seq_len: int) -> Case:
         overlap="plain" not in options,
         checkpoint="checkpoint" in options,
         trace="trace" in options,
-        changes=tuple((name, yaml.safe_load(value)) for name, value in pairs),
+        changes=tuple((name, parse_yaml(value, name)) for name, value in pairs),
         flags=flags,
     )

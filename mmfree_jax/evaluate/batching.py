@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import row_sharding
 
 # Positions of each row whose logits are held at once.

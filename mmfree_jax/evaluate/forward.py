@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 import jax
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel, State
 from mmfree_jax.model.weights import as_weights
+from mmfree_jax.model_config import ModelConfig
 
 
 class Forward(Protocol):

@@ -24,7 +24,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.batching import (
     HEAD_POSITIONS,
@@ -36,6 +35,7 @@ from mmfree_jax.evaluate.batching import (
 )
 from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.model import LanguageModel, State, init_state
+from mmfree_jax.model_config import ModelConfig
 
 # Padded lengths: a third or less of a batch is padding, and tasks need few of them.
 _LENGTHS = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]

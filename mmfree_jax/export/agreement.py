@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import DataError
 from mmfree_jax.export import onnx_session
 from mmfree_jax.export.onnx_session import OnnxModel
 from mmfree_jax.infer import as_weights, generate
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.weights import Params, Weights
+from mmfree_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

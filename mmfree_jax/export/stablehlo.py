@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.supported import check_supported
@@ -41,6 +40,7 @@ from mmfree_jax.files import new_folder, write_bytes
 from mmfree_jax.model import State, packed_model
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.model.weights import packed_from_tree
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.pack import copy_text_files, write_packed

@@ -1,8 +1,8 @@
 """Which models are exported."""
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.weights import can_pack
+from mmfree_jax.model_config import ModelConfig
 
 
 def check_supported(config: ModelConfig) -> None:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import decode
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.weights import Params, Weights, as_weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import KERNELS_VARIABLE
 
 # Prompts are read in pieces of at most this many tokens, so that memory is bounded; shorter

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer.sample import Filters, sample
 from mmfree_jax.model import LanguageModel, Session, State, init_state, packed_model
 from mmfree_jax.model.weights import Packed, Weights
+from mmfree_jax.model_config import ModelConfig
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch_size", "max_length"))

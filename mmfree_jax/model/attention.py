@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional, mup, rope
 from mmfree_jax.model.linear import Linear, NormScale, linears
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.parallel.sharding import channel_partition
 

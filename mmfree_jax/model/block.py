@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional, layer, mup
 from mmfree_jax.model.attention import Attention
 from mmfree_jax.model.linear import Linear, LinearWeights, NormScale, linears
 from mmfree_jax.model.weights import GLUWeights, MLGRUWeights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.parallel.sharding import channel_partition, constrain_batch

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import ModelConfig
 
 _NEEDS = {
     "pallas_mosaic_gpu": "gpu",

@@ -7,13 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import functional, mup, packed_model, remat
 from mmfree_jax.model.block import Block, Rows
 from mmfree_jax.model.linear import Linear, NormScale, linears
 from mmfree_jax.model.lookup import lookup
 from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import Master, Packed, Ternary, Weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import constrain_batch
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.model import quantize
 from mmfree_jax.model.functional import gated_output, swiglu
+from mmfree_jax.model_config import LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize

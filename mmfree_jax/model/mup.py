@@ -19,7 +19,7 @@ pass is that of any model, and saved models, exports and packed weights know not
 Ternary layers: docs/mup.md has how far the rules hold for their master weights.
 """
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.model_config import ModelConfig
 
 
 def width_ratio(config: ModelConfig) -> float:

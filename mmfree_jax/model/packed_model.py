@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import BITLINEAR, ModelConfig
 from mmfree_jax.model import functional, layer
 from mmfree_jax.model.linear import LinearWeights, linears
 from mmfree_jax.model.state import State, init_state
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
+from mmfree_jax.model_config import BITLINEAR, ModelConfig
 from mmfree_jax.pallas_kernels.decode import api as decode_op
 from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows, scaled_matmul, unpack_many
 from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model.language_model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 
 
 def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.model_config import ModelConfig
 
 
 @flax.struct.dataclass

@@ -19,9 +19,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import LinearConfig, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.functional import forget_gate_lower_bounds
+from mmfree_jax.model_config import LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import constrain_parameter

@@ -11,12 +11,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import check_target, new_folder, write_text
 from mmfree_jax.model.parameters import param_count
 from mmfree_jax.model.weights import Master, Ternary
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.evaluations import read_evaluations

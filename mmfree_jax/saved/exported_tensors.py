@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import Master, Ternary
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved.tensor_names import stored_tensor, tensor_map
 from mmfree_jax.saved.tensors import Slot

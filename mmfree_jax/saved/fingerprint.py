@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import (
     Packed,
@@ -28,6 +27,7 @@ from mmfree_jax.model.weights import (
     as_weights,
     lower_bounds,
 )
+from mmfree_jax.model_config import ModelConfig
 
 _SUMS = 8
 # Relative, of scales and lower bounds; a training step changes far more.

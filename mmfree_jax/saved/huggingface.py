@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.readable import brief
 from mmfree_jax.saved import huggingface_llama
 from mmfree_jax.saved.huggingface_fields import Fields, check_unread

@@ -5,8 +5,8 @@ One model of ours computes them all. Which of them an export is, its options say
 
 from typing import Any, Literal
 
-from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.saved.huggingface_fields import Fields
 from mmfree_jax.saved.huggingface_rope import read_rope, write_scaling
 

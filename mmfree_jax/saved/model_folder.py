@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import dump_yaml, from_dict, read_yaml
 from mmfree_jax.files import write_text
 from mmfree_jax.model.parameters import flatten
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.kinds import MODEL_CONFIG
 from mmfree_jax.saved.writing import StoredTensor, write_tensors
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
@@ -28,6 +27,7 @@ from mmfree_jax.model.weights import (
     pack,
     ternarise_matrix,
 )
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.saved import huggingface, model_folder, packed, run_model
 from mmfree_jax.saved.kinds import Kind, kind_of

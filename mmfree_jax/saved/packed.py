@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.parameters import flatten, param_shapes, unflatten
@@ -36,6 +35,7 @@ from mmfree_jax.model.weights import (
     is_ternary,
     packed_from_tree,
 )
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer

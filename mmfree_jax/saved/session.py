@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.config_io import model_identity
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State, init_state
 from mmfree_jax.model.weights import Packed, Weights, as_weights, matrix_scales
+from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.fingerprint import Fingerprint, fingerprint
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 from mmfree_jax.text_files import parse_json

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.tensors import Slot, TensorMap
 
 

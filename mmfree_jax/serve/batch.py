@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer import decode
 from mmfree_jax.model import Session
 from mmfree_jax.model.weights import Weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.serve import programs
 from mmfree_jax.serve.plan import Plan
 from mmfree_jax.serve.programs import Given, Pool

@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.serve.requests import Limits
 
 # Places of an attention cache where `max_length` is not set.

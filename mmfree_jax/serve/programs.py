@@ -12,10 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer import decode
 from mmfree_jax.model import LanguageModel, Session, State, packed_model
 from mmfree_jax.model.weights import Packed, Weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.serve.row_sampling import Draw, Settings, choose, scores
 
 # Positions whose logits are held at once while a prompt is scored.

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError, DataError, MMFreeError
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.ranges import (
     AboveZero,
     Count,

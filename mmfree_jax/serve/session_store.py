@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, MMFreeError, OutputError
 from mmfree_jax.files import disk_errors, take_lock
 from mmfree_jax.model import Session
 from mmfree_jax.model.weights import Weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.fingerprint import fingerprint
 from mmfree_jax.saved.session import FORMAT, VERSION, load_session, save_session
 from mmfree_jax.saved.tensor_file import Reader

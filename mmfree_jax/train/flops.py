@@ -8,7 +8,7 @@ program's; int8 and ternary products count as the bfloat16 products they stand f
 
 import dataclasses
 
-from mmfree_jax.config import LinearConfig, ModelConfig
+from mmfree_jax.model_config import LinearConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmfree_jax.config import RUN_SETTINGS, ModelConfig, TrainConfig
+from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.weights import Master
+from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.train.same_run import other_model
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel, Master, Ternary
 from mmfree_jax.model.quantize import fake_quantize_int8, fake_ternarize
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.cross_entropy.api import (
     CrossEntropy,
     linear_cross_entropy_sum,

@@ -15,8 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmfree_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.flops import count_parameters
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import TrainingError
 from mmfree_jax.files import disk_errors, write_text
 from mmfree_jax.model.weights import ternary_weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.history import Record, read_history
 
 # Where a loop's time goes: waiting for data; the step; held-out loss, samples and the shares of

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmfree_jax.config import ModelConfig, OptimizerConfig
+from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model.mup import rate_scale
+from mmfree_jax.model_config import ModelConfig
 
 Schedule = Callable[[Any], jax.Array]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.config import RUN_SETTINGS, ModelConfig, TrainConfig
+from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.parameters import flatten
+from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config

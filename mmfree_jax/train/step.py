@@ -12,10 +12,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import ModelConfig, TrainConfig
+from mmfree_jax.config import TrainConfig
 from mmfree_jax.model import LanguageModel, Master, Ternary, training_weights
 from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model.weights import is_ternary
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
 from mmfree_jax.train.loss import Batch, LossSums, loss_sums
 from mmfree_jax.train.optimizer import Optimizer, ScheduleValues

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.convert import export_hf
 from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.saved.pretrained import load_pretrained

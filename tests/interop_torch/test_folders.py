@@ -20,7 +20,7 @@ from transformers import (  # noqa: E402
 )
 
 import mmfree_jax  # noqa: E402
-from mmfree_jax.config import ModelConfig  # noqa: E402
+from mmfree_jax.model_config import ModelConfig  # noqa: E402
 from mmfree_jax.saved.convert import export_hf  # noqa: E402
 from mmfree_jax.saved.open_model import open_model  # noqa: E402
 from mmfree_jax.saved.pack import pack  # noqa: E402

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: run make to
 from transformers import AutoTokenizer, pipeline  # noqa: E402
 
 from mmfree_jax import infer  # noqa: E402
-from mmfree_jax.config import ModelConfig  # noqa: E402
+from mmfree_jax.model_config import ModelConfig  # noqa: E402
 
 PLAIN = ModelConfig(
     vocab_size=48,

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 torch = pytest.importorskip("torch", reason="torch is not installed: run make torch")
 
 from mmfree_jax import infer  # noqa: E402
-from mmfree_jax.config import DENSE, ModelConfig  # noqa: E402
+from mmfree_jax.model_config import DENSE, ModelConfig  # noqa: E402
 from mmfree_jax.saved.convert import export_hf, import_hf  # noqa: E402
 from mmfree_jax.saved.open_model import open_model  # noqa: E402
 from mmfree_jax.saved.pack import pack  # noqa: E402

@@ -13,14 +13,13 @@ from mmfree_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    LinearConfig,
     LogConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.launch.local import Plan, mmfree_command, run
+from mmfree_jax.model_config import LinearConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,10 +14,10 @@ from mmfree_jax.config import (
     EvalConfig,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from mmfree_jax.model_config import ModelConfig
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel, Master, Packed, Ternary, as_weights
 from mmfree_jax.model.linear import LinearWeights
@@ -17,6 +16,7 @@ from mmfree_jax.model.weights import (
     PackedLinear,
     pack,
 )
+from mmfree_jax.model_config import ModelConfig
 
 # Whoever holds one of these follows the weights.
 FORMS = (Master, Ternary, Packed)

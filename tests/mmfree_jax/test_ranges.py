@@ -157,6 +157,7 @@ def test_the_command_line_refuses_in_one_line(command, message, capsys, tmp_path
 # Where settings are declared; every command's own file is looked through as well.
 _SETTINGS = {
     "mmfree_jax/config.py": None,
+    "mmfree_jax/model_config.py": None,
     "mmfree_jax/parallel/process_options.py": None,
     "mmfree_jax/data/prepare.py": ("PrepareConfig",),
     "mmfree_jax/infer/sample.py": ("Sampling",),

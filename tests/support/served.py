@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.serve import server
 from mmfree_jax.serve.app import make_app

@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 
 # Widths that neither 4 nor 5 divides.
 BASE = ModelConfig(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.experiments.accelerator.numerics import parse_numerics
 from mmfree_jax.experiments.accelerator.quantized import Quantized, quantize
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.weights import as_weights
+from mmfree_jax.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=256,

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator import integer_model
 from mmfree_jax.experiments.accelerator.compile import (
@@ -23,6 +22,7 @@ from mmfree_jax.experiments.accelerator.compile import (
 from mmfree_jax.experiments.accelerator.isa import Instruction, assemble, disassemble
 from mmfree_jax.experiments.accelerator.machine import Machine, cycles_of, timeline
 from mmfree_jax.experiments.accelerator.simulate import run
+from mmfree_jax.model_config import ModelConfig
 
 
 @pytest.mark.parametrize(

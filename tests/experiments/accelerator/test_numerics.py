@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import LinearConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.experiments.accelerator.evaluate import FixedForward
@@ -26,6 +25,7 @@ from mmfree_jax.experiments.accelerator.numerics import (
 from mmfree_jax.experiments.accelerator.quantized import check_supported, quantize, self_written
 from mmfree_jax.model import LanguageModel, init_state
 from mmfree_jax.model.weights import as_weights
+from mmfree_jax.model_config import LinearConfig
 from mmfree_jax.presets import preset
 from mmfree_jax.saved.pack import pack
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.config_io import check_keys
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate import tasks
 from mmfree_jax.files import sha256_file
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.saved.model_folder import write_model
 
 pytest.importorskip("lm_eval")

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
+from mmfree_jax.config import MeshConfig
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.perplexity import POSITIONS, evaluate_held_out
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.parallel.sharding import make_mesh, param_shardings
 
 VOCAB = 256

@@ -19,13 +19,13 @@ from onnx import helper
 
 import mmfree_jax
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.export import agreement, manifest, onnx_export, onnx_graph, onnx_session
 from mmfree_jax.export.onnx_weights import two_bit_codes
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import DENSE, LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8
 from mmfree_jax.presets import preset
 from mmfree_jax.saved.open_model import open_model

@@ -14,7 +14,6 @@ import pytest
 from page_tokenizers import HARD, make_tokenizers
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.data import tokenizer as tokenizer_lib
 from mmfree_jax.experiments.bench import browser as browser_lib
 from mmfree_jax.experiments.bench.browser import (
@@ -30,6 +29,7 @@ from mmfree_jax.experiments.bench.browser import (
 )
 from mmfree_jax.export import onnx_export, onnx_session, web_tokenizer
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 
 pytestmark = pytest.mark.timeout(180)
 

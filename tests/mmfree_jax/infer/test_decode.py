@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import api, decode
 from mmfree_jax.infer.sample import Sampling
 from mmfree_jax.model import LanguageModel, as_weights
+from mmfree_jax.model_config import DENSE, ModelConfig
 
 BASE = ModelConfig(
     vocab_size=97,

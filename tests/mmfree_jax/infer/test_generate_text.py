@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.infer import TextStream, generate_text, sample_text
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=258,

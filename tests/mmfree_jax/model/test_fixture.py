@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.model import LanguageModel, training_weights
 from mmfree_jax.model.parameters import unflatten
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.tensor_names import tensor_map
 from mmfree_jax.train.loss import loss_sums
 

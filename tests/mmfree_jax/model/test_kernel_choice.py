@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmfree_jax import config as config_module
-from mmfree_jax.config import ModelConfig
+from mmfree_jax import model_config
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import check_kernels, without_foreign_kernels
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.recurrence import api as recurrence
 from mmfree_jax.pallas_kernels.ternary_matmul import api as ternary_matmul
 
 
 def test_the_names_are_those_of_the_kernels():
-    assert typing.get_args(config_module.MatmulKernel) == ternary_matmul.IMPLEMENTATIONS
-    known = typing.get_args(config_module.RecurrenceKernel)
+    assert typing.get_args(model_config.MatmulKernel) == ternary_matmul.IMPLEMENTATIONS
+    known = typing.get_args(model_config.RecurrenceKernel)
     assert set(known) == set(recurrence._IMPLEMENTATIONS)
 
 

@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
+from mmfree_jax.config import MeshConfig
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.convert import export_hf, import_hf

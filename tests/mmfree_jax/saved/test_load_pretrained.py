@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 import mmfree_jax
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.init_from import initial_params, training_config
 
 

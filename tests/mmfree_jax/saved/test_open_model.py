@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import MeshConfig, ModelConfig
+from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel, Master, Packed, Ternary
 from mmfree_jax.model.parameters import flatten, param_shapes
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved.convert import export_hf
 from mmfree_jax.saved.open_model import open_model

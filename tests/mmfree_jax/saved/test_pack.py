@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from small_packed_model import BASE, build
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import DENSE, LinearConfig
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.infer import api
 from mmfree_jax.model import Ternary
@@ -22,6 +21,7 @@ from mmfree_jax.model import weights as weights_module
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import Packed, as_weights, ternary_weights
 from mmfree_jax.model.weights import pack as pack_in_memory
+from mmfree_jax.model_config import DENSE, LinearConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved import packed as pack
 from mmfree_jax.saved.convert import export_hf

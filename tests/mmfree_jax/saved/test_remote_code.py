@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.saved.convert import export_hf
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.saved.pack import pack

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.infer import api
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.parameters import flatten, unflatten
 from mmfree_jax.model.weights import as_weights
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.saved.pack import pack
 from mmfree_jax.saved.session import load_session, save_session

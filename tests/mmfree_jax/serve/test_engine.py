@@ -25,11 +25,11 @@ from small_served_model import (
     served,
 )
 
-from mmfree_jax.config import DENSE
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import DENSE
 from mmfree_jax.serve import engine as engine_module
 from mmfree_jax.serve import programs
 from mmfree_jax.serve.engine import Engine

@@ -8,8 +8,8 @@ import pytest
 from small_packed_model import BASE
 from small_served_model import answer, prompt, served
 
-from mmfree_jax.config import ModelConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.serve.batch import Batch
 from mmfree_jax.serve.handle import Handle
 from mmfree_jax.serve.job import Job, Outbox, new_job

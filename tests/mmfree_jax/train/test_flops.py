@@ -7,8 +7,9 @@ import sys
 import jax
 import pytest
 
-from mmfree_jax.config import DENSE, MeshConfig, ModelConfig
+from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.presets import PRESETS, preset
 from mmfree_jax.train.flops import count_flops, count_parameters, find_device, utilisation

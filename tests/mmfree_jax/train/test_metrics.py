@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import DENSE, ModelConfig
 from mmfree_jax.errors import TrainingError
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.train.metrics import (
     History,
     Stopwatch,

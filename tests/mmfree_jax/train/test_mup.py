@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import DENSE, ModelConfig, OptimizerConfig
+from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model import LanguageModel, training_weights
 from mmfree_jax.model.mup import query_scale
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.train.optimizer import make_optimizer, schedule_values
 
 NARROW, WIDE, VOCABULARY = 64, 512, 64

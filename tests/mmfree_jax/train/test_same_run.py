@@ -11,12 +11,12 @@ from mmfree_jax.config import (
     EvalConfig,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.same_run import check_same_run
 
 

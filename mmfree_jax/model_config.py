@@ -1,0 +1,217 @@
+"""What a model is: its sizes, its kinds of layer, and how it is initialised and run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mmfree_jax.ranges import (
+    AboveZero,
+    Count,
+    CountOrZero,
+    Layers,
+    check_numbers,
+    require,
+)
+from mmfree_jax.rope_scaling import UNSCALED, RopeScaling
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+MatmulKernel = Literal[
+    "xla_int8", "xla_bf16", "xla_f32", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu"
+]
+RecurrenceKernel = Literal["xla", "pallas_gpu", "pallas_tpu"]
+AttentionKernel = Literal["xla", "cudnn"]
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """What one group of linear layers computes; all three on is a BitLinear."""
+
+    ternary_weights: bool = True
+    """Round weights to {-1, 0, +1} times one scale a matrix."""
+    int8_activations: bool = True
+    """Round each token's input to int8 by its largest magnitude."""
+    input_norm: bool = True
+    """Apply an RMSNorm of the layer's own to its input."""
+
+
+BITLINEAR = LinearConfig()
+DENSE = LinearConfig(ternary_weights=False, int8_activations=False, input_norm=False)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: MatMul-free (`mixer="mlgru"`) or Transformer++ (`"attention"`)."""
+
+    mixer: Literal["mlgru", "attention"] = "mlgru"
+    """Token mixer: the MatMul-free gated linear recurrence, or causal attention with RoPE."""
+    vocab_size: Count = 32_000
+    """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
+    preset other than a rung says it, commands take the vocabulary of data.paths."""
+    hidden_size: Count = 1024
+    """Width of the residual stream (channels)."""
+    num_layers: Layers = 24
+    """Number of blocks; each is a mixer and a GLU."""
+    intermediate_size: Count | None = None
+    """Width of the GLU (channels); None: 256 * ceil(int(hidden_size * 8/3) / 256)."""
+    num_heads: Count | None = None
+    """Attention heads; None: hidden_size / 64, at least 1. MLGRU has no heads."""
+    num_kv_heads: Count | None = None
+    """Attention heads of keys and values, shared by groups of queries; None: num_heads."""
+    head_dim: Count | None = None
+    """Width of an attention head (channels); None: hidden_size / num_heads."""
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    """Projections of attention that add a bias. qkv: those of queries, keys and values; qkvo: the
+    output's too."""
+    qk_norm: bool = False
+    """Attention: an RMSNorm over each head's queries and keys, before their positions."""
+    expand_ratio: AboveZero = 1.0
+    """MLGRU: channels of the recurrent state for each of the residual stream."""
+    short_conv: CountOrZero = 0
+    """MLGRU: length of a causal convolution over each channel (tokens); 0: none."""
+    share_short_conv: bool = True
+    """Where it acts: once on the mixer's input; off: on the i and f projections' outputs."""
+    rope_theta: AboveZero = 10_000.0
+    """Base of the rotary position angles (attention only)."""
+    rope_scaling: RopeScaling = UNSCALED
+    """Stretching of these angles for longer rows (attention only)."""
+    mixer_linear: LinearConfig = BITLINEAR
+    """The mixer's projections."""
+    glu_linear: LinearConfig = BITLINEAR
+    """The GLU's projections."""
+    head_linear: LinearConfig = BITLINEAR
+    """The projection onto the vocabulary."""
+    use_lower_bound: bool = True
+    """MLGRU: bound each layer's forget gate from below, more tightly the deeper the layer."""
+    norm_eps: AboveZero = 1e-6
+    """Added to the mean square in the block, gate and final RMSNorms."""
+    linear_norm_eps: AboveZero = 1e-6
+    """The same in a BitLinear's own RMSNorm (1e-8 in the authors' unfused code)."""
+    initializer_range: AboveZero = 0.02
+    """Standard deviation of the embedding, GLU and head at initialisation."""
+    mup: bool = False
+    """Maximal update parametrisation: initial sizes and learning rates follow from the width, so
+    that the best rate of one width is about that of others (docs/mup.md)."""
+    mup_base_width: Count = 256
+    """Width at which mup changes nothing: where the rate was tuned (channels)."""
+    param_dtype: Dtype = "float32"
+    """Dtype of the master weights."""
+    compute_dtype: Dtype = "bfloat16"
+    """Dtype of activations between operations; norms, recurrence carry and loss are float32."""
+    residual_dtype: Dtype = "bfloat16"
+    """Dtype of the residual stream between blocks."""
+    bitlinear: Literal["fused", "plain"] = "fused"
+    """BitLinear's program: fused keeps only its input for the backward pass and recomputes
+    the rest; plain is the textbook straight-through composition, for comparison."""
+    backward: Literal["bf16", "int8_dx", "int8"] = "bf16"
+    """Operands of the fused BitLinears' backward products. bf16: the compute dtype; int8_dx: the
+    incoming gradient in int8 for the inputs' gradient; int8: for the weights' gradient too, which
+    learnt a little worse (docs/kernels.md). The head's stay in the compute dtype."""
+    matmul_kernel: MatmulKernel | None = None
+    """Implementation of the ternary product; None: the fastest known here."""
+    recurrence_kernel: RecurrenceKernel | None = None
+    """Implementation of the recurrence; None: the fastest known here."""
+    attention_kernel: AttentionKernel | None = None
+    """Implementation of causal attention; None: the fastest known here."""
+    remat: Literal["none", "full", "stream", "states", "gated", "gates", "dots"] = "full"
+    """What the backward pass recomputes. none: nothing; full: whole blocks, from their input;
+    stream: keeps the residual stream between mixer and GLU too; states: also the recurrent
+    state; gated: and its output gate g; gates: and i and f; dots: all but the matrix products."""
+    scan_layers: bool = True
+    """Compile one block and loop over layers; off: unroll them, which takes longer to compile but
+    less time and memory to run, as nothing is copied into and out of stacks of all layers."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "model.")
+        require(
+            self.expand_ratio == 1 or self.mixer == "attention" or not self.use_lower_bound,
+            "model.expand_ratio",
+            self.expand_ratio,
+            "set --model.no-use-lower-bound: the bounds have one channel for each of hidden_size",
+        )
+        if self.mixer == "attention":
+            heads = self.attention_heads
+            require(
+                self.head_dim is not None or self.hidden_size % (2 * heads) == 0,
+                "model.num_heads",
+                heads,
+                f"set --model.num-heads to a divisor of half of hidden_size ({self.hidden_size}), "
+                "or --model.head-dim",
+            )
+            require(
+                self.head_channels % 2 == 0,
+                "model.head_dim",
+                self.head_dim,
+                "set --model.head-dim to an even number: positions rotate its halves",
+            )
+            kv_heads = self.kv_heads
+            require(
+                heads % kv_heads == 0,
+                "model.num_kv_heads",
+                kv_heads,
+                f"set --model.num-kv-heads to a divisor of num_heads ({heads})",
+            )
+
+    @property
+    def glu_size(self) -> int:
+        """Width of the GLU (channels)."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return 256 * -(-int(self.hidden_size * 4 * 2 / 3) // 256)
+
+    @property
+    def attention_heads(self) -> int:
+        """Number of attention heads."""
+        return self.num_heads if self.num_heads is not None else max(1, self.hidden_size // 64)
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of attention heads of keys and values."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.attention_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Width of an attention head (channels)."""
+        default = self.hidden_size // self.attention_heads
+        return self.head_dim if self.head_dim is not None else default
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of a token, and of what attention hands on (channels)."""
+        return self.attention_heads * self.head_channels
+
+    @property
+    def key_size(self) -> int:
+        """Width of all keys of a token, and of all values (channels)."""
+        return self.kv_heads * self.head_channels
+
+    @property
+    def state_size(self) -> int:
+        """Width of the MLGRU's recurrent state (channels)."""
+        return int(self.hidden_size * self.expand_ratio)
+
+    @property
+    def family(self) -> str:
+        """Name of the architecture, for tables: "matmulfree", "transformer" or "hybrid"."""
+        groups = (self.mixer_linear, self.glu_linear, self.head_linear)
+        if self.mixer == "mlgru" and all(g == BITLINEAR for g in groups):
+            return "matmulfree"
+        if self.mixer == "attention" and all(g == DENSE for g in groups):
+            return "transformer"
+        return "hybrid"
+
+
+# How a model is initialised and run: the same weights compute the same function, up to rounding.
+RUN_SETTINGS = (
+    "initializer_range",
+    "mup",
+    "mup_base_width",
+    "param_dtype",
+    "compute_dtype",
+    "residual_dtype",
+    "bitlinear",
+    "backward",
+    "matmul_kernel",
+    "recurrence_kernel",
+    "attention_kernel",
+    "remat",
+    "scan_layers",
+)
