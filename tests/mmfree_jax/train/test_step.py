@@ -176,17 +176,38 @@ def one_step():
     return config, batch, state, *_run(config, batch, state)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(one_step):
-    config, batch, state, whole, whole_metrics = one_step
-    parts, parts_metrics = _run(dataclasses.replace(config, grad_accum=4), batch, state)
-    for name in whole_metrics:
-        np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-5)
+def _assert_same_step(actual, expected, *, loss, norm, gradient):
+    """Within these relative differences: the metrics, and of each parameter's gradient its norm."""
+    (state, metrics), (expected_state, expected_metrics) = actual, expected
+    for name, value in expected_metrics.items():
+        tolerance = norm if name == "grad_norm" else loss
+        np.testing.assert_allclose(metrics[name], value, rtol=tolerance, err_msg=name)
     # Adam's first moments are the gradients up to a factor.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7),
-        parts.opt_state[1].mu,
-        whole.opt_state[1].mu,
+    differences = jax.tree.map(
+        lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+        state.opt_state[1].mu,
+        expected_state.opt_state[1].mu,
     )
+    assert max(jax.tree.leaves(differences)) < gradient, differences
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(one_step):
+    config, batch, state, *whole = one_step
+    parts = _run(dataclasses.replace(config, grad_accum=4), batch, state)
+    # The programs for 2 rows and for 8 may differ in a last bit before the quantiser (on jax 0.12
+    # they do), and of the 114,688 activations now and then one lies that near to a rounding
+    # boundary. There one integer of the second layer's input is another by 1, and by the layer's
+    # last product 117 of 256 are, in that token and the next: sqrt(117) / 428, the norm of a row
+    # of integers, in 2 of 113 tokens is 3e-3 of a gradient. Loss and norm move as a mesh's do.
+    _assert_same_step(parts, whole, loss=5e-6, norm=5e-5, gradient=5e-3)
+
+
+def test_micro_batches_without_a_quantiser_differ_by_rounding_alone():
+    config = _config("tiny-transformer")
+    batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
+    whole = _run(config, batch, state)
+    parts = _run(dataclasses.replace(config, grad_accum=4), batch, state)
+    _assert_same_step(parts, whole, loss=2e-6, norm=2e-6, gradient=2e-6)
 
 
 def test_remat_and_unrolled_layers_change_nothing(one_step):
