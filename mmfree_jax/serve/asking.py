@@ -17,6 +17,7 @@ from mmfree_jax.serve.requests import (
     RowSampling,
     SessionsFull,
     UnknownSession,
+    check_session_name,
 )
 from mmfree_jax.serve.service import Service
 
@@ -111,6 +112,10 @@ def ask_session(service: Service, body: SessionBody) -> Handle:
     """
     prompt = body.prompt[0] if body.prompt else ""
     ids = _prompt_ids(service, prompt, continues=body.session is not None)
+    try:
+        check_session_name(body.name, "name")
+    except ConfigError as e:
+        raise engine_error(e) from e
     request = _request(ids, 0, RowSampling(), session=body.session, save_as=body.name)
     return _submit(service, [request])[0]
 

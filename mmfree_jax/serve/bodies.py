@@ -64,7 +64,10 @@ def _biases(value: Any, name: str) -> tuple[tuple[int, float], ...]:
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 11):
             raise bad_field(name, key, "each key is a token id")
-        biases[int(key)] = read(bias, f"{name}.{key}")
+        token = int(key)
+        if token in biases:
+            raise bad_field(name, key, f"token id {token} has a bias already: give each once")
+        biases[token] = read(bias, f"{name}.{key}")
     return tuple(biases.items())
 
 
@@ -187,6 +190,9 @@ def _content(value: Any, name: str) -> str:
         return value
     if not isinstance(value, list) or not value:
         raise bad_field(name, value, "give a string, or a list of parts of type text")
+    for i, part in enumerate(value):  # other kinds have fields of their own
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str):
+            one_of("text")(kind, f"{name}[{i}].type")
     parts = [
         read_object(_Part, part, name=f"{name}[{i}]", ignored=frozenset(("annotations",)))
         for i, part in enumerate(value)

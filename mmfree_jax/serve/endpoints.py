@@ -22,7 +22,12 @@ from mmfree_jax.serve.bodies import (
 )
 from mmfree_jax.serve.delivery import Delivery, while_connected
 from mmfree_jax.serve.fields import read_object
-from mmfree_jax.serve.json_body import check_content_type, parse_body, read_body
+from mmfree_jax.serve.json_body import (
+    check_content_encoding,
+    check_content_type,
+    parse_body,
+    read_body,
+)
 from mmfree_jax.serve.request_errors import RequestError
 from mmfree_jax.serve.requests import End
 from mmfree_jax.serve.responses import Form, token_text
@@ -46,6 +51,7 @@ async def _read(request: Request, reader: Callable[[Any], _T]) -> _T:
     """
     service = service_of(request)
     check_content_type(request.headers.get("content-type"))
+    check_content_encoding(request.headers.get("content-encoding"))
     data = await read_body(
         request.receive,
         most_bytes=service.limits.body_bytes,

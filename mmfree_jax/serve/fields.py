@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mmfree_jax.ranges import Range
+from mmfree_jax.ranges import SMALLEST, Range
 from mmfree_jax.serve.request_errors import RequestError, bad_field
 
 Reader = Callable[[Any, str], Any]
@@ -26,6 +26,8 @@ def number(allowed: Range) -> Reader:
     def read(value: Any, name: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise bad_field(name, value, f"give a number, {allowed}")
+        if 0 < abs(value) < SMALLEST:
+            raise bad_field(name, value, f"it is 0 in float32: set {allowed}, 1e-37 or 0 say")
         if not allowed.holds(value):
             raise bad_field(name, value, f"set {allowed}")
         return float(value)
@@ -89,6 +91,13 @@ def object_of(target: type[Any]) -> Reader:
     return read
 
 
+def _shown(key: str) -> str:
+    """The name of an unknown field, in one short line."""
+    if len(key) > 80:
+        return f"{key[:60]!r}... ({len(key)} characters)"
+    return key if key.isprintable() and key else repr(key)
+
+
 def read_object(
     target: type[_T],
     value: Any,
@@ -110,7 +119,7 @@ def read_object(
       RequestError: it is no object; a field is missing, unknown, refused or wrong.
     """
     if not isinstance(value, dict):
-        raise bad_field(name or "the body", value, "give a JSON object")
+        raise bad_field(name, value, "give a JSON object")
     prefix = f"{name}." if name else ""
     hints = typing.get_type_hints(target, include_extras=True)
     for key, given in value.items():
@@ -119,7 +128,7 @@ def read_object(
         way_out = (refused or {}).get(key)
         if way_out is None:
             raise RequestError(
-                f"{prefix}{key} is not a field that this server knows: leave it out",
+                f"{prefix}{_shown(key)} is not a field that this server knows: leave it out",
                 param=f"{prefix}{key}"[:200],
                 code="unknown_parameter",
             )

@@ -30,6 +30,21 @@ def check_content_type(value: str | None) -> None:
         )
 
 
+def check_content_encoding(value: str | None) -> None:
+    """Refuses compressed bodies, whose size is not known before they are unpacked.
+
+    Raises:
+      RequestError: 415.
+    """
+    if (value or "identity").strip().lower() != "identity":
+        raise RequestError(
+            f"the content encoding is {value!r}: send the body as it is",
+            status=415,
+            code="unsupported_media_type",
+            headers={"Accept-Encoding": "identity"},
+        )
+
+
 async def read_body(
     receive: Receive, *, most_bytes: int, seconds: float, declared: str | None
 ) -> bytes:

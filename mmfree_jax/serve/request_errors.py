@@ -42,8 +42,9 @@ class RequestError(MMFreeError):
 
 
 def bad_field(name: str, value: object, way_out: str) -> RequestError:
-    """A 400 for a field: names it, its value and what to give instead."""
+    """A 400 for a field, or "" for the body: names it, its value and what to give instead."""
     shown = repr(value)
     if len(shown) > 80:
         shown = f"{shown[:60]}... ({len(shown)} characters)"
-    return RequestError(f"{name} is {shown}: {way_out}", param=name, code="invalid_value")
+    message = f"{name or 'the body'} is {shown}: {way_out}"
+    return RequestError(message, param=name or None, code="invalid_value")

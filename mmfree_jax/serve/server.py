@@ -49,10 +49,9 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as e:
-        raise ConfigError(
-            f"--host is {host!r}: {e.strerror}; give an address of this machine"
-        ) from e
+    except (OSError, UnicodeError) as e:  # a name with an empty or too long label is no text
+        reason = e.strerror if isinstance(e, OSError) else "it is no host name"
+        raise ConfigError(f"--host is {host!r}: {reason}; give an address of this machine") from e
     held = socket.socket(family, kind, protocol)
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

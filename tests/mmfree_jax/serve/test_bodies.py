@@ -20,7 +20,7 @@ BAD = {
     "frequency_penalty": [-2.1, 2.1, NAN, True],
     "repetition_penalty": [0, -1, NAN, True, 1e10],
     "logit_bias": [[], {"a": 1}, {"1": 101}, {"1": NAN}, {"1": True}, {"-1": 1}, {"1.0": 1},
-                   {"²": 1}, {"1": None}, {str(i): 1 for i in range(301)}],
+                   {"²": 1}, {"1": None}, {"1": 1, "01": 2}, {str(i): 1 for i in range(301)}],
     "seed": [-1, 2**32, 1.5, True, "1", 10**39],
     "stop": [1, True, {}, [""], "", ["a"] * 5, [1], [None], "x" * 1001],
     "stop_token_ids": [1, [-1], [True], ["a"], [1.0], list(range(9))],
@@ -36,6 +36,8 @@ BAD = {
     "suffix": ["x", 1],
     "nonsense": [1, {}],
     "x" * 500: [1],
+    "x" * 100_000: [1],
+    "x\n\x1b[31m": [1],
 }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def test_a_bad_field_of_a_chat_is_named(name):
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-         "messages[0].content[0].image_url"),
+         "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
          "messages[0].content[0].text"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
@@ -110,7 +112,15 @@ def test_fields_at_odds_are_named():
     assert refused(read_completion, body | {"session": "s", "echo": True}).param == "echo"
     assert refused(read_completion, body | {"stream_options": {}}).param == "stream_options"
     for body in ([], "x", None, 1):
-        assert "give a JSON object" in str(refused(read_completion, body))
+        error = refused(read_completion, body)
+        assert "the body is" in str(error)
+        assert "give a JSON object" in str(error)
+        assert error.param is None
+
+
+def test_a_number_within_the_range_that_is_none_in_float32_is_told_so():
+    error = refused(read_completion, {"model": "m", "temperature": 1e-300})
+    assert "temperature is 1e-300: it is 0 in float32" in str(error)
 
 
 def test_what_programs_send_is_read():

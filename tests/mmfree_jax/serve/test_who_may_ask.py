@@ -116,6 +116,22 @@ def test_paths_and_methods_that_are_none(small):
         assert set(error["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_compressed_body_is_refused_by_its_encoding(small):
+    for encoding in ("gzip", "br"):
+        headers = {"Content-Encoding": encoding}
+        status, error, _ = small.ask("POST", "/tokenize", {"prompt": "a"}, headers)
+        assert (status, error["error"]["code"]) == (415, "unsupported_media_type")
+        assert f"the content encoding is '{encoding}'" in error["error"]["message"]
+    assert (
+        small.ask("POST", "/tokenize", {"prompt": "a"}, {"Content-Encoding": "identity"})[0] == 200
+    )
+
+
+def test_the_name_of_a_new_session_is_named(small):
+    status, error, _ = small.ask("POST", "/v1/sessions", {"name": "../a", "prompt": "x"})
+    assert (status, error["error"]["param"]) == (400, "name")
+
+
 def test_keys_are_read_from_a_file(tmp_path, capsys):
     file = tmp_path / "keys"
     file.write_text("# of the team\nabc\n\n  def  \n")
@@ -147,6 +163,8 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, capsys):
             (["--host", "0.0.0.0"], r"--host is '0\.0\.0\.0', which others reach, .*--allow-open"),
             (["--port", port], "another program listens there: choose another port"),
             (["--host", "203.0.113.9", "--allow-open"], "give an address of this machine"),
+            (["--host", "a..b", "--allow-open"], "--host is 'a..b': it is no host name"),
+            (["--host", "a" * 300, "--allow-open"], "it is no host name"),
             (["--api-key-file", str(tmp_path / "none")], "cannot be read"),
             (["--port", "0"], "is not a folder"),
             (["--slots", "0"], "--slots is 0"),
