@@ -97,6 +97,7 @@ def serve(argv: Sequence[str]) -> int:
     # Heavy imports wait until the arguments are known to be good.
     from mmfree_jax.serve import gate, server
 
+    gate.check_allowed(config.allowed_hosts, config.allowed_origins)
     keys = () if config.api_key_file is None else gate.read_keys(Path(config.api_key_file))
     if not keys and not config.allow_open and not gate.is_loopback(config.host):
         raise ConfigError(

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import socket
 import stat
 import sys
@@ -29,6 +30,8 @@ log = logging.getLogger("mmfree.serve")
 GONE = 499
 """nginx's number for a client that has gone: nobody sees it but the log and the metrics."""
 _LARGEST = 2**20  # bytes of a file of keys
+_HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 _OPEN = ("/", "/health")
 """Paths that need no key, and those below /page/."""
 
@@ -64,6 +67,34 @@ def read_keys(path: Path) -> tuple[str, ...]:
             file=sys.stderr,
         )
     return keys
+
+
+def check_allowed(hosts: Collection[str], origins: Collection[str]) -> None:
+    """Refuses names that no request can bring, which would let nobody in without a word.
+
+    Raises:
+      ConfigError: a host with a scheme, port or path, or an origin that is none.
+    """
+    for host in hosts:
+        if not (_HOST.fullmatch(host) or _is_address(host)):
+            raise ConfigError(
+                f"--allowed-hosts has {host!r}: give names alone, models.example say, without "
+                "scheme, port and path"
+            )
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--allowed-origins has {origin!r}: give each as browsers send it, "
+                "https://models.example say, in small letters and without path; * is every one"
+            )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
@@ -168,11 +199,7 @@ class Gate:
     def _knows(self, host: str) -> bool:
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         name = name.strip("[]").lower()
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return name in self._hosts
-        return True
+        return _is_address(name) or name in self._hosts
 
 
 def _endpoint(scope: MutableMapping[str, Any]) -> str:
