@@ -261,3 +261,20 @@ def test_serving(records, compare):
     lines.append(f"Of {company['streams']} greedy answers of {company['tokens']} tokens, "
                  f"{company['equal']} are the same")  # fmt: skip
     compare("docs/serving.md", lines)
+
+
+def test_serving_beside_llama_cpp(records, compare):
+    def row(model, prompt, streams):
+        found = {"model": model, "prompt_tokens": prompt, "streams": streams}
+        return records.row("serve/llama_cpp.json", **found)
+
+    lines = []
+    for model in ("MatMul-free, packed", "Transformer++, Q4_0", "Transformer++, Q8_0"):
+        cells = [
+            f"{found['tokens_per_s']:.1f}, {found['first_token_p50'] / 1e3:.2f}"
+            for found in (row(model, *of) for of in ((128, 1), (128, 4), (128, 16), (1024, 1)))
+        ]
+        last = row(model, 1024, 1)
+        memory, disk = last["peak_bytes"] / 1e9, last["disk_bytes"] / 1e6
+        lines.append(f"| {model} | {' | '.join(cells)} | {memory:.2f} | {disk:.0f} |")
+    compare("docs/serving.md", lines)
