@@ -1,5 +1,6 @@
 """XLA's int8 product is refused on a GPU where its sums are wrong; the device here is a CPU."""
 
+import functools
 import re
 
 import jax
@@ -144,3 +145,15 @@ def test_the_int8_backward_asks_too(gpu, monkeypatch):
     ):
         with pytest.raises(IntegerProductError):
             jax.make_jaxpr(call)()
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (1, 1, 40)])
+@pytest.mark.parametrize("axes", [(-1, 1), (-1, 0)])
+def test_one_row_is_summed_as_many_are(shape, axes):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-128, 128, shape, np.int8)
+    w = rng.integers(-1, 2, (24, 40) if axes[1] else (40, 24), np.int8)
+    found = jax.jit(functools.partial(int8_dot, axes=axes))(x, w)
+    expected = x.astype(int) @ (w.T if axes[1] else w).astype(int)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, expected)
