@@ -8,8 +8,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = "mmfree_jax.pallas_kernels"
 # What others may import beside an op's `api`: the choice by measurement, the ops' benchmarks,
-# which `mmfree bench kernels` runs, and the errors that users see.
-ALSO_OPEN = {"dispatch", "benchmark", "errors"}
+# which `mmfree bench kernels` runs, the errors that users see, and how a gradient over tokens is
+# added up over devices, which the embedding's is too.
+ALSO_OPEN = {"dispatch", "benchmark", "errors", "over_tokens"}
 
 
 def sources(folder):

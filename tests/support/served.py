@@ -117,6 +117,7 @@ def served(
     *,
     tokenizer_folder: Path | None = None,
     lent: bool = False,
+    end_ids: tuple[int, ...] = (257,),
     **app: Any,
 ) -> Iterator[Served]:
     """Serves the small model while inside; closes the engine unless it is only lent."""
@@ -127,7 +128,7 @@ def served(
         engine=engine,
         tokenizer=ByteTokenizer(),
         chat=find_chat_format(ByteTokenizer(), tokenizer_folder),
-        end_ids=(257,),
+        end_ids=end_ids,
         limits=service_limits or ServiceLimits(),
         metrics=Metrics(engine),
         created=0,
