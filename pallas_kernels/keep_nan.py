@@ -32,6 +32,7 @@ def at_least(x: jax.Array, bound: float) -> jax.Array:
     return jnp.where(x < bound, bound, x)
 
 
-def nan_as_inf(x: jax.Array) -> jax.Array:
-    """x, with infinity for NaN: what no maximum loses."""
-    return jnp.where(jnp.isnan(x), jnp.inf, x)
+def largest_along(x: jax.Array, axis: int) -> jax.Array:
+    """max|x| along an axis that is kept, for XLA; infinity where one is NaN."""
+    magnitudes = jnp.abs(x)
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, magnitudes), axis=axis, keepdims=True)

@@ -23,7 +23,7 @@ from mmfree_jax.cli.parse import Names
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.experiments.bench.edge_process import summary
 from mmfree_jax.experiments.bench.infer_process import decode_loop
-from mmfree_jax.experiments.bench.records import one_of
+from mmfree_jax.experiments.bench.records import Row, one_of, say_each
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.infer.agreement import Streams, compare_streams, greedy_streams, held_out_documents
 from mmfree_jax.installed import versions
@@ -35,8 +35,6 @@ from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.ranges import Count
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.pack import pack
-
-Row = dict[str, Any]
 
 # Stored embeddings; "bfloat16 norms" is what earlier versions wrote.
 FORMS = ("float32", "bfloat16", "int8", "bfloat16 norms")
@@ -350,8 +348,4 @@ def describe(row: Row) -> str:
 
 def run(plan: Plan, about: Mapping[str, Any]) -> Sequence[Row]:
     """Measures, and shows each row as it comes."""
-    rows = []
-    for row in measure(plan, about):
-        print(describe(row), flush=True)
-        rows.append(row)
-    return rows
+    return say_each(measure(plan, about), describe)

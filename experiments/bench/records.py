@@ -35,6 +35,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def say_each(rows: Iterable[Row], describe: Callable[[Row], str]) -> list[Row]:
+    """Rows as they come, a line printed for each."""
+    found = []
+    for row in rows:
+        print(describe(row), flush=True)
+        found.append(row)
+    return found
+
+
 def start(children: Children, command: Sequence[str]) -> subprocess.Popen[str]:
     """A process that reads one task, a line of JSON, from its input."""
     pipe = subprocess.PIPE

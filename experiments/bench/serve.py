@@ -26,6 +26,7 @@ from mmfree_jax.experiments.bench.infer_process import (
     random_weights,
     stored_form,
 )
+from mmfree_jax.experiments.bench.records import Row, say_each
 from mmfree_jax.experiments.bench.serve_load import Drive, Load, Timed
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
@@ -35,8 +36,6 @@ from mmfree_jax.ranges import Count, CountOrZero, Range
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.serve.engine import Engine
 from mmfree_jax.serve.requests import Limits, Request, RowSampling
-
-Row = dict[str, Any]
 
 # Of the bare loop, as `mmfree bench infer` has it by default.
 _LOOP_STEPS, _LOOP_REPEATS = 64, 5
@@ -310,8 +309,4 @@ def describe(row: Row) -> str:
 
 def run(plan: Plan, about: Mapping[str, Any]) -> Sequence[Row]:
     """Measures, and shows each row as it comes."""
-    rows = []
-    for row in measure(plan, about):
-        print(describe(row), flush=True)
-        rows.append(row)
-    return rows
+    return say_each(measure(plan, about), describe)

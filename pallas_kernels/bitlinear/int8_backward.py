@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ..integer_products import int8_dot
-from ..keep_nan import nan_as_inf
+from ..keep_nan import largest_along
 
 # Tokens that share a column's scale: all, as far as their int32 sum cannot overflow (2^31 by
 # 127 * 128). Shorter blocks round less (experiments/results/backward8), and need float32 sums
@@ -40,7 +40,7 @@ def quantize(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
       the values makes its scale NaN, so that the product is not finite either.
     """
     wide = values.astype(jnp.float32)
-    largest = jnp.max(nan_as_inf(jnp.abs(wide)), axis=axis, keepdims=True)
+    largest = largest_along(wide, axis)
     scale = jnp.where(jnp.isfinite(largest), jnp.maximum(largest, TINY) / LARGEST, jnp.nan)
     q = jnp.clip(jnp.round(wide * (1.0 / scale)), -LARGEST, LARGEST)
     return jnp.where(jnp.isnan(q), 0, q).astype(jnp.int8), scale

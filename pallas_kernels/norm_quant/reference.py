@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..keep_nan import nan_as_inf
+from ..keep_nan import largest_along
 
 # The absmax below which a token counts as zero; it bounds the quantiser's gain.
 MIN_ABSMAX = 1e-5
@@ -32,8 +32,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
 
 def token_absmax(x: jax.Array) -> jax.Array:
     """max(max|x|, 1e-5) over the last axis: [..., K] -> [..., 1] float32; inf where one is NaN."""
-    largest = jnp.max(nan_as_inf(jnp.abs(x.astype(jnp.float32))), axis=-1, keepdims=True)
-    return jnp.maximum(largest, MIN_ABSMAX)
+    return jnp.maximum(largest_along(x.astype(jnp.float32), -1), MIN_ABSMAX)
 
 
 def round_to_int8(x: jax.Array, absmax: jax.Array) -> jax.Array:
