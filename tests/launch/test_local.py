@@ -53,19 +53,18 @@ def test_a_killed_process_is_named_with_its_signal():
 
 
 # Says in a FIFO that it is ready, that it was told to stop, and by closing it that it has ended
-# with what it has started itself.
+# with what it has started itself. It waits for its signals: a handler would miss one that comes
+# just before a sleep begins.
 _CHILD = """
 import os, signal, sys, time
 out = os.open(sys.argv[1], os.O_WRONLY)
 if os.fork() == 0:
     time.sleep(600)
-def leave(number, _):
-    os.write(out, b"told\\n")
-    os._exit(128 + number)
-signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else leave)
-signal.signal(signal.SIGINT, leave)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
 os.write(out, b"ready\\n")
-time.sleep(600)
+number = signal.sigwait([signal.SIGINT] if "deaf" in sys.argv else [signal.SIGTERM, signal.SIGINT])
+os.write(out, b"told\\n")
+os._exit(128 + number)
 """
 _LAUNCHER = """
 import os, sys
