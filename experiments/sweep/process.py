@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import mmfree_jax
 from mmfree_jax.children import Children
+from mmfree_jax.compiled_programs import is_chosen
 from mmfree_jax.installed import own_version
 from mmfree_jax.signals import EXIT_CODES, STOPPING
 from mmfree_jax.text_files import read_json
@@ -38,14 +39,14 @@ def child_environment(
     """Environment of a child process: this one's, and
 
     * the packages that this process runs, on the module path;
-    * `cache`, where compiled programs are kept for all runs, unless one is set already;
+    * `cache`, where compiled programs are kept for all runs, unless the user names a folder;
     * a `parallel`-th of the device's memory, where several runs share it;
     * `gpu`, the only GPU that it sees, where one is given.
     """
     env = dict(os.environ)
     paths = [str(_ROOT), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in env:
+    if cache is not None and not is_chosen(env):
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache.resolve())
     if parallel > 1:
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{_MEMORY_SHARE / parallel:.3f}"

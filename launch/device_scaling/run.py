@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.children import Children
+from mmfree_jax.compiled_programs import is_chosen
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.bench.records import reason
 from mmfree_jax.launch.device_scaling.plan import Case
@@ -214,7 +215,8 @@ class _Study:
             write_case(worker.folder / "case.json", worker.case)
         env = dict(self._environ)
         cache = (self._options.out / "compiled").absolute()
-        env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        if not is_chosen(env):
+            env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         env.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         # Several processes wait on one GPU: none may take all its memory beforehand.
