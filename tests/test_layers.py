@@ -10,7 +10,15 @@ PACKAGES = ("pallas_kernels", "mmfree_jax", "experiments", "launch")  # from the
 # From the bottom; rooms of one row may import each other as long as there is no circle.
 ROOMS = (
     ("errors", "figures", "guard", "installed", "places", "ranges", "readable", "text_files"),
-    ("children", "compiled_programs", "config", "model_config", "progress", "rope_scaling", "signals"),
+    (
+        "children",
+        "compiled_programs",
+        "config",
+        "model_config",
+        "progress",
+        "rope_scaling",
+        "signals",
+    ),
     ("presets",),
     ("config_io",),
     ("files", "json_shape"),
