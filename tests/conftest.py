@@ -39,6 +39,7 @@ for _signal, _handler in (
 # numpy and jax read the above when they are first imported.
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from bucket_servers import Bucket, BucketServer, new_bucket, serve_gcs, serve_s3  # noqa: E402
 
 from mmfree_jax.data import writer  # noqa: E402
 
@@ -115,3 +116,41 @@ def save_model():
         return open_model(folder)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[BucketServer]:
+    """The GCS emulator of this process; see tests/support/bucket_servers.py."""
+    for package in ("gcsfs", "gcp_storage_emulator"):
+        pytest.importorskip(package)
+    with serve_gcs() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[BucketServer]:
+    """The S3 server of this process; see tests/support/bucket_servers.py."""
+    for package in ("s3fs", "moto", "flask_cors"):
+        pytest.importorskip(package)
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server: BucketServer) -> Iterator[Bucket]:
+    """An empty bucket of the GCS emulator."""
+    with new_bucket(gcs_server) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def s3_bucket(s3_server: BucketServer) -> Iterator[Bucket]:
+    """An empty bucket of the S3 server."""
+    with new_bucket(s3_server) as bucket:
+        yield bucket
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """An empty bucket, of each server."""
+    return request.getfixturevalue(f"{request.param}_bucket")
