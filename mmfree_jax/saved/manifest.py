@@ -17,6 +17,7 @@ import jax
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.saved.goodput import NO_TIME, Goodput, goodput_fault, goodput_from_json
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin, origin_fault, origin_from_json
 from mmfree_jax.text_files import read_json
 
@@ -45,6 +46,7 @@ class Manifest:
       files: size (bytes) and SHA-256 of every file, by name.
       meter: what the run measured of itself since the last record; None: nothing.
       origin: what the run branched from.
+      goodput: where the run's time had gone; of an older version, nowhere.
     """
 
     step: int
@@ -54,6 +56,7 @@ class Manifest:
     files: dict[str, tuple[int, str]]
     meter: dict[str, Any] | None = None
     origin: Origin = FROM_NOTHING
+    goodput: Goodput = NO_TIME
 
 
 _TYPES: dict[str, Any] = {
@@ -112,6 +115,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(wrong)
     if origin is not None and (wrong := origin_fault(origin)):
         raise damaged(wrong)
+    goodput = values.get("goodput")
+    if goodput is not None and (wrong := goodput_fault(goodput)):
+        raise damaged(wrong)
     if str(values["step"]) != folder.name:
         raise damaged(f"step is {values['step']}, but the folder's name {folder.name}")
     try:
@@ -130,6 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         files,
         meter,
         FROM_NOTHING if origin is None else origin_from_json(origin),
+        NO_TIME if goodput is None else goodput_from_json(goodput),
     )
 
 

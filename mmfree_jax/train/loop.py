@@ -130,7 +130,7 @@ class Loop:
         """Compiles the step ahead of its first call, so that its time is known."""
         run, begin = self._run, self._clock()
         self._recorder.progress.stage("compiling the training step")
-        with jax.set_mesh(run.mesh):
+        with self._recorder.watch.section("compile"), jax.set_mesh(run.mesh):
             step_fn = jit_train_step(run.config, run.optimizer, run.mesh)
             schedule = jax.device_put(
                 schedule_values(run.config.optimizer, run.config.steps),
@@ -147,13 +147,14 @@ class Loop:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._beat(f"step {step}")
-        self._recorder.on_step(step, values)
-        config = self._run.config
-        if step % config.log.every_steps == 0 or step == config.steps or self._ternary:
-            extra, self._ternary = self._ternary, {}
-            self._recorder.train_record(step, extra)
+        config, recorder = self._run.config, self._recorder
+        with recorder.watch.section("step"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self._beat(f"step {step}")
+            recorder.on_step(step, values)
+            if step % config.log.every_steps == 0 or step == config.steps or self._ternary:
+                extra, self._ternary = self._ternary, {}
+                recorder.train_record(step, extra)
 
     def _after_step(self, state: TrainState, done: int) -> str | None:
         """Evaluates, samples and saves as due; returns why to stop, or None."""
@@ -180,8 +181,7 @@ class Loop:
             if config.log.ternary_every_steps:
                 with watch.section("eval"):
                     self._ternary = self._monitor(state.params)
-            with watch.section("step"):
-                self._read_metrics()
+            self._read_metrics()
         if _is_due(config.eval.every_steps, done):
             self._evaluate(state, done)
         if _is_due(config.eval.sample_every_steps, done):
@@ -201,15 +201,15 @@ class Loop:
 
     def _save(self, state: TrainState, done: int) -> None:
         """Starts a checkpoint, once everything up to its step is on record."""
-        with self._recorder.watch.section("step"):
-            self._read_metrics()
+        self._read_metrics()
         with self._recorder.watch.section("checkpoint"):
-            self._recorder.sync()
-            self._checkpointer.save(
-                done,
-                state,
-                checkpoint_metadata(self._run, done, self._recorder.meter, self._recorder.seconds),
+            recorder = self._recorder
+            goodput = recorder.goodput_record(done)
+            recorder.sync()
+            metadata = checkpoint_metadata(
+                self._run, done, recorder.meter, recorder.seconds, goodput
             )
+            self._checkpointer.save(done, state, metadata)
         self._beat(f"saving step {done}")
         self._saved_at = self._clock()
 

@@ -26,6 +26,7 @@ from mmfree_jax.saved.history import Record, read_history
 # Where a loop's time goes: waiting for data; the step; held-out loss, samples and the shares of
 # ternary weights; and what a checkpoint keeps the loop waiting for.
 SECTIONS = ("data", "step", "eval", "checkpoint")
+_OF_A_START = ("compile", "restore")
 
 
 def perplexity(loss: float) -> float:
@@ -41,12 +42,14 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
 class Stopwatch:
     """Seconds spent in named sections since they were last taken.
 
-    Sections may nest (the inner one counts) and may be open when the times are taken.
+    Sections may nest (the inner one counts) and may be open when the times are taken. Beside
+    `SECTIONS` there are those of a start, "compile" and "restore"; the rest is "other".
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seconds: dict[str, float] = dict.fromkeys((*SECTIONS, "other"), 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys((*SECTIONS, *_OF_A_START, "other"), 0.0)
+        self._taken = dict(self._seconds)
         self._open = ["other"]
         self._at = clock()
 
@@ -70,7 +73,14 @@ class Stopwatch:
         """Seconds by section and in all (`total`) since the last call, which starts anew."""
         self._credit()
         taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        self._taken = {name: self._taken[name] + seconds for name, seconds in taken.items()}
         return {**{name: taken[name] for name in SECTIONS}, "total": sum(taken.values())}
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds by section since the beginning, taken or not."""
+        self._credit()
+        return {name: self._taken[name] + seconds for name, seconds in self._seconds.items()}
 
 
 class Window:

@@ -1,5 +1,6 @@
 """Turns what happens in a run into records, and hands them to the history and the sinks."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ import jax
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.errors import TrainingError
+from mmfree_jax.saved.goodput import NO_TIME, RECORD, Goodput, up_to_now
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS
@@ -34,7 +37,7 @@ class Recorder:
     `settle` waits for a checkpoint that is being written.
 
     Attributes:
-      watch: where the loop's time goes; the loop opens its sections.
+      watch: where the time goes; the loop opens its sections.
       last: the newest record of each kind.
       progress: what is shown; the loop says its stages there.
     """
@@ -50,6 +53,8 @@ class Recorder:
         sinks: Sequence[Sink],
         progress: RunDisplay,
         settle: Callable[[], None],
+        saved_goodput: Goodput = NO_TIME,
+        watch: Stopwatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -58,6 +63,8 @@ class Recorder:
         self._clock = clock
         self._start = self._loop_start = clock()
         self._start_step, self._origin = restored_step, origin
+        self.watch = watch or Stopwatch(clock)
+        self._earlier = _earlier(run_dir, restored_step, saved_goodput)
         self._history = History(run_dir / METRICS, restored_step) if _is_writer() else None
         self._before = self._history.seconds if self._history else 0.0
         self._sinks, self.progress = list(sinks), progress
@@ -68,16 +75,17 @@ class Recorder:
         self._skipped_in_a_row = int(meter.get("skipped_in_a_row", 0))
         self._positions = self._all_positions = 0
         self._device = jax.devices()[0].device_kind
-        self.watch = Stopwatch(clock)
         self.last = dict(self._history.last) if self._history else {}
         self.total_seconds: dict[str, float] = dict.fromkeys((*SECTIONS, "total"), 0.0)
         if find_device(self._device) is None:
             self.message(
                 f"no peak rate is known for device {self._device!r}: MFU is left out of the metrics"
             )
+        self.goodput_record(restored_step)
 
     def start(self) -> None:
-        """Call when the loop begins, so that compilation is not counted."""
+        """Call when the loop begins, so that its rates leave compilation out."""
+        self.goodput_record(self._start_step)
         self.watch.take()
         self._loop_start = self._clock()
 
@@ -208,6 +216,17 @@ class Recorder:
             },
         )
 
+    @property
+    def goodput(self) -> Goodput:
+        """Where the run's time has gone, over all its attempts."""
+        return self._earlier.plus(self.watch.totals)
+
+    def goodput_record(self, step: int) -> Goodput:
+        """Writes where the time has gone, and returns it."""
+        goodput = self.goodput
+        self._write(RECORD, step, goodput.to_record() | {"unix_time": time.time()})
+        return goodput
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes a sample text."""
         self._write("sample", step, {"prompt": prompt, "text": text})
@@ -252,3 +271,12 @@ class Recorder:
 
 def _is_writer() -> bool:
     return jax.process_index() == 0
+
+
+def _earlier(run_dir: Path, restored_step: int, saved: Goodput) -> Goodput:
+    """What the attempts before this one left; only who writes the history knows of the dead."""
+    history = []
+    if _is_writer():
+        with contextlib.suppress(TrainingError):  # which a fresh start replaces
+            history = read_history(run_dir / METRICS)
+    return up_to_now(history, restored_step, saved, time.time())

@@ -70,6 +70,7 @@ def write_report(
 ) -> Summary:
     """Writes summary.json, sample.txt and loss_curve.png, and says where everything is."""
     config, run_dir = run.config, run.run_dir
+    goodput = recorder.goodput_record(done)
     flops = count_flops(config.model, config.data.seq_len)
     parameters = count_parameters(config.model)
     devices = jax.devices()
@@ -89,6 +90,7 @@ def write_report(
         "seconds": recorder.seconds,
         "compile_s": compile_seconds,
         "session_seconds": recorder.total_seconds,
+        "goodput": goodput.to_record(),
         "family": config.model.family,
         "parameters": {
             **dataclasses.asdict(parameters),
@@ -125,6 +127,7 @@ def write_report(
         "summary": SUMMARY,
     }
     state = f"stopped at step {done} by {stopped_by}" if stopped_by else f"complete at step {done}"
+    recorder.message(str(goodput))
     recorder.message(f"{state}; in {run_dir}:")
     for name, file in lines.items():
         if (run_dir / file).exists():

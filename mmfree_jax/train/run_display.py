@@ -54,7 +54,12 @@ class RunDisplay:
         self._values: tuple[str, ...] = ()
 
     def write(self, record: Record) -> None:
-        """Shows a record: training in place where that can be done, all else as lines."""
+        """Shows a record: training in place where that can be done, all else as lines.
+
+        Where the time has gone is shown at the end, not here.
+        """
+        if record["kind"] == "goodput":
+            return
         if record["kind"] == "train":
             values = _values(record)
             # The most important first: a narrow terminal shows no more.

@@ -20,6 +20,7 @@ from mmfree_jax.installed import versions
 from mmfree_jax.model.kernel_choice import check_kernels
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows
+from mmfree_jax.saved.goodput import Goodput
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
@@ -148,7 +149,11 @@ def check_same_data(run: Run) -> None:
 
 
 def checkpoint_metadata(
-    run: Run, step: int, meter: dict[str, Any] | None, seconds: float
+    run: Run,
+    step: int,
+    meter: dict[str, Any] | None,
+    seconds: float,
+    goodput: Goodput,
 ) -> dict[str, Any]:
     """What a checkpoint's manifest holds beside the arrays."""
     origin = run.origin
@@ -159,6 +164,7 @@ def checkpoint_metadata(
         "data_position": {"next_row": origin.row_at(step, run.config.batch_size)},
         "meter": meter,
         "seconds": seconds,
+        "goodput": goodput.to_json(),
         "origin": None if origin.parent is None else origin.to_json(),
     }
 

@@ -28,7 +28,7 @@ class Sink(Protocol):
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    skip = ("kind", "step")
+    skip = ("kind", "step", "unix_time")
     return {
         f"{record['kind']}/{name}": float(value)
         for name, value in record.items()

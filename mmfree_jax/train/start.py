@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmfree_jax.saved.checkpoint import restore_newest
+from mmfree_jax.saved.goodput import NO_TIME, Goodput
 from mmfree_jax.saved.run_directory import CHECKPOINTS
 from mmfree_jax.train.branch import take_branch
 from mmfree_jax.train.init_from import initial_params
+from mmfree_jax.train.metrics import Stopwatch
 from mmfree_jax.train.setup import Run
 from mmfree_jax.train.step import TrainState, abstract_state, init_sharded
 
@@ -22,6 +24,7 @@ class Start:
       state: on the run's mesh.
       step: that it is of.
       meter: what the run had measured of itself since its last record.
+      goodput: where its time had gone by then.
       is_resumed: whether it is from a checkpoint of the run's own.
       notes: what there is to say of the checkpoints.
     """
@@ -30,6 +33,7 @@ class Start:
     state: TrainState
     step: int = 0
     meter: dict[str, Any] | None = None
+    goodput: Goodput = NO_TIME
     is_resumed: bool = False
     notes: tuple[str, ...] = ()
 
@@ -39,15 +43,19 @@ class Start:
         return not self.is_resumed and self.run.origin.parent is not None
 
 
-def start_state(run: Run) -> Start:
+def start_state(run: Run, watch: Stopwatch) -> Start:
     """The newest good checkpoint's state on the run's mesh, else the parent's, else a fresh one.
+
+    Args:
+      run: what is to start.
+      watch: gets the time of reading checkpoints.
 
     Raises:
       ConfigError, DataError: as `take_branch`.
       CheckpointError: a checkpoint is of other shapes, or all are damaged.
     """
     abstract = abstract_state(run.config, run.optimizer, run.mesh)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, watch.section("restore"):
         warnings.simplefilter("always", UserWarning)
         restored = restore_newest(run.run_dir / CHECKPOINTS, abstract)
     notes = [f"warning: {w.message}" for w in caught if "falling back" in str(w.message)]
@@ -61,11 +69,13 @@ def start_state(run: Run) -> Start:
             restored.state,
             manifest.step,
             manifest.meter,
+            manifest.goodput,
             is_resumed=True,
             notes=tuple(notes),
         )
     if run.config.branch_from is not None:
-        branch = take_branch(run)
+        with watch.section("restore"):
+            branch = take_branch(run)
         origin = branch.origin
         config = dataclasses.replace(run.config, branch_from=f"{origin.parent}@{origin.step}")
         return Start(

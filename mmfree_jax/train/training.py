@@ -20,6 +20,7 @@ from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
 from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.loop import Loop, Sampler
+from mmfree_jax.train.metrics import Stopwatch
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, describe, finished_summary
 from mmfree_jax.train.run_display import RunDisplay
@@ -85,6 +86,7 @@ def train(
         contextlib.ExitStack() as held,
         catch_signals(display.notice) as request,
     ):
+        watch = Stopwatch(clock)
         display.stage("reading the data")
         watchdog = _watch(process_options, held)
         check_apart(config)
@@ -102,7 +104,7 @@ def train(
         if (summary := processes.first(look)) is not None:
             return summary
         display.stage("building the model")
-        start = start_state(run)
+        start = start_state(run, watch)
         run, config = start.run, start.run.config
         if is_writer:
             write_config(run.run_dir, config)
@@ -114,7 +116,7 @@ def train(
             keep_steps=config.checkpoint.at_steps,
         )
         if start.is_new_branch:  # from here on the parent may go, and a kill loses nothing
-            metadata = checkpoint_metadata(run, start.step, start.meter, 0.0)
+            metadata = checkpoint_metadata(run, start.step, start.meter, 0.0, start.goodput)
             checkpointer.save(start.step, start.state, metadata)
             checkpointer.wait()
         # The sinks that can be refused come before the display that must be closed.
@@ -128,6 +130,8 @@ def train(
             sinks=sinks,
             progress=RunDisplay(display, config.steps),
             settle=functools.partial(_wait_quietly, checkpointer),
+            saved_goodput=start.goodput,
+            watch=watch,
             clock=clock,
         )
         recorder.message(describe(run))

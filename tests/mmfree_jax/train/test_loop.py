@@ -1,6 +1,7 @@
 """Whole runs in this process, on a mesh of eight simulated devices."""
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -433,3 +434,32 @@ def test_too_little_memory_names_settings_that_can_be_typed():
     )
     least = replace(config, batch_size=2, loss_chunk=1, model__remat="full")
     assert training._out_of_memory(least).endswith(": set --mesh.fsdp 2 on as many more devices")
+
+
+def test_the_time_of_all_attempts_is_told(small_run, tmp_path, capsys):
+    ticks = itertools.count()
+    config = replace(small_run, run_dir=str(tmp_path))
+
+    def die(step):
+        if step == 7:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, clock=lambda: float(next(ticks)), on_step=die)
+    first = read_history(tmp_path / "metrics.jsonl")
+    lived = first[-1]["time_s"] + first[0]["total_s"]
+    began = next(ticks) + 1
+    capsys.readouterr()
+    goodput = train(config, clock=lambda: float(next(ticks)))["goodput"]
+
+    shares = [value for name, value in goodput.items() if name.endswith("_share")]
+    assert sum(shares) == pytest.approx(1)
+    assert len(shares) == 8
+    assert all(share > 0 for share in shares)
+    assert goodput["attempts"] == 2
+    # What went by on the clock until the last sign of the first, and in the second but its report.
+    assert goodput["total_s"] == pytest.approx(lived + next(ticks) - began, abs=20)
+    records = [r for r in read_history(tmp_path / "metrics.jsonl") if r["kind"] == "goodput"]
+    assert [r["step"] for r in records] == [0, 0, 4, 4, 4, 8, 12, 12]
+    assert records[3]["lost_s"] == goodput["lost_s"]
+    assert f"goodput {goodput['step_share']:.1%} of " in capsys.readouterr().out
