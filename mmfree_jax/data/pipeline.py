@@ -8,6 +8,7 @@ A batch is `{"tokens", "targets", "segment_ids"}`, int32 [rows, T]: see ARCHITEC
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,10 +155,24 @@ def stack_rows(rows: Sequence[Row]) -> Batch:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A folder that held-out rows come from.
+
+    Attributes:
+      name: the folder's own; where two have one name, with as many of those above as differ.
+      bytes_per_token: mean text bytes per target.
+    """
+
+    name: str
+    bytes_per_token: float
+
+
+@dataclass(frozen=True)
 class EvalBatches:
     """Held-out batches; iterate as often as needed, always the same.
 
     Attributes:
+      sources: the folders.
       num_batches: batches in one pass.
       num_predicted: targets in one pass, over all processes (tokens).
       bytes_per_token: mean text bytes per target; bits per byte =
@@ -167,6 +182,7 @@ class EvalBatches:
       rows: those of them that are read here.
     """
 
+    sources: tuple[Source, ...]
     num_batches: int
     num_predicted: int
     bytes_per_token: float
@@ -179,6 +195,13 @@ class EvalBatches:
 
     def __len__(self) -> int:
         return self.num_batches
+
+    def sources_of(self, batch: int) -> np.ndarray:
+        """Index into `sources` of each row of the global batch, int [batch_size]; -1: padding."""
+        picks = self._picks[batch * self.batch_size : (batch + 1) * self.batch_size]
+        found = np.full(self.batch_size, -1)
+        found[: len(picks)] = [k for k, _ in picks]
+        return found
 
     def __iter__(self) -> Iterator[Batch]:
         empty = np.zeros(0, np.int32)
@@ -203,8 +226,9 @@ def make_eval_batches(
     If `num_batches` is None or covers the split, every token is a target at most once and
     the last batch is padded. Otherwise rows are taken at even distances across the split,
     which represents it better than its first documents would. Of several folders each gives
-    its share of rows (by `config.weights`, else by size); folders without the split are left
-    out, unless all are.
+    its share of rows (by `config.weights`, else by size), and one at least where there is room;
+    folders without the split are left out, unless all are. Folders of one content are one source,
+    with the share of all, so that no document is counted twice.
 
     Args:
       config: folders, weights and row length.
@@ -223,11 +247,16 @@ def make_eval_batches(
     having = [i for i, p in enumerate(config.paths) if load_index(p).splits.get(split)]
     chosen = having or list(range(len(config.paths)))  # none: let open_mixture say so
     paths = tuple(config.paths[i] for i in chosen)
-    datasets = open_mixture(DataConfig(paths=paths, seq_len=config.seq_len), split)
-
-    counts = [d.num_rows(config.seq_len, partial=True) for d in datasets]
+    opened = open_mixture(DataConfig(paths=paths, seq_len=config.seq_len), split)
+    sizes = [d.num_rows(config.seq_len, partial=True) for d in opened]
+    every_weight = [config.weights[i] for i in chosen] if config.weights else sizes
+    of_content: dict[str, list[int]] = {}
+    for i, dataset in enumerate(opened):
+        of_content.setdefault(dataset.fingerprint, []).append(i)
+    datasets = [opened[alike[0]] for alike in of_content.values()]
+    counts = [sizes[alike[0]] for alike in of_content.values()]
+    weights = [sum(every_weight[i] for i in alike) for alike in of_content.values()]
     limit = sum(counts) if num_batches is None else min(sum(counts), num_batches * batch_size)
-    weights = [config.weights[i] for i in chosen] if config.weights else counts
     shares = _shares(limit, weights, counts)
     picks = tuple(
         (k, j * counts[k] // share) for k, share in enumerate(shares) for j in range(share)
@@ -241,7 +270,9 @@ def make_eval_batches(
             f"the {split} split of {', '.join(paths)} has nothing to predict: prepare more text"
         )
     num_bytes = sum(n * d.bytes_per_token for n, d in zip(predicted, datasets, strict=True))
+    names = _distinct_names([str(d.path) for d in datasets])
     return EvalBatches(
+        sources=tuple(map(Source, names, [d.bytes_per_token for d in datasets])),
         num_batches=-(-len(picks) // batch_size),
         num_predicted=total,
         bytes_per_token=num_bytes / total,
@@ -254,8 +285,21 @@ def make_eval_batches(
     )
 
 
+def _distinct_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path; where two have one, as many parts as tell them apart."""
+    parts = [os.path.abspath(path).split(os.sep) for path in paths]
+    lengths = [1] * len(paths)
+    for _ in range(max(map(len, parts))):
+        names = ["/".join(part[-n:]) for part, n in zip(parts, lengths, strict=True)]
+        lengths = [n + (names.count(name) > 1) for name, n in zip(names, lengths, strict=True)]
+    return names
+
+
 def _shares(limit: int, weights: Sequence[float], counts: Sequence[int]) -> list[int]:
-    """Splits `limit` rows by weight, none above its count; full ones pass on their rest."""
+    """Splits `limit` rows by weight, none above its count; full ones pass on their rest.
+
+    Each that has rows gives one at least, as far as the limit goes.
+    """
     shares = [0] * len(counts)
     left = limit = min(limit, sum(counts))
     while left:
@@ -268,4 +312,9 @@ def _shares(limit: int, weights: Sequence[float], counts: Sequence[int]) -> list
         for k, n in given.items():
             shares[k] += n
         left = limit - sum(shares)
+    for k, count in enumerate(counts):
+        largest = max(range(len(counts)), key=shares.__getitem__)
+        if count and not shares[k] and shares[largest] > 1:
+            shares[largest] -= 1
+            shares[k] = 1
     return shares

@@ -275,16 +275,32 @@ def flatten_tokens(x: jax.Array) -> jax.Array:
     Where the sequence is split that is another order than a reshape's, which would move
     tokens between devices; what is summed over tokens does not mind.
     """
-    mesh = _ambient()
     B, T, *rest = x.shape
     flat = (B * T, *rest)
+    if (split := _split_of_tokens(B, T)) is None:
+        return x.reshape(flat)
+    rows, pieces = split
+    parts = x.reshape(rows, B // rows, pieces, T // pieces, *rest).swapaxes(1, 2)
+    return jax.lax.with_sharding_constraint(parts.reshape(flat), P((*_ROWS, "sequence")))
+
+
+def unflatten_tokens(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[B T, ...] in the order of `flatten_tokens` -> [B, T, ...]; `shape` is (B, T)."""
+    (B, T), rest = shape, x.shape[1:]
+    if (split := _split_of_tokens(B, T)) is None:
+        return x.reshape(B, T, *rest)
+    rows, pieces = split
+    parts = x.reshape(rows, pieces, B // rows, T // pieces, *rest).swapaxes(1, 2)
+    return parts.reshape(B, T, *rest)
+
+
+def _split_of_tokens(B: int, T: int) -> tuple[int, int] | None:
+    """Parts that rows and time are in where the sequence is split; None: it is not."""
+    mesh = _ambient()
     if mesh is None or mesh.shape["sequence"] == 1:
-        return x.reshape(flat)
+        return None
     rows, pieces = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
-    if B % rows or T % pieces:
-        return x.reshape(flat)
-    split = x.reshape(rows, B // rows, pieces, T // pieces, *rest).swapaxes(1, 2)
-    return jax.lax.with_sharding_constraint(split.reshape(flat), P((*_ROWS, "sequence")))
+    return None if B % rows or T % pieces else (rows, pieces)
 
 
 def channel_partition(shape: tuple[int, ...]) -> P | None:

@@ -21,6 +21,7 @@ from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.signals import EXIT_CODES
+from mmfree_jax.train.held_out import evaluate
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.profiler import Profiler
@@ -221,16 +222,13 @@ class Loop:
         self._read_metrics()
         progress = self._recorder.progress
         with self._recorder.watch.section("eval"), progress.during("evaluating"):
-            sums = {"loss": 0.0, "correct": 0.0, "tokens": 0.0}
-            for number, host_batch in enumerate(batches):
-                progress.part(number, self._run.config.eval.batches)
-                batch = place_batch(self._run.mesh, host_batch, batches.rows, batches.batch_size)
-                with jax.set_mesh(self._run.mesh):
-                    result = jax.device_get(self._eval_step(state.params, batch))
-                for name in sums:
-                    sums[name] += float(getattr(result, name))
+
+            def on_batch(number: int) -> None:
+                progress.part(number, len(batches))
                 self._beat(f"evaluation at step {done}")
-        self._recorder.eval_record(done, sums, batches.bytes_per_token)
+
+            losses = evaluate(self._eval_step, state.params, batches, self._run.mesh, on_batch)
+        self._recorder.eval_record(done, losses)
 
     def _sample(self, state: TrainState, done: int) -> None:
         """A sample text, unless this step has one already."""

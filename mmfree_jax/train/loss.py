@@ -15,7 +15,7 @@ from mmfree_jax.pallas_kernels.cross_entropy.api import (
 )
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
-from mmfree_jax.parallel.sharding import flat_token_axes, flatten_tokens
+from mmfree_jax.parallel.sharding import flat_token_axes, flatten_tokens, unflatten_tokens
 
 Batch = dict[str, jax.Array]
 
@@ -34,6 +34,20 @@ class LossSums(NamedTuple):
     z_loss: jax.Array
     correct: jax.Array
     tokens: jax.Array
+
+
+class TokenLosses(NamedTuple):
+    """What a model makes of each token of a batch.
+
+    Attributes:
+      loss_BT: negative log-likelihood (nats), float32; 0 where nothing is predicted.
+      correct_BT: whether it was predicted right, bool.
+      counted_BT: whether it is predicted at all, bool.
+    """
+
+    loss_BT: jax.Array
+    correct_BT: jax.Array
+    counted_BT: jax.Array
 
 
 def head_cross_entropy(
@@ -132,3 +146,28 @@ def loss_sums(
         tokens=jnp.sum(counted_N),
     )
     return objective, sums
+
+
+def token_losses(
+    weights: Master | Ternary, batch: Batch, *, model: LanguageModel, chunk: int = 2048
+) -> TokenLosses:
+    """The loss of each token of a batch, for sums that are made elsewhere.
+
+    Args: as `loss_sums`.
+    """
+    targets_BT = batch["targets"]
+    x_BTD, _ = model.apply(weights, batch["tokens"], batch["segment_ids"], method="hidden")
+    _, result = head_cross_entropy(
+        flatten_tokens(x_BTD),
+        flatten_tokens(targets_BT),
+        weights,
+        model.config,
+        z_loss=0.0,
+        chunk=chunk,
+    )
+    B, T = targets_BT.shape
+    return TokenLosses(
+        loss_BT=unflatten_tokens(result.loss_N, (B, T)),
+        correct_BT=unflatten_tokens(result.correct_N, (B, T)),
+        counted_BT=targets_BT >= 0,
+    )

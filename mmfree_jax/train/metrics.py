@@ -30,8 +30,8 @@ _OF_A_START = ("compile", "restore")
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), infinite where a float cannot hold it, NaN of NaN."""
+    return math.exp(loss) if not loss >= 700 else math.inf
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:

@@ -230,7 +230,8 @@ def _draw(
         weight = 0.0 if metric in _EXACT else smoothing
         for name, look, curve in zip(names, _looks(), curves, strict=False):
             _draw_run(axes, name, look, curve, scale, weight)
-        axes.set(ylabel=_UNITS.get(metric, metric), xscale="log" if log_x else "linear")
+        axes.set(xscale="log" if log_x else "linear")
+        axes.set_ylabel(_title(metric), parse_math=False)
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.3)
         set_ticks(axes.yaxis, count if metric == "tokens_per_s" else number)
@@ -242,6 +243,12 @@ def _draw(
     set_ticks(grid[0].xaxis, count if x in ("steps", "tokens") else number)
     _add_legend(figure, names, panels, smoothing, height)
     return figure
+
+
+def _title(metric: str) -> str:
+    """A metric with its unit; of one source, with its name."""
+    name, _, source = metric.partition("/")
+    return f"{source}: {_UNITS[name]}" if source and name in _UNITS else _UNITS.get(metric, metric)
 
 
 def _x_unit(x: XAxis, curves: Sequence[_Curve]) -> tuple[float, str]:

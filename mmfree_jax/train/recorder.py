@@ -1,7 +1,6 @@
 """Turns what happens in a run into records, and hands them to the history and the sinks."""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +16,13 @@ from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS
 from mmfree_jax.train.flops import find_device, utilisation
+from mmfree_jax.train.held_out import HeldOutLosses
 from mmfree_jax.train.metrics import (
     SECTIONS,
     History,
     Record,
     Stopwatch,
     Window,
-    bits_per_byte,
-    perplexity,
 )
 from mmfree_jax.train.optimizer import make_schedule
 from mmfree_jax.train.run_display import RunDisplay
@@ -201,20 +199,9 @@ class Recorder:
             config.model, config.data.seq_len, rate, self._device, jax.device_count()
         )
 
-    def eval_record(self, step: int, sums: dict[str, float], bytes_per_token: float) -> None:
-        """Writes an evaluation from its sums over the held-out batches."""
-        loss = sums["loss"] / sums["tokens"]
-        self._write(
-            "eval",
-            step,
-            {
-                "loss": loss,
-                "perplexity": perplexity(loss) if math.isfinite(loss) else loss,
-                "bits_per_byte": bits_per_byte(loss, bytes_per_token),
-                "accuracy": sums["correct"] / sums["tokens"],
-                "eval_tokens": int(sums["tokens"]),
-            },
-        )
+    def eval_record(self, step: int, losses: HeldOutLosses) -> None:
+        """Writes an evaluation on held-out text."""
+        self._write("eval", step, losses.record())
 
     @property
     def goodput(self) -> Goodput:

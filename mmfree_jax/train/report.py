@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from mmfree_jax.saved.run_directory import (
 from mmfree_jax.signals import EXIT_CODES
 from mmfree_jax.text_files import read_json
 from mmfree_jax.train.flops import count_flops, count_parameters
+from mmfree_jax.train.held_out import losses_by_source
 from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.setup import PACKAGES, Run
@@ -85,6 +87,7 @@ def write_report(
         "train_loss": last_train.get("loss"),
         "eval_loss": last_eval.get("loss"),
         "eval_bits_per_byte": last_eval.get("bits_per_byte"),
+        "eval_loss_by_source": dict(losses_by_source(last_eval)),
         "tokens_per_s": recorder.mean_rate,
         "mfu": recorder.utilisation(recorder.mean_rate),
         "seconds": recorder.seconds,
@@ -116,7 +119,8 @@ def write_report(
     if "sample" in recorder.last:
         write_text(run_dir / SAMPLE, recorder.last["sample"]["text"] + "\n")
     if stopped_by not in EXIT_CODES:
-        plot_metrics([run_dir], run_dir / LOSS_CURVE)
+        by_source = [f"loss/{name}" for name, loss in losses_by_source(last_eval) if _finite(loss)]
+        plot_metrics([run_dir], run_dir / LOSS_CURVE, metrics=["loss", *by_source])
     lines = {
         "config": CONFIG,
         "metrics": METRICS,
@@ -133,3 +137,7 @@ def write_report(
         if (run_dir / file).exists():
             recorder.message(f"  {name:<12} {run_dir / file}")
     return summary
+
+
+def _finite(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)

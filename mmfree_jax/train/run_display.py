@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from mmfree_jax.progress import Display
 from mmfree_jax.readable import format_count, format_seconds, indented
 from mmfree_jax.saved.history import Record
+from mmfree_jax.train.held_out import losses_by_source
 
 TRAINING = "training"
 
@@ -16,6 +17,7 @@ def format_record(record: Record, steps: int) -> str:
         parts = [f"held-out loss {record['loss']:.4f}", f"perplexity {record['perplexity']:.2f}"]
         if record.get("bits_per_byte"):
             parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
+        parts += [f"{source} {loss:.4f}" for source, loss in losses_by_source(record)]
         return f"{where}  " + "  ".join(parts)
     if record["kind"] == "sample":
         return f"{where}  sample:\n{indented(record['text'])}"

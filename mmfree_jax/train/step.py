@@ -18,7 +18,7 @@ from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model.weights import is_ternary
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
-from mmfree_jax.train.loss import Batch, LossSums, loss_sums
+from mmfree_jax.train.loss import Batch, LossSums, TokenLosses, loss_sums, token_losses
 from mmfree_jax.train.optimizer import Optimizer, ScheduleValues
 
 Metrics = dict[str, jax.Array]
@@ -155,10 +155,10 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
     )
 
 
-def eval_step(params: dict[str, Any], batch: Batch, *, config: TrainConfig) -> LossSums:
-    """Sums of the loss over one batch, without gradients."""
+def eval_step(params: dict[str, Any], batch: Batch, *, config: TrainConfig) -> TokenLosses:
+    """The loss of each token of one batch, without gradients."""
     weights, model = training_weights(params, config.model), LanguageModel(config.model)
-    return loss_sums(weights, batch, model=model, chunk=config.loss_chunk)[1]
+    return token_losses(weights, batch, model=model, chunk=config.loss_chunk)
 
 
 @functools.lru_cache(maxsize=8)  # tracing the model takes a second
@@ -218,8 +218,10 @@ def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool] | None
     return {"xla_gpu_enable_triton_gemm": False} if on_gpu and large else None
 
 
-def jit_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, Any], Batch], LossSums]:
-    """`eval_step` compiled for the mesh."""
+def jit_eval_step(
+    config: TrainConfig, mesh: Mesh
+) -> Callable[[dict[str, Any], Batch], TokenLosses]:
+    """`eval_step` compiled for the mesh; every process has the whole result."""
     shapes = unflatten(param_shapes(config.model))
     return jax.jit(
         functools.partial(eval_step, config=config),

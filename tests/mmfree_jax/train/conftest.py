@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import DataConfig, TrainConfig
 from mmfree_jax.train import loop, training
 from mmfree_jax.train import step as step_module
 
@@ -50,6 +50,7 @@ def finished(small_run, tmp_path_factory, keep_compiled):
 def _traced(name: str, config: TrainConfig, *args: Any) -> Any:
     default = TrainConfig()
     same = {field: getattr(default, field) for field in _SETTINGS_OF_THE_LOOP}
+    same["data"] = DataConfig(seq_len=config.data.seq_len)
     key = (name, dataclasses.replace(config, **same))
     if key not in _TRACED:
         _TRACED[key] = getattr(step_module, name)(config, *args)

@@ -283,19 +283,21 @@ def test_an_update_that_is_not_finite_is_not_made():
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
 
 
-def test_evaluation_sums_equal_the_training_loss():
+def test_evaluated_tokens_have_the_training_loss():
     config = _config()
     batch = _batch(config, 0)
     optimizer = _optimizer()
     state = init_state(config, optimizer, jax.random.key(0))
-    sums = jax.jit(lambda p, b: eval_step(p, b, config=config))(state.params, batch)
+    found = jax.jit(lambda p, b: eval_step(p, b, config=config))(state.params, batch)
     _, metrics = _run(config, batch)
-    np.testing.assert_allclose(sums.loss / sums.tokens, metrics["loss"], rtol=1e-6)
-    assert sums.tokens == (batch["targets"] >= 0).sum()
+    counted_BT = batch["targets"] >= 0
+    np.testing.assert_array_equal(found.counted_BT, counted_BT)
+    mean = np.sum(np.asarray(found.loss_BT), dtype=np.float64) / counted_BT.sum()
+    np.testing.assert_allclose(mean, metrics["loss"], rtol=1e-6)
     mesh = make_mesh(MeshConfig(fsdp=4))
     with jax.set_mesh(mesh):
         sharded = jit_eval_step(config, mesh)(state.params, batch)
-    np.testing.assert_allclose(sharded.loss, sums.loss, rtol=1e-5)
+    np.testing.assert_allclose(sharded.loss_BT, found.loss_BT, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
