@@ -28,3 +28,7 @@ class TrainingError(MMFreeError):
 
 class OutputError(MMFreeError):
     """A file or folder cannot be written, is in use, or must not be replaced."""
+
+
+class StorageError(MMFreeError):
+    """A bucket is missing, refuses, or cannot be reached."""

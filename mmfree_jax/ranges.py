@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Annotated, Any
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.places import check_local, is_place, places
+from mmfree_jax.places import check_local, check_place, is_place, places, takes_url
 
 LARGEST = 3.4028234663852886e38
 """Of float32, in which settings are computed with: a larger number is inf there."""
@@ -100,9 +100,9 @@ def check_values(
       ConfigError: names the setting, its value and the way out.
     """
     for name, value in values.items():
-        if is_place(hints.get(name)):
+        if is_place(hint := hints.get(name)):
             for place in places(value):
-                check_local(place, title(name))
+                (check_place if takes_url(hint) else check_local)(place, title(name))
         for text in _texts(value):
             if wrong := _wrong_text(text):
                 raise ConfigError(f"{title(name)} is {text!r}: {wrong}")

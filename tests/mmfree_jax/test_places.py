@@ -20,7 +20,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import check_local, is_place
 from mmfree_jax.saved.kinds import kind_of
 
-NOT_YET = "object storage and URLs are not supported yet"
+LOCAL = "it must be on this machine, and takes no URL"
 
 # Texts that name no file or folder of this machine. A new option belongs here or is a `Place`.
 TEXTS = {
@@ -159,7 +159,7 @@ def test_no_option_of_any_command_takes_a_url(
             argv += [] if flag in argv else [flag, value]
     assert main([*words, *argv, *behind]) == 2
     error = capsys.readouterr().err
-    assert NOT_YET in error
+    assert LOCAL in error
     assert "bucket/x'" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +201,7 @@ _OF_JOBS = {
     ],
 )
 def test_what_is_a_url(given, way_out):
-    with pytest.raises(ConfigError, match=f"here is '.*': {NOT_YET}; .*{way_out}"):
+    with pytest.raises(ConfigError, match=f"here is '.*': {LOCAL}; .*{way_out}"):
         check_local(given, "here")
 
 
@@ -246,7 +246,7 @@ def test_no_config_file_takes_a_url(command, values, field, capsys, tmp_path, mo
     monkeypatch.chdir(here)
     assert main([*command, _file(tmp_path, "c.yaml", values)]) == 2
     error = capsys.readouterr().err
-    assert f"{field}: {NOT_YET}" in error
+    assert f"{field}: {LOCAL}" in error
     assert error.count("\n") == 1
     assert list(here.iterdir()) == []
 
@@ -260,7 +260,7 @@ def test_no_job_file_mounts_a_url(platform, name, capsys, tmp_path):
     path = _file(tmp_path, "v.yaml", values | {"name": "x", name: "gs://b"})
     argv = ["launch", "render", platform, "--values", path]
     assert main([*argv, "--", "--run-dir", "/mnt/shared/x"]) == 2
-    assert f"{name} is 'gs://b': {NOT_YET}" in capsys.readouterr().err
+    assert f"{name} is 'gs://b': {LOCAL}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,6 +278,6 @@ def test_no_job_file_mounts_a_url(platform, name, capsys, tmp_path):
 )
 def test_the_library_takes_none_either(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=NOT_YET):
+    with pytest.raises(ConfigError, match=LOCAL):
         call("gs://bucket/x")
     assert list(tmp_path.iterdir()) == []
