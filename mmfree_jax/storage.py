@@ -224,8 +224,8 @@ def _status(error: BaseException) -> int | None:
     response = getattr(cause, "response", None)  # of botocore
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    code = getattr(error, "code", None)  # of gcsfs
-    return int(code) if str(code).isdecimal() else None
+    code = str(getattr(error, "code", ""))  # of gcsfs
+    return int(code) if code.isdecimal() else None
 
 
 # By name, for their packages need not be installed.
@@ -288,7 +288,7 @@ def _ask(url: Url, act: str, call: Callable[[Any], T], patience: Patience) -> T:
     Raises:
       MissingError, ChangedError, StorageError: as the last try failed.
     """
-    renewed = False
+    renewed, error = False, Exception()
     for number in range(1, patience.tries + 1):
         try:
             return call(_open(url))
