@@ -14,8 +14,8 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.cli.sweep import planned_sweep
 from mmfree_jax.files import check_file, write_text
+from mmfree_jax.launch.jobs.slurm_array import SlurmArray, render_array
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
-from mmfree_jax.launch.sweep_array import SlurmArray, render_array
 
 
 def render_job(argv: Sequence[str]) -> int:

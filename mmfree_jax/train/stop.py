@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -16,20 +17,34 @@ from jax.sharding import PartitionSpec as P
 from mmfree_jax.signals import heard
 
 
+# SLURM and systemd tell every process of a job, and a launcher or sweep among them tells its own.
+_TOLD_TWICE_SECONDS = 5.0
+
+
 class StopRequest:
     """Remembers the first SIGTERM, SIGINT or SIGHUP (the terminal is closed)."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.signal: str | None = None
         self._say = say
+        self._heard: dict[int, float] = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if number in self._heard:
+            if now < self._heard[number] + _TOLD_TWICE_SECONDS:
+                return
+            # A second one does what it always does: stop at once. No checkpoint is harmed.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
+        self._heard[number] = now
         self.signal = signal.Signals(number).name
         if number == signal.SIGHUP:
             _leave_terminal()
         self._say(f"{self.signal}: saving after this step; a second one ends at once")
-        # A second one does what it always does: stop at once. No checkpoint is harmed.
-        signal.signal(number, _interrupt if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT:  # from somebody at the keyboard: a second one is meant
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

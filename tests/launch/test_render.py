@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import stat
 import subprocess
@@ -12,7 +11,11 @@ import yaml
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.cli.render import render_job
-from mmfree_jax.launch.render import Gke, Slurm, TpuVm, check_jobset, check_script, render
+from mmfree_jax.launch.jobs.gke import Gke, check_jobset
+from mmfree_jax.launch.jobs.slurm import Slurm
+from mmfree_jax.launch.jobs.template import check_script
+from mmfree_jax.launch.jobs.tpu_vm import TpuVm
+from mmfree_jax.launch.render import render
 
 # Everything that a shell could stumble over.
 TRAIN = ["--preset", "1.3B", "--run-dir", '/shared/o\'hara $(reboot) `x`/"run"', "--steps", "9"]
@@ -58,27 +61,6 @@ def _with_stub(tmp_path, *names):
 
 def _calls(tmp_path):
     return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (143, True), (75, True), (2, False)])
-def test_the_slurm_job_runs_as_meant(tmp_path, code, requeued):
-    text = render(Slurm(name="mm", nodes=4, setup=":"), TRAIN)
-    env = _with_stub(tmp_path, "srun", "scontrol") | {"STUB_CODE": str(code), "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash"], input=text, text=True, env=env, timeout=60)
-    assert done.returncode == code
-    first, *rest = _calls(tmp_path)
-    assert first == ["srun", "--label", "--kill-on-bad-exit=1", "mmfree", "train", *TRAIN]
-    assert rest == ([["scontrol", "requeue", "7"]] if requeued else [])
-
-
-def test_slurm_directives():
-    text = render(SLURM, TRAIN)
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
-    assert directives["nodes"] == "4"
-    assert directives["ntasks-per-node"] == directives["gpus-per-node"] == "8"
-    assert directives["partition"] == "gpu"
-    assert "account" not in directives
-    assert text.index("#SBATCH --requeue") < text.index("set -uo"), "sbatch stops at a command"
 
 
 def test_the_tpu_script_starts_the_same_command_on_all_hosts(tmp_path):

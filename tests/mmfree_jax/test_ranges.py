@@ -163,7 +163,10 @@ _SETTINGS = {
     "mmfree_jax/infer/sample.py": ("Sampling",),
     "experiments/sweep/config.py": None,
     "launch/local.py": ("Plan",),
-    "launch/render.py": None,
+    "launch/jobs/gke.py": None,
+    "launch/jobs/slurm.py": None,
+    "launch/jobs/slurm_array.py": None,
+    "launch/jobs/tpu_vm.py": None,
     "launch/device_scaling/run.py": ("Options",),
 }
 

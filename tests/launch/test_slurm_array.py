@@ -9,71 +9,31 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
+from pretended_sweep import pretended_sweep
 
-from mmfree_jax.data import writer
 from mmfree_jax.errors import ConfigError, MMFreeError
 from mmfree_jax.experiments.sweep.config import load_sweep
 from mmfree_jax.experiments.sweep.table import read_results
 from mmfree_jax.launch.cli.render import render_job
-from mmfree_jax.launch.sweep_array import SlurmArray, render_array
-
-# The real command line, but for the trainer, which only pretends (and waits where SLOW says so).
-_MMFREE = """#!{python}
-import sys
-from mmfree_jax.experiments.sweep.runner import run_sweep
-run_sweep.__kwdefaults__["command"] = lambda config: [sys.executable, {trainer!r}, str(config)]
-from mmfree_jax.cli.main import main
-sys.exit(main())
-"""
-_TRAINER = """
-import json, os, signal, sys, time, yaml
-config = yaml.safe_load(open(sys.argv[1]))
-if os.environ.get("SLOW"):
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-out = config["run_dir"]
-os.makedirs(out, exist_ok=True)
-with open(out + "/starts", "a") as f:
-    f.write(os.environ["SLURM_ARRAY_TASK_ID"] + "\\n")
-open(out + "/metrics.jsonl", "a").write('{"kind": "train"}\\n')
-yaml.safe_dump(config, open(out + "/config.yaml", "w"))
-if os.environ.get("SLOW"):
-    signal.sigwait([signal.SIGTERM])
-    sys.exit(143)
-steps, rate = config["steps"], config["optimizer"]["learning_rate"]
-json.dump({"status": "complete", "step": steps, "tokens": steps * 256, "eval_loss": 3 + rate,
-  "training_flops": 1e9, "parameters": {"total": 2, "non_embedding": 1, "ternary": 1},
-  "device": {"kind": "cpu", "count": 1}, "versions": {}}, open(out + "/summary.json", "w"))
-"""
+from mmfree_jax.launch.jobs.slurm_array import SlurmArray, render_array
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """A rendered array of two tasks, and the environment of a cluster that has stubs of SLURM."""
-    identity = {"kind": "byte", "vocab_size": 256, "sha256": "0", "bos_id": None, "eos_id": None}
-    tokens = [np.zeros(500, np.uint8)]
-    writer.write_dataset(tmp_path / "data", {"train": tokens, "heldout": tokens}, identity)
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
-        "out": "out", "families": [{"learning_rates": [1e-3, 2e-3, 4e-3]}],
-        "sizes": ["rung-1M"], "tokens": [1e4, 2e4], "tuning": {"tokens": 1e4},
-        "train": {"batch_size": 4, "data": {"paths": ["data"], "seq_len": 64}},
-    }))  # fmt: skip
-    (tmp_path / "trainer.py").write_text(_TRAINER)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    stub = '#!/bin/sh\necho "$(basename $0) $*" >> calls\necho 17\n'
-    command = _MMFREE.format(python=sys.executable, trainer=str(tmp_path / "trainer.py"))
-    for name, text in (("mmfree", command), ("sbatch", stub), ("scontrol", stub)):
-        (programs / name).write_text(text)
+    programs = pretended_sweep(tmp_path)
+    for name, says in (("sbatch", "17"), ("scontrol", "JobState=RUNNING"), ("srun", "")):
+        stub = f'#!/bin/sh\necho "{name} $*" >> calls\necho {says}\n'
+        (programs / name).write_text(stub)
         (programs / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
     words = ["slurm", "--name", "s", "--tasks", "2", "--out", "job.sbatch"]
     assert render_job([*words, "--", "sweep", "run", "sweep.yaml", "--device", "H100"]) == 0
     root = str(Path(__file__).parents[2])
     return os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": root,
-                         "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_JOB_ID": "18"}  # fmt: skip
+                         "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_JOB_ID": "18",
+                         "SLURM_JOB_NAME": "s"}  # fmt: skip
 
 
 def task(env, number, **more):
@@ -104,7 +64,7 @@ def test_a_task_out_of_time_saves_and_is_put_back(job):
     text, _ = going.communicate(timeout=60)
     assert going.returncode == 143, text
     assert "1 cut off" in text
-    assert Path("calls").read_text() == "scontrol requeue 18\n"
+    assert Path("calls").read_text() == "scontrol show job 18\nscontrol requeue 18\n"
 
 
 def test_the_script_submits_itself_stage_after_stage(job):
@@ -149,6 +109,20 @@ def test_shellcheck_has_nothing_to_say(job):
 def test_what_cannot_run_is_not_rendered(job, values, words, message):
     with pytest.raises(MMFreeError, match=message):
         render_job(["slurm", "--name", "s", *values, "--", "sweep", "run", *words])
+
+
+def test_in_a_container_the_sweep_is_a_step(job):
+    words = ["slurm", "--name", "s", "--tasks", "2", "--out", "job.sbatch", "--cpus-per-gpu", "3"]
+    words += ["--container-image", "a b", "--container-mounts", "/:/"]
+    assert render_job([*words, "--", "sweep", "run", "sweep.yaml"]) == 0
+    going = task(job, 0, STAGE="tuning")
+    going.communicate(timeout=60)
+    assert going.returncode == 0
+    assert Path("calls").read_text() == (
+        "srun --ntasks=1 --container-image=a b --container-mounts=/:/ "
+        "mmfree sweep run sweep.yaml --shard slurm --stage tuning\n"
+    )
+    assert "export SRUN_CPUS_PER_TASK=3\n" in Path("job.sbatch").read_text()
 
 
 def test_other_platforms_take_no_sweep(job):

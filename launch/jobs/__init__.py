@@ -1,0 +1,1 @@
+"""Job files: a module for each platform, and what they share."""
