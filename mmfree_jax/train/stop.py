@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.signals import heard
 
-
 # SLURM and systemd tell every process of a job, and a launcher or sweep among them tells its own.
 _TOLD_TWICE_SECONDS = 5.0
 
