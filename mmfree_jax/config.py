@@ -127,6 +127,14 @@ class CheckpointConfig:
     """Also keep every checkpoint whose step is a multiple of this, for good."""
     at_steps: tuple[Count, ...] = ()
     """Also save after these steps, and keep those checkpoints for good: to branch from."""
+    keep_best: CountOrZero = 0
+    """Also keep this many of the best by best_metric, and save at the step of one; 0: none."""
+    best_metric: str = "eval_loss"
+    """What is best: eval_loss, eval_bits_per_byte, eval_accuracy, of one source of a mixture with
+    its name behind a slash (eval_loss/books), or a number of one of eval.tasks (piqa/acc)."""
+    best_is: Literal["lowest", "highest"] | None = None
+    """Whether the lowest or the highest value is best; None: as the metric has it. Of equal ones
+    the earliest is kept; one that is not finite is never best."""
     resume: bool = True
     """Go on from the newest good checkpoint of the run directory, if it has one."""
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import check_local, check_place, is_place, places, takes_url
@@ -60,6 +60,8 @@ ShareBelowOne = Annotated[float, Range(0, 1, open_high=True)]
 InnerShare = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
 Count = Annotated[int, Range(0, MOST, open_low=True)]
 CountOrZero = Annotated[int, Range(0, MOST)]
+Step = CountOrZero | Literal["best"]
+"""A checkpoint of a run: the step that it was made after, or the best by the run's metric."""
 Layers = Annotated[int, Range(1, 10_000)]
 """Each has names, shapes and programs of its own, which are made before the first array is."""
 TwoOrMore = Annotated[int, Range(2, MOST)]

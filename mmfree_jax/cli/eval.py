@@ -10,12 +10,13 @@ from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import write_text
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import Count, CountOrZero, Seed, TwoOrMore
+from mmfree_jax.ranges import Count, CountOrZero, Seed, Step, TwoOrMore
 from mmfree_jax.readable import format_count
 
 
 def evaluate(
     model: Path,
+    step: Step | None = None,
     data: Path | None = None,
     tasks: str | None = None,
     tasks_dir: Path | None = None,
@@ -39,6 +40,7 @@ def evaluate(
 
     Args:
       model: Run directory, model folder, packed model or Hugging Face folder.
+      step: Checkpoint of a training run: its step, or best; default: the newest.
       data: Prepared data set: loss on its held-out documents.
       tasks: Names of lm-eval tasks, separated by commas, or "paper" for the paper's six.
       tasks_dir: Folder with the tasks' data; default: where `mmfree eval fetch-tasks` puts it.
@@ -86,7 +88,7 @@ def evaluate(
         raise ConfigError(f"--numerics is {numerics}: integers are evaluated on one device only")
     if variants is None and (jax.device_count() > 1 or mesh != MeshConfig()):
         devices = make_mesh(mesh)
-    saved = open_model(model)
+    saved = open_model(model, step=step)
     language_model = saved.model(compute_dtype)
     # A packed model's trits are what scoring reads; over a mesh all are laid out as master weights.
     form = "ternary" if saved.kind == "packed" and devices is None else "master"

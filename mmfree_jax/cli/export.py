@@ -10,7 +10,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.places import Place
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import Count, CountOrZero, TwoOrMore
+from mmfree_jax.ranges import Count, CountOrZero, Step, TwoOrMore
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class OnnxConfig:
     model itself reads."""
     web: bool = True
     """Also write the web page, web/; needs a tokenizer that the page can read."""
-    step: CountOrZero | None = None
-    """Checkpoint of a training run (step); None: the newest."""
+    step: Step | None = None
+    """Checkpoint of a training run: its step, or best; None: the newest."""
     overwrite: bool = False
     """Replace an earlier export of this command; nothing else is replaced."""
 
@@ -78,7 +78,7 @@ def export_onnx(argv: Sequence[str]) -> int:
 def export_stablehlo(
     model: Path,
     out: Path,
-    step: CountOrZero | None = None,
+    step: Step | None = None,
     chunk: Count = 64,
     overwrite: bool = False,
 ) -> int:
@@ -87,7 +87,7 @@ def export_stablehlo(
     Args:
       model: Training run, packed model (2 bits) or Hugging Face folder.
       out: Folder to make.
-      step: Checkpoint of a training run (step); None: the newest.
+      step: Checkpoint of a training run: its step, or best; None: the newest.
       chunk: Tokens of a prompt that one call reads.
       overwrite: Replace an earlier export of this command; nothing else is replaced.
     """

@@ -7,12 +7,14 @@ import tyro
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.progress import show_progress
+from mmfree_jax.ranges import Step
 from mmfree_jax.saved import hub
 
 
 def export_hf(
     source: Annotated[Path, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
+    step: Step | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
     scores: Path | None = None,
@@ -27,6 +29,7 @@ def export_hf(
     Args:
       source: Run directory, model folder or packed model, whose weights stay at 2 bits.
       target: New folder.
+      step: Checkpoint of a training run: its step, or best; default: the newest.
       dtype: Dtype of the stored weights; float32 keeps every bit.
       overwrite: Replace an earlier output of this command; nothing else is replaced.
       scores: Folder of `mmfree eval --output` for the model card; default: eval, if it is there.
@@ -46,6 +49,7 @@ def export_hf(
         done = convert.export_hf(
             source,
             target,
+            step=step,
             dtype=dtype,
             overwrite=overwrite,
             scores=scores,

@@ -17,7 +17,16 @@ from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import check_file
 from mmfree_jax.places import Place
 from mmfree_jax.progress import Display, show_progress
-from mmfree_jax.ranges import AboveZero, Count, CountOrZero, NotNegative, PositiveShare, Seed, Share
+from mmfree_jax.ranges import (
+    AboveZero,
+    Count,
+    CountOrZero,
+    NotNegative,
+    PositiveShare,
+    Seed,
+    Share,
+    Step,
+)
 from mmfree_jax.readable import printable
 
 
@@ -27,6 +36,8 @@ class GenerateConfig:
 
     model: Place
     """Folder of the model: a training run, a packed model, or a Hugging Face model."""
+    step: Step | None = None
+    """Checkpoint of a training run: its step, or best; None: the newest."""
     prompt: str | None = None
     """Text to continue; "" starts a new document."""
     prompt_ids: str | None = None
@@ -119,7 +130,7 @@ def generate(argv: Sequence[str]) -> int:
         from mmfree_jax.saved.open_model import open_model
 
         show.stage("reading the model")
-        saved = open_model(config.model)
+        saved = open_model(config.model, step=config.step)
         model, params = saved.model(), saved.weights()
         tokenizer = _load_tokenizer(config, saved, needed=_needs_tokenizer(config, prompts))
         _run(config, model, params, tokenizer, prompts, show)

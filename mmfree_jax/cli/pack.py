@@ -8,7 +8,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import Count, CountOrZero
+from mmfree_jax.ranges import Count, CountOrZero, Step
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PackConfig:
     embedding: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the stored embedding, int8 with one scale a row; None: the smallest that keeps
     the model's greedy text, bfloat16 where its residual stream is, else float32."""
-    step: CountOrZero | None = None
-    """Checkpoint of a training run to pack (step); None: the newest."""
+    step: Step | None = None
+    """Checkpoint of a training run to pack: its step, or best; None: the newest."""
     agreement_prompts: CountOrZero = 8
     """Prompts behind which the packed model's greedy text is compared with the trained one's; the
     result is printed and kept in the file. 0: none, and never more than one parameter in memory."""

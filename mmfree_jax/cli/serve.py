@@ -12,7 +12,7 @@ from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.places import Place
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Step
 
 PURPOSE = "mmfree serve"
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
@@ -24,8 +24,8 @@ class ServeConfig:
 
     model: Place
     """Folder of the model: a training run, a packed model, or a Hugging Face model."""
-    step: CountOrZero | None = None
-    """Checkpoint of a training run (step); None: the newest."""
+    step: Step | None = None
+    """Checkpoint of a training run: its step, or best; None: the newest."""
     tokenizer: Place | None = None
     """Tokenizer file or folder; None: the one in the model's folder."""
     name: str | None = None

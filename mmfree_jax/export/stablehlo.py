@@ -41,6 +41,7 @@ from mmfree_jax.model import State, packed_model
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.model.weights import packed_from_tree
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.ranges import Step
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.pack import copy_text_files, write_packed
@@ -92,7 +93,7 @@ def export_stablehlo(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    step: int | None = None,
+    step: Step | None = None,
     chunk: int = CHUNK,
     overwrite: bool = False,
 ) -> Path:
@@ -101,7 +102,7 @@ def export_stablehlo(
     Args:
       model: a training run, a Hugging Face folder, or a packed model at two bits.
       out: folder to make; it appears whole or not at all.
-      step: checkpoint of a training run; None: the newest.
+      step: checkpoint of a training run, or "best"; None: the newest.
       chunk: tokens that one call of `prefill` reads.
       overwrite: replace an earlier export.
 

@@ -176,12 +176,15 @@ class Checkpointer:
         keep_last: int = 2,
         keep_every: int | None = None,
         keep_steps: Sequence[int] = (),
+        keep_among: Callable[[list[int]], Sequence[int]] = lambda steps: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder.absolute()
         self._keep_last, self._keep_every, self._keep_steps = keep_last, keep_every, keep_steps
+        self._keep_among = keep_among
         self._clock = clock
         self._thread: threading.Thread | None = None
+        self._saving: int | None = None
         self._failure: tuple[int, BaseException] | None = None
         self._is_writer = jax.process_index() == 0
         self._snapshots = Snapshots()
@@ -198,6 +201,12 @@ class Checkpointer:
             unfinished = path.name.split(".")[0].isdecimal() and ".damaged" not in path.name
             if unfinished and path.name not in complete:
                 shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints and of the one that is being written, sorted."""
+        under_way = set() if self._saving is None else {self._saving}
+        return sorted({*checkpoint_steps(self.folder), *under_way})
 
     @property
     def newest(self) -> int | None:
@@ -229,6 +238,7 @@ class Checkpointer:
             self._discard(path)
             self._raise_failure()
             return
+        self._saving = step
         self._thread = threading.Thread(
             target=self._finish,
             args=(step, path, response, text),
@@ -266,7 +276,8 @@ class Checkpointer:
 
     def _delete_old(self) -> None:
         steps = checkpoint_steps(self.folder)
-        kept = (self._keep_last, self._keep_every, self._keep_steps)
+        keep_steps = (*self._keep_steps, *self._keep_among(steps))
+        kept = (self._keep_last, self._keep_every, keep_steps)
         for step in steps_to_delete(steps, *kept):
             path = self.folder / str(step)
             # Without its manifest it no longer counts, however far the deletion gets.
@@ -291,8 +302,14 @@ class Checkpointer:
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self._thread = self._saving = None
         self._raise_failure()
+
+    def prune(self) -> None:
+        """Waits as `wait` does, then lets go of what need not be kept any more."""
+        self.wait()
+        if self._is_writer:
+            self._delete_old()
 
     def abandon(self) -> None:
         """Leaves the save under way to itself: it waits for a process that is gone."""

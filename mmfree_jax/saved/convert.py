@@ -17,6 +17,7 @@ from mmfree_jax.files import check_target, new_folder, write_text
 from mmfree_jax.model.parameters import param_count
 from mmfree_jax.model.weights import Master, Ternary
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.ranges import Step
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.evaluations import read_evaluations
@@ -85,6 +86,7 @@ def export_hf(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    step: Step | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -102,6 +104,7 @@ def export_hf(
     Args:
       source: folder of a model (see `open_model`).
       target: new folder; it appears only when all of it is written.
+      step: of a run's checkpoint, as `open_model` takes it.
       dtype: of the stored weights; of a packed model's, those that are not at 2 bits.
       overwrite: replace an earlier output of the same command.
       shard_bytes: most bytes in one file; a larger model gets several and an index.
@@ -121,7 +124,7 @@ def export_hf(
         raise ConfigError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     if jax.process_count() > 1:
         raise ConfigError(f"there are {jax.process_count()} processes: export with one")
-    saved = open_model(source)
+    saved = open_model(source, step=step)
     packed = saved.kind == "packed"
     config, tokenizer = saved.config, saved.tokenizer()
     fields = huggingface.write_config(

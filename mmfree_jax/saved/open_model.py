@@ -29,6 +29,7 @@ from mmfree_jax.model.weights import (
 )
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import param_shardings
+from mmfree_jax.ranges import Step
 from mmfree_jax.saved import huggingface, model_folder, packed, run_model
 from mmfree_jax.saved.kinds import Kind, kind_of
 from mmfree_jax.saved.run_directory import TOKENIZER, load_config
@@ -165,7 +166,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     return models[0] if len(models) == 1 else None
 
 
-def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> SavedModel:
+def open_model(path: str | os.PathLike[str], *, step: Step | None = None) -> SavedModel:
     """Opens the model in a folder: a training run, a packed model, a model folder of `mmfree
     import-hf`, or a Hugging Face folder (`huggingface.py`, in safetensors).
 
@@ -173,7 +174,8 @@ def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> Save
 
     Args:
       path: the folder.
-      step: of a run's checkpoint; None: the newest that is whole.
+      step: of a run's checkpoint; "best": that with the best `checkpoint.best_metric` of those that
+        the run has kept; None: the newest that is whole.
 
     Raises:
       CheckpointError: it is no folder, or holds no model or two; a packed file is damaged.
@@ -210,7 +212,7 @@ def open_model(path: str | os.PathLike[str], *, step: int | None = None) -> Save
     )
 
 
-def _open_run(folder: Path, step: int | None) -> SavedModel:
+def _open_run(folder: Path, step: Step | None) -> SavedModel:
     config = load_config(folder)
     # Found when first read from: its files are then all compared with their checksums.
     checkpoint = functools.cache(lambda: run_model.find_checkpoint(folder, step))

@@ -10,19 +10,21 @@ from jax.sharding import Mesh
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_shardings
+from mmfree_jax.ranges import Step
 from mmfree_jax.saved import checkpoint
 from mmfree_jax.saved import manifest as manifests
 from mmfree_jax.saved.array_files import read_arrays
+from mmfree_jax.saved.best import best_checkpoint
 from mmfree_jax.saved.run_directory import CHECKPOINTS
 
 
-def find_checkpoint(run: Path, step: int | None = None) -> Path:
+def find_checkpoint(run: Path, step: Step | None = None) -> Path:
     """The folder of a run's checkpoint, every file of it verified.
 
     Args:
       run: the run directory.
-      step: of the checkpoint; None: the newest that is whole. Damaged ones are passed over with a
-        warning that names them.
+      step: of the checkpoint; "best": by the run's metric; None: the newest that is whole. Damaged
+        ones are passed over with a warning that names them.
 
     Raises:
       CheckpointError: the run has no such checkpoint, or none that is whole.
@@ -35,6 +37,8 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
                 f"{where} holds no checkpoint: train longer, or give another folder"
             )
         return where / str(step)
+    if step == "best":
+        step = best_checkpoint(run)
     folder = kept_checkpoint(run, step)
     try:
         manifests.verify(folder)

@@ -21,6 +21,7 @@ from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.signals import EXIT_CODES
+from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.held_out import evaluate
 from mmfree_jax.train.metrics import TernaryMonitor
 from mmfree_jax.train.optimizer import schedule_values
@@ -49,9 +50,11 @@ class Loop:
         sampler: Sampler | None,
         on_step: Callable[[int], None] | None,
         watchdog: Watchdog | None,
+        best: BestSteps | None = None,
     ) -> None:
         self._beat = watchdog.beat if watchdog else lambda place: None
         self._agree = Consensus(run.mesh, 4)
+        self._best, self._agree_now = best, Consensus(run.mesh, 1)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer
         self._verification = verification
         self._request, self._clock, self._on_step = request, clock, on_step
@@ -120,8 +123,12 @@ class Loop:
                 recorder.message(f"{stopped_by} reached: run the same command to go on")
         with watch.section("checkpoint"), recorder.progress.during("saving the checkpoint"):
             self._checkpointer.wait()
+            if self._best is not None:  # the last evaluation may come after the last save
+                self._checkpointer.prune()
         with recorder.progress.during("writing the summary"):
-            return write_report(self._run, recorder, done, stopped_by, self.compile_seconds)
+            return write_report(
+                self._run, recorder, done, stopped_by, self.compile_seconds, self._best
+            )
 
     def _next_batch(self) -> dict[str, jax.Array]:
         size = self._run.config.batch_size
@@ -187,11 +194,20 @@ class Loop:
             self._evaluate(state, done)
         if _is_due(config.eval.sample_every_steps, done):
             self._sample(state, done)
-        if must_save:
+        if must_save or self._is_best(done):
             self._save(state, done)
         if signalled:
             return signal.Signals(signalled).name
         return "max_minutes" if out_of_time and done < self._end else None
+
+    def _is_best(self, done: int) -> bool:
+        """Whether this step is one of the best so far, as process 0 finds, who has the records."""
+        config = self._run.config
+        if not config.checkpoint.keep_best or not _is_due(config.eval.every_steps, done):
+            return False
+        best = self._best
+        mine = best is not None and done in best.among([*self._checkpointer.steps, done])
+        return bool(self._agree_now.at_once(int(mine))[0])
 
     def _end_in_failure(self) -> NoReturn:
         self._verification.check()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from mmfree_jax.saved.run_directory import (
 )
 from mmfree_jax.signals import EXIT_CODES
 from mmfree_jax.text_files import read_json
+from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.held_out import losses_by_source
 from mmfree_jax.train.plot import plot_metrics
@@ -68,7 +70,12 @@ def finished_summary(run: Run) -> Summary | None:
 
 
 def write_report(
-    run: Run, recorder: Recorder, done: int, stopped_by: str | None, compile_seconds: float
+    run: Run,
+    recorder: Recorder,
+    done: int,
+    stopped_by: str | None,
+    compile_seconds: float,
+    best: BestSteps | None = None,
 ) -> Summary:
     """Writes summary.json, sample.txt and loss_curve.png, and says where everything is."""
     config, run_dir = run.config, run.run_dir
@@ -88,6 +95,7 @@ def write_report(
         "eval_loss": last_eval.get("loss"),
         "eval_bits_per_byte": last_eval.get("bits_per_byte"),
         "eval_loss_by_source": dict(losses_by_source(last_eval)),
+        "best": None if best is None else _best_checkpoint(run_dir, best),
         "tokens_per_s": recorder.mean_rate,
         "mfu": recorder.utilisation(recorder.mean_rate),
         "seconds": recorder.seconds,
@@ -136,7 +144,17 @@ def write_report(
     for name, file in lines.items():
         if (run_dir / file).exists():
             recorder.message(f"  {name:<12} {run_dir / file}")
+    if (found := summary["best"]) is not None:
+        value = f"{found['metric']} {found['value']:.6g}"
+        recorder.message(f"  {'best':<12} {run_dir / CHECKPOINTS / str(found['step'])} ({value})")
     return summary
+
+
+def _best_checkpoint(run_dir: Path, best: BestSteps) -> dict[str, Any] | None:
+    """The step, the metric and its value; None: no checkpoint has any."""
+    for step in best.among(checkpoint_steps(run_dir / CHECKPOINTS))[:1]:
+        return {"step": step, "metric": best.metric.name, "value": best.value(step)}
+    return None
 
 
 def _finite(loss: float | None) -> bool:

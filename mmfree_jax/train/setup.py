@@ -24,6 +24,7 @@ from mmfree_jax.saved.goodput import Goodput
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
+from mmfree_jax.train.best import with_direction
 from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 
@@ -113,6 +114,8 @@ def _open_run(config: TrainConfig) -> Run:
             num_batches=config.eval.batches,
             rows=process_rows(mesh, (rows, config.data.seq_len)),
         )
+    sources = [] if eval_batches is None else [source.name for source in eval_batches.sources]
+    config = with_direction(config, sources, {})
     tokenizer = None
     if config.eval.sample_tokens:
         tokenizer = load_tokenizer(Path(config.data.paths[0]) / "tokenizer")

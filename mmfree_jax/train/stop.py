@@ -99,9 +99,18 @@ class Consensus:
         """
         if self._alone:
             return wishes
-        mine = np.array([wishes], np.int32)
-        given = jax.make_array_from_callback(self._shape, self._split, lambda _: mine)
-        before, self._pending = self._pending, self._maximum(given)
+        before, self._pending = self._pending, self._hand_in(wishes)
         if before is None:
             return (0,) * self._width
         return tuple(int(x) for x in np.asarray(before))
+
+    def at_once(self, *wishes: int) -> tuple[int, ...]:
+        """As a call, but waits for this one's answer, which is all processes' now."""
+        if self._alone:
+            return wishes
+        return tuple(int(x) for x in np.asarray(self._hand_in(wishes)))
+
+    def _hand_in(self, wishes: tuple[int, ...]) -> jax.Array:
+        mine = np.array([wishes], np.int32)
+        given = jax.make_array_from_callback(self._shape, self._split, lambda _: mine)
+        return self._maximum(given)

@@ -5,6 +5,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
@@ -16,8 +17,11 @@ from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.progress import Display, open_display
+from mmfree_jax.saved.best import best_metric
 from mmfree_jax.saved.checkpoint import Checkpointer
-from mmfree_jax.saved.run_directory import CHECKPOINTS, open_run_dir, write_config
+from mmfree_jax.saved.history import read_history
+from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, open_run_dir, write_config
+from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.loop import Loop, Sampler
 from mmfree_jax.train.metrics import Stopwatch
@@ -109,11 +113,13 @@ def train(
         if is_writer:
             write_config(run.run_dir, config)
             copy_tokenizer(run)
+        best = _best_steps(config, run.run_dir, start.step) if is_writer else None
         checkpointer = Checkpointer(
             run.run_dir / CHECKPOINTS,
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             keep_steps=config.checkpoint.at_steps,
+            keep_among=best.among if best is not None else lambda steps: (),
         )
         if start.is_new_branch:  # from here on the parent may go, and a kill loses nothing
             metadata = checkpoint_metadata(run, start.step, start.meter, 0.0, start.goodput)
@@ -121,6 +127,7 @@ def train(
             checkpointer.wait()
         # The sinks that can be refused come before the display that must be closed.
         sinks = make_sinks(config, run.run_dir, start.step) if is_writer else []
+        sinks += [best] if best is not None else []
         recorder = Recorder(
             config,
             run.run_dir,
@@ -156,6 +163,7 @@ def train(
                     sampler,
                     on_step,
                     watchdog,
+                    best,
                 )
                 stack.callback(loop.close)
                 return loop.run(start.state, start.step)
@@ -176,6 +184,15 @@ def train(
                     f"run_dir {run.run_dir} cannot be written ({e.strerror}): make room there, "
                     "then run the command again: it resumes"
                 ) from e
+
+
+def _best_steps(config: TrainConfig, run_dir: Path, restored_step: int) -> BestSteps | None:
+    """The best steps up to the one that is gone on from; None: none are kept."""
+    if not config.checkpoint.keep_best:
+        return None
+    found = read_history(run_dir / METRICS) if restored_step else []
+    records = [r for r in found if r.get("step", 0) <= restored_step]
+    return BestSteps(best_metric(config.checkpoint), config.checkpoint.keep_best, records)
 
 
 def _watch(options: ProcessOptions | None, held: contextlib.ExitStack) -> Watchdog | None:

@@ -26,7 +26,7 @@ LOCAL = "it must be on this machine, and takes no URL"
 TEXTS = {
     "--accelerator", "--accelerator-type", "--account", "--agreement", "--allowed-hosts",
     "--allowed-origins", "--assume", "--batch-forms",
-    "--best", "--cases", "--claim",
+    "--best", "--cases", "--checkpoint.best-metric", "--claim",
     "--columns.accuracy", "--columns.bits", "--columns.budget", "--columns.chance",
     "--columns.family", "--columns.flops", "--columns.loss",
     "--columns.loss-sd", "--columns.params", "--columns.params-non-embedding",
