@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.files import is_disk_error
 from mmfree_jax.installed import own_version
-from mmfree_jax.pallas_kernels.errors import IntegerProductError
+from mmfree_jax.pallas_kernels.errors import KernelError
 
 DEBUG = "MMFREE_DEBUG"
 """Environment variable that asks for tracebacks, as `--debug` does; processes inherit it."""
@@ -40,7 +40,7 @@ def say(error: BaseException, argv: Sequence[str], *, debug: bool = False) -> No
 
 def error_line(error: BaseException, argv: Sequence[str]) -> str:
     """One line about an error: what to put right, or for a fault of ours how to report it."""
-    if isinstance(error, (MMFreeError, IntegerProductError)):
+    if isinstance(error, (MMFreeError, KernelError)):
         return f"mmfree: error: {one_line(str(error))}"
     if isinstance(error, OSError) and is_disk_error(error):
         where = error.filename or "a file that this command writes or reads"

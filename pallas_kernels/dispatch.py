@@ -2,7 +2,8 @@
 
 `choices.json` is written by `mmfree bench kernels --choices`. A device kind that is not in it
 has not been measured, and takes the XLA path; one with "same_as" takes that kind's winners for
-ops of which it has none of its own.
+ops of which it has none of its own. A winner that Pallas-Triton would have to compile is none where
+there is no Pallas-Triton.
 """
 
 import functools
@@ -12,6 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import triton
+
+# The implementations that Pallas-Triton compiles.
+_BY_TRITON = ("pallas_triton", "pallas_gpu")
 TABLE = Path(__file__).with_name("choices.json")
 
 
@@ -29,7 +34,7 @@ def measured_best(
       dtype: of the op's float arguments; one that was not measured stands with bfloat16.
 
     Returns:
-      A name; None where the device or the op has not been measured.
+      A name; None where the device or the op has not been measured, or the winner does not run.
     """
     measured = _rows(op, device_kind, dtype) or _rows(op, device_kind, "bfloat16")
     if not measured:
@@ -39,7 +44,8 @@ def measured_best(
         pairs = zip(entry[0], shape, strict=True)
         return sum(abs(math.log2(a / b)) for a, b in pairs)
 
-    return min(measured, key=distance)[1]
+    winner = min(measured, key=distance)[1]
+    return None if winner in _BY_TRITON and not triton.serves() else winner
 
 
 @functools.cache

@@ -21,7 +21,12 @@ from mmfree_jax.model.state import State, init_state
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
 from mmfree_jax.model_config import BITLINEAR, ModelConfig
 from mmfree_jax.pallas_kernels.decode import api as decode_op
-from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows, scaled_matmul, unpack_many
+from mmfree_jax.pallas_kernels.packed_matmul.api import (
+    kernels_serve,
+    quantize_rows,
+    scaled_matmul,
+    unpack_many,
+)
 from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
 
@@ -171,9 +176,12 @@ def _head(
 
 
 def _by_kernels(packed: Packed, kernels: bool | None) -> bool:
-    if kernels is not None:
-        return kernels
-    return packed.head.layout == "words" and jax.default_backend() == "gpu"
+    return runs_kernels(packed) if kernels is None else kernels
+
+
+def runs_kernels(packed: Packed) -> bool:
+    """Whether the linear layers' kernels read these weights here."""
+    return packed.head.layout == "words" and kernels_serve()
 
 
 def _linears(

@@ -355,7 +355,7 @@ def matrix_scales(weights: Weights) -> list[jax.Array]:
 
 def for_this_device(packed: Packed) -> Packed:
     """Packed weights in the layout that this backend's kernels read."""
-    return in_words(packed) if jax.default_backend() == "gpu" else packed
+    return in_words(packed) if packed_matmul.kernels_serve() else packed
 
 
 @jax.jit

@@ -275,7 +275,7 @@ def _forward(
 ) -> tuple[jax.Array, State]:
     if isinstance(weights, Packed) and not few_rows:
         # The same kernels for any number of rows, whose last bits are the same too.
-        kernels = weights.head.layout == "words" and jax.default_backend() == "gpu"
+        kernels = packed_model.runs_kernels(weights)
         return packed_model.decode(
             weights, config, tokens_BT, state, segment_ids_BT, kernels=kernels
         )

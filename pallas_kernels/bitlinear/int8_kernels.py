@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from .. import triton
 from ..over_tokens import TOKENS, WHOLE, devices_in_mesh, over_tokens, partial_sums
 from ..ternary_matmul import api as ternary_matmul
 from . import int8_triton
@@ -34,7 +35,7 @@ def fit(
     if implementation is not None:
         return implementation == _KERNEL
     chosen = ternary_matmul.default_implementation(m, k, n, token_axes=token_axes)
-    return chosen == _KERNEL
+    return chosen == _KERNEL and triton.serves()
 
 
 def input_gradient(

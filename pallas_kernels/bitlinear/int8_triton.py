@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..keep_nan import at_least, from_magnitude, largest_magnitude, magnitude
 from ..norm_quant.triton_kernels import Columns, rounded, walk
 from ..refs import Ref

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from .. import triton
 from ..over_tokens import covers_mesh, total
 from . import pallas_gpu, xla
 
@@ -152,7 +153,8 @@ def ternary_linear_cross_entropy_sum(
 def _resolve(implementation: str | None, token_axes: Sequence[str]) -> str:
     if implementation is None:
         measured = jax.devices()[0].device_kind.startswith(_MEASURED)
-        return "pallas_gpu" if measured and covers_mesh(token_axes) else "xla"
+        best = measured and covers_mesh(token_axes) and triton.serves()
+        return "pallas_gpu" if best else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "

@@ -13,8 +13,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..refs import Ref
 from ..ternary_matmul.api import ternary_matmul
 from . import xla
@@ -105,7 +105,8 @@ def _kernel(
     blocks = pl.cdiv(V, block)
 
     def at(ref: Ref, i: Any) -> Ref:
-        return ref.at[row, pl.ds(i * block, block)]
+        # By numbers of columns: a slice must not end beyond the array, masked or not.
+        return ref.at[row, i * block + lane]
 
     def inside(i: Any) -> jax.Array | None:
         return None if V % block == 0 else i * block + lane < V

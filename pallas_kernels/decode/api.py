@@ -12,6 +12,7 @@ import os
 import jax
 import jax.numpy as jnp
 
+from ..packed_matmul.api import kernels_serve
 from ..packed_matmul.linears import Linears
 from . import device, fused_gpu, reference, token_gpu
 from .device import multiprocessors
@@ -51,7 +52,7 @@ def measured_best(rows: int, *, width: int, state_size: int, glu_size: int) -> s
       One of `IMPLEMENTATIONS`; None: none is faster there than a program of one product after
       another (`packed_matmul.api`), which keeps the tensor cores busy.
     """
-    if jax.default_backend() != "gpu":
+    if not kernels_serve():
         return None
     if rows == 1 and _whole_tokens(state_size, glu_size):
         return "pallas_token_gpu"
@@ -63,7 +64,7 @@ def greedy_rows(*, width: int, state_size: int, glu_size: int) -> int:
 
     Args: as of `measured_best`.
     """
-    if jax.default_backend() != "gpu" or not _whole_tokens(state_size, glu_size):
+    if not _whole_tokens(state_size, glu_size) or not kernels_serve():
         return 0
     return device.rows_in_turn(width)
 

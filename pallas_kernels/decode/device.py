@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from ..capability import compute_capability
 from .token_plan import Cut
 
 # Programs of that kernel wait for each other, so all must run at once. With fewer
@@ -35,8 +36,7 @@ def prefetches() -> bool:
     `cp.async.bulk.prefetch.L2` is there from compute capability 9.0 (PTX ISA, section on bulk
     copies); on older devices the kernel does without.
     """
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
-    return float(capability) >= 9.0
+    return (compute_capability() or 0) >= 9.0
 
 
 def runs_whole_tokens(state_size: int, glu_size: int) -> bool:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
+
+from .. import triton as pltriton
 
 # Adding 1.5 * 2^23 rounds a small float32 to an integer, halves to even.
 _ROUNDER = 12582912.0

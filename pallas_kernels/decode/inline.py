@@ -1,9 +1,9 @@
 """Machine instructions that Pallas has no name for, on places of an array in global memory.
 
 Inline assembly in Pallas takes values only. Here one operand is an address: the place of each
-element in an array. This is the one file that reaches into Pallas's own modules; the calls are
-the same in jax 0.10.2 and 0.11.2, and tests lower them on both. A kernel under the interpreter
-must not get here.
+element in an array. This file and `triton.py` are the ones that reach into Pallas's own modules;
+the calls are the same from jax 0.10.2 to 0.12.0, and tests lower them. A kernel under the
+interpreter must not get here.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax._src import core as jax_core
 from jax._src import state
 from jax._src.lib.mlir import ir
-from jax._src.lib.triton import dialect as triton_dialect
-from jax._src.pallas.triton import lowering
 from jax.interpreters import mlir
 
+from .. import triton as pltriton
 from ..refs import Ref
 
 # Bits of a place where nothing has been written, in words and in each half of a word. A NaN
@@ -46,7 +45,7 @@ def _(
     return [jax_core.ShapedArray(first.shape, jnp.dtype("int32"))] * results, {effect}
 
 
-@lowering.register_lowering(_asm_p)
+@pltriton.register_lowering(_asm_p)
 def _(
     ctx: Any,
     pointer: Any,
@@ -58,6 +57,7 @@ def _(
     writes: bool,
 ) -> list[Any]:
     del results, writes
+    lowering, triton_dialect = pltriton.internals()
     shape = ctx.avals_in[1].shape
     address = ir.RankedTensorType.get(shape, ir.IntegerType.get_signless(64))
     pointers = [lowering._add(lowering._bcast_to(pointer, shape), x) for x in args[:count]]

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..packed_matmul.words import plane_columns
 from . import inline
 from .inline import EMPTY, EMPTY_HALF

@@ -34,8 +34,8 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..packed_matmul.linears import Linears
 from ..packed_matmul.words import plane_columns
 from ..refs import Ref

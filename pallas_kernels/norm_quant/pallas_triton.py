@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from .triton_kernels import backward_kernel, forward_kernel
 from .xla import Statistics
 

@@ -22,8 +22,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..keep_nan import at_least, largest_magnitude
 from ..refs import Ref
 from .reference import MIN_ABSMAX

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .. import triton
 from . import pallas_gpu, pallas_tpu, reference, xla
 from .linears import Linears
 from .pallas_gpu import scaled_matmul, unpack_many
@@ -23,6 +24,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Linears",
     "from_words",
+    "kernels_serve",
     "pack",
     "packed_columns",
     "packed_matmul",
@@ -35,6 +37,11 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+
+
+def kernels_serve() -> bool:
+    """Whether the kernels for stacked matrices run here: on GPUs that Pallas-Triton serves."""
+    return jax.default_backend() == "gpu" and triton.serves()
 
 
 def packed_matmul(

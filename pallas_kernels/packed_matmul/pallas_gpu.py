@@ -15,8 +15,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..refs import Ref
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
 from ..refs import Ref

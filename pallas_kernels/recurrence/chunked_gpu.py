@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from .. import triton as pltriton
 from ..refs import Ref
 from .steps import Row, Steps
 
@@ -126,7 +126,7 @@ def scan(
         grid=(chunks * lane_programs,),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.values()],
         input_output_aliases=aliases,
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name="linear_recurrence_reversed" if steps.reverse else "linear_recurrence",
     )(*inputs.values())
@@ -147,8 +147,8 @@ def _kernel(
     k, lane = pl.program_id(0) // (B * d_programs), pl.program_id(0) % (B * d_programs)
     b, d0 = lane // d_programs, (lane % d_programs) * block_d
     t0 = (chunks - 1 - k if steps.reverse else k) * chunk
-    d = pl.ds(d0, block_d)
-    in_d = None if D % block_d == 0 else d0 + jnp.arange(block_d) < D
+    d = d0 + jnp.arange(block_d)  # Numbers, as a slice must not end beyond the array.
+    in_d = None if D % block_d == 0 else d < D
 
     def both(mask: Any) -> jax.Array | None:
         """`mask`, a scalar or None, and in_d, as one vector or None."""
@@ -162,11 +162,11 @@ def _kernel(
     ) -> jax.Array:
         mask = both(mask)
         instead = None if mask is None else other
-        value = plgpu.load(ref.at[(*index, d)], mask=mask, other=instead, **options)
+        value = pltriton.load(ref.at[(*index, d)], mask=mask, other=instead, **options)
         return value.astype(jnp.float32)
 
     def store(ref: Ref, value: jax.Array, *index: Any, mask: Any = None) -> None:
-        plgpu.store(ref.at[(*index, d)], value.astype(ref.dtype), mask=both(mask))
+        pltriton.store(ref.at[(*index, d)], value.astype(ref.dtype), mask=both(mask))
 
     lanes = {
         name.removeprefix("lane:"): load(ref)
@@ -279,8 +279,8 @@ def _look_back(
 
     def publish(word: Any, bit: Any) -> None:
         if not interpret:  # the interpreter is sequential and does not know barriers
-            plgpu.debug_barrier()  # every thread's stores come before the flag
-        plgpu.atomic_add(flags, (lane, word), jnp.int32(1) << bit)  # each bit is added once
+            pltriton.debug_barrier()  # every thread's stores come before the flag
+        pltriton.atomic_add(flags, (lane, word), jnp.int32(1) << bit)  # each bit is added once
 
     store(refs["products"], product, k, b)
     store(refs["states"], state, k, b)
@@ -290,7 +290,7 @@ def _look_back(
     needed = jnp.where(g > 0, needed | (1 << _CARRY_READY), needed)
 
     def poll() -> jax.Array:
-        return plgpu.atomic_add(flags, (lane, g), jnp.zeros((), jnp.int32))
+        return pltriton.atomic_add(flags, (lane, g), jnp.zeros((), jnp.int32))
 
     def waiting(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         seen, polls = carry
@@ -301,7 +301,7 @@ def _look_back(
     else:
         start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         seen, _ = jax.lax.while_loop(waiting, lambda carry: (poll(), carry[1] + 1), start)
-        plgpu.debug_barrier()
+        pltriton.debug_barrier()
 
     chunk_of = functools.partial(load, volatile=True)  # L1 is not coherent
     carry = chunk_of(refs["carries"], g, b, mask=g > 0)

@@ -11,7 +11,9 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
+from ..capability import compute_capability
 from ..dispatch import measured_best
+from ..errors import KernelError
 from ..over_tokens import TOKENS, WHOLE, covers_mesh, over_tokens
 from . import (
     pallas_mosaic_gpu,
@@ -93,6 +95,7 @@ def ternary_matmul(
     Raises:
       TypeError: an operand that is not int8.
       ValueError: shapes that do not fit, or an unknown implementation.
+      KernelError: a kernel that cannot be compiled for this device.
     """
     for name, operand in (("x_q", x_q), ("trits", trits)):
         if operand.dtype != jnp.int8:
@@ -152,7 +155,7 @@ def gated_ternary_matmul(
       [..., N] of out_dtype.
 
     Raises:
-      TypeError, ValueError: as in `ternary_matmul`.
+      TypeError, ValueError, KernelError: as in `ternary_matmul`.
     """
     m, n, k = math.prod(x_q.shape[:-1]), trits.shape[0] // 2, trits.shape[1]
     config = mosaic_gated_config(m, n, k)
@@ -213,6 +216,11 @@ def _mosaic_gpu(
     """`gated` holds the tiles of the gated product, which must divide N and K."""
     if interpret:
         raise ValueError("pallas_mosaic_gpu has no interpreter that runs it on every jax version")
+    if compute_capability() not in (None, 9.0):
+        raise KernelError(
+            "pallas_mosaic_gpu multiplies by instructions that only GPUs of compute capability 9.0 "
+            f"have, which {jax.devices()[0].device_kind} is not: leave the kernel's name out"
+        )
     (m, k), n = x_q.shape, trits.shape[0]
     config = gated or mosaic_config(m, n, k)
     if out_dtype.itemsize > 2:  # the same bytes for each store

@@ -13,8 +13,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as pltriton
 
+from .. import triton as pltriton
 from ..refs import Ref
 
 
@@ -80,22 +80,20 @@ def _kernel(
     m_index = group * config.group + within % rows_in_group
     n_index = within // rows_in_group
 
-    rows = pl.ds(m_index * config.tile_m, config.tile_m)
-    columns = pl.ds(n_index * config.tile_n, config.tile_n)
-    # A mask costs loads their width, so it is there only where the shape needs it.
-    row_mask = _mask(m_index, config.tile_m, m)
-    column_mask = _mask(n_index, config.tile_n, n)
+    # Numbers of rows and columns, as a slice must not end beyond the array, masked or not. A mask
+    # costs loads their width, so it is there only where the shape needs it.
+    rows, row_mask = _places(m_index, config.tile_m, m)
+    columns, column_mask = _places(n_index, config.tile_n, n)
 
-    def load(ref: Ref, row_slice: Any, mask: jax.Array | None, step: Any) -> jax.Array:
-        depth_mask = _mask(step, config.tile_k, k)
+    def load(ref: Ref, rows: jax.Array, mask: jax.Array | None, step: Any) -> jax.Array:
+        depth, depth_mask = _places(step, config.tile_k, k)
         mask = None if mask is None else mask[:, None]
         if depth_mask is not None:
             mask = depth_mask[None, :] if mask is None else mask & depth_mask[None, :]
         if mask is not None:
-            mask = jnp.broadcast_to(mask, (row_slice.size, config.tile_k))
-        depth = pl.ds(step * config.tile_k, config.tile_k)
+            mask = jnp.broadcast_to(mask, (rows.size, config.tile_k))
         other = None if mask is None else 0
-        return pltriton.load(ref.at[row_slice, depth], mask=mask, other=other)
+        return pltriton.load(ref.at[rows[:, None], depth[None, :]], mask=mask, other=other)
 
     def step(index: jax.Array, accumulator: jax.Array) -> jax.Array:
         x = load(x_ref, rows, row_mask, index)
@@ -120,11 +118,10 @@ def _kernel(
         mask = jnp.ones(values.shape, jnp.bool_)
         mask = mask if row_mask is None else mask & row_mask[:, None]
         mask = mask if column_mask is None else mask & column_mask[None, :]
-    pltriton.store(out_ref.at[rows, columns], values, mask=mask)
+    pltriton.store(out_ref.at[rows[:, None], columns[None, :]], values, mask=mask)
 
 
-def _mask(index: Any, tile: int, size: int) -> jax.Array | None:
-    """Which of a tile's elements lie inside; None where the tile divides the size."""
-    if size % tile == 0:
-        return None
-    return index * tile + jnp.arange(tile) < size
+def _places(index: Any, tile: int, size: int) -> tuple[jax.Array, jax.Array | None]:
+    """Where a tile's elements lie, and which of them inside (None: all)."""
+    places = index * tile + jnp.arange(tile)
+    return places, None if size % tile == 0 else places < size
