@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""From the keyboard, from whoever manages processes, and as the terminal is closed."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""From the keyboard, from whoever manages processes, as the terminal is closed, and from SLURM
+before a time limit where a job asks so (--signal=USR1@120)."""
 EXIT_CODES = {number.name: 128 + number for number in STOPPING}
 """What a command exits with that was told to stop and saved first: as a shell counts."""
 

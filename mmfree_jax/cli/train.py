@@ -19,7 +19,6 @@ from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
 from mmfree_jax.places import check_local
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.progress import open_display
-from mmfree_jax.signals import EXIT_CODES
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -39,8 +38,9 @@ A rung, and a shape by flags alone, has the vocabulary of the data, where none i
 A preset is a model and a peak rate, no recipe: steps, batch and warm-up are the defaults below. The
 paper's runs are experiments/configs/paper-370M.yaml, paper-1.3B.yaml and paper-2.7B.yaml.
 
-Exit codes: 0 complete, or max_minutes or stop_at reached; 143 SIGTERM, 130 SIGINT and 129 SIGHUP
-(the terminal is closed), all after saving a checkpoint; 2 something to put right, in one line; 75
+Exit codes: 0 complete, or max_minutes or stop_at reached; 143 SIGTERM, or
+Compute Engine announced the machine's end, 130 SIGINT, 129 SIGHUP (the terminal is closed) and 138
+SIGUSR1, all after saving a checkpoint; 2 something to put right, in one line; 75
 another process of the run is gone or hangs: start all again."""
 
 
@@ -193,6 +193,7 @@ def train(argv: Sequence[str]) -> int:
     with contextlib.closing(open_display(kind, sys.stdout, patience=0.0)) as display:
         display.stage("starting JAX")
         from mmfree_jax.parallel import processes
+        from mmfree_jax.train.stop import STOP_CODES
         from mmfree_jax.train.training import (
             train as run_training,  # JAX starts here, not for --help
         )
@@ -205,4 +206,4 @@ def train(argv: Sequence[str]) -> int:
             summary = run_training(
                 arguments.run, process_options=arguments.processes, display=display
             )
-    return EXIT_CODES.get(summary["stopped_by"] or "", 0)
+    return STOP_CODES.get(summary["stopped_by"] or "", 0)

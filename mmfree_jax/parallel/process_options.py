@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: flags over the environment.
+"""How the processes of a run find each other, and when they give up: flags over the environment.
 
 Nothing here imports JAX, so that a command's help does not start it.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.notices import Kind
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, check_numbers
 
 
@@ -32,6 +33,9 @@ class ProcessOptions:
     """Give up when a process has shown no sign of life for this long."""
     hang_seconds: AboveZero = 1200.0
     """Give up when a process has finished nothing (step, evaluation, save) for this long."""
+    notices: Kind = "auto"
+    """Save and stop as Compute Engine announces that it preempts this machine or ends it for
+    maintenance; auto: on its machines, and where $GCE_METADATA_HOST is set."""
 
     def __post_init__(self) -> None:
         if self.coordinator is not None and not re.search(r".:\d+$", self.coordinator):

@@ -5,7 +5,6 @@ device always has a step queued while the host reads, logs and fetches the next 
 """
 
 import contextlib
-import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,7 +19,6 @@ from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
-from mmfree_jax.signals import EXIT_CODES
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.held_out import evaluate
 from mmfree_jax.train.metrics import TernaryMonitor
@@ -31,7 +29,7 @@ from mmfree_jax.train.report import Summary, write_report
 from mmfree_jax.train.run_display import TRAINING
 from mmfree_jax.train.setup import Run, checkpoint_metadata
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
-from mmfree_jax.train.stop import Consensus, StopRequest
+from mmfree_jax.train.stop import STOP_CODES, Consensus, StopRequest, reason_of
 
 Sampler = Callable[..., str]
 
@@ -112,7 +110,7 @@ class Loop:
         recorder.sync()
         if stopped_by is None:
             recorder.check_learnt(done)
-        if stopped_by in EXIT_CODES:  # whoever sends one may not wait for long
+        if stopped_by in STOP_CODES:  # whoever sends one may not wait for long
             recorder.message(f"{stopped_by}: saved step {done}; run the same command to go on")
         else:
             self._evaluate(state, done)
@@ -171,9 +169,8 @@ class Loop:
         minutes = config.checkpoint.every_minutes
         out_of_time = bool(config.max_minutes) and now - self._began >= config.max_minutes * 60
         save_by_time = bool(minutes) and now - self._saved_at >= minutes * 60
-        mine = signal.Signals[self._request.signal].value if self._request.signal else 0
-        signalled, out_of_time, save_by_time, failed = self._agree(
-            mine,
+        told, out_of_time, save_by_time, failed = self._agree(
+            self._request.wish,
             is_first and out_of_time,
             is_first and save_by_time,
             self._checkpointer.has_failed or self._verification.has_failed,
@@ -181,7 +178,7 @@ class Loop:
         if failed:
             self._end_in_failure()
         is_last = done == config.steps
-        must_save = bool(done == self._end or signalled or out_of_time or save_by_time)
+        must_save = bool(done == self._end or told or out_of_time or save_by_time)
         must_save |= done % config.checkpoint.every_steps == 0
         must_save |= done in config.checkpoint.at_steps
 
@@ -196,8 +193,8 @@ class Loop:
             self._sample(state, done)
         if must_save or self._is_best(done):
             self._save(state, done)
-        if signalled:
-            return signal.Signals(signalled).name
+        if told:
+            return reason_of(told)
         return "max_minutes" if out_of_time and done < self._end else None
 
     def _is_best(self, done: int) -> bool:

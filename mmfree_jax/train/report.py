@@ -23,7 +23,6 @@ from mmfree_jax.saved.run_directory import (
     SUMMARY,
     TENSORBOARD,
 )
-from mmfree_jax.signals import EXIT_CODES
 from mmfree_jax.text_files import read_json
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.flops import count_flops, count_parameters
@@ -31,6 +30,7 @@ from mmfree_jax.train.held_out import losses_by_source
 from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.setup import PACKAGES, Run
+from mmfree_jax.train.stop import STOP_CODES
 
 Summary = dict[str, Any]
 
@@ -126,7 +126,7 @@ def write_report(
     write_text(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     if "sample" in recorder.last:
         write_text(run_dir / SAMPLE, recorder.last["sample"]["text"] + "\n")
-    if stopped_by not in EXIT_CODES:
+    if stopped_by not in STOP_CODES:
         by_source = [f"loss/{name}" for name, loss in losses_by_source(last_eval) if _finite(loss)]
         plot_metrics([run_dir], run_dir / LOSS_CURVE, metrics=["loss", *by_source])
     lines = {

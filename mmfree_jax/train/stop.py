@@ -1,4 +1,4 @@
-"""When to stop before the last step: signals, time, and one decision for all processes."""
+"""When to stop before the last step: signals, notices, and one decision for all processes."""
 
 import contextlib
 import os
@@ -14,19 +14,45 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.signals import heard
+from mmfree_jax.notices import ANNOUNCED
+from mmfree_jax.signals import EXIT_CODES, STOPPING, heard
+
+_REASONS = (*(number.name for number in STOPPING), *ANNOUNCED)
+STOP_CODES = EXIT_CODES | dict.fromkeys(ANNOUNCED, EXIT_CODES[signal.SIGTERM.name])
+"""What a run exits with that was told to stop and saved first, by what told it."""
+
+
+def reason_of(wish: int) -> str | None:
+    """The reason that a `StopRequest.wish` of some process stands for."""
+    return _REASONS[wish - 1] if wish else None
+
 
 # SLURM and systemd tell every process of a job, and a launcher or sweep among them tells its own.
 _TOLD_TWICE_SECONDS = 5.0
 
 
 class StopRequest:
-    """Remembers the first SIGTERM, SIGINT or SIGHUP (the terminal is closed)."""
+    """Remembers what told the run to stop: the first signal of `STOPPING`, or a notice.
+
+    Attributes:
+      reason: the signal's name, or the notice's; None: nothing yet.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.signal: str | None = None
+        self.reason: str | None = None
         self._say = say
         self._heard: dict[int, float] = {}
+
+    @property
+    def wish(self) -> int:
+        """The reason as a number, for `Consensus`; 0: go on."""
+        return 1 + _REASONS.index(self.reason) if self.reason else 0
+
+    def announce(self, notice: str) -> None:
+        """Takes a notice, a name of `ANNOUNCED`; called from any thread."""
+        if self.reason is None:
+            self.reason = notice
+            self._say(f"{notice}: {ANNOUNCED[notice]}: saving after this step")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
@@ -38,10 +64,11 @@ class StopRequest:
             signal.raise_signal(number)
             return
         self._heard[number] = now
-        self.signal = signal.Signals(number).name
+        name = signal.Signals(number).name
+        self.reason = self.reason or name
         if number == signal.SIGHUP:
             _leave_terminal()
-        self._say(f"{self.signal}: saving after this step; a second one ends at once")
+        self._say(f"{name}: saving after this step; a second one ends at once")
         if number == signal.SIGINT:  # from somebody at the keyboard: a second one is meant
             signal.signal(number, _interrupt)
 

@@ -13,6 +13,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.verification import Verification
 from mmfree_jax.errors import MMFreeError, OutputError, TrainingError
 from mmfree_jax.files import is_disk_error
+from mmfree_jax.notices import Notices, metadata_host
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
 from mmfree_jax.parallel.watchdog import Watchdog
@@ -54,16 +55,17 @@ def train(
 
     Else from the checkpoint that `config.branch_from` names: `branch_config` makes such a config.
 
-    SIGTERM, SIGINT and SIGHUP end the run early with a checkpoint; so do `config.max_minutes` and
-    `config.stop_at`. With several processes (`processes.join` comes before) all call this alike,
-    and a signal to one stops all.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run early with a checkpoint; so do notices of
+    Compute Engine, `config.max_minutes` and `config.stop_at`. With several processes
+    (`processes.join` comes before) all call this alike, and a signal to one stops all.
 
     Args:
       config: the run.
       clock: seconds from any origin, for `max_minutes`, `checkpoint.every_minutes` and rates.
       sampler: writes the sample texts; default: `mmfree_jax.infer.sample_text`.
       on_step: called with the number of each step after it was dispatched.
-      process_options: how long to bear with another process that is silent or hangs.
+      process_options: how long to bear with another process that is silent or hangs, and whose
+        notices to hear.
       display: shows what happens; closed at the end. Default: as `config.log.progress` says, on
         standard output.
 
@@ -92,7 +94,10 @@ def train(
     ):
         watch = Stopwatch(clock)
         display.stage("reading the data")
-        watchdog = _watch(process_options, held)
+        options = process_options or ProcessOptions()
+        watchdog = _watch(options, held)
+        if (host := metadata_host(options.notices)) is not None:
+            held.callback(Notices(host, request.announce).close)
         check_apart(config)
         run = open_run(config)
         open_run_dir(run.run_dir, held)
@@ -195,12 +200,12 @@ def _best_steps(config: TrainConfig, run_dir: Path, restored_step: int) -> BestS
     return BestSteps(best_metric(config.checkpoint), config.checkpoint.keep_best, records)
 
 
-def _watch(options: ProcessOptions | None, held: contextlib.ExitStack) -> Watchdog | None:
+def _watch(options: ProcessOptions, held: contextlib.ExitStack) -> Watchdog | None:
     """A watchdog over the run's processes, until `held` closes; None where there is but one."""
     index, count = jax.process_index(), jax.process_count()
     if count == 1:
         return None
-    watchdog = Watchdog(index, count, processes.Notes(), options or ProcessOptions())
+    watchdog = Watchdog(index, count, processes.Notes(), options)
     watchdog.start()
     held.callback(watchdog.stop)
     return watchdog

@@ -105,9 +105,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
         whole = replace(whole, run_dir=str(whole_dir), log__every_steps=every)
         train(whole)
     broken = replace(whole, run_dir=str(tmp_path / "broken"))
-    for step in (3, 7):
-        summary = train(broken, on_step=stop_at(step))
-        assert (summary["status"], summary["stopped_by"]) == ("stopped", "SIGTERM")
+    for step, number in ((3, signal.SIGTERM), (7, signal.SIGUSR1)):
+        summary = train(broken, on_step=stop_at(step, number))
+        assert (summary["status"], summary["stopped_by"]) == ("stopped", number.name)
         assert checkpoint_steps(tmp_path / "broken" / "checkpoints")[-1] == step
     assert train(broken)["status"] == "complete"
     kinds = ("train", "eval")

@@ -14,7 +14,7 @@ def test_a_signal_that_comes_by_two_ways_is_one_request(name):
     with stop.catch_signals(said.append) as request:
         for _ in range(3):  # from SLURM to every process, and from the launcher to its own
             os.kill(os.getpid(), signal.Signals[name])
-    assert request.signal == name
+    assert request.reason == name
     assert said == [f"{name}: saving after this step; a second one ends at once"]
 
 
@@ -34,6 +34,6 @@ def test_a_later_one_ends_the_process_at_once(monkeypatch):
 def test_a_second_one_from_the_keyboard_is_meant():
     with stop.catch_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)
-        assert request.signal == "SIGINT"
+        assert request.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
