@@ -150,6 +150,17 @@ class EvalConfig:
     """Steps between evaluations; 0: only at the end."""
     batches: CountOrZero = 16
     """Batches of held-out rows in one evaluation; 0: no evaluation."""
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval tasks to score while training (docs/evaluation.md); empty: none."""
+    tasks_dir: Place | None = None
+    """Folder with the tasks' data or YAML files; None: where `mmfree eval fetch-tasks` puts it."""
+    tasks_every_steps: CountOrZero = 0
+    """Steps between scores of the tasks; 0: only at the end."""
+    tasks_limit: Count | None = 200
+    """First documents of each task only; None: all."""
+    tasks_minutes: AboveZero = 10.0
+    """Longest that one scoring of the tasks holds training up (minutes, and a batch): tasks that
+    are not done by then are left out."""
     sample_every_steps: CountOrZero = 0
     """Steps between sample texts; 0: only at the end."""
     sample_tokens: CountOrZero = 128

@@ -29,8 +29,8 @@ ROOMS = (
     ("model",),
     ("data",),
     ("saved",),
-    ("train", "infer"),
-    ("evaluate", "export", "serve"),
+    ("train", "infer", "evaluate"),
+    ("export", "serve"),
     ("cli",),
     ("__init__", "__main__"),  # which names what users import, and starts the command line
 )

@@ -131,6 +131,7 @@ def evaluate(
 
     assert tasks is not None
     from mmfree_jax.evaluate import harness, report
+    from mmfree_jax.evaluate.encoding import default_length
     from mmfree_jax.evaluate.tasks import PAPER_TASKS, default_tasks_dir
     from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.end_tokens import end_ids
@@ -156,7 +157,7 @@ def evaluate(
             arrays,
             tokenizer,
             mesh=devices,
-            max_length=_default_length(language_model, saved.trained_length)
+            max_length=default_length(language_model.config, saved.trained_length)
             if max_length is None
             else max_length,
             add_bos=add_bos,
@@ -196,13 +197,6 @@ def evaluate(
             say(f"limited to the first {limit} documents of each task", highlight=False)
         say(f"results: {harness.write_results(results, folder)}", highlight=False)
     return 0
-
-
-def _default_length(model: Any, trained: int | None) -> int:
-    """Longest sequence that the model can be asked to read."""
-    if trained is None or model.config.mixer == "mlgru":
-        return max(trained or 0, 2048)
-    return trained
 
 
 def _held_out(

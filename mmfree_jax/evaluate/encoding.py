@@ -3,6 +3,7 @@
 import itertools
 
 from mmfree_jax.infer.text import Tokenizer
+from mmfree_jax.model_config import ModelConfig
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, answer: str) -> tuple[list[int], list[int]]:
@@ -40,3 +41,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, answer: str) -> tuple[list[i
             return start, ids
     shared = len(list(itertools.takewhile(lambda p: p[0] == p[1], zip(start, whole, strict=False))))
     return whole[:shared], whole[shared:]
+
+
+def default_length(config: ModelConfig, trained: int | None) -> int:
+    """Longest sequence that a model trained on rows of `trained` tokens can be asked to read."""
+    if trained is None or config.mixer == "mlgru":
+        return max(trained or 0, 2048)
+    return trained

@@ -61,6 +61,7 @@ class HarnessModel(TemplateLM):
         show_progress: bool = True,
         forward: Forward | None = None,
         end_ids: Sequence[int] = (),
+        on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         """Wraps a model.
 
@@ -76,6 +77,7 @@ class HarnessModel(TemplateLM):
           show_progress: show how far the work is, on standard error.
           forward: how the model computes; None: as it was trained.
           end_ids: tokens that end a generated text, beside the tokenizer's.
+          on_batch: called behind each batch; what it raises ends the scoring.
 
         Raises:
           ConfigError: add_bos with a tokenizer that has no such token.
@@ -87,6 +89,7 @@ class HarnessModel(TemplateLM):
             )
         self._end_ids = [i for i in end_ids if i < model.config.vocab_size]
         self._tokenizer, self._add_bos, self._show = tokenizer, add_bos, show_progress
+        self._on_batch = on_batch
         self.scorer = Scorer(
             model,
             params,
@@ -273,6 +276,7 @@ class HarnessModel(TemplateLM):
                 nonlocal done
                 done += count
                 show.update(done, total, f"{done:,} of {total:,}")
+                self._on_batch()
 
             yield advance
 
@@ -307,6 +311,34 @@ def run_tasks(
       DataError: a task is unknown, or its data cannot be read.
       ConfigError: a YAML file in `tasks_dir` is not YAML, or a key occurs twice in it.
     """
+    with (
+        task_manager(tasks, tasks_dir) as manager,
+        task_errors(tasks_dir),
+    ):
+        evaluator = importlib.import_module("lm_eval.evaluator")
+        results = evaluator.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=bootstrap_iters,
+            log_samples=log_samples,
+            task_manager=manager,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=None,
+            fewshot_random_seed=seed,
+        )
+    assert results is not None
+    return results
+
+
+@contextlib.contextmanager
+def task_manager(tasks: Sequence[str], tasks_dir: Path | None) -> Iterator[Any]:
+    """lm-eval's manager of tasks that knows all of `tasks`; its files are there while inside.
+
+    Raises: as `run_tasks`.
+    """
     for file in sorted(tasks_dir.rglob("*")) if tasks_dir is not None else ():
         if file.suffix == ".yaml":
             check_keys(file)
@@ -320,13 +352,13 @@ def run_tasks(
             os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         datasets = import_optional("datasets", "mmfree eval --tasks", install_command("eval"))
         datasets.disable_progress_bars()
-        evaluator = importlib.import_module("lm_eval.evaluator")
         manager_class = importlib.import_module("lm_eval.tasks").TaskManager
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         include = [scratch] if tasks_dir is None else [str(tasks_dir), scratch]
         with task_errors(tasks_dir):
             manager = manager_class(include_path=include, include_defaults=False)
-            if not set(tasks) <= set(manager.all_tasks):
+            own = manager.all_tasks
+            if not set(tasks) <= set(own):
                 # Reading lm-eval's thousands of definitions takes a while.
                 manager = manager_class(include_path=include)
         unknown = [name for name in tasks if name not in manager.all_tasks]
@@ -334,23 +366,9 @@ def run_tasks(
             raise DataError(
                 f"tasks holds {', '.join(unknown)}, which lm-eval does not know: see "
                 "`lm-eval ls tasks`, or give their YAML files with --tasks-dir"
+                + (f" ({tasks_dir} has {', '.join(sorted(own)) or 'none'})" if tasks_dir else "")
             )
-        with task_errors(tasks_dir):
-            results = evaluator.simple_evaluate(
-                model=model,
-                tasks=list(tasks),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=bootstrap_iters,
-                log_samples=log_samples,
-                task_manager=manager,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=None,
-                fewshot_random_seed=seed,
-            )
-    assert results is not None
-    return results
+        yield manager
 
 
 def write_results(results: dict[str, Any], folder: Path) -> Path:

@@ -166,7 +166,7 @@ class Scorer:
         self.tokens_asked += sum(len(q.tokens) - 1 for q in queries)
         with self._on_mesh():
             for contexts, pieces in self._windows(queries):
-                table = self._read_contexts(contexts)
+                table = self._read_contexts(contexts, progress)
                 for batch, results in self._score_pieces(pieces, table):
                     for piece, result in zip(batch, results, strict=True):
                         scores[piece.query] = result
@@ -227,7 +227,9 @@ class Scorer:
             for start in range(0, len(by_length[length]), rows):
                 yield length, rows, by_length[length][start : start + rows]
 
-    def _read_contexts(self, contexts: list[tuple[int, ...]]) -> Any:
+    def _read_contexts(
+        self, contexts: list[tuple[int, ...]], progress: Progress | None = None
+    ) -> Any:
         """Table of states: row 0 is the empty one, row i the state after context i - 1."""
         if not self._shares:
             return None
@@ -251,6 +253,9 @@ class Scorer:
                 *put_batch(self.mesh, tokens, held, places),
                 forward=self.forward,
             )
+            if progress is not None:
+                jax.block_until_ready(table)  # who is told may ask for the time
+                progress(0)
         return table
 
     def _score_pieces(self, pieces: list[_Piece], table: Any) -> Iterable[Any]:

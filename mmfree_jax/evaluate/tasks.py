@@ -336,11 +336,11 @@ def write_task_files(names: Sequence[str], tasks_dir: Path, into: Path) -> list[
     return written
 
 
-def check_installed() -> None:
-    """Checks that lm-eval and what we use beside it are there.
+def check_installed(what: str = "mmfree eval --tasks") -> None:
+    """Checks that lm-eval and what we use beside it are there, for `what`.
 
     Raises:
       ConfigError: one is not, or cannot be imported; the message says how to install it.
     """
     for module in ("tqdm", "lm_eval"):  # not datasets, which settings must come before
-        import_optional(module, "mmfree eval --tasks", install_command("eval"))
+        import_optional(module, what, install_command("eval"))

@@ -30,6 +30,7 @@ from mmfree_jax.train.run_display import TRAINING
 from mmfree_jax.train.setup import Run, checkpoint_metadata
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
 from mmfree_jax.train.stop import STOP_CODES, Consensus, StopRequest, reason_of
+from mmfree_jax.train.task_evaluation import GO_ON, OUT_OF_TIME, left_out, score_tasks
 
 Sampler = Callable[..., str]
 
@@ -78,6 +79,8 @@ class Loop:
         """Trains from `start` to the end, or to where it is told to stop."""
         config, recorder, watch = self._run.config, self._recorder, self._recorder.watch
         stopped_by, done, end = None, start, self._end
+        if start and _is_due(config.eval.tasks_every_steps, start):
+            self._score_tasks(state, start)  # if a signal ended it before
         if start < end:
             rows = process_rows(self._run.mesh, (config.batch_size, config.data.seq_len))
             self._rows = rows
@@ -114,6 +117,7 @@ class Loop:
             recorder.message(f"{stopped_by}: saved step {done}; run the same command to go on")
         else:
             self._evaluate(state, done)
+            self._score_tasks(state, done)
             self._sample(state, done)
             if stopped_by == "stop_at":
                 recorder.message("stop_at reached: run the same command with a later one to go on")
@@ -189,6 +193,9 @@ class Loop:
             self._read_metrics()
         if _is_due(config.eval.every_steps, done):
             self._evaluate(state, done)
+        if _is_due(config.eval.tasks_every_steps, done) and not told:
+            told = self._score_tasks(state, done)
+            must_save |= bool(told)
         if _is_due(config.eval.sample_every_steps, done):
             self._sample(state, done)
         if must_save or self._is_best(done):
@@ -200,7 +207,8 @@ class Loop:
     def _is_best(self, done: int) -> bool:
         """Whether this step is one of the best so far, as process 0 finds, who has the records."""
         config = self._run.config
-        if not config.checkpoint.keep_best or not _is_due(config.eval.every_steps, done):
+        every = (config.eval.every_steps, config.eval.tasks_every_steps)
+        if not config.checkpoint.keep_best or not any(_is_due(n, done) for n in every):
             return False
         best = self._best
         mine = best is not None and done in best.among([*self._checkpointer.steps, done])
@@ -242,6 +250,30 @@ class Loop:
 
             losses = evaluate(self._eval_step, state.params, batches, self._run.mesh, on_batch)
         self._recorder.eval_record(done, losses)
+
+    def _score_tasks(self, state: TrainState, done: int) -> int:
+        """Scores the tasks, unless this step has scores; the wish to stop that ended it, or 0."""
+        run, last, begin = self._run, self._recorder.last.get("tasks"), self._clock()
+        options = run.config.eval
+        if run.tasks is None or (last is not None and last["step"] == done):
+            return 0
+        self._read_metrics()
+
+        def ask() -> int:
+            self._beat(f"tasks at step {done}")
+            late = self._clock() - begin >= options.tasks_minutes * 60
+            answer = OUT_OF_TIME if late and jax.process_index() == 0 else GO_ON
+            wish = self._request.wish
+            return self._agree_now.at_once(OUT_OF_TIME + wish if wish else answer)[0]
+
+        with self._recorder.watch.section("eval"), self._recorder.progress.during("scoring tasks"):
+            found = score_tasks(run.tasks, state.params, run.config, run.tokenizer, run.mesh, ask)
+        if found.ended_by > OUT_OF_TIME:
+            return found.ended_by - OUT_OF_TIME
+        self._recorder.tasks_record(done, found.numbers)
+        if found.left_out:
+            self._recorder.event(done, left_out(found.left_out, options.tasks_minutes))
+        return 0
 
     def _sample(self, state: TrainState, done: int) -> None:
         """A sample text, unless this step has one already."""

@@ -14,7 +14,7 @@ from mmfree_jax.saved.run_directory import METRICS, load_config
 from mmfree_jax.train.flops import count_flops
 
 XAxis = Literal["steps", "tokens", "flops", "time"]
-Kind = Literal["train", "eval"]
+Kind = Literal["train", "eval", "tasks"]
 
 _POSITIONS = {"steps": "step", "tokens": "tokens", "flops": "tokens", "time": "time_s"}
 
@@ -42,7 +42,7 @@ class RunMetrics:
         return sorted(names - {"kind", *_POSITIONS.values()})
 
     def series(self, kind: Kind, metric: str, x: XAxis) -> Series:
-        """A metric of the training ("train") or the held-out ("eval") records; maybe empty.
+        """A metric of the records of training, held-out loss ("eval") or tasks; maybe empty.
 
         Args:
           kind: of the records.
@@ -77,7 +77,7 @@ def read_metrics(folder: Path) -> RunMetrics:
     path = folder / METRICS
     if not path.is_file():
         raise ConfigError(f"{path} is missing: give the folder of a training run")
-    records: dict[Kind, list[Record]] = {"train": [], "eval": []}
+    records: dict[Kind, list[Record]] = {"train": [], "eval": [], "tasks": []}
     for record in read_history(path):
         of_kind = next((records[kind] for kind in records if record.get("kind") == kind), None)
         if of_kind is None:

@@ -1,6 +1,6 @@
 """What a run measures of itself, and the one consistent history it keeps on disk.
 
-A record is a dict of plain values with at least `kind` ("train", "eval", "sample" or
+A record is a dict of plain values with at least `kind` ("train", "eval", "tasks", "sample" or
 "event"), `step`, `tokens` and `time_s`. Losses are in nats a token; a `_share` is in [0, 1].
 """
 

@@ -178,7 +178,7 @@ def _curve(
     """A metric of a run as it can be drawn; what cannot is added to the notes."""
     drawn: list[Series | None] = []
     lost = below = 0
-    for kind in ("train", "eval"):
+    for kind in ("train", "eval", "tasks"):
         series = run.series(kind, metric, x)
         xs, ys = series.x.copy(), series.y.copy()
         outside = ~((abs(xs) < _LARGEST) & (abs(ys) < _LARGEST))
@@ -187,7 +187,7 @@ def _curve(
         ys[outside | unfit] = np.nan
         xs[~(abs(xs) < _LARGEST)] = np.nan
         drawn.append(Series(xs, ys) if len(xs) else None)
-    if drawn == [None, None]:
+    if not any(drawn):
         notes.append(f"{run.folder} logged no {metric}")
     for number_of, why in (
         (lost, "not finite or not measured: {} in its curve"),
@@ -199,7 +199,8 @@ def _curve(
             notes.append(
                 f"{number_of} {values} of {metric} of {run.folder} {be} {why.format(gaps)}"
             )
-    return _Curve(*drawn)
+    training, held_out, tasks = drawn
+    return _Curve(training, held_out or tasks)
 
 
 def _looks() -> Iterator[_Look]:

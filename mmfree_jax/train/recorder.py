@@ -214,6 +214,10 @@ class Recorder:
         self._write(RECORD, step, goodput.to_record() | {"unix_time": time.time()})
         return goodput
 
+    def tasks_record(self, step: int, numbers: dict[str, float]) -> None:
+        """Writes scores on tasks."""
+        self._write("tasks", step, numbers)
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes a sample text."""
         self._write("sample", step, {"prompt": prompt, "text": text})

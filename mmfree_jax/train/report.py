@@ -29,6 +29,7 @@ from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.held_out import losses_by_source
 from mmfree_jax.train.plot import plot_metrics
 from mmfree_jax.train.recorder import Recorder
+from mmfree_jax.train.run_display import scores_of
 from mmfree_jax.train.setup import PACKAGES, Run
 from mmfree_jax.train.stop import STOP_CODES
 
@@ -95,6 +96,7 @@ def write_report(
         "eval_loss": last_eval.get("loss"),
         "eval_bits_per_byte": last_eval.get("bits_per_byte"),
         "eval_loss_by_source": dict(losses_by_source(last_eval)),
+        "tasks": scores_of(recorder.last.get("tasks", {})),
         "best": None if best is None else _best_checkpoint(run_dir, best),
         "tokens_per_s": recorder.mean_rate,
         "mfu": recorder.utilisation(recorder.mean_rate),

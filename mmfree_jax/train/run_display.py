@@ -19,6 +19,10 @@ def format_record(record: Record, steps: int) -> str:
             parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
         parts += [f"{source} {loss:.4f}" for source, loss in losses_by_source(record)]
         return f"{where}  " + "  ".join(parts)
+    if record["kind"] == "tasks":
+        scores = scores_of(record)
+        shown = [f"{n} {v:.4f}" for n, v in scores.items() if not n.endswith("_stderr")]
+        return f"{where}  tasks: {'  '.join(shown) or 'none done'}"
     if record["kind"] == "sample":
         return f"{where}  sample:\n{indented(record['text'])}"
     if record["kind"] == "event":
@@ -26,6 +30,11 @@ def format_record(record: Record, steps: int) -> str:
     values = _values(record)
     order = ("loss", "grad", "skipped", "lr", "rate", "mfu", "zero", "changed", "eta")
     return f"{where}  " + "  ".join(values[name] for name in order if name in values)
+
+
+def scores_of(record: Record) -> dict[str, float]:
+    """The numbers of a record of tasks, by name."""
+    return {name: value for name, value in record.items() if "/" in name}
 
 
 def _values(record: Record) -> dict[str, str]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -27,6 +27,10 @@ from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
 from mmfree_jax.train.best import with_direction
 from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
+from mmfree_jax.train.task_evaluation import open_tasks
+
+if TYPE_CHECKING:
+    from mmfree_jax.evaluate.task_scores import TaskScores
 
 # What decides what a run computes.
 PACKAGES = ("mmfree-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -44,7 +48,9 @@ class Run:
     eval_batches: EvalBatches | None
     """None when `eval.batches` is 0."""
     tokenizer: Any
-    """None when `eval.sample_tokens` is 0."""
+    """None when `eval.sample_tokens` is 0 and there are no `eval.tasks`."""
+    tasks: "TaskScores | None" = None
+    """None without `eval.tasks`."""
     origin: Origin = FROM_NOTHING
     """Known once the run starts; see `start.py`."""
 
@@ -79,7 +85,10 @@ def open_run(config: TrainConfig) -> Run:
         }
     )
     run = processes.together(lambda: _open_run(config))
-    processes.check_alike({"data": run.data_identity, "mesh": _arrangement(run.mesh)})
+    tasks = {} if run.tasks is None else run.tasks.fingerprints
+    processes.check_alike(
+        {"data": run.data_identity, "tasks": tasks, "mesh": _arrangement(run.mesh)}
+    )
     return run
 
 
@@ -115,10 +124,11 @@ def _open_run(config: TrainConfig) -> Run:
             rows=process_rows(mesh, (rows, config.data.seq_len)),
         )
     sources = [] if eval_batches is None else [source.name for source in eval_batches.sources]
-    config = with_direction(config, sources, {})
     tokenizer = None
-    if config.eval.sample_tokens:
+    if config.eval.sample_tokens or config.eval.tasks:
         tokenizer = load_tokenizer(Path(config.data.paths[0]) / "tokenizer")
+    tasks = open_tasks(config, tokenizer)
+    config = with_direction(config, sources, {} if tasks is None else tasks.numbers)
     return Run(
         config=config,
         run_dir=Path(config.run_dir),
@@ -127,6 +137,7 @@ def _open_run(config: TrainConfig) -> Run:
         data=data,
         eval_batches=eval_batches,
         tokenizer=tokenizer,
+        tasks=tasks,
     )
 
 

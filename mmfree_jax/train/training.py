@@ -100,6 +100,8 @@ def train(
             held.callback(Notices(host, request.announce).close)
         check_apart(config)
         run = open_run(config)
+        if run.tasks is not None:
+            held.callback(run.tasks.close)
         open_run_dir(run.run_dir, held)
         verification = Verification(datasets_read(run))
 

@@ -35,7 +35,7 @@ TEXTS = {
     "--container-image", "--container-mounts",
     "--context-forms", "--data-license", "--designs", "--device", "--devices", "--dtypes",
     "--energy-size", "--equal-to",
-    "--eval.sample-prompt", "--families", "--family", "--forms", "--gpus", "--host",
+    "--eval.sample-prompt", "--eval.tasks", "--families", "--family", "--forms", "--gpus", "--host",
     "--image", "--labels", "--layouts",
     "--log.wandb-group", "--log.wandb-project", "--methods", "--metrics", "--model-license",
     "--mem", "--mode", "--name", "--nfs",
