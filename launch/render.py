@@ -37,10 +37,14 @@ def check_run_dir(values: Any, run_dir: str) -> None:
         mounts = mounted_folders(values)
         option = "container_mounts"
     else:
-        mounts = None if values.mount is None else [values.mount]
-        option = "mount"
+        mounts, option = [values.mount], "mount"
     if mounts is None or "://" in run_dir:
         return  # a cluster's nodes share what the user's shell sees, all machines a bucket
+    if isinstance(values, Gke) and values.claim is None:
+        raise ConfigError(
+            f"run_dir is {run_dir!r}, in the pods, which lose it: give --claim for a file system "
+            "that they share, or --run-dir gs://BUCKET/NAME behind --"
+        )
     path = PurePosixPath(run_dir)
     if ".." in path.parts or not any(path.is_relative_to(mount) for mount in mounts):
         raise ConfigError(

@@ -7,19 +7,16 @@ import stat
 import subprocess
 
 import pytest
-import yaml
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.cli.render import render_job
-from mmfree_jax.launch.jobs.gke import Gke, check_jobset
-from mmfree_jax.launch.jobs.slurm import Slurm
+from mmfree_jax.launch.jobs.gke import check_jobset
 from mmfree_jax.launch.jobs.template import check_script
 from mmfree_jax.launch.jobs.tpu_vm import TpuVm
 from mmfree_jax.launch.render import render
 
 # Everything that a shell could stumble over.
 TRAIN = ["--preset", "1.3B", "--run-dir", '/shared/o\'hara $(reboot) `x`/"run"', "--steps", "9"]
-SLURM = Slurm(name="mm", nodes=4, partition="gpu", setup="source /shared/venv/bin/activate")
 TPU = TpuVm(
     name="t",
     project="p",
@@ -27,19 +24,6 @@ TPU = TpuVm(
     accelerator_type="v5litepod-256",
     package="/mnt/shared/my clone[tpu]",
     nfs="10.0.0.2:/v",
-)
-GPU_HOSTS = Gke(
-    name="mm", image="r/i:1", claim="c", accelerator="nvidia-h100-80gb", hosts=4, devices_per_host=8
-)
-SLICES = Gke(
-    name="mm",
-    image="r/i:1",
-    claim="c",
-    accelerator="tpu-v5-lite-podslice",
-    topology="16x16",
-    hosts=64,
-    devices_per_host=4,
-    slices=2,
 )
 
 
@@ -80,43 +64,10 @@ def test_the_tpu_script_starts_the_same_command_on_all_hosts(tmp_path):
     assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == 2
 
 
-def test_gke_gpu_hosts_find_each_other():
-    job = yaml.safe_load(render(GPU_HOSTS, TRAIN))
-    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert spec["parallelism"] == spec["completions"] == 4
-    container = spec["template"]["spec"]["containers"][0]
-    assert container["command"] == ["mmfree", "train", *TRAIN]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    env = {one["name"]: one for one in container["env"]}
-    assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "mm-train-0-0.mm:8476"
-    assert env["JAX_NUM_PROCESSES"]["value"] == "4"
-    assert "completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-
-
-def test_gke_tpu_slices():
-    job = yaml.safe_load(render(SLICES, TRAIN))
-    replicated = job["spec"]["replicatedJobs"][0]
-    assert replicated["replicas"] == 2
-    pod = replicated["template"]["spec"]["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (Slurm(), "slurm needs name, nodes: give --name, --nodes, or a --values file"),
         (TpuVm(name="a", zone="z"), "tpu-vm needs project, accelerator_type, package, nfs"),
-        (Gke(name="a"), "gke needs image, claim, accelerator, hosts, devices_per_host"),
-        (Slurm(name="a b", nodes=1), "name is 'a b'"),
-        (Slurm(name="a", nodes=0), "nodes is 0"),
-        (Slurm(name="a", nodes=1, time="tomorrow"), "time is 'tomorrow'"),
-        (Slurm(name="a", nodes=1, partition="x\n#SBATCH --y"), "give one line"),
-        (Slurm(name="a", nodes=1, setup="if then"), "not valid: .* see the value of setup"),
-        (Gke(name="Big", image="i", claim="c", accelerator="nvidia", hosts=1, devices_per_host=8),
-         "name is 'Big'"),
-        (Gke(name="a", image="i", claim="c", accelerator="tpu-v5p", hosts=1, devices_per_host=4),
-         "needs its topology: give --topology"),
     ],
 )  # fmt: skip
 def test_refusals(values, message):
@@ -129,9 +80,6 @@ def test_invalid_files_are_noticed():
         check_script("case x in\n")
     with pytest.raises(ConfigError, match="not valid"):
         check_jobset("kind: JobSet\nspec: {}\n")
-    text = render(SLICES, TRAIN)
-    with pytest.raises(ConfigError, match="see parallelism"):
-        check_jobset(text.replace("completions: 64", "completions: 63"))
 
 
 def test_the_command_merges_values_and_flags(tmp_path, capsys):

@@ -163,7 +163,7 @@ _SETTINGS = {
     "mmfree_jax/infer/sample.py": ("Sampling",),
     "experiments/sweep/config.py": None,
     "launch/local.py": ("Plan",),
-    "launch/jobs/gke.py": None,
+    "launch/jobs/gke.py": ("Gke",),
     "launch/jobs/slurm.py": None,
     "launch/jobs/slurm_array.py": None,
     "launch/jobs/tpu_vm.py": None,
