@@ -283,8 +283,11 @@ def test_an_update_that_is_not_finite_is_not_made():
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
 
 
-def test_evaluated_tokens_have_the_training_loss():
-    config = _config()
+# On a mesh another last bit may reach the quantiser (on jax 0.12 it does): an integer rounded the
+# other way moved two of 128 losses by 3e-4 of themselves. Without one only rounding is left.
+@pytest.mark.parametrize(("name", "on_a_mesh"), [("tiny", 1e-3), ("tiny-transformer", 5e-6)])
+def test_evaluated_tokens_have_the_training_loss(name, on_a_mesh):
+    config = _config(name)
     batch = _batch(config, 0)
     optimizer = _optimizer()
     state = init_state(config, optimizer, jax.random.key(0))
@@ -297,7 +300,7 @@ def test_evaluated_tokens_have_the_training_loss():
     mesh = make_mesh(MeshConfig(fsdp=4))
     with jax.set_mesh(mesh):
         sharded = jit_eval_step(config, mesh)(state.params, batch)
-    np.testing.assert_allclose(sharded.loss_BT, found.loss_BT, rtol=1e-5)
+    np.testing.assert_allclose(sharded.loss_BT, found.loss_BT, rtol=on_a_mesh)
 
 
 @pytest.mark.parametrize(
