@@ -53,7 +53,7 @@ load: $(VENV)/.dev ## Load a server with 1,500 requests, 64 at once, some of whi
 torch: $(VENV)/.torch ## Load exports in PyTorch, transformers and lm-eval (an environment of its own, 2 GB)
 	$(VENV)/torch/bin/pytest tests/interop_torch
 
-aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and an H100 without having either (installs 3 GB)
+aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and GPUs without having any (installs 3 GB)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot
 
 aot-tpu: $(VENV)/.tpu ## Compile for a TPU v5e alone (installs 0.7 GB)

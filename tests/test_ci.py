@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_name_behind_which_there_is_no_python_of_that_version_is_passed_over(f
     script(tmp_path / "bin/python3.13", "exit 127")
     script(tmp_path / "pyenv/versions/3.13.0/bin/python3", "exit 1")
     assert found("3.12") == ""
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+@pytest.mark.parametrize(
+    "module", ["mmfree_jax.train.step", "tests.test_ci", "jax._src.core", "flax.linen", "optax",
+               "orbax.checkpoint", "grain._src"],
+)  # fmt: skip
+def test_what_will_go_is_an_error(category, module):
+    with pytest.raises(category):
+        warnings.warn_explicit("old", category, "file.py", 1, module=module)
 
 
 def test_python_versions_are_said_alike():

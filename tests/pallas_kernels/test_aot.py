@@ -1,4 +1,4 @@
-"""Compiles the kernels for a TPU v5e and an H100 that are not here, at real models' shapes.
+"""Compiles the kernels for a TPU v5e and GPUs that are not here, at real models' shapes.
 
 Lowering alone misses what only the device's compiler knows: tiles that do not fit its fast
 memory, unaligned slices, operations it lacks. `make aot` installs the two compilers (3 GB) and
@@ -17,10 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
-from mmfree_jax.pallas_kernels.decode import token_gpu
+from mmfree_jax.pallas_kernels.cross_entropy.pallas_gpu import softmax_rows
+from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
 from mmfree_jax.pallas_kernels.decode.api import Arithmetic, Cut, Linears, Model
+from mmfree_jax.pallas_kernels.norm_quant import api as norm_quant
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
+from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows
 from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
 from mmfree_jax.pallas_kernels.recurrence import pallas_gpu, pallas_tpu
 from mmfree_jax.pallas_kernels.ternary_matmul import pallas_mosaic_gpu
@@ -32,23 +35,36 @@ from mmfree_jax.pallas_kernels.ternary_matmul.api import (
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:The Pallas Triton")]
 
-# What XLA asks a device about itself, as an H100 SXM answers.
-_H100 = """
-gpu_device_info {
+# What XLA asks a GPU about itself: name, compute capability, multiprocessors, threads and bytes of
+# shared memory of each, and bytes that a block may take (CUDA's tables of compute capabilities).
+_CARDS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108, 2048, 167936, 166912),
+    "l4": ("NVIDIA L4", "8.9", 58, 1536, 102400, 101376),
+    "h100": ("NVIDIA H100 80GB HBM3", "9.0", 132, 2048, 233472, 232448),
+    "b200": ("NVIDIA B200", "10.0", 148, 2048, 233472, 232448),
+}
+
+
+def _target(card):
+    name, capability, multiprocessors, threads, shared, of_a_block = _CARDS[card]
+    major, minor = capability.split(".")
+    return f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_core: {shared} threads_per_core_limit: {threads}
+  core_count: {multiprocessors} fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
+  device_memory_size: 84978434048 shared_memory_per_block_optin: {of_a_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 }} runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
 """
 
 
-def _topology(platform):
+def _topology(platform, card):
     from jax.experimental import topologies
 
     if platform == "tpu":
@@ -60,19 +76,19 @@ def _topology(platform):
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         pytest.skip("JAX's CUDA plugin is not installed: run `make aot`")
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=_H100, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=_target(card), topology="1x1x1"
     )
 
 
 @functools.cache
-def _mesh(platform):
-    devices = np.array(_topology(platform).devices[:1])
+def _mesh(platform, card):
+    devices = np.array(_topology(platform, card).devices[:1])
     return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
 
-def compile_for(platform, function, *shapes):
+def compile_for(platform, function, *shapes, card="h100"):
     """Compiles the function for one device of the platform."""
-    mesh = _mesh(platform)
+    mesh = _mesh(platform, card)
     # Inside shard_map the kernels' lowering rules see which device they are for.
     local = jax.shard_map(
         function, mesh=mesh, in_specs=(P(),) * len(shapes), out_specs=P(), check_vma=False
@@ -157,11 +173,8 @@ def test_products_of_a_prompt(n, k, gated):
     assert "mosaic_gpu" in compiled.as_text()
 
 
-@pytest.mark.parametrize(
-    ("width", "glu", "warps", "copies"), [(1024, 2816, 2, 4), (5120, 13824, 8, 1)]
-)
-def test_a_whole_token(width, glu, warps, copies):
-    layers, vocabulary = 2, 32000
+def whole_model(width, glu, layers=2, vocabulary=32000):
+    """The shapes of a packed model's weights, and how to make one."""
 
     def shape(*dims, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype)
@@ -173,25 +186,104 @@ def test_a_whole_token(width, glu, warps, copies):
             (shape(depth, columns),) * count,
         )
 
-    norm, state = shape(layers, width), shape(layers, 1, width, dtype=jnp.float32)
-    model = Model(
+    norm = shape(layers, width)
+    return shape, Model(
         layer(width, width, 3), layer(width, width), layer(2 * glu, width), layer(width, glu),
         layer(vocabulary, width, depth=1), norm, norm, norm, shape(1, width),
         shape(layers, width, dtype=jnp.float32), shape(vocabulary, width),
     )  # fmt: skip
+
+
+ARITHMETIC = Arithmetic(1e-6, 1e-6, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"))
+
+
+def compile_whole_token(width, glu, cut, card):
+    shape, model = whole_model(width, glu)
     one = shape(1, dtype=jnp.int32)
-    logits = shape(1, vocabulary, dtype=jnp.float32)
+    state, logits = shape(2, 1, width, dtype=jnp.float32), shape(1, 32000, dtype=jnp.float32)
     leaves, tree = jax.tree.flatten((one, model, state, logits, one, one))
-    cut = Cut(programs=132, warps=warps, ahead=1, copies=copies)
 
     def call(*leaves):
         return token_gpu.decode_tokens(
-            *jax.tree.unflatten(tree, leaves), steps=8, cut=cut,
-            arithmetic=Arithmetic(1e-6, 1e-6, jnp.dtype("bfloat16"), jnp.dtype("bfloat16")),
-        )  # fmt: skip
+            *jax.tree.unflatten(tree, leaves), steps=8, cut=cut, arithmetic=ARITHMETIC
+        )
 
-    compiled = compile_for("cuda", call, *[(leaf.shape, leaf.dtype) for leaf in leaves])
-    assert marks("cuda") in compiled.as_text()
+    return compile_for("cuda", call, *[(leaf.shape, leaf.dtype) for leaf in leaves], card=card)
+
+
+@pytest.mark.parametrize(
+    ("width", "glu", "warps", "copies"), [(1024, 2816, 2, 4), (5120, 13824, 8, 1)]
+)
+def test_a_whole_token(width, glu, warps, copies):
+    cut = Cut(programs=132, warps=warps, ahead=1, copies=copies)
+    assert marks("cuda") in compile_whole_token(width, glu, cut, "h100").as_text()
+
+
+def _norm(card):
+    def both(x, a, g):
+        _, qs, _, stats = norm_quant.norm_quant(
+            x, (a,), a, eps=1e-6, residual=x, implementation="pallas_triton"
+        )
+        one = jnp.ones((1, 1))
+        return qs, norm_quant.norm_backward(
+            x, (a,), a, stats, (g,), (one,), eps=1e-6, implementation="pallas_triton"
+        )
+
+    rows = ((1024, 6912), jnp.bfloat16)
+    return compile_for("cuda", both, rows, ((6912,), jnp.float32), rows, card=card)
+
+
+def _recurrence(card):
+    wide, lane = ((2, 2048, 1024), jnp.bfloat16), ((1024,), jnp.float32)
+    state, reset = ((2, 1024), jnp.float32), ((2, 2048), jnp.bool_)
+    compile_for("cuda", pallas_gpu.mlgru_forward, wide, wide, lane, reset, state, card=card)
+    return compile_for(
+        "cuda", pallas_gpu.mlgru_backward, wide, wide, lane, wide, reset, state, wide, state,
+        card=card,
+    )  # fmt: skip
+
+
+def _cross_entropy(card):
+    call = functools.partial(softmax_rows, z_loss=0.0, dtype=jnp.bfloat16)
+    return compile_for(
+        "cuda", lambda logits, targets: call(logits, targets),
+        ((2048, 32000), jnp.float32), ((2048,), jnp.int32), card=card,
+    )  # fmt: skip
+
+
+def _packed(card):
+    call = functools.partial(quantize_rows, eps=1e-6, outer_eps=1e-6)
+    stack, rows = ((2, 1024), jnp.bfloat16), ((64, 1024), jnp.bfloat16)
+    compile_for("cuda", lambda x, i, n: call(x, i, [n], n), rows, ((), jnp.int32), stack, card=card)
+    return compile_for(
+        "cuda", packed_gpu.packed_matmul, ((512, 1024), jnp.int8), ((1024, 256), jnp.uint8),
+        card=card,
+    )  # fmt: skip
+
+
+def _few_rows(card):
+    shape, model = whole_model(1024, 2816)
+    rows = shape(8, dtype=jnp.int32), shape(2, 8, 1024, dtype=jnp.float32)
+    leaves, tree = jax.tree.flatten((model, *rows))
+
+    def call(*leaves):
+        return fused_gpu.decode_token(*jax.tree.unflatten(tree, leaves), arithmetic=ARITHMETIC)
+
+    return compile_for("cuda", call, *[(leaf.shape, leaf.dtype) for leaf in leaves], card=card)
+
+
+def _one_row(card):
+    ahead = int(float(_CARDS[card][1]) >= 9)  # as `decode.device.measured_cut` has it
+    cut = Cut(programs=_CARDS[card][2], warps=2, ahead=ahead, copies=4)
+    return compile_whole_token(1024, 2816, cut, card)
+
+
+@pytest.mark.parametrize("card", [card for card in _CARDS if card != "h100"])
+@pytest.mark.parametrize(
+    "compiled", [_norm, _recurrence, _cross_entropy, _packed, _few_rows, _one_row]
+)
+def test_other_cards(compiled, card):
+    assert marks("cuda") in compiled(card).as_text()
 
 
 @pytest.mark.parametrize(("platform", "module"), [("tpu", pallas_tpu), ("cuda", pallas_gpu)])
