@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -54,8 +55,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its clipping and its learning-rate schedule."""
+    """The optimiser, its clipping and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon", "lion", "adafactor", "schedule_free"] = "adamw"
+    """Which optimiser; all but adamw by optax. muon: for matrices, Adam for embedding, head and
+    vectors; schedule_free: AdamW with an average of the weights in place of a schedule."""
+    factory: str | None = None
+    """MODULE:FUNCTION of your own in place of `name`: of (OptimizerConfig, ModelConfig) it makes
+    an optax transformation whose result, times the rate, is subtracted, as scale_by_adam is."""
     learning_rate: AboveZero = 4e-3
     """Peak learning rate."""
     schedule: Literal["paper", "cosine", "wsd", "linear", "constant"] = "paper"
@@ -68,9 +75,10 @@ class OptimizerConfig:
     min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak (paper always ends at zero)."""
     b1: ShareBelowOne = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment (muon, adafactor: momentum; schedule_free: the share of the average
+    in the weights that gradients are taken at)."""
     b2: ShareBelowOne = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment (lion: of its only one; adafactor has 1 - t^-0.8)."""
     eps: AboveZero = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.01
@@ -84,10 +92,49 @@ class OptimizerConfig:
     halves the bytes. Each device's sum over its tokens, and all that follows the exchange (micro-
     batches, norm, clipping, update), is float32 in any case; one device exchanges nothing."""
     second_moment_dtype: Dtype = "float32"
-    """Dtype in which the second moment is kept; bfloat16 needs b2 well below 0.99."""
+    """Dtype in which the second moment is kept (adamw only); bfloat16 needs b2 well below 0.99."""
+    embedding_rate: NotNegative = 1.0
+    """Factor of the embedding's learning rate."""
+    head_rate: NotNegative = 1.0
+    """Factor of the head's."""
+    matrix_rate: NotNegative = 1.0
+    """Factor of that of the matrices in mixer and GLU."""
+    vector_rate: NotNegative = 1.0
+    """Factor of that of all else: norms' scales, bounds, biases, kernels of short convolutions."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optimizer.")
+        require(
+            self.factory is None or re.fullmatch(r"[\w.]+:\w+", self.factory) is not None,
+            "optimizer.factory",
+            self.factory,
+            "set --optimizer.factory MODULE:FUNCTION",
+        )
+        require(
+            self.factory is None or self.name == "adamw",
+            "optimizer.name",
+            self.name,
+            "leave it out, or leave out --optimizer.factory, which takes its place",
+        )
+        averages = self.name == "schedule_free"
+        require(
+            not averages or self.schedule == "constant",
+            "optimizer.schedule",
+            self.schedule,
+            "set --optimizer.schedule constant for schedule_free, which averages in its place",
+        )
+        require(
+            not averages or self.b1 > 0,
+            "optimizer.b1",
+            self.b1,
+            "set --optimizer.b1 above 0 for schedule_free",
+        )
+        require(
+            self.second_moment_dtype == "float32" or (self.name, self.factory) == ("adamw", None),
+            "optimizer.second_moment_dtype",
+            self.second_moment_dtype,
+            "set --optimizer.second-moment-dtype float32: only adamw keeps it in another",
+        )
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,8 @@ from mmfree_jax.model.kernel_choice import check_kernels
 from mmfree_jax.parallel.sharding import batch_sharding, check_divisible, make_mesh
 from mmfree_jax.train.flops import count_flops, count_parameters
 from mmfree_jax.train.memory import check_fits
-from mmfree_jax.train.optimizer import (
-    Optimizer,
-    ScheduleValues,
-    make_optimizer,
-    schedule_values,
-)
+from mmfree_jax.train.optimizer import Optimizer, make_optimizer
+from mmfree_jax.train.schedule import ScheduleValues, schedule_values
 from mmfree_jax.train.step import init_sharded, jit_train_step, state_shapes
 
 TRACED_STEPS = 2

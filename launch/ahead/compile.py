@@ -34,7 +34,8 @@ def compile_step(
 
     from mmfree_jax.model.kernel_choice import check_kernels
     from mmfree_jax.parallel.sharding import check_divisible, make_mesh
-    from mmfree_jax.train.optimizer import make_optimizer, schedule_values
+    from mmfree_jax.train.optimizer import make_optimizer
+    from mmfree_jax.train.schedule import schedule_values
     from mmfree_jax.train.step import jit_train_step, state_shapes
 
     devices = make_devices(topology, simulated)

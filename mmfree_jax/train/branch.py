@@ -23,7 +23,7 @@ from mmfree_jax.saved.run_directory import CHECKPOINTS, LOCK
 from mmfree_jax.saved.run_model import find_checkpoint
 from mmfree_jax.train.branch_source import Source, find_manifest, parse_source
 from mmfree_jax.train.flops import count_flops
-from mmfree_jax.train.optimizer import make_optimizer, rearranged
+from mmfree_jax.train.optimizer import make_optimizer
 from mmfree_jax.train.same_run import cannot_branch
 from mmfree_jax.train.setup import Run
 from mmfree_jax.train.step import TrainState, abstract_state
@@ -87,7 +87,7 @@ def take_branch(run: Run) -> Branch:
     # Of a chunk that is deleted while it is read, zeros may be all that is noticed.
     processes.first(lambda: _check_still_there(folder, checksum))
     return Branch(
-        _converted(restored.state, run.config),
+        _converted(restored.state, run),
         _origin(run, source.run, parent, manifest, checksum),
         manifest.meter,
         notes,
@@ -137,11 +137,11 @@ def _check(run: Run, folder: Path, parent: TrainConfig, manifest: Manifest) -> N
         )
 
 
-def _converted(state: TrainState, config: TrainConfig) -> TrainState:
+def _converted(state: TrainState, run: Run) -> TrainState:
     """The state in the dtypes of the run, and with its optimiser's parts in their places."""
-    dtype = jnp.dtype(config.model.param_dtype)
+    dtype = jnp.dtype(run.config.model.param_dtype)
     params = jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), state.params)
-    opt_state = rearranged(config.optimizer, state.opt_state)
+    opt_state = run.optimizer.rearranged(state.opt_state, params)
     return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 

@@ -22,11 +22,11 @@ from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.held_out import evaluate
 from mmfree_jax.train.metrics import TernaryMonitor
-from mmfree_jax.train.optimizer import schedule_values
 from mmfree_jax.train.profiler import Profiler
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, write_report
 from mmfree_jax.train.run_display import TRAINING
+from mmfree_jax.train.schedule import schedule_values
 from mmfree_jax.train.setup import Run, checkpoint_metadata
 from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
 from mmfree_jax.train.stop import STOP_CODES, Consensus, StopRequest, reason_of

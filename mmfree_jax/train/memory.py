@@ -12,13 +12,16 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.flops import count_parameters
+from mmfree_jax.train.optimizer import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,6 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     parameters = count_parameters(model)
     shards = mesh.fsdp * mesh.tensor
     size = jnp.dtype(model.param_dtype).itemsize
-    moment = jnp.dtype(config.optimizer.moment_dtype).itemsize
     tokens = rows // copies * config.data.seq_len // mesh.sequence
     kept = _block_bytes_per_token(model)
     activations = model.num_layers * kept[model.remat] * tokens
@@ -108,11 +110,18 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     return Memory(
         parameters=parameters.total * size / shards,
         gradients=gradients * accumulated,
-        optimizer=parameters.total * (moment + size) / shards,
+        optimizer=_optimizer_bytes(config) / shards,
         ternary=parameters.ternary / shards,
         activations=activations,
         logits=chunk * model.vocab_size * (4 + compute) / mesh.tensor,
     )
+
+
+def _optimizer_bytes(config: TrainConfig) -> int:
+    """Of the optimiser's state, all devices together."""
+    params = unflatten(param_shapes(config.model))
+    state = jax.eval_shape(make_optimizer(config.optimizer, config.model).init, params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 _SLACK = 2

@@ -24,8 +24,8 @@ from mmfree_jax.train.metrics import (
     Stopwatch,
     Window,
 )
-from mmfree_jax.train.optimizer import make_schedule
 from mmfree_jax.train.run_display import RunDisplay
+from mmfree_jax.train.schedule import make_schedule
 from mmfree_jax.train.sinks import Sink
 
 

@@ -16,7 +16,7 @@ from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config
 from mmfree_jax.train.branch_source import same_source
-from mmfree_jax.train.optimizer import make_schedule
+from mmfree_jax.train.schedule import make_schedule
 
 # What a resumed run may change: where and how it runs and reports, never what it computes.
 # `steps` is checked apart (`_past_differs`); data.paths by the data's identity.
@@ -68,7 +68,12 @@ def other_model(old: ModelConfig, new: ModelConfig) -> list[str]:
 def cannot_branch(parent: TrainConfig, config: TrainConfig) -> list[str]:
     """The settings that a branch must have from its parent and has not, in words."""
     names = ("initializer_range", "mup", "mup_base_width")
-    pairs = [("seed", parent.seed, config.seed)] + [
+    old, new = parent.optimizer, config.optimizer
+    pairs = [
+        ("seed", parent.seed, config.seed),
+        ("optimizer.name", old.name, new.name),
+        ("optimizer.factory", old.factory, new.factory),
+    ] + [
         (f"model.{name}", getattr(parent.model, name), getattr(config.model, name))
         for name in names
     ]

@@ -19,7 +19,8 @@ from mmfree_jax.model.weights import is_ternary
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
 from mmfree_jax.train.loss import Batch, LossSums, TokenLosses, loss_sums, token_losses
-from mmfree_jax.train.optimizer import Optimizer, ScheduleValues
+from mmfree_jax.train.optimizer import Optimizer
+from mmfree_jax.train.schedule import ScheduleValues
 
 Metrics = dict[str, jax.Array]
 
@@ -73,7 +74,7 @@ def train_step(
       grad_norm (before clipping), tokens (predicted), finite (1 or 0).
     """
     model = LanguageModel(config.model)
-    weights = training_weights(state.params, config.model)
+    weights = training_weights(optimizer.point(state.params, state.opt_state), config.model)
 
     def objective(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, LossSums]:
         own = dataclasses.replace(weights, params=params)

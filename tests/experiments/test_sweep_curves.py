@@ -18,7 +18,7 @@ from mmfree_jax.experiments.sweep.curves import (
     summarise_phases,
 )
 from mmfree_jax.experiments.sweep.errors import SweepError
-from mmfree_jax.train.optimizer import make_schedule
+from mmfree_jax.train.schedule import make_schedule
 
 SHIPPED = Path(experiments.__file__).parent / "results" / "loss_curves"
 

@@ -11,7 +11,8 @@ from mmfree_jax.config import MeshConfig, replace_model
 from mmfree_jax.launch.ahead import topology
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.presets import preset
-from mmfree_jax.train.optimizer import make_optimizer, schedule_values
+from mmfree_jax.train.optimizer import make_optimizer
+from mmfree_jax.train.schedule import schedule_values
 from mmfree_jax.train.step import init_sharded, jit_train_step, state_shapes
 
 MATRICES = {

@@ -13,7 +13,8 @@ from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model import LanguageModel, training_weights
 from mmfree_jax.model.mup import query_scale
 from mmfree_jax.model_config import DENSE, ModelConfig
-from mmfree_jax.train.optimizer import make_optimizer, schedule_values
+from mmfree_jax.train.optimizer import make_optimizer
+from mmfree_jax.train.schedule import schedule_values
 
 NARROW, WIDE, VOCABULARY = 64, 512, 64
 DENSE_MODEL = {"mixer": "attention", "mixer_linear": DENSE, "glu_linear": DENSE,

@@ -9,12 +9,9 @@ import optax
 import pytest
 
 from mmfree_jax.config import OptimizerConfig
-from mmfree_jax.train.optimizer import (
-    decay_mask,
-    make_optimizer,
-    make_schedule,
-    schedule_values,
-)
+from mmfree_jax.train.optimizer import make_optimizer
+from mmfree_jax.train.parameter_rules import decay_mask
+from mmfree_jax.train.schedule import make_schedule, schedule_values
 
 PARAMS = {
     "embedding": {"weight": jnp.full((3, 2), 0.5)},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.config import OptimizerConfig
-from mmfree_jax.train.optimizer import make_schedule
+from mmfree_jax.train.schedule import make_schedule
 
 STEPS, WARMUP, PEAK = 200, 20, 3e-3
 COUNTS = np.arange(STEPS + 5)

@@ -15,7 +15,8 @@ from mmfree_jax.model import LanguageModel, Master
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_spec
 from mmfree_jax.presets import preset
 from mmfree_jax.train.loss import loss_sums
-from mmfree_jax.train.optimizer import Optimizer, make_optimizer, schedule_values
+from mmfree_jax.train.optimizer import Optimizer, make_optimizer
+from mmfree_jax.train.schedule import schedule_values
 from mmfree_jax.train.step import (
     eval_step,
     init_sharded,
