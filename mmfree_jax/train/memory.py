@@ -118,10 +118,10 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
 
 
 def _optimizer_bytes(config: TrainConfig) -> int:
-    """Of the optimiser's state, all devices together."""
+    """Of the optimiser's state, all devices together; its counters are not counted."""
     params = unflatten(param_shapes(config.model))
     state = jax.eval_shape(make_optimizer(config.optimizer, config.model).init, params)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
 
 
 _SLACK = 2

@@ -11,6 +11,7 @@ from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train import adamw, optax_steps
 from mmfree_jax.train.directions import make_direction
+from mmfree_jax.train.schedule import ScheduleValues
 
 
 def _as_it_is(what: Any, _: Any) -> Any:
@@ -75,9 +76,18 @@ def _clipping(
 ) -> Callable[..., tuple[Any, Any]]:
     """`update`, with the clipping of gradients whose norm is known as part of their scale."""
 
-    def clipped(*args: Any, scale: jax.Array, norm: jax.Array, apply: jax.Array) -> tuple[Any, Any]:
+    def clipped(
+        grads: Any,
+        state: Any,
+        params: Any,
+        values: ScheduleValues,
+        *,
+        scale: jax.Array,
+        norm: jax.Array,
+        apply: jax.Array,
+    ) -> tuple[Any, Any]:
         if config.clip_norm is not None:
             scale = scale * jnp.where(norm < config.clip_norm, 1.0, config.clip_norm / norm)
-        return update(*args, scale=scale, apply=apply)
+        return update(grads, state, params, values, scale=scale, apply=apply)
 
     return clipped

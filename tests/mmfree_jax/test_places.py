@@ -39,7 +39,7 @@ TEXTS = {
     "--image", "--labels", "--layouts",
     "--log.wandb-group", "--log.wandb-project", "--methods", "--metrics", "--model-license",
     "--mem", "--memory", "--mode", "--name", "--nfs",
-    "--numerics", "--ops", "--package",
+    "--numerics", "--ops", "--optimizer.factory", "--package",
     "--partition", "--prefill-sizes", "--preset", "--presets", "--processes.coordinator",
     "--project", "--prompt", "--prompt-ids", "--push-to-hub", "--qos",
     "--queue",
