@@ -68,32 +68,52 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     return [str(i) for i in range(count)] if listed.returncode == 0 else []
 
 
+def devices_each(plan: Plan, environ: Mapping[str, str]) -> int:
+    """How many devices each process has.
+
+    Raises:
+      ConfigError: the GPUs cannot be shared out.
+    """
+    return _shared_out(plan, visible_gpus(environ))
+
+
+def _shared_out(plan: Plan, gpus: Sequence[str]) -> int:
+    if not gpus:
+        return plan.devices_per_process or 1
+    each = plan.devices_per_process or len(gpus) // plan.count
+    if each < 1 or each * plan.count > len(gpus):
+        raise ConfigError(
+            f"-n {plan.count} with {plan.devices_per_process or 'at least 1'} GPUs each needs "
+            f"more than the {len(gpus)} here: lower one, or set JAX_PLATFORMS=cpu"
+        )
+    return each
+
+
+def meeting_place(port: int, count: int, index: int) -> dict[str, str]:
+    """The variables that tell process `index` of `count` where to meet the others."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
 def environment(plan: Plan, index: int, port: int, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of process `index`: where to meet, and which devices are its own.
 
     Raises:
       ConfigError: the GPUs cannot be shared out.
     """
-    env = dict(environ) | {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(plan.count),
-        "JAX_PROCESS_ID": str(index),
-        "PYTHONUNBUFFERED": "1",
-    }
+    env = dict(environ) | meeting_place(port, plan.count, index) | {"PYTHONUNBUFFERED": "1"}
     gpus = visible_gpus(environ)
+    each = _shared_out(plan, gpus)
     if gpus:
-        each = plan.devices_per_process or len(gpus) // plan.count
-        if each < 1 or each * plan.count > len(gpus):
-            raise ConfigError(
-                f"-n {plan.count} with {plan.devices_per_process or 'at least 1'} GPUs each needs "
-                f"more than the {len(gpus)} here: lower one, or set JAX_PLATFORMS=cpu"
-            )
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
         return env
     flag = "--xla_force_host_platform_device_count"
     flags = [f for f in env.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
-    env["XLA_FLAGS"] = " ".join([*flags, f"{flag}={plan.devices_per_process or 1}"])
+    env["XLA_FLAGS"] = " ".join([*flags, f"{flag}={each}"])
     return env
 
 
@@ -120,11 +140,11 @@ def run(
     Returns:
       0 if all ended with 0; else what the first to fail ended with, 128 + n for signal n.
     """
-    port = plan.port or _free_port()
+    port = plan.port or free_port()
     environments = [environment(plan, i, port, environ) for i in range(plan.count)]
-    signals = _Signals()
+    signals = Signals()
     with Children(plan.stop_seconds) as children, heard(signals.receive):
-        launch = _Launch(plan, children, signals, sys.stdout if out is None else out)
+        launch = Launch(plan, children, signals, sys.stdout if out is None else out)
         for env in environments:
             launch.start(env)
         if on_start:
@@ -132,7 +152,7 @@ def run(
         return launch.wait()
 
 
-class _Signals:
+class Signals:
     """Those that say to stop: kept, and passed on."""
 
     def __init__(self) -> None:
@@ -150,11 +170,21 @@ def _meaning(number: int) -> int:
     return signal.SIGTERM if number == signal.SIGHUP else number
 
 
-class _Launch:
-    """The processes of one call: their output, and what the end of one means for the others."""
+class Launch:
+    """Processes started together: their output, and what the end of one means for the others.
 
-    def __init__(self, plan: Plan, children: Children, signals: _Signals, stream: IO[str]) -> None:
+    Attributes:
+      processes: in the order of their numbers.
+      first_failed: the first one that ended otherwise than with 0.
+      killed: those that had to be, after others had failed or all were told to stop.
+      was_told: whether `tell` told all to stop.
+    """
+
+    def __init__(self, plan: Plan, children: Children, signals: Signals, stream: IO[str]) -> None:
         self.processes: list[subprocess.Popen[str]] = []
+        self.first_failed: int | None = None
+        self.killed: set[int] = set()
+        self.was_told = False
         self._plan, self._children, self._signals, self._stream = plan, children, signals, stream
         self._lines: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
         self._width = len(str(plan.count - 1))
@@ -180,8 +210,11 @@ class _Launch:
         if self._signals.received:  # before this one was there
             process.send_signal(_meaning(self._signals.received[-1]))
 
-    def wait(self) -> int:
-        """Prints what the processes write until all have ended; returns the exit code."""
+    def wait(self, on_look: Callable[[], None] = lambda: None) -> int:
+        """Prints what the processes write until all have ended; returns the exit code.
+
+        `on_look` is called several times a second.
+        """
         reading, look_at = len(self.processes), 0.0
         while reading or len(self._ended) < len(self.processes):
             try:
@@ -189,13 +222,14 @@ class _Launch:
                 if line is None:
                     reading -= 1
                 else:
-                    self._say(str(index), line)
+                    self.say(line, str(index))
                 # What one wrote comes before how it ended, but no flood of it holds up the rest.
                 if not self._lines.empty() and time.monotonic() < look_at:
                     continue
             except queue.Empty:
                 pass
             look_at = time.monotonic() + _LOOK_SECONDS
+            on_look()
             for i in self._alive():
                 if self._children.has_ended(self.processes[i]):
                     self._note_end(i)
@@ -204,6 +238,12 @@ class _Launch:
             if time.monotonic() > self._deadline and self._alive():
                 self._kill_the_rest()
         return self._code
+
+    def tell(self) -> None:
+        """Tells all to save and leave, of their own."""
+        self.was_told = True
+        self._send(signal.SIGTERM)
+        self._give(self._plan.stop_seconds)
 
     def _alive(self) -> list[int]:
         return [i for i in range(len(self.processes)) if i not in self._ended]
@@ -214,13 +254,14 @@ class _Launch:
         status = process.returncode
         if status == 0:
             return
-        if self._code == 0:
+        if self.first_failed is None:
+            self.first_failed = index
             self._code = 128 - status if status < 0 else status
             self._give(plan.stop_seconds if status in _STOPPED else plan.grace_seconds)
         how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with {status}"
         left, seconds = len(self._alive()), max(0.0, self._deadline - time.monotonic())
         rest = f"; {left} more to end within {seconds:.0f} s" if left else ""
-        self._say("launch", f"process {index} (pid {process.pid}) {how}{rest}")
+        self.say(f"process {index} (pid {process.pid}) {how}{rest}")
 
     def _give(self, seconds: float) -> None:
         """Sets a time for those left to end by, unless there is one."""
@@ -229,7 +270,8 @@ class _Launch:
 
     def _kill_the_rest(self) -> None:
         alive = self._alive()
-        self._say("launch", f"killing process {', '.join(map(str, alive))}, still there")
+        self.say(f"killing process {', '.join(map(str, alive))}, still there")
+        self.killed |= set(alive)
         for i in alive:
             self._children.kill(self.processes[i])
         for i in alive:
@@ -240,7 +282,8 @@ class _Launch:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def _say(self, who: str, text: str) -> None:
+    def say(self, text: str, who: str = "launch") -> None:
+        """Writes a line, of the launcher or of a process."""
         # The terminal is closed, or the reader gone: the processes are looked after all the same.
         with contextlib.suppress(OSError):
             self._stream.write(f"[{who:>{self._width}}] {text}\n")
@@ -263,7 +306,8 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -55,6 +55,7 @@ def make_train_iterator(
     config: DataConfig,
     *,
     batch_size: int,
+    padded: int | None = None,
     rows: Sequence[int] | None = None,
     start_row: int = 0,
 ) -> grain.DatasetIterator[Batch]:
@@ -67,6 +68,7 @@ def make_train_iterator(
     Args:
       config: folders, weights, row length, seed and prefetch depth.
       batch_size: rows in the global batch.
+      padded: rows with those of padding behind them; None: there are none.
       rows: which of them to read and return; None: all.
       start_row: number of the first batch's first row.
 
@@ -78,15 +80,17 @@ def make_train_iterator(
       ConfigError: a row lies outside the batch.
       DataError: a folder cannot be read, or is shorter than one row.
     """
-    mine = _check_rows(batch_size, rows)
+    mine = _check_rows(max(batch_size, padded or 0), rows)
     datasets = open_mixture(config)
     shuffled = _shuffled_rows(datasets, config)
     _ = shuffled[0]  # grain sets up its statistics on first use, which is not thread-safe
+    padding = _padding(config.seq_len)
 
     def batch_at(i: int) -> Batch:
         first = start_row + i * batch_size
-        picks: list[Any] = [shuffled[first + j] for j in mine]
-        return stack_rows([datasets[k].row(r, config.seq_len) for k, r in picks])
+        picks: list[Any] = [shuffled[first + j] for j in mine if j < batch_size]
+        found = [datasets[k].row(r, config.seq_len) for k, r in picks]
+        return stack_rows(found + [padding] * (len(mine) - len(found)))
 
     steps = grain.MapDataset.range((sys.maxsize - start_row) // batch_size - 1).map(batch_at)
     options = grain.ReadOptions(
@@ -149,6 +153,12 @@ def _shuffled_rows(datasets: Sequence[TokenDataset], config: DataConfig) -> grai
     return grain.MapDataset.mix([of_folder(k) for k in range(len(datasets))], config.weights)
 
 
+def _padding(seq_len: int) -> Row:
+    """A row that weighs nothing."""
+    empty = np.zeros(0, np.int32)
+    return pad_row({"tokens": empty, "targets": empty, "segment_ids": empty}, seq_len)
+
+
 def stack_rows(rows: Sequence[Row]) -> Batch:
     """Rows of one length as a batch, int32 [len(rows), T]."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -204,8 +214,7 @@ class EvalBatches:
         return found
 
     def __iter__(self) -> Iterator[Batch]:
-        empty = np.zeros(0, np.int32)
-        padding = pad_row({"tokens": empty, "targets": empty, "segment_ids": empty}, self._seq_len)
+        padding = _padding(self._seq_len)
         for b in range(self.num_batches):
             places = [b * self.batch_size + j for j in self.rows]
             picks = [self._picks[i] if i < len(self._picks) else None for i in places]
@@ -218,6 +227,7 @@ def make_eval_batches(
     *,
     batch_size: int,
     num_batches: int | None = None,
+    num_rows: int | None = None,
     split: str = HELDOUT,
     rows: Sequence[int] | None = None,
 ) -> EvalBatches:
@@ -234,6 +244,7 @@ def make_eval_batches(
       config: folders, weights and row length.
       batch_size: rows in the global batch.
       num_batches: batches at most; None: the whole split.
+      num_rows: rows at most, instead; which they are is the same for any batch size.
       split: "heldout" or "train".
       rows: which rows of each global batch to read and return; None: all.
 
@@ -256,7 +267,9 @@ def make_eval_batches(
     datasets = [opened[alike[0]] for alike in of_content.values()]
     counts = [sizes[alike[0]] for alike in of_content.values()]
     weights = [sum(every_weight[i] for i in alike) for alike in of_content.values()]
-    limit = sum(counts) if num_batches is None else min(sum(counts), num_batches * batch_size)
+    if num_rows is None and num_batches is not None:
+        num_rows = num_batches * batch_size
+    limit = sum(counts) if num_rows is None else min(sum(counts), num_rows)
     shares = _shares(limit, weights, counts)
     picks = tuple(
         (k, j * counts[k] // share) for k, share in enumerate(shares) for j in range(share)

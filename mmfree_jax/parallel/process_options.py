@@ -5,6 +5,7 @@ Nothing here imports JAX, so that a command's help does not start it.
 
 import dataclasses
 import importlib.util
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import Any
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.notices import Kind
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, check_numbers
+
+EXIT_LOST = 75
+"""Exit code of a process that gave up because another is gone or hangs: EX_TEMPFAIL, try again."""
+PLANNED = "MMFREE_PLANNED_PROCESSES"
+"""Variable with the number of processes that the settings are for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +31,9 @@ class ProcessOptions:
     """Number of processes; else $JAX_NUM_PROCESSES, or as above."""
     index: CountOrZero | None = None
     """Which one this is, from 0; else $JAX_PROCESS_ID, or as above."""
+    planned: Count | None = None
+    """Number of processes that batch and mesh are meant for; else $MMFREE_PLANNED_PROCESSES. Fewer
+    keep the rows of each step: mesh.data takes what is left, by more micro-batches and padding."""
     join_seconds: AboveZero = 300.0
     """How long to wait for the others at the start."""
     beat_seconds: AboveZero = 2.0
@@ -82,6 +91,17 @@ def find_processes(options: ProcessOptions, environ: Mapping[str, str]) -> dict[
         raise ConfigError(f"{missing} missing: outside SLURM, Open MPI and TPU pods give all three")
     # Everything is known: JAX need not look around, and must not pick one device a process.
     return given | {"cluster_detection_method": "deactivate"}
+
+
+def planned_processes(
+    options: ProcessOptions, environ: Mapping[str, str] = os.environ
+) -> int | None:
+    """Number of processes that the settings are for; None: those that there are.
+
+    Raises:
+      ConfigError: the variable is not a number.
+    """
+    return _number(environ, PLANNED) if options.planned is None else options.planned
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:

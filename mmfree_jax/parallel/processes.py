@@ -27,10 +27,7 @@ from mmfree_jax.errors import (
     MMFreeError,
     TrainingError,
 )
-from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
-
-EXIT_LOST = 75
-"""Exit code of a process that gave up because another is gone or hangs: EX_TEMPFAIL, try again."""
+from mmfree_jax.parallel.process_options import EXIT_LOST, ProcessOptions, find_processes
 
 _PREFIX = "mmfree"
 _PART_SECONDS = 10.0

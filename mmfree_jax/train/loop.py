@@ -82,12 +82,13 @@ class Loop:
         if start and _is_due(config.eval.tasks_every_steps, start):
             self._score_tasks(state, start)  # if a signal ended it before
         if start < end:
-            rows = process_rows(self._run.mesh, (config.batch_size, config.data.seq_len))
-            self._rows = rows
+            padded = self._run.step_config.batch_size
+            self._rows = process_rows(self._run.mesh, (padded, config.data.seq_len))
             self._iterator = make_train_iterator(
                 config.data,
                 batch_size=config.batch_size,
-                rows=rows,
+                padded=padded,
+                rows=self._rows,
                 start_row=self._run.origin.row_at(start, config.batch_size),
             )
             batch = self._next_batch()
@@ -133,7 +134,7 @@ class Loop:
             )
 
     def _next_batch(self) -> dict[str, jax.Array]:
-        size = self._run.config.batch_size
+        size = self._run.step_config.batch_size
         return place_batch(self._run.mesh, next(self._iterator), self._rows, size)
 
     def _compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
@@ -141,7 +142,7 @@ class Loop:
         run, begin = self._run, self._clock()
         self._recorder.progress.stage("compiling the training step")
         with self._recorder.watch.section("compile"), jax.set_mesh(run.mesh):
-            step_fn = jit_train_step(run.config, run.optimizer, run.mesh)
+            step_fn = jit_train_step(run.step_config, run.optimizer, run.mesh)
             schedule = jax.device_put(
                 schedule_values(run.config.optimizer, run.config.steps),
                 NamedSharding(run.mesh, P()),

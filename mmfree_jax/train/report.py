@@ -48,6 +48,18 @@ def describe(run: Run) -> str:
     )
 
 
+def describe_layout(run: Run) -> str:
+    """One line on how a step's rows lie on fewer processes than were planned."""
+    step, mesh = run.step_config, run.mesh.shape
+    each = step.batch_size // step.grad_accum
+    padding = step.batch_size - run.config.batch_size
+    return (
+        f"fewer processes than planned ({jax.process_count()}): {run.config.batch_size} rows in "
+        f"{step.grad_accum} micro-batches of {each} on {mesh['data']} x {mesh['fsdp']} devices"
+        + (f", {padding} rows of padding among them" if padding else "")
+    )
+
+
 def finished_summary(run: Run) -> Summary | None:
     """The summary of a run that has nothing left to do, which is said; else None."""
     path = run.run_dir / SUMMARY

@@ -19,6 +19,7 @@ from mmfree_jax.files import copy_folder, folder_atomically
 from mmfree_jax.installed import versions
 from mmfree_jax.model.kernel_choice import check_kernels
 from mmfree_jax.parallel import processes
+from mmfree_jax.parallel.row_layout import RowLayout, on_devices_left
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows
 from mmfree_jax.saved.goodput import Goodput
 from mmfree_jax.saved.manifest import newest_manifest
@@ -41,6 +42,7 @@ class Run:
     """What a run is made of, checked and opened."""
 
     config: TrainConfig
+    layout: RowLayout
     run_dir: Path
     mesh: Mesh
     optimizer: Optimizer
@@ -55,6 +57,18 @@ class Run:
     """Known once the run starts; see `start.py`."""
 
     @property
+    def is_reduced(self) -> bool:
+        """Whether the rows lie on fewer devices than was planned."""
+        return self.layout != RowLayout(self.config.batch_size, self.config.grad_accum)
+
+    @property
+    def step_config(self) -> TrainConfig:
+        """The config as one step computes it, with padding and micro-batches by `layout`."""
+        return dataclasses.replace(
+            self.config, batch_size=self.layout.rows, grad_accum=self.layout.micro_batches
+        )
+
+    @property
     def data_identity(self) -> dict[str, Any]:
         """Which data the run trains on; goes into every checkpoint."""
         return {
@@ -65,10 +79,14 @@ class Run:
         }
 
 
-def open_run(config: TrainConfig) -> Run:
+def open_run(config: TrainConfig, planned: int | None = None) -> Run:
     """Checks the config against the devices and the data, and opens the data.
 
     Several processes also compare what they were started on, before anything is compiled.
+
+    Args:
+      config: of the run.
+      planned: number of processes that it is meant for; None: those that there are.
 
     Raises:
       ConfigError: the mesh, the batch or the model does not divide over the devices; or the
@@ -82,9 +100,10 @@ def open_run(config: TrainConfig) -> Run:
             "config": to_dict(config),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+            "planned processes": planned,
         }
     )
-    run = processes.together(lambda: _open_run(config))
+    run = processes.together(lambda: _open_run(config, planned))
     tasks = {} if run.tasks is None else run.tasks.fingerprints
     processes.check_alike(
         {"data": run.data_identity, "tasks": tasks, "mesh": _arrangement(run.mesh)}
@@ -104,11 +123,12 @@ def _arrangement(mesh: Mesh) -> dict[str, Any]:
     return {**mesh.shape, "device order": hashlib.sha256(order.encode()).hexdigest()[:12]}
 
 
-def _open_run(config: TrainConfig) -> Run:
-    mesh = make_mesh(config.mesh)
-    check_divisible(config, mesh)
+def _open_run(config: TrainConfig, planned: int | None) -> Run:
+    step_config = on_devices_left(config, planned)
+    mesh = make_mesh(step_config.mesh)
+    check_divisible(step_config, mesh)
     check_kernels(config.model, mesh.devices.flat[0].platform)
-    check_fits(config, mesh)
+    check_fits(step_config, mesh)
     data = tuple(open_mixture(config.data))
     for dataset in data:
         check_compatible(dataset, config.model.vocab_size)
@@ -117,11 +137,13 @@ def _open_run(config: TrainConfig) -> Run:
     if config.eval.batches:
         # No larger than a micro-batch: evaluation must not need more memory than training.
         rows = config.batch_size // config.grad_accum
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        at_once = -(-rows // devices) * devices  # the same rows where devices are missing
         eval_batches = make_eval_batches(
             config.data,
-            batch_size=rows,
-            num_batches=config.eval.batches,
-            rows=process_rows(mesh, (rows, config.data.seq_len)),
+            batch_size=at_once,
+            num_rows=config.eval.batches * rows,
+            rows=process_rows(mesh, (at_once, config.data.seq_len)),
         )
     sources = [] if eval_batches is None else [source.name for source in eval_batches.sources]
     tokenizer = None
@@ -131,6 +153,7 @@ def _open_run(config: TrainConfig) -> Run:
     config = with_direction(config, sources, {} if tasks is None else tasks.numbers)
     return Run(
         config=config,
+        layout=RowLayout(step_config.batch_size, step_config.grad_accum),
         run_dir=Path(config.run_dir),
         mesh=mesh,
         optimizer=make_optimizer(config.optimizer, config.model),

@@ -15,6 +15,7 @@ from mmfree_jax.errors import MMFreeError, OutputError, TrainingError
 from mmfree_jax.files import is_disk_error
 from mmfree_jax.notices import Notices, metadata_host
 from mmfree_jax.parallel import processes
+from mmfree_jax.parallel.process_options import planned_processes
 from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.progress import Display, open_display
@@ -27,7 +28,7 @@ from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.loop import Loop, Sampler
 from mmfree_jax.train.metrics import Stopwatch
 from mmfree_jax.train.recorder import Recorder
-from mmfree_jax.train.report import Summary, describe, finished_summary
+from mmfree_jax.train.report import Summary, describe, describe_layout, finished_summary
 from mmfree_jax.train.run_display import RunDisplay
 from mmfree_jax.train.same_run import check_run_dir
 from mmfree_jax.train.setup import (
@@ -99,7 +100,7 @@ def train(
         if (host := metadata_host(options.notices)) is not None:
             held.callback(Notices(host, request.announce).close)
         check_apart(config)
-        run = open_run(config)
+        run = open_run(config, planned_processes(options))
         if run.tasks is not None:
             held.callback(run.tasks.close)
         open_run_dir(run.run_dir, held)
@@ -149,6 +150,8 @@ def train(
             clock=clock,
         )
         recorder.message(describe(run))
+        if run.is_reduced:
+            recorder.event(start.step, describe_layout(run))
         is_told = "event" in recorder.last
         for note in start.notes:
             recorder.event(start.step, note)
