@@ -24,7 +24,8 @@ def compile_step(
       peak_share: of the data sheet's rate of products that computation is taken to reach.
 
     Returns:
-      Plain values: devices, mesh, memory of each device (GiB), collectives by kind, times.
+      Plain values: devices, mesh, memory of each device (GiB), collectives by kind, bytes that a
+      device sends in a step by each network, times.
 
     Raises:
       ConfigError: batch or model do not divide over the mesh.
@@ -54,7 +55,8 @@ def compile_step(
             compiled = step.lower(shapes, batch, schedule).compile()
     seconds = time.perf_counter() - begin
     text = compiled.as_text()
-    collectives = parse_collectives(text, topology.count, topology.each)
+    place_of = {id(device): i // topology.each for i, device in enumerate(devices)}
+    collectives = parse_collectives(text, [place_of[id(d)] for d in mesh.devices.flat])
     memory = compiled.memory_analysis()
     state = memory.argument_size_in_bytes / 2**30
     scratch = memory.temp_size_in_bytes / 2**30
@@ -88,6 +90,10 @@ def compile_step(
             "fits": None if simulated else fits(total, topology),
         },
         "collectives": by_kind,
+        "networks": [
+            {"name": topology.near_network, "bytes": sum(c.near for c in collectives)},
+            {"name": topology.far_network, "bytes": sum(c.far for c in collectives)},
+        ],
         "share_alongside": share_alongside(text),
         "times_s": None
         if times is None
@@ -122,11 +128,17 @@ def describe(report: Report) -> str:
         f"  memory a device: {memory['total']:.1f}{room} GiB{verdict} "
         f"(state and batch {memory['state_and_batch']:.1f}, scratch {memory['scratch']:.1f})"
     )
+    near, far = report["networks"]
     for kind, row in sorted(report["collectives"].items()):
-        far = f", {row['far_bytes'] / 1e9:.3f} GB beyond it" if row["far_bytes"] else ""
+        beyond = f", {row['far_bytes'] / 1e9:.3f} GB by {far['name']}" if row["far_bytes"] else ""
         lines.append(
             f"  {kind:<19}{row['times']:>6.0f} a step, a device sends "
-            f"{row['near_bytes'] / 1e9:.3f} GB within its slice or host{far}"
+            f"{row['near_bytes'] / 1e9:.3f} GB by {near['name']}{beyond}"
+        )
+    if far["bytes"]:
+        lines.append(
+            f"  in all a device sends {near['bytes'] / 1e9:.3f} GB by {near['name']} and "
+            f"{far['bytes'] / 1e9:.3f} GB by {far['name']}"
         )
     if report["share_alongside"] is not None and not report["simulated"]:
         lines.append(

@@ -45,29 +45,37 @@ class _Instruction:
     text: str
 
 
-def parse_collectives(hlo: str, devices: int, each: int | None = None) -> list[Collective]:
+def parse_collectives(hlo: str, places: Sequence[int]) -> list[Collective]:
     """The collectives of an optimised HLO module.
+
+    A program for several TPU slices is that of one: its collectives stay within, and what crosses
+    the network between slices are sends to the runtime, which say what collective they are part of.
 
     Args:
       hlo: `compiled.as_text()`.
-      devices: number of devices.
-      each: devices of a slice or host, of which the first `each` are the first; None: all.
+      places: slice or host of each device, in the order of the mesh.
     """
     computations, entry = _computations(hlo)
-    each = each or devices
+    partitions = re.search(r"\bnum_partitions=(\d+)", hlo)
+    devices = int(partitions[1]) if partitions else len(places)
+    where = np.array(places) if devices == len(places) else np.zeros(devices, int)
     found = []
     for name, weight in _weights(computations, entry).items():
         types = {i.name: i.type for i in computations[name]}
         for instruction in computations[name]:
             kind = instruction.operation.removesuffix("-start")
+            size = sum(_size(types.get(operand, "")) for operand in _operands(instruction))
+            if kind == "send" and (between := _between_slices(instruction.text)) is not None:
+                kind, count = between
+                _, far = _traffic(kind, size, np.arange(count)[None])
+                found.append(Collective(kind, weight, 0.0, weight * far, count))
+                continue
             if kind not in _KINDS:
                 continue
-            operands = _operands(instruction)
-            size = sum(_size(types.get(operand, "")) for operand in operands)
             groups = _groups(instruction.text, devices)
             count = groups.shape[1]
             if count > 1:
-                near, far = _traffic(kind, size, groups // each)
+                near, far = _traffic(kind, size, where[groups])
                 found.append(Collective(kind, weight, weight * near, weight * far, count))
     return found
 
@@ -96,6 +104,22 @@ def share_alongside(hlo: str) -> float | None:
             elif i.operation in _WORK:
                 begun = {name: (size, True) for name, (size, _) in begun.items()}
     return alongside / total if total else None
+
+
+def _between_slices(text: str) -> tuple[str, int] | None:
+    """The collective that a send of a TPU to its runtime is part of, and how many slices take part.
+
+    They stand as {1,2}x{0:3}, slices by their devices, or one by one as {{100000,200000}, ...}.
+    None: it goes elsewhere.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', text)
+    if kind is None:
+        return None
+    slices = re.search(r"_xla_megascale_target=\"?\{+([\d,:]+)\}", text)
+    ends = [part.split(":") for part in slices[1].split(",")] if slices else []
+    count = sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    name = kind[1].lower().replace("_", "-")
+    return name if name in _KINDS else "collective-permute", max(count, 2)
 
 
 def _traffic(kind: str, size: float, places: np.ndarray) -> tuple[float, float]:

@@ -92,6 +92,16 @@ class Topology:
         return find_device(_KINDS.get(self.chip, self.chip))
 
     @property
+    def near_network(self) -> str:
+        """What joins the devices of a slice or host."""
+        return {"tpu": "ICI", "gpu": "NVLink"}.get(self.platform, "the host's memory")
+
+    @property
+    def far_network(self) -> str:
+        """What joins slices or hosts."""
+        return {"tpu": "DCN", "gpu": "InfiniBand"}.get(self.platform, "the network")
+
+    @property
     def links(self) -> Links | None:
         """The links' rates; None for a CPU."""
         return _LINKS.get(self.chip)

@@ -79,14 +79,14 @@ def test_collectives_of_a_loop_count_once_a_turn():
         (turns, size, size), jnp.float32, sharding=NamedSharding(mesh, P(None, "a"))
     )
     text = jax.jit(loop).lower(x, ws).compile().as_text()
-    found = hlo.parse_collectives(text, 8)
+    found = hlo.parse_collectives(text, [0] * 8)
     assert {c.kind for c in found} == {"all-reduce"}
     assert sum(c.times for c in found) == turns
     assert {c.group for c in found} == {4}
     assert sum(c.near for c in found) == turns * 2 * 3 / 4 * size * size * 4
     assert sum(c.far for c in found) == 0
     # Two hosts of four: every group has two members in each.
-    split = hlo.parse_collectives(text, 8, each=4)
+    split = hlo.parse_collectives(text, [0] * 4 + [1] * 4)
     assert sum(c.near for c in split) == turns * 2 * 1 / 2 * size * size * 4
     assert sum(c.far for c in split) == turns * 2 * 1 / 2 * size * size * 4 / 2
 
@@ -141,12 +141,60 @@ ENTRY %main (x: (s32[], f32[8])) -> (s32[], f32[8]) {
   ROOT %w = (s32[], f32[8]{0}) while(%x), condition=%condition, body=%body
 }
 """
-    found = {c.kind: c for c in hlo.parse_collectives(text, 2)}
+    found = {c.kind: c for c in hlo.parse_collectives(text, [0, 0])}
     assert found["all-reduce"].times == found["all-gather"].times == 3
     assert found["all-reduce"].near == 3 * 2 * 1 / 2 * 32
     assert found["all-gather"].near == 3 * 1 * 32
     # Of the all-reduce's 32 bytes and the gather's 32, the fusion hides the first.
     assert hlo.share_alongside(text) == 0.5
+
+
+_SUM = """
+HloModule m, num_partitions=4
+
+ENTRY %main (x: f32[32]) -> f32[32] {
+  %x = f32[32]{0} parameter(0)
+  ROOT %sum = f32[32]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("places", "near", "far"),
+    [
+        ([0, 0, 1, 1], 128, 0),  # 2 (2 - 1) / 2 times 32 floats
+        ([0, 1, 0, 1], 0, 128),
+        ([0, 1, 1, 1], 0, 128),  # as the worst group fares
+    ],
+)
+def test_what_crosses_hosts_is_told_by_where_the_devices_of_a_group_are(places, near, far):
+    (found,) = hlo.parse_collectives(_SUM, places)
+    assert (found.near, found.far) == (near, far)
+
+
+def test_sends_between_slices_are_the_collectives_that_they_are_part_of():
+    # As libtpu compiles for several slices: a program of one slice's devices.
+    lines = (
+        "HloModule m, num_partitions=4",
+        "ENTRY %main (x: f32[4,8,128], y: s8[1,64,8]) -> f32[4,8,128] {",
+        "  %x = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)",
+        "  %y = s8[1,64,8]{1,2,0:T(8,128)(4,1)} parameter(1)",
+        "  %t = token[] after-all()",
+        "  %a = (f32[4,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %t), "
+        'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}',
+        "  %b = (s8[1,64,8]{1,2,0:T(8,128)(4,1)}, u32[]{:S(2)}, token[]) send(%y, %t), "
+        "frontend_attributes={_xla_megascale_target={{100000,200000},{300000,400000}},"
+        '_xla_megascale_transfer_type="ALL_GATHER"}',
+        "  %c = (s8[1,64,8]{1,2,0:T(8,128)(4,1)}, u32[]{:S(2)}, token[]) send(%y, %t)",
+        "  ROOT %g = f32[4,8,128]{2,1,0} all-reduce(%x), replica_groups={{0,1,2,3}}",
+        "}",
+    )
+    text = "\n".join(lines)
+    first, second, within = hlo.parse_collectives(text, [0] * 4 + [1] * 4)
+    assert (first.kind, first.near, first.far, first.group) == ("all-reduce", 0, 4 * 4096, 2)
+    assert (second.kind, second.near, second.far) == ("all-gather", 0, 512)
+    assert (within.kind, within.near, within.far) == ("all-reduce", 1.5 * 4 * 4096, 0)
 
 
 def test_meshes_on_paper():
@@ -206,6 +254,39 @@ def test_the_command_on_stand_in_devices(tmp_path):
     assert np.prod(list(report["mesh"].values())) == 4
     assert report["collectives"]
     assert "suggested: --mesh.data" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("topology", "each", "near", "far", "least", "most"),
+    [
+        # 100,288 parameters of 4 bytes, of whose gradients each device of a host sends an eighth
+        # and of a slice a quarter, and the loss's four sums; libtpu fills up tiles of 4 KiB.
+        ("h100x8x2", 8, "NVLink", "InfiniBand", 50_144 + 2, 50_144 + 2),
+        ("2xv5e-4", 4, "ICI", "DCN", 100_288, 100_288 + 14 * 4096),
+    ],
+)
+def test_only_gradients_cross_the_slow_network(topology, each, near, far, least, most, tmp_path):
+    if missing_compiler(parse_topology(topology)):
+        pytest.skip("its compiler is not installed: run `make aot`")
+    out = tmp_path / "report.json"
+    flags = (
+        f"--preset tiny --model.num-layers 1 --data.seq-len 64 --topology {topology} --out {out}"
+    )
+    command = [sys.executable, "-m", "mmfree_jax", "compile", *flags.split()]
+    command += ["--batch-size", str(2 * each), "--mesh.fsdp", str(each), "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=600)
+    (report,) = json.loads(out.read_text())
+    assert not report["simulated"]
+    assert report["mesh"] == {"data": 2, "fsdp": each, "sequence": 1, "tensor": 1}
+    crossing = {kind for kind, row in report["collectives"].items() if row["far_bytes"]}
+    assert crossing == {"all-reduce"}, "weights are gathered within"
+    assert report["collectives"]["all-gather"]["near_bytes"] > 0
+    assert [network["name"] for network in report["networks"]] == [near, far]
+    assert least <= report["networks"][1]["bytes"] <= most
+    assert f"GB by {far}" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""Two processes in network namespaces of their own, and the cable between them pulled."""
+"""Processes in two network namespaces: the cable between them pulled, and a slow one."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -8,12 +10,17 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mmfree_jax.config import CheckpointConfig, MeshConfig
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.launch.local import mmfree_command
 from mmfree_jax.parallel.processes import EXIT_LOST
+from mmfree_jax.saved.best import best_checkpoint
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
+from mmfree_jax.train.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +63,82 @@ def hosts():
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
+def _start(hosts, environment, argv, each, folder):
+    """`mmfree` as `each` processes on each host; what process i writes is in <folder>/<i>.txt."""
+    processes = []
+    for i in range(each * len(hosts)):
+        env = environment | {
+            "JAX_COORDINATOR_ADDRESS": f"{ADDRESSES[0]}:7777",
+            "JAX_NUM_PROCESSES": str(each * len(hosts)),
+            "JAX_PROCESS_ID": str(i),
+        }
+        command = ["ip", "netns", "exec", hosts[i // each][0], *mmfree_command(argv)]
+        with (folder / f"{i}.txt").open("w") as log:
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    return processes
+
+
+def _make_slow(hosts):
+    """Gives the cable 10 Mb/s in each direction; skips where that is not allowed."""
+    for name, link in hosts:
+        shaping = ["tc", "-n", name, "qdisc", "add", "dev", link, "root"]
+        shaping += ["tbf", "rate", "10mbit", "burst", "16kb", "latency", "1s"]
+        try:
+            subprocess.run(shaping, check=True, capture_output=True, timeout=30)
+        except FileNotFoundError:
+            pytest.skip("there is no tc command")
+        except subprocess.CalledProcessError as e:
+            pytest.skip(f"the kernel shapes no traffic: {e.stderr.decode().strip()}")
+
+
+def _delayed(name, link):
+    """Packets that had to wait before the cable."""
+    shown = ["tc", "-n", name, "-s", "-j", "qdisc", "show", "dev", link]
+    done = subprocess.run(shown, check=True, capture_output=True, timeout=30)
+    return json.loads(done.stdout)[0]["overlimits"]
+
+
+def _records(run_dir):
+    return {
+        (r["kind"], r["step"]): r["loss"]
+        for r in read_history(run_dir / "metrics.jsonl")
+        if "loss" in r
+    }
+
+
+def test_eight_processes_as_two_slices_with_a_slow_link_keep_the_losses_of_one(
+    hosts, pod_config, pod_environment, tmp_path
+):
+    _make_slow(hosts)
+    config = dataclasses.replace(
+        pod_config,
+        run_dir=str(tmp_path / "run"),
+        steps=6,
+        model=dataclasses.replace(pod_config.model, num_layers=1),
+        mesh=MeshConfig(data=2, fsdp=4),  # data between the slices
+        checkpoint=CheckpointConfig(keep_last=1, keep_best=1),
+        eval=dataclasses.replace(pod_config.eval, every_steps=2),
+    )
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    argv = ["train", "--config", str(tmp_path / "config.yaml")]
+    processes = _start(hosts, pod_environment, argv, 4, tmp_path)
+    try:
+        alone = dataclasses.replace(config, run_dir=str(tmp_path / "alone"))
+        expected = train(alone)  # beside them: eight devices of one process
+        assert [p.wait(timeout=400) for p in processes] == [0] * 8, (tmp_path / "0.txt").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    actual = _records(tmp_path / "run")
+    assert list(actual) == list(_records(tmp_path / "alone"))
+    assert {("train", 6), ("eval", 2), ("eval", 6)} <= actual.keys()
+    for key, loss in _records(tmp_path / "alone").items():
+        np.testing.assert_allclose(actual[key], loss, rtol=2e-5, err_msg=str(key))
+    assert best_checkpoint(tmp_path / "run") == expected["best"]["step"]
+    assert all(_delayed(*host) for host in hosts), "nothing waited: the link was not slow"
+
+
 def test_each_side_of_a_broken_network_names_the_other_and_leaves(
     hosts, pod_config, pod_environment, tmp_path
 ):
@@ -63,17 +146,8 @@ def test_each_side_of_a_broken_network_names_the_other_and_leaves(
     config.write_text(dump_yaml(pod_config))
     argv = ["train", "--config", str(config), "--run-dir", str(run_dir), "--steps", "100000"]
     argv += ["--processes.beat-seconds", "0.5", "--processes.silent-seconds", "6"]
-    processes = []
+    processes = _start(hosts, pod_environment, argv, 1, tmp_path)
     try:
-        for i, (name, _) in enumerate(hosts):
-            env = pod_environment | {
-                "JAX_COORDINATOR_ADDRESS": f"{ADDRESSES[0]}:7777",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(i),
-            }
-            command = ["ip", "netns", "exec", name, *mmfree_command(argv)]
-            log = (tmp_path / f"{i}.txt").open("w")
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
         while not checkpoint_steps(run_dir / "checkpoints"):
             assert all(p.poll() is None for p in processes), (tmp_path / "0.txt").read_text()
             time.sleep(0.02)
