@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mmfree_jax.model_config import Dtype, ModelConfig
-from mmfree_jax.places import Place
+from mmfree_jax.places import Place, PlaceOrUrl
 from mmfree_jax.ranges import (
     MOST,
     AboveZero,
@@ -256,8 +256,8 @@ class LogConfig:
 class TrainConfig:
     """One training run."""
 
-    run_dir: Place = "runs/default"
-    """Folder that receives the config, metrics, checkpoints and plots."""
+    run_dir: PlaceOrUrl = "runs/default"
+    """Folder that receives the config, metrics, checkpoints and plots, or its URL (gs://, s3://)."""
     steps: Count = 1000
     """Optimiser steps in the whole run; schedules span them."""
     batch_size: Count = 8

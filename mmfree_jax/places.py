@@ -9,11 +9,11 @@ A setting that names one is a `Place` or a `pathlib.Path`, which are of this mac
 import os
 import re
 import typing
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.storage import SCHEMES, parse_url
+from mmfree_jax.storage import SCHEMES, Url, is_url, parse_url
 
 _LOCAL = "a place on this machine"
 Place = Annotated[str, _LOCAL]
@@ -75,6 +75,20 @@ def check_local(path: str | os.PathLike[str], name: str) -> None:
             f"{name} is {os.fspath(path)!r}: it must be on this machine, and takes no URL; "
             f"{way_out}"
         )
+
+
+def locate(path: str | os.PathLike[str], name: str) -> Path | Url:
+    """What a place that may lie in a bucket names.
+
+    Args:
+      path: what was given.
+      name: what a message calls it.
+
+    Raises:
+      ConfigError: it is a URL of what is no bucket, or malformed.
+    """
+    check_place(path, name)
+    return parse_url(path, name) if is_url(path) else Path(path)
 
 
 def is_place(hint: Any) -> bool:

@@ -12,13 +12,14 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import TrainConfig, replace_model
-from mmfree_jax.config_io import read_settings, with_settings
+from mmfree_jax.config_io import parse_yaml, read_settings, with_settings
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
-from mmfree_jax.places import check_local
+from mmfree_jax.places import check_local, locate
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.progress import open_display
+from mmfree_jax.storage import MissingError, read_bytes
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -97,12 +98,23 @@ def with_vocabulary(
         or (name is not None and names_vocabulary(str(name)))
     ):
         return config
-    begun = Path(config.run_dir) / "config.yaml"
-    if goes_on and begun.is_file():
-        model = read_settings(begun).get("model")
+    if goes_on and (begun := _settings_begun(config.run_dir)) is not None:
+        model = begun.get("model")
         if isinstance(model, dict) and type(size := model.get("vocab_size")) is int:
             return replace_model(config, vocab_size=size)
     return with_data_vocabulary(config)
+
+
+def _settings_begun(run_dir: str) -> dict[str, Any] | None:
+    """The settings of the run that has begun in `run_dir`; None: none has."""
+    path = locate(run_dir, "run_dir") / "config.yaml"
+    if isinstance(path, Path):
+        return read_settings(path) if path.is_file() else None
+    try:
+        values = parse_yaml(read_bytes(path).decode(errors="replace"), str(path))
+    except MissingError:
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainConfig:

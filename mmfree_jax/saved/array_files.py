@@ -19,6 +19,7 @@ from orbax.checkpoint._src.serialization.types import (
 )
 
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.saved.checkpoint_files import Place
 from mmfree_jax.saved.shares import gather, local_bytes, share_shardings
 
 _CHUNK_BYTES = 32 * 2**20
@@ -71,7 +72,7 @@ def _say_nothing_of_closed_loops() -> None:
 
 
 @contextlib.contextmanager
-def orbax_errors(folder: Path) -> Iterator[None]:
+def orbax_errors(folder: Place) -> Iterator[None]:
     """Turns what Orbax raises while reading into a CheckpointError of one line."""
     _say_nothing_of_closed_loops()
     try:
@@ -81,7 +82,17 @@ def orbax_errors(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {reason}") from e
 
 
-def start_writing(folder: Path, state: Any, *, is_ours: bool) -> ocp.AsyncResponse[None]:
+def _name(folder: Place) -> str:
+    """What Orbax calls a folder."""
+    if isinstance(folder, Path):
+        return str(folder.absolute())
+    from mmfree_jax.saved import orbax_urls  # which changes Orbax
+
+    orbax_urls.prepare(folder)
+    return str(folder)
+
+
+def start_writing(folder: Place, state: Any, *, is_ours: bool) -> ocp.AsyncResponse[None]:
     """Starts to write `state/` of a checkpoint's folder; all processes call it.
 
     Args:
@@ -90,6 +101,7 @@ def start_writing(folder: Path, state: Any, *, is_ours: bool) -> ocp.AsyncRespon
       is_ours: nobody else donates or changes the arrays, so that they may leave the devices
         after this returns; else they have left when it does.
     """
+    name = _name(folder)
     context = ocp.Context()
     saving = context.array.saving
     # Compressing took five times as long as writing, for a twelfth of the bytes.
@@ -102,10 +114,10 @@ def start_writing(folder: Path, state: Any, *, is_ours: bool) -> ocp.AsyncRespon
     elif sum(local_bytes(state).values()) > _PINNED_BYTES:
         saving.enable_pinned_host_transfer = False
     with context:
-        return ocp.save_checkpointables_async(str(folder), {"state": state})
+        return ocp.save_checkpointables_async(name, {"state": state})
 
 
-def read_arrays(folder: Path, abstract_state: Any, *, partial: bool = False) -> Any:
+def read_arrays(folder: Place, abstract_state: Any, *, partial: bool = False) -> Any:
     """Reads `state/` of a checkpoint's folder; all processes call it.
 
     What several devices hold alike comes from the host once and from device to device then.
@@ -118,6 +130,7 @@ def read_arrays(folder: Path, abstract_state: Any, *, partial: bool = False) -> 
     Raises:
       CheckpointError: Orbax cannot read it.
     """
+    name = _name(folder)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     wanted = jax.tree.map(lambda x: x.sharding, abstract_state)
@@ -128,7 +141,7 @@ def read_arrays(folder: Path, abstract_state: Any, *, partial: bool = False) -> 
         shares,
     )
     with orbax_errors(folder), context:
-        loaded = ocp.load_checkpointables(str(folder.absolute()), {"state": asked})["state"]
+        loaded = ocp.load_checkpointables(name, {"state": asked})["state"]
     return gather(loaded, wanted)
 
 

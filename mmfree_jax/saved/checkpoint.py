@@ -9,6 +9,7 @@ With several processes, all of them call `save` and `restore`; process 0 writes 
 and deletes old checkpoints.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -23,17 +24,24 @@ from typing import Any
 
 import jax
 
-from mmfree_jax.errors import CheckpointError
-from mmfree_jax.files import disk_errors, sync_folder, write_text
+from mmfree_jax.errors import CheckpointError, MMFreeError, StorageError
+from mmfree_jax.files import disk_errors
 from mmfree_jax.parallel import processes
 from mmfree_jax.saved.array_files import quieten, read_arrays, start_writing
+from mmfree_jax.saved.checkpoint_files import (
+    Place,
+    complete,
+    digests,
+    is_complete,
+    remove,
+    remove_unfinished,
+    set_aside,
+)
 from mmfree_jax.saved.manifest import (
-    MANIFEST,
     DamagedCheckpointError,
     LeafType,
     Manifest,
     checkpoint_steps,
-    digests,
     leaf_types,
     manifest_text,
     newest_first,
@@ -41,6 +49,7 @@ from mmfree_jax.saved.manifest import (
     verify,
 )
 from mmfree_jax.saved.shares import Snapshots
+from mmfree_jax.storage import Url, delete_below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Restored:
 _ITS_CONFIG = "the config it was saved with (--config RUN/config.yaml)"
 
 
-def _check_leaves(folder: Path, saved: dict[str, LeafType], abstract_state: Any) -> None:
+def _check_leaves(folder: Place, saved: dict[str, LeafType], abstract_state: Any) -> None:
     wanted = leaf_types(abstract_state)
     for name, (shape, dtype) in wanted.items():
         if name not in saved:
@@ -81,7 +90,7 @@ def _check_leaves(folder: Path, saved: dict[str, LeafType], abstract_state: Any)
             )
 
 
-def restore(folder: Path, abstract_state: Any, *, check_files: bool = True) -> Restored:
+def restore(folder: Place, abstract_state: Any, *, check_files: bool = True) -> Restored:
     """Reads the checkpoint in `folder` onto the shardings of `abstract_state`.
 
     Args:
@@ -97,7 +106,7 @@ def restore(folder: Path, abstract_state: Any, *, check_files: bool = True) -> R
     return Restored(read_arrays(folder, abstract_state), manifest)
 
 
-def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
+def restore_newest(folder: Place, abstract_state: Any) -> Restored | None:
     """Reads the newest checkpoint under `folder` that is whole; None if there is none at all.
 
     A damaged one is passed over with a warning that names it, and set aside as
@@ -115,12 +124,12 @@ def restore_newest(folder: Path, abstract_state: Any) -> Restored | None:
     )
 
 
-def find_newest(folder: Path, *, set_aside: bool = True) -> int | None:
+def find_newest(folder: Place, *, keep_damaged: bool = False) -> int | None:
     """The step of the newest checkpoint that is whole; None if there is none at all.
 
     Args:
       folder: of the checkpoints.
-      set_aside: rename damaged ones, which are passed over with a warning.
+      keep_damaged: leave damaged ones as they are, which are passed over with a warning.
 
     Raises:
       CheckpointError: all are damaged.
@@ -131,8 +140,8 @@ def find_newest(folder: Path, *, set_aside: bool = True) -> int | None:
         try:
             verify(path)
         except DamagedCheckpointError as e:
-            if set_aside:
-                _set_aside(path)
+            if not keep_damaged:
+                set_aside(path)
             warnings.warn(f"{e}; falling back to the checkpoint before", stacklevel=2)
             continue
         return step
@@ -142,13 +151,6 @@ def find_newest(folder: Path, *, set_aside: bool = True) -> int | None:
             "give another --run-dir"
         )
     return None
-
-
-def _set_aside(path: Path) -> None:
-    target, n = path.with_name(f"{path.name}.damaged"), 1
-    while target.exists():
-        target, n = path.with_name(f"{path.name}.damaged-{n}"), n + 1
-    path.rename(target)
 
 
 def steps_to_delete(
@@ -171,15 +173,17 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         *,
         keep_last: int = 2,
         keep_every: int | None = None,
         keep_steps: Sequence[int] = (),
         keep_among: Callable[[list[int]], Sequence[int]] = lambda steps: (),
         clock: Callable[[], float] = time.time,
+        check_ours: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder = folder.absolute()
+        self.folder: Place = folder.absolute() if isinstance(folder, Path) else folder
+        self._check_ours = check_ours
         self._keep_last, self._keep_every, self._keep_steps = keep_last, keep_every, keep_steps
         self._keep_among = keep_among
         self._clock = clock
@@ -189,18 +193,11 @@ class Checkpointer:
         self._is_writer = jax.process_index() == 0
         self._snapshots = Snapshots()
         quieten()
-        with disk_errors(folder, "make room there, or give another --run-dir"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.folder, Path):
+            with disk_errors(self.folder, "make room there, or give another --run-dir"):
+                self.folder.mkdir(parents=True, exist_ok=True)
         if self._is_writer:
-            self._remove_unfinished()
-
-    def _remove_unfinished(self) -> None:
-        """Deletes what interrupted saves and deletions left."""
-        complete = {str(s) for s in checkpoint_steps(self.folder)}
-        for path in self.folder.iterdir():
-            unfinished = path.name.split(".")[0].isdecimal() and ".damaged" not in path.name
-            if unfinished and path.name not in complete:
-                shutil.rmtree(path, ignore_errors=True)
+            remove_unfinished(self.folder)
 
     @property
     def steps(self) -> list[int]:
@@ -224,8 +221,10 @@ class Checkpointer:
         """
         self.wait()
         path = self.folder / str(step)
-        if (path / MANIFEST).is_file():
+        if is_complete(path):
             return
+        if self._is_writer and isinstance(path, Url):  # what is left of one that was set aside
+            delete_below(path)
         text = functools.partial(
             manifest_text, step, metadata, self._clock(), leaves=leaf_types(state)
         )
@@ -247,25 +246,34 @@ class Checkpointer:
         )
         self._thread.start()
 
-    def _finish(self, step: int, path: Path, response: Any, text: Callable[..., str]) -> None:
+    def _finish(self, step: int, path: Place, response: Any, text: Callable[..., str]) -> None:
         try:
             response.result()
             if self._is_writer:
-                write_text(path / MANIFEST, text(files=digests(path)))
-                sync_folder(self.folder)
+                found = digests(path)
+                self._check_ours()
+                complete(path, text(files=found))
                 self._delete_old()
         except BaseException as e:
             self._failure = (step, e)
             self._discard(path)
 
-    def _discard(self, path: Path) -> None:
-        """Frees the space of a save that failed."""
-        if not self._is_writer or (path / MANIFEST).is_file():
+    def _discard(self, path: Place) -> None:
+        """Frees the space of a save that failed; in a bucket as far as that can be reached."""
+        if not self._is_writer:
+            return
+        if isinstance(path, Url):
+            with contextlib.suppress(MMFreeError):
+                self._check_ours()
+                if not is_complete(path):
+                    delete_below(path)
+            return
+        if is_complete(path):
             return
         for _ in range(20):
             leftovers = [
                 leftover
-                for leftover in self.folder.glob(f"{path.name}*")
+                for leftover in path.parent.glob(f"{path.name}*")
                 if leftover.name == path.name or "tmp" in leftover.name
             ]
             if not leftovers:
@@ -279,10 +287,7 @@ class Checkpointer:
         keep_steps = (*self._keep_steps, *self._keep_among(steps))
         kept = (self._keep_last, self._keep_every, keep_steps)
         for step in steps_to_delete(steps, *kept):
-            path = self.folder / str(step)
-            # Without its manifest it no longer counts, however far the deletion gets.
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path, ignore_errors=True)
+            remove(self.folder / str(step))
 
     @property
     def is_saving(self) -> bool:
@@ -322,9 +327,17 @@ class Checkpointer:
         reason = " ".join(str(error).split()) or type(error).__name__
         full = os.strerror(errno.ENOSPC)
         reason = full if full in reason else reason[:300]
-        kept = f"the last good checkpoint is step {self.newest}" if self.newest else "none is saved"
-        free = shutil.disk_usage(self.folder).free / 2**30
+        try:
+            newest = self.newest
+        except StorageError:
+            kept = "the checkpoints before are as they were"
+        else:
+            kept = f"the last good checkpoint is step {newest}" if newest else "none is saved"
+        where, way_out = str(self.folder), "see that the bucket can be written to"
+        if isinstance(self.folder, Path):
+            where += f" ({shutil.disk_usage(self.folder).free / 2**30:.2f} GiB free)"
+            way_out = "free some space"
         raise CheckpointError(
-            f"checkpoint of step {step} could not be saved in {self.folder} "
-            f"({free:.2f} GiB free): {reason}; {kept}; free some space and run the command again"
+            f"checkpoint of step {step} could not be saved in {where}: {reason}; {kept}; "
+            f"{way_out} and run the command again"
         ) from error

@@ -5,28 +5,28 @@ finish. From format 2 on it holds a digest of itself; its step is the folder's n
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.saved.checkpoint_files import (
+    MANIFEST,
+    Place,
+    digests,
+    read_manifest_bytes,
+    sizes,
+    steps_there,
+)
 from mmfree_jax.saved.goodput import NO_TIME, Goodput, goodput_fault, goodput_from_json
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin, origin_fault, origin_from_json
-from mmfree_jax.text_files import read_json
+from mmfree_jax.text_files import decode_text, parse_json
 
-MANIFEST = "manifest.json"
 FORMAT = 2
 _SELF = "sha256"
-_PIECE_BYTES = 2**20
-"""That a digest takes at once: Python's lock is let go for each, and not for less than it costs."""
-
 LeafType = tuple[tuple[int, ...], str]
 
 
@@ -83,7 +83,7 @@ def manifest_text(step: int, metadata: dict[str, Any], unix_time: float, **parts
     return json.dumps(values | {_SELF: digest(values)}, indent=1)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """The manifest of the checkpoint in `folder`, whose name is its step.
 
     Raises:
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         return DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({why})")
 
     try:
-        values = read_json(folder / MANIFEST)
+        values = parse_json(decode_text(read_manifest_bytes(folder)))
     except OSError as e:
         raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST}: {e.strerror}") from e
     except ValueError as e:
@@ -146,38 +146,20 @@ def leaf_types(tree: Any) -> dict[str, LeafType]:
     return {jax.tree_util.keystr(p): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file, which is also flushed to disk."""
-    with path.open("rb", buffering=0) as file:
-        os.fsync(file.fileno())
-        sha, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
-        while size := file.readinto(piece):
-            sha.update(piece[:size])
-    return path.stat().st_size, sha.hexdigest()
-
-
-def digests(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file of a checkpoint but its manifest, by relative name."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(_digest, files))
-    return {str(p.relative_to(folder)): r for p, r in zip(files, results, strict=True)}
-
-
-def verify(folder: Path) -> Manifest:
+def verify(folder: Place) -> Manifest:
     """Checks every file of a checkpoint against its manifest, which is returned.
 
     Raises:
       DamagedCheckpointError: a file is missing, of another size or of another content.
+      StorageError: the bucket refuses, or cannot be reached.
     """
-    manifest = read_manifest(folder)
+    manifest, there = read_manifest(folder), sizes(folder)
     for name, (size, _) in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in there:
             raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
-        if path.stat().st_size != size:
+        if there[name] != size:
             raise DamagedCheckpointError(
-                f"checkpoint {folder}: {name} has {path.stat().st_size} bytes, not {size}"
+                f"checkpoint {folder}: {name} has {there[name]} bytes, not {size}"
             )
     try:
         found = digests(folder)
@@ -189,22 +171,14 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def _steps(folder: Path) -> list[tuple[int, bool]]:
-    """Steps that `folder` has a folder for, oldest first, and whether each is complete."""
-    if not folder.is_dir():
-        return []
-    names = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()]
-    return sorted((int(p.name), (p / MANIFEST).is_file()) for p in names)
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Place) -> list[int]:
     """Steps of the complete checkpoints under `folder`, oldest first."""
-    return [step for step, complete in _steps(folder) if complete]
+    return [step for step, complete in steps_there(folder) if complete]
 
 
-def newest_first(folder: Path) -> list[int]:
+def newest_first(folder: Place) -> list[int]:
     """`checkpoint_steps` from the newest; warns of later saves that did not finish."""
-    steps = _steps(folder)[::-1]
+    steps = steps_there(folder)[::-1]
     for step, complete in steps:
         if complete:
             break
@@ -216,7 +190,7 @@ def newest_first(folder: Path) -> list[int]:
     return [step for step, complete in steps if complete]
 
 
-def newest_manifest(folder: Path) -> Manifest | None:
+def newest_manifest(folder: Place) -> Manifest | None:
     """The newest readable manifest under `folder`; None if there is no checkpoint."""
     for step in reversed(checkpoint_steps(folder)):
         try:

@@ -31,7 +31,7 @@ def find_checkpoint(run: Path, step: Step | None = None) -> Path:
     """
     if step is None:
         where = run / CHECKPOINTS
-        step = checkpoint.find_newest(where, set_aside=False)
+        step = checkpoint.find_newest(where, keep_damaged=True)
         if step is None:
             raise CheckpointError(
                 f"{where} holds no checkpoint: train longer, or give another folder"

@@ -17,10 +17,12 @@ from mmfree_jax.files import is_locked, sha256_file
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.parallel import processes
 from mmfree_jax.saved.checkpoint import restore
-from mmfree_jax.saved.manifest import MANIFEST, Manifest, read_manifest
+from mmfree_jax.saved.checkpoint_files import MANIFEST
+from mmfree_jax.saved.manifest import Manifest, read_manifest
 from mmfree_jax.saved.origin import Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, LOCK
 from mmfree_jax.saved.run_model import find_checkpoint
+from mmfree_jax.storage import is_url
 from mmfree_jax.train.branch_source import Source, find_manifest, parse_source
 from mmfree_jax.train.flops import count_flops
 from mmfree_jax.train.optimizer import make_optimizer
@@ -55,6 +57,8 @@ def check_apart(config: TrainConfig) -> None:
       ConfigError: run_dir is the parent's folder or lies in it.
     """
     if config.branch_from is None:
+        return
+    if is_url(config.run_dir):
         return
     source, run_dir = parse_source(config.branch_from), Path(config.run_dir).resolve()
     if run_dir.is_relative_to(source.run.resolve()):

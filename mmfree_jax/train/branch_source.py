@@ -9,6 +9,7 @@ from pathlib import Path
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.places import locate
 from mmfree_jax.saved.manifest import Manifest, newest_manifest, read_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG
 from mmfree_jax.saved.run_model import kept_checkpoint
@@ -61,7 +62,7 @@ def branch_config(source: str, run_dir: str = TrainConfig.run_dir) -> TrainConfi
       ConfigError: `source` is malformed.
       CheckpointError: there is no such run or checkpoint; says which steps are kept.
     """
-    own = newest_manifest(Path(run_dir) / CHECKPOINTS)
+    own = newest_manifest(locate(run_dir, "run_dir") / CHECKPOINTS)
     if own is not None and same_source(own.config.get("branch_from"), source):
         settings = own.origin.config
     else:

@@ -112,6 +112,7 @@ class Loop:
         if stopped_by is None and done < config.steps:
             stopped_by = "stop_at"
         recorder.sync()
+        self._run.publish()
         if stopped_by is None:
             recorder.check_learnt(done)
         if stopped_by in STOP_CODES:  # whoever sends one may not wait for long
@@ -229,6 +230,7 @@ class Loop:
             recorder = self._recorder
             goodput = recorder.goodput_record(done)
             recorder.sync()
+            self._run.publish()  # no checkpoint outlives the records in a bucket either
             metadata = checkpoint_metadata(
                 self._run, done, recorder.meter, recorder.seconds, goodput
             )

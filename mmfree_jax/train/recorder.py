@@ -15,6 +15,7 @@ from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS
+from mmfree_jax.storage import Url
 from mmfree_jax.train.flops import find_device, utilisation
 from mmfree_jax.train.held_out import HeldOutLosses
 from mmfree_jax.train.metrics import (
@@ -45,6 +46,7 @@ class Recorder:
         config: TrainConfig,
         run_dir: Path,
         *,
+        place: Path | Url | None = None,
         restored_step: int,
         origin: Origin = FROM_NOTHING,
         meter: dict[str, Any] | None,
@@ -57,7 +59,7 @@ class Recorder:
     ) -> None:
         self._config = config
         self._settle = settle
-        self._run_dir = run_dir
+        self._place = place or run_dir
         self._clock = clock
         self._start = self._loop_start = clock()
         self._start_step, self._origin = restored_step, origin
@@ -152,13 +154,13 @@ class Recorder:
         """The last good checkpoint, and how to train on from it at a lower rate."""
         self._settle()  # a save under way may be the one to name
         rate = f"--optimizer.learning-rate below {self._config.optimizer.learning_rate:g}"
-        folder = self._run_dir / CHECKPOINTS
+        folder = self._place / CHECKPOINTS
         steps = checkpoint_steps(folder)
         if not steps:
             return f"no checkpoint was saved: train in another --run-dir with {rate}"
         return (
             f"the last good checkpoint is {folder / str(steps[-1])}: go on from it with "
-            f"--branch-from {self._run_dir} --run-dir NEW and {rate}"
+            f"--branch-from {self._place} --run-dir NEW and {rate}"
         )
 
     def train_record(self, step: int, extra: Record) -> None:

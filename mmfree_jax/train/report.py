@@ -23,6 +23,7 @@ from mmfree_jax.saved.run_directory import (
     SUMMARY,
     TENSORBOARD,
 )
+from mmfree_jax.storage import Url
 from mmfree_jax.text_files import read_json
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.flops import count_flops, count_parameters
@@ -67,7 +68,7 @@ def finished_summary(run: Run) -> Summary | None:
         summary = read_json(path)
     except (OSError, ValueError):
         return None
-    steps = checkpoint_steps(run.run_dir / CHECKPOINTS)
+    steps = checkpoint_steps(run.place / CHECKPOINTS)
     if fault(summary, {}):
         return None
     done = summary.get("status") == "complete" and summary.get("step") == run.config.steps
@@ -75,9 +76,9 @@ def finished_summary(run: Run) -> Summary | None:
         return None
     if jax.process_index() == 0:
         print(
-            f"run_dir {run.run_dir} already holds this run, complete at step {run.config.steps}: "
-            f"see {path}, or give another --run-dir; to train on, for more "
-            f"steps or under other settings: --branch-from {run.run_dir} --run-dir NEW --steps N"
+            f"run_dir {run.place} already holds this run, complete at step {run.config.steps}: "
+            f"see {run.place / SUMMARY}, or give another --run-dir; to train on, for more "
+            f"steps or under other settings: --branch-from {run.place} --run-dir NEW --steps N"
         )
     return summary
 
@@ -109,7 +110,7 @@ def write_report(
         "eval_bits_per_byte": last_eval.get("bits_per_byte"),
         "eval_loss_by_source": dict(losses_by_source(last_eval)),
         "tasks": scores_of(recorder.last.get("tasks", {})),
-        "best": None if best is None else _best_checkpoint(run_dir, best),
+        "best": None if best is None else _best_checkpoint(run.place, best),
         "tokens_per_s": recorder.mean_rate,
         "mfu": recorder.utilisation(recorder.mean_rate),
         "seconds": recorder.seconds,
@@ -133,7 +134,7 @@ def write_report(
         "mesh": dict(run.mesh.shape),
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
         "versions": versions(*PACKAGES),
-        "run_dir": str(run_dir),
+        "run_dir": str(run.place),
     }
     if jax.process_index() != 0:
         return summary
@@ -154,17 +155,17 @@ def write_report(
     }
     state = f"stopped at step {done} by {stopped_by}" if stopped_by else f"complete at step {done}"
     recorder.message(str(goodput))
-    recorder.message(f"{state}; in {run_dir}:")
+    recorder.message(f"{state}; in {run.place}:")
     for name, file in lines.items():
-        if (run_dir / file).exists():
-            recorder.message(f"  {name:<12} {run_dir / file}")
+        if file == CHECKPOINTS or (run_dir / file).exists():
+            recorder.message(f"  {name:<12} {run.place / file}")
     if (found := summary["best"]) is not None:
         value = f"{found['metric']} {found['value']:.6g}"
-        recorder.message(f"  {'best':<12} {run_dir / CHECKPOINTS / str(found['step'])} ({value})")
+        recorder.message(f"  {'best':<12} {run.place / CHECKPOINTS / str(found['step'])} ({value})")
     return summary
 
 
-def _best_checkpoint(run_dir: Path, best: BestSteps) -> dict[str, Any] | None:
+def _best_checkpoint(run_dir: Path | Url, best: BestSteps) -> dict[str, Any] | None:
     """The step, the metric and its value; None: no checkpoint has any."""
     for step in best.among(checkpoint_steps(run_dir / CHECKPOINTS))[:1]:
         return {"step": step, "metric": best.metric.name, "value": best.value(step)}

@@ -15,6 +15,7 @@ from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config
+from mmfree_jax.storage import Url
 from mmfree_jax.train.branch_source import same_source
 from mmfree_jax.train.schedule import make_schedule
 
@@ -91,7 +92,9 @@ def _past_differs(old: TrainConfig, new: TrainConfig, step: int) -> bool:
     return not np.allclose(*rates, rtol=1e-6, atol=0)
 
 
-def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, step: int) -> None:
+def check_same_run(
+    run_dir: Path | Url, saved: dict[str, Any], config: TrainConfig, step: int
+) -> None:
     """Refuses to go on with a run under settings that would make it another.
 
     Args:
@@ -141,23 +144,29 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: TrainConfig, st
         )
 
 
-def check_run_dir(run_dir: Path, config: TrainConfig) -> None:
+def check_run_dir(run_dir: Path, config: TrainConfig, place: Path | Url | None = None) -> None:
     """Refuses a run directory that holds another run, or one to be started over.
+
+    Args:
+      run_dir: with the run's small files.
+      config: the config asked for.
+      place: the run directory as its user knows it, with the checkpoints; None: `run_dir`.
 
     Raises:
       ConfigError: names what differs, or that `checkpoint.resume` is off.
     """
-    manifest = newest_manifest(run_dir / CHECKPOINTS)
+    place = place or run_dir
+    manifest = newest_manifest(place / CHECKPOINTS)
     if manifest is not None:
         if not config.checkpoint.resume:
             raise ConfigError(
-                f"checkpoint.resume is off, but run_dir {run_dir} holds a run of "
+                f"checkpoint.resume is off, but run_dir {place} holds a run of "
                 f"{manifest.step} steps: give another --run-dir, or --checkpoint.resume to go on"
             )
-        check_same_run(run_dir, manifest.config, config, manifest.step)
+        check_same_run(place, manifest.config, config, manifest.step)
         return
     # Not a checkpoint yet, but a history that a restart would replace.
     history = read_history(run_dir / METRICS)
     step = max((r["step"] for r in history if r.get("kind") == "train"), default=0)
     if step and (run_dir / CONFIG).exists():
-        check_same_run(run_dir, to_dict(load_config(run_dir)), config, 0)
+        check_same_run(place, to_dict(load_config(run_dir)), config, 0)

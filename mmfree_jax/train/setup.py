@@ -1,5 +1,6 @@
 """Everything that is checked and opened before a run compiles anything."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -21,10 +22,13 @@ from mmfree_jax.model.kernel_choice import check_kernels
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.row_layout import RowLayout, on_devices_left
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, process_rows
+from mmfree_jax.places import locate
+from mmfree_jax.saved.bucket_run import BucketRun, open_bucket_run
 from mmfree_jax.saved.goodput import Goodput
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.origin import FROM_NOTHING, Origin
-from mmfree_jax.saved.run_directory import CHECKPOINTS, TOKENIZER
+from mmfree_jax.saved.run_directory import CHECKPOINTS, SUMMARY, TOKENIZER, open_run_dir
+from mmfree_jax.storage import Url
 from mmfree_jax.train.best import with_direction
 from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
@@ -44,6 +48,7 @@ class Run:
     config: TrainConfig
     layout: RowLayout
     run_dir: Path
+    """Of this machine; of a run in a bucket a copy of its small files there."""
     mesh: Mesh
     optimizer: Optimizer
     data: tuple[TokenDataset, ...]
@@ -55,6 +60,32 @@ class Run:
     """None without `eval.tasks`."""
     origin: Origin = FROM_NOTHING
     """Known once the run starts; see `start.py`."""
+    bucket: BucketRun | None = None
+    """What is written to where run_dir is a URL."""
+
+    @property
+    def place(self) -> Path | Url:
+        """The run directory as its user knows it."""
+        return self.run_dir if self.bucket is None else self.bucket.url
+
+    def check(self) -> None:
+        """Sees that no other job has taken over a run in a bucket.
+
+        Raises:
+          LeaseLostError: another has, or may have.
+          StorageError: the bucket refuses, or cannot be reached.
+        """
+        if self.bucket is not None:
+            self.bucket.check()
+
+    def publish(self) -> None:
+        """Uploads the small files of a run in a bucket.
+
+        Raises:
+          StorageError: the bucket refuses or cannot be reached, or another job has the run.
+        """
+        if self.bucket is not None and jax.process_index() == 0:
+            self.bucket.publish()
 
     @property
     def is_reduced(self) -> bool:
@@ -164,16 +195,32 @@ def _open_run(config: TrainConfig, planned: int | None) -> Run:
     )
 
 
+def take_run_dir(run: Run, held: contextlib.ExitStack) -> Run:
+    """`run` with its run directory, which no other job has until `held` closes.
+
+    Raises:
+      InUseError, InUseElsewhereError: another job has it.
+      OutputError, StorageError: it cannot be written to.
+      CheckpointError: a process sees another one of that name.
+    """
+    place = locate(run.config.run_dir, "run_dir")
+    if isinstance(place, Path):
+        open_run_dir(place, held)
+        return run
+    bucket = open_bucket_run(place, held, checkpoints=CHECKPOINTS, last=SUMMARY)
+    return dataclasses.replace(run, run_dir=bucket.folder, bucket=bucket)
+
+
 def check_same_data(run: Run) -> None:
     """Refuses to go on with a run on other data.
 
     Raises:
       DataError: the newest checkpoint was trained on data with another fingerprint.
     """
-    manifest = newest_manifest(run.run_dir / CHECKPOINTS)
+    manifest = newest_manifest(run.place / CHECKPOINTS)
     if manifest is None:
         return
-    saved, owner = manifest.data, f"run_dir {run.run_dir}"
+    saved, owner = manifest.data, f"run_dir {run.place}"
     for dataset in run.data:
         check_compatible(dataset, identity=saved["tokenizer"], owner=owner)
     if saved["fingerprints"] != run.data_identity["fingerprints"]:
@@ -181,7 +228,7 @@ def check_same_data(run: Run) -> None:
             f"data.paths is {[str(d.path) for d in run.data]}, but {owner} was trained on other "
             f"data ({saved['paths']}, {saved['tokens']} tokens): give that data, or another "
             "--run-dir; or, to go on from its checkpoint on this data, "
-            f"--branch-from {run.run_dir} --run-dir NEW"
+            f"--branch-from {run.place} --run-dir NEW"
         )
 
 

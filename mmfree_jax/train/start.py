@@ -57,7 +57,7 @@ def start_state(run: Run, watch: Stopwatch) -> Start:
     abstract = abstract_state(run.config, run.optimizer, run.mesh)
     with warnings.catch_warnings(record=True) as caught, watch.section("restore"):
         warnings.simplefilter("always", UserWarning)
-        restored = restore_newest(run.run_dir / CHECKPOINTS, abstract)
+        restored = restore_newest(run.place / CHECKPOINTS, abstract)
     notes = [f"warning: {w.message}" for w in caught if "falling back" in str(w.message)]
     if restored is not None:
         manifest = restored.manifest

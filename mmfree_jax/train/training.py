@@ -11,8 +11,9 @@ import jax
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.verification import Verification
-from mmfree_jax.errors import MMFreeError, OutputError, TrainingError
+from mmfree_jax.errors import MMFreeError, OutputError, StorageError, TrainingError
 from mmfree_jax.files import is_disk_error
+from mmfree_jax.leases import LeaseLostError
 from mmfree_jax.notices import Notices, metadata_host
 from mmfree_jax.parallel import processes
 from mmfree_jax.parallel.process_options import planned_processes
@@ -22,7 +23,7 @@ from mmfree_jax.progress import Display, open_display
 from mmfree_jax.saved.best import best_metric
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.history import read_history
-from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, open_run_dir, write_config
+from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, write_config
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.loop import Loop, Sampler
@@ -32,11 +33,13 @@ from mmfree_jax.train.report import Summary, describe, describe_layout, finished
 from mmfree_jax.train.run_display import RunDisplay
 from mmfree_jax.train.same_run import check_run_dir
 from mmfree_jax.train.setup import (
+    Run,
     check_same_data,
     checkpoint_metadata,
     copy_tokenizer,
     datasets_read,
     open_run,
+    take_run_dir,
 )
 from mmfree_jax.train.sinks import make_sinks
 from mmfree_jax.train.start import start_state
@@ -103,11 +106,11 @@ def train(
         run = open_run(config, planned_processes(options))
         if run.tasks is not None:
             held.callback(run.tasks.close)
-        open_run_dir(run.run_dir, held)
+        run = take_run_dir(run, held)
         verification = Verification(datasets_read(run))
 
         def look() -> Summary | None:
-            check_run_dir(run.run_dir, config)
+            check_run_dir(run.run_dir, config, run.place)
             check_same_data(run)
             if (summary := finished_summary(run)) is None:
                 verification.start()
@@ -121,13 +124,15 @@ def train(
         if is_writer:
             write_config(run.run_dir, config)
             copy_tokenizer(run)
+            run.publish()
         best = _best_steps(config, run.run_dir, start.step) if is_writer else None
         checkpointer = Checkpointer(
-            run.run_dir / CHECKPOINTS,
+            run.place / CHECKPOINTS,
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             keep_steps=config.checkpoint.at_steps,
             keep_among=best.among if best is not None else lambda steps: (),
+            check_ours=run.check,
         )
         if start.is_new_branch:  # from here on the parent may go, and a kill loses nothing
             metadata = checkpoint_metadata(run, start.step, start.meter, 0.0, start.goodput)
@@ -139,6 +144,7 @@ def train(
         recorder = Recorder(
             config,
             run.run_dir,
+            place=run.place,
             restored_step=start.step,
             origin=run.origin,
             meter=start.meter,
@@ -160,6 +166,7 @@ def train(
         if start.is_resumed:
             recorder.event(start.step, f"resumed from checkpoint {start.step}")
         with contextlib.ExitStack() as stack:
+            stack.push(functools.partial(_publish_last, run))
             stack.callback(recorder.close)
             stack.callback(_wait_quietly, checkpointer)
             try:
@@ -185,8 +192,10 @@ def train(
                     raise
                 checkpointer.abandon()  # it would wait for the one that is gone
                 raise ProcessLostError(lost) from e
-            except OutputError as e:
-                raise OutputError(f"{e}; then run the command again: it resumes") from e
+            except LeaseLostError:
+                raise
+            except (OutputError, StorageError) as e:
+                raise type(e)(f"{e}; then run the command again: it resumes") from e
             except OSError as e:
                 if not is_disk_error(e):
                     raise
@@ -220,6 +229,15 @@ def _wait_quietly(checkpointer: Checkpointer) -> None:
     """Lets a save under way finish, whatever else has gone wrong."""
     with contextlib.suppress(MMFreeError):
         checkpointer.wait()
+
+
+def _publish_last(run: Run, kind: type[BaseException] | None, *_: object) -> None:
+    """Uploads what the end of a run has left, whatever else has gone wrong."""
+    if kind is None:
+        run.publish()
+    else:
+        with contextlib.suppress(MMFreeError):
+            run.publish()
 
 
 def _out_of_memory(config: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""No setting takes a URL for a file or a folder: every command, and every kind of file."""
+"""Which settings take a URL for a file or a folder: every command, and every kind of file."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from mmfree_jax.config import DataConfig, TrainConfig
 from mmfree_jax.config_io import read_yaml
 from mmfree_jax.data.dataset import load_index
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.places import check_local, is_place
+from mmfree_jax.places import check_local, check_place, is_place, takes_url
 from mmfree_jax.saved.kinds import kind_of
 
 LOCAL = "it must be on this machine, and takes no URL"
@@ -121,8 +121,10 @@ PLACES = [
     pytest.param(words, options, option, id=f"{' '.join(words)} {option.flag}")
     for words, options in ALL
     for option in options
-    if is_place(option.hint)
+    if is_place(option.hint) and not takes_url(option.hint)
 ]
+# Those that may lie in a bucket; all others are of this machine.
+URLS = {"train --run-dir"}
 
 
 def test_every_text_on_the_command_line_is_a_place_or_is_known_to_be_none():
@@ -144,8 +146,18 @@ def test_the_options_that_were_found_are_those_of_the_documents():
     assert len(PLACES) > 80
 
 
+def test_the_options_that_take_a_url_are_known():
+    found = {
+        f"{' '.join(words)} {option.flag}"
+        for words, options in ALL
+        for option in options
+        if takes_url(option.hint)
+    }
+    assert found == URLS
+
+
 @pytest.mark.parametrize(("words", "options", "option"), PLACES)
-def test_no_option_of_any_command_takes_a_url(
+def test_no_other_option_of_any_command_takes_a_url(
     words, options, option, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -209,6 +221,22 @@ def test_what_is_a_url(given, way_out):
 
 
 @pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        ("abfss://c@account/x", "or gs:// or s3://"),
+        ("hf://datasets/x", "hf download"),
+        ("file:///data/x", "without file://"),
+        ("gcs://bucket/x", "or gs:// or s3://"),
+    ],
+)
+def test_what_is_no_bucket(given, way_out):
+    with pytest.raises(
+        ConfigError, match=f"here is '.*': URLs of .* are not supported; .*{way_out}"
+    ):
+        check_place(given, "here")
+
+
+@pytest.mark.parametrize(
     "given", ["runs/a", "/gs/b", "a.jsonl:meta.text", "runs/12:30", "C:/runs", "run:1", "gs", ""]
 )
 def test_what_is_none(given):
@@ -227,7 +255,6 @@ SWEEP = {"families": [{"learning_rates": [1e-3]}], "sizes": ["rung-1M"], "tokens
 @pytest.mark.parametrize(
     ("command", "values", "field"),
     [
-        (["train", "--config"], {"run_dir": "gs://b/x"}, "run_dir is 'gs://b/x'"),
         (["train", "--config"], {"init_from": "hf://b/x"}, "init_from is 'hf://b/x'"),
         (["train", "--config"], {"data": {"paths": ["d", "s3://b"]}}, "data.paths is 's3://b'"),
         (["sweep", "plan"], SWEEP | {"out": "gs://b"}, "out is 'gs://b'"),
@@ -236,14 +263,9 @@ SWEEP = {"families": [{"learning_rates": [1e-3]}], "sizes": ["rung-1M"], "tokens
             SWEEP | {"train": {"data": {"paths": ["gs://b"]}}},
             "data.paths is 'gs://b'",
         ),
-        (
-            ["launch", "render", "slurm", "--name", "x", "--nodes", "1", "--", "--config"],
-            {"run_dir": "gs://b/x"},
-            "run_dir is 'gs://b/x'",
-        ),
     ],
 )
-def test_no_config_file_takes_a_url(command, values, field, capsys, tmp_path, monkeypatch):
+def test_no_config_file_takes_another_url(command, values, field, capsys, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -269,7 +291,7 @@ def test_no_job_file_mounts_a_url(platform, name, capsys, tmp_path):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda url: TrainConfig(run_dir=url),
+        lambda url: TrainConfig(init_from=url),
         lambda url: DataConfig(paths=(url,)),
         read_yaml,
         load_index,
