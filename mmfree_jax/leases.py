@@ -24,6 +24,7 @@ from mmfree_jax.storage import ChangedError, Url, create, find_object, read_byte
 
 SECONDS = "MMFREE_LEASE_SECONDS"
 """Environment variable: how long a write counts, 60 if it is not set."""
+_LONGEST = 3600
 _BEATS = 4
 """That a holder writes in the time that one counts."""
 
@@ -44,9 +45,9 @@ def lease_seconds() -> float:
     """
     text = os.environ.get(SECONDS, "60")
     with contextlib.suppress(ValueError):
-        if 0.1 <= float(text) <= 3600:
+        if 0.1 <= float(text) <= _LONGEST:
             return float(text)
-    raise StorageError(f"{SECONDS} is {text!r}: set a number of seconds from 0.1 to 3600")
+    raise StorageError(f"{SECONDS} is {text!r}: set a number of seconds from 0.1 to {_LONGEST}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,10 @@ def _look(url: Url) -> tuple[str | None, str, float]:
             continue
         try:
             values = json.loads(data)
-            return found.version, str(values["owner"]), float(values["seconds"])
+            seconds = float(values["seconds"])
+            if not 0 <= seconds <= _LONGEST:
+                raise ValueError("no time that anybody writes")
+            return found.version, str(values["owner"]), seconds
         except (ValueError, TypeError, KeyError):
             return found.version, "unknown", lease_seconds()
     return None, "", 0.0

@@ -122,7 +122,9 @@ def test_a_store_that_fails_for_a_while_changes_nothing(config, bucket: Bucket, 
 
 
 @pytest.mark.parametrize(
-    ("status", "why"), [(403, "does not have|AccessDenied|denied"), (404, "bucket")]
+    ("bucket", "status", "why"),
+    [("gcs", 403, "storage.objects.get access"), ("s3", 404, "specified bucket does not exist")],
+    indirect=["bucket"],
 )
 def test_a_save_that_fails_for_good_ends_the_run_which_resumes(
     config, bucket: Bucket, finished, tmp_path, status, why
@@ -138,6 +140,7 @@ def test_a_save_that_fails_for_good_ends_the_run_which_resumes(
     _check_same(config, finished, tmp_path)
 
 
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_a_damaged_checkpoint_is_passed_over_and_saved_again(
     config, bucket: Bucket, finished, tmp_path
 ):

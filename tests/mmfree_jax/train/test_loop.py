@@ -88,10 +88,11 @@ def test_a_finished_run_says_so(finished, capsys):
 @pytest.mark.parametrize("text", ["[]", '"complete"', "{", "3"])
 def test_a_damaged_summary_is_none(finished, text):
     config, run_dir, _ = finished
+    run = SimpleNamespace(run_dir=run_dir, place=run_dir, config=config)
     good = (run_dir / report.SUMMARY).read_bytes()
     (run_dir / report.SUMMARY).write_text(text)
     try:
-        assert report.finished_summary(SimpleNamespace(run_dir=run_dir, config=config)) is None
+        assert report.finished_summary(run) is None
     finally:
         (run_dir / report.SUMMARY).write_bytes(good)
 
