@@ -5,12 +5,14 @@ RUN ?= runs/laptop
 DATA ?= data/sotu
 JOBS ?= 2
 SEED ?= 0
+DEVICE ?= cpu
+TAG ?= mmfree:$(DEVICE)
 BIN := $(VENV)/bin
 # In the order of the files: by their number of tests, the slowest would be alone at the end.
 SPREAD := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit quick fuzz load torch aot aot-tpu wheel clean
+.PHONY: help train sample test lint format typecheck unit quick fuzz load torch aot aot-tpu wheel image clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +63,11 @@ aot-tpu: $(VENV)/.tpu ## Compile for a TPU v5e alone (installs 0.7 GB)
 
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
+
+image: ## Build a container image from the wheel (DEVICE=cpu, cuda12, cuda13 or tpu; TAG=)
+	rm -f dist/mmfree_jax-*.whl
+	$(MAKE) wheel
+	docker build --build-arg DEVICE=$(DEVICE) --tag $(TAG) .
 
 clean: ## Remove the environment and build outputs (runs/ and data/ stay)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
