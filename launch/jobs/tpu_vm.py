@@ -9,6 +9,9 @@ from mmfree_jax.launch.jobs.fields import require
 from mmfree_jax.launch.jobs.template import check_script, fill
 from mmfree_jax.places import Place, check_local
 
+_OLDEST_PYTHON = (3, 11)
+_UV = "0.9.5"
+
 
 @dataclasses.dataclass(frozen=True)
 class TpuVm:
@@ -31,6 +34,10 @@ class TpuVm:
     """File system that all hosts mount for data and runs, such as 10.0.0.2:/volume."""
     mount: Place = "/mnt/shared"
     """Where it is mounted."""
+    queued: bool = False
+    """Wait in Google's queue for the machines (queued resources)."""
+    spot: bool = False
+    """Spot machines, which are taken away; `SCRIPT keep` makes them anew and resumes."""
 
 
 def render_tpu_vm(values: TpuVm, train: Sequence[str]) -> str:
@@ -52,15 +59,26 @@ def render_tpu_vm(values: TpuVm, train: Sequence[str]) -> str:
 
 def _tpu_vm(values: TpuVm, train: Sequence[str]) -> dict[str, Any]:
     mount, nfs = shlex.quote(values.mount), shlex.quote(values.nfs or "")
+    # The TPU images of Ubuntu 22.04 have Python 3.10, which is too old; others may lack ensurepip.
+    python = (
+        "test -x mmfree/bin/pip || "
+        f"{{ python3 -c 'import sys; sys.exit(sys.version_info < {_OLDEST_PYTHON})' "
+        "&& python3 -m venv mmfree; } || "
+        f"{{ rm -rf mmfree && curl -LsSf https://astral.sh/uv/{_UV}/install.sh | sh "
+        "&& ~/.local/bin/uv venv -q --seed --python 3.12 mmfree; }"
+    )
     setup = (
         f"sudo apt-get install -y -q nfs-common && sudo mkdir -p {mount} && "
         f"(mountpoint -q {mount} || sudo mount {nfs} {mount}) && "
-        f"python3 -m venv mmfree && mmfree/bin/pip install -q {shlex.quote(values.package or '')}"
+        f"({python}) && mmfree/bin/pip install -q {shlex.quote(values.package or '')}"
     )
     run = shlex.join(["mmfree/bin/mmfree", "train", *train])
-    start = f"nohup {run} > mmfree.log 2>&1 < /dev/null & echo $! > mmfree.pid"
+    inner = f"{run} & echo $! > mmfree.pid; wait $!; echo $? > mmfree.code"
+    start = f"rm -f mmfree.code; nohup sh -c {shlex.quote(inner)} > mmfree.log 2>&1 < /dev/null &"
     quoted = ("name", "project", "zone", "accelerator_type", "runtime_version")
     return {name: shlex.quote(getattr(values, name)) for name in quoted} | {
+        "spot": "--spot" if values.spot else "",
+        "queued": "yes" if values.queued else "no",
         "setup_command": shlex.quote(setup),
         "train_command": shlex.quote(start),
     }

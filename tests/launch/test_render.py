@@ -1,11 +1,5 @@
 """Job files: what they say, that they are valid, and what is refused."""
 
-import json
-import os
-import shlex
-import stat
-import subprocess
-
 import pytest
 
 from mmfree_jax.errors import ConfigError
@@ -25,43 +19,6 @@ TPU = TpuVm(
     package="/mnt/shared/my clone[tpu]",
     nfs="10.0.0.2:/v",
 )
-
-
-def _with_stub(tmp_path, *names):
-    """A PATH on which the named programs write their arguments to calls.jsonl."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in names:
-        stub = folder / name
-        stub.write_text(
-            "#!/usr/bin/env python3\nimport json, os, sys\n"
-            f"open({str(tmp_path / 'calls.jsonl')!r}, 'a').write("
-            "json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + '\\n')\n"
-            f"sys.exit(int(os.environ.get('STUB_CODE', '0')) if {name!r} == 'srun' else 0)\n"
-        )
-        stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-
-def _calls(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
-
-
-def test_the_tpu_script_starts_the_same_command_on_all_hosts(tmp_path):
-    script = tmp_path / "tpu.sh"
-    script.write_text(render(TPU, TRAIN))
-    env = _with_stub(tmp_path, "gcloud")
-    for verb in ("create", "setup", "train", "stop"):
-        subprocess.run(["bash", script, verb], env=env, check=True, timeout=60)
-    create, setup, train, stop = _calls(tmp_path)
-    assert "--accelerator-type=v5litepod-256" in create
-    assert "pip install -q '/mnt/shared/my clone[tpu]'" in setup[-1]
-    assert "--worker=all" in train
-    command = next(word for word in train if word.startswith("--command=")).partition("=")[2]
-    words = shlex.split(command.partition(" > ")[0])
-    assert words == ["nohup", "mmfree/bin/mmfree", "train", *TRAIN]
-    assert "kill -TERM" in stop[-1]
-    assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == 2
 
 
 @pytest.mark.parametrize(
