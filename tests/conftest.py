@@ -1,6 +1,7 @@
 """Shared fixtures: simulated devices, small disks, reference files and prepared data."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -9,23 +10,27 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import quick_compilation
+
 # Before numpy is imported: two test processes with two threads each get into each other's way.
 for _library in ("OPENBLAS", "OMP"):
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
 # Before jax is imported: eight simulated devices, so that every mesh shape can be tested, and
 # quick compilation, which takes most of the tests' time.
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_backend_optimization_level", 0),
-):
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+for _flag in ("--xla_force_host_platform_device_count=8", *quick_compilation.FLAGS.split()):
+    if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 # What commands compile is kept for these tests alone; their workers inherit the folder.
 if "XDG_CACHE_HOME" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mmfree-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# What tests and their children compile is kept for this worker: another one could read a file that
+# is half written, and JAX's lock, which hinders that, comes with a look at every file.
+_COMPILED = tempfile.TemporaryDirectory(prefix="mmfree-compiled-")
+os.environ |= quick_compilation.cached_in(_COMPILED.name)
 
 # A shell starts what it puts into the background with these ignored, and every child of ours would
 # inherit that: tests interrupt children.
@@ -37,6 +42,7 @@ for _signal, _handler in (
         signal.signal(_signal, _handler)
 
 # numpy and jax read the above when they are first imported.
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from bucket_servers import Bucket, BucketServer, new_bucket, serve_gcs, serve_s3  # noqa: E402
@@ -44,6 +50,22 @@ from bucket_servers import Bucket, BucketServer, new_bucket, serve_gcs, serve_s3
 from mmfree_jax.data import writer  # noqa: E402
 
 _DATA = Path(__file__).resolve().parent / "data"
+
+# Traced programs live long, and to look through all of them for garbage took a tenth of the time.
+gc.freeze()
+gc.set_threshold(20_000, 20, 1_000)
+_MEMORY_KEPT = 2 << 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory() -> Iterator[None]:
+    """Drops compiled programs and garbage between modules once they fill 2 GiB."""
+    yield
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    if pages * os.sysconf("SC_PAGE_SIZE") > _MEMORY_KEPT:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

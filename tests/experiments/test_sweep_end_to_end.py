@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_compilation
 
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.data import writer
@@ -68,7 +69,7 @@ train:
     path = config_file("out", "wsd-branched", [2560, 10240], "{}")
     out, (trunk,) = tmp_path / "out", snapshot(load_sweep(path)).trunks
     # One device, whatever this process simulates; one cache for all.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", quick_compilation.FLAGS)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "trunk.yaml").write_text(dump_yaml(trunk.config))
     command = [sys.executable, "-c", _KILLED, tmp_path / "trunk.yaml", out / "trunks" / trunk.name]

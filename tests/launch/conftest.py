@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import quick_compilation
 
 from mmfree_jax.config import (
     CheckpointConfig,
@@ -56,13 +57,11 @@ def pod_config(byte_data: Path) -> TrainConfig:
 @pytest.fixture(scope="session")
 def pod_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process; programs are compiled once for all of them."""
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    return os.environ | {
+        "XLA_FLAGS": quick_compilation.FLAGS,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **quick_compilation.cached_in(str(tmp_path_factory.mktemp("compiled"))),
     }
 
 

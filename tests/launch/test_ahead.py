@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compilation
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -237,9 +238,9 @@ def test_times_are_the_data_sheets():
 
 @pytest.mark.slow
 def test_the_command_on_stand_in_devices(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    env = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick_compilation.FLAGS,
     }
     out = tmp_path / "report.json"
     simulated = missing_compiler(parse_topology("h100x4")) is not None

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import quick_compilation
 
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.saved.history import read_history
@@ -30,12 +31,11 @@ def start(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
     config = folder / "config.yaml"
     config.write_text(dump_yaml(small_run))
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": quick_compilation.FLAGS,
+        **quick_compilation.cached_in(str(folder / "compiled")),
     }
     flags = (
         f"--config {config} --steps {STEPS} --mesh.fsdp 1 --checkpoint.every-steps 3 "

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import quick_compilation
+
 from fuzz.case import Case, Outcome, faults
 from fuzz.workplace import add_special
 
@@ -163,7 +165,7 @@ def _environment() -> dict[str, str]:
     return os.environ | nowhere | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick_compilation.FLAGS,
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
         "MMFREE_DEBUG": "0",
