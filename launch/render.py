@@ -1,4 +1,4 @@
-"""Job files for SLURM, TPU VMs and GKE from a handful of values, checked before they are used."""
+"""Job files for SLURM, TPU VMs, GKE and SkyPilot from a handful of values."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -6,10 +6,11 @@ from typing import Any
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.jobs.gke import Gke, render_gke
+from mmfree_jax.launch.jobs.sky import Sky, render_sky
 from mmfree_jax.launch.jobs.slurm import Slurm, SlurmJob, mounted_folders, render_slurm
 from mmfree_jax.launch.jobs.tpu_vm import TpuVm, render_tpu_vm
 
-PLATFORMS: dict[str, type] = {"slurm": Slurm, "tpu-vm": TpuVm, "gke": Gke}
+PLATFORMS: dict[str, type] = {"slurm": Slurm, "tpu-vm": TpuVm, "gke": Gke, "sky": Sky}
 
 
 def render(values: Any, train: Sequence[str]) -> str:
@@ -24,6 +25,8 @@ def render(values: Any, train: Sequence[str]) -> str:
         return render_slurm(values, train)
     if isinstance(values, TpuVm):
         return render_tpu_vm(values, train)
+    if isinstance(values, Sky):
+        return render_sky(values, train)
     return render_gke(values, train)
 
 
@@ -44,6 +47,11 @@ def check_run_dir(values: Any, run_dir: str) -> None:
         raise ConfigError(
             f"run_dir is {run_dir!r}, in the pods, which lose it: give --claim for a file system "
             "that they share, or --run-dir gs://BUCKET/NAME behind --"
+        )
+    if isinstance(values, Sky) and values.bucket is None:
+        raise ConfigError(
+            f"run_dir is {run_dir!r}, on the machines, which are taken away: give --bucket for one "
+            "that they mount, or --run-dir gs://BUCKET/NAME behind --"
         )
     path = PurePosixPath(run_dir)
     if ".." in path.parts or not any(path.is_relative_to(mount) for mount in mounts):

@@ -19,9 +19,9 @@ from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
 
 
 def render_job(argv: Sequence[str]) -> int:
-    """Write a job file for SLURM, a TPU pod or GKE: launch render slurm ... -- TRAIN ARGUMENTS.
+    """Write a job file for SLURM, a TPU pod, GKE or SkyPilot: launch render slurm ... -- ARGUMENTS.
 
-    Behind -- `sweep run` and its arguments make a SLURM job array.
+    They are those of mmfree train; `sweep run` and its arguments make a SLURM job array.
     """
     argv, train = list(argv), []
     if "--" in argv:
@@ -64,7 +64,7 @@ def render_job(argv: Sequence[str]) -> int:
     rendered = r"(#!/bin/bash\n)?# Rendered by `mmfree launch render "
     check_file(arguments.out, rendered, sources=[path] if path else [])
     write_text(arguments.out, text)
-    if platform != "gke":
+    if platform not in ("gke", "sky"):
         arguments.out.chmod(0o755)
     print(f"wrote {arguments.out}")
     return 0

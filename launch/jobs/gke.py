@@ -1,8 +1,6 @@
 """A JobSet on Google Kubernetes Engine."""
 
 import dataclasses
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +8,7 @@ from mmfree_jax.config_io import parse_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.jobs.fields import plain, require
 from mmfree_jax.launch.jobs.gke_network import Network, pod_parts
-from mmfree_jax.launch.jobs.template import fill
+from mmfree_jax.launch.jobs.template import fill, one_line_yaml, without_empty
 from mmfree_jax.launch.xla_flags import OVERLAP
 from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, CountOrZero
@@ -97,8 +95,7 @@ def render_gke(values: Gke, train: Sequence[str]) -> str:
             f"devices_per_host is {values.devices_per_host}: hosts with network "
             f"{values.network} have 8 GPUs, set --devices-per-host 8"
         )
-    text = fill("gke.yaml", _gke(values, train, is_tpu))
-    text = re.sub(r"^ +[\w-]+: (null|\[\]|\{\})\n", "", text, flags=re.MULTILINE)
+    text = without_empty(fill("gke.yaml", _gke(values, train, is_tpu)))
     check_jobset(text)
     return text
 
@@ -150,7 +147,7 @@ def _gke(values: Gke, train: Sequence[str], is_tpu: bool) -> dict[str, Any]:
         "volume_mounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
         "volumes": volumes,
     }  # fmt: skip
-    return {key: _yaml(value) for key, value in filled.items()}
+    return {key: one_line_yaml(value) for key, value in filled.items()}
 
 
 def _selector(values: Gke, is_tpu: bool) -> dict[str, str | None]:
@@ -173,18 +170,6 @@ def _environment(values: Gke, is_tpu: bool) -> list[dict[str, Any]]:
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
         {"name": "XLA_FLAGS", "value": " ".join(OVERLAP)},
     ]
-
-
-def _yaml(value: Any) -> str:
-    """A value in one line of YAML: JSON, but for characters that the two do not write alike.
-
-    JSON's escapes of characters beyond U+FFFF are two surrogates, which no YAML parser joins; and
-    YAML takes some others, which JSON leaves alone, for the ends of lines.
-    """
-    text = json.dumps(value, ensure_ascii=False)
-    return re.sub(
-        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: f"\\u{ord(match[0]):04x}", text
-    )
 
 
 def check_jobset(text: str) -> None:

@@ -24,9 +24,10 @@ LOCAL = "it must be on this machine, and takes no URL"
 
 # Texts that name no file or folder of this machine. A new option belongs here or is a `Place`.
 TEXTS = {
-    "--accelerator", "--accelerator-type", "--account", "--agreement", "--allowed-hosts",
+    "--accelerator", "--accelerator-type", "--accelerators", "--account", "--agreement",
+    "--allowed-hosts",
     "--allowed-origins", "--assume", "--batch-forms",
-    "--best", "--cases", "--checkpoint.best-metric", "--claim",
+    "--best", "--bucket", "--cases", "--checkpoint.best-metric", "--claim",
     "--columns.accuracy", "--columns.bits", "--columns.budget", "--columns.chance",
     "--columns.family", "--columns.flops", "--columns.loss",
     "--columns.loss-sd", "--columns.params", "--columns.params-non-embedding",
@@ -36,7 +37,7 @@ TEXTS = {
     "--context-forms", "--cpu", "--data-license", "--designs", "--device", "--devices", "--dtypes",
     "--energy-size", "--equal-to",
     "--eval.sample-prompt", "--eval.tasks", "--families", "--family", "--forms", "--gpus", "--host",
-    "--image", "--labels", "--layouts",
+    "--image", "--infra", "--labels", "--layouts",
     "--log.wandb-group", "--log.wandb-project", "--methods", "--metrics", "--model-license",
     "--mem", "--memory", "--mode", "--name", "--nfs",
     "--numerics", "--ops", "--optimizer.factory", "--package",
@@ -105,7 +106,7 @@ def _all_options():
 
     found = []
     for name in commands():
-        platforms = ("slurm", "tpu-vm", "gke") if name == "launch render" else ("",)
+        platforms = ("slurm", "tpu-vm", "gke", "sky") if name == "launch render" else ("",)
         for platform in platforms:
             words = [*name.split(), *filter(None, [platform])]
             with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
@@ -128,7 +129,7 @@ URLS = {"--run-dir"}
 
 
 def test_every_text_on_the_command_line_is_a_place_or_is_known_to_be_none():
-    assert len(ALL) == len(commands()) + 2
+    assert len(ALL) == len(commands()) + 3
     texts = {
         f"{option.flag} of bench scaling"
         if words == ["bench", "scaling"] and option.flag == "--model"

@@ -164,6 +164,7 @@ _SETTINGS = {
     "experiments/sweep/config.py": None,
     "launch/local.py": ("Plan",),
     "launch/jobs/gke.py": ("Gke",),
+    "launch/jobs/sky.py": None,
     "launch/jobs/slurm.py": None,
     "launch/jobs/slurm_array.py": None,
     "launch/jobs/tpu_vm.py": None,
