@@ -24,6 +24,7 @@ ROOMS = (
     ("presets",),
     ("config_io",),
     ("files", "json_shape"),
+    ("object_cache",),
     ("error_line",),
     ("parallel",),
     ("model",),
