@@ -31,8 +31,9 @@ from mmfree_jax.ranges import (
 class DataConfig:
     """Which prepared data sets to train on, and how rows are cut from them."""
 
-    paths: tuple[Place, ...] = ()
-    """Folders written by `mmfree data prepare`; all must share one tokenizer."""
+    paths: tuple[PlaceOrUrl, ...] = ()
+    """Folders written by `mmfree data prepare`, or their URLs (gs://, s3://); all must share one
+    tokenizer."""
     weights: tuple[AboveZero, ...] = ()
     """Share of rows drawn from each folder; empty: in proportion to their tokens."""
     seq_len: Count = 2048
@@ -41,6 +42,8 @@ class DataConfig:
     """Seed of the global shuffle of rows."""
     prefetch: CountOrZero = 4
     """Batches prepared ahead of the device."""
+    cache_gib: AboveZero = 100.0
+    """Disk for copies of what lies in buckets, in MMFREE_CACHE or ~/.cache/mmfree (GiB)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.")

@@ -46,7 +46,7 @@ class ObjectCache:
     """On a disk of this machine; made when it is first needed."""
     limit: int
     """Bytes of all entries together, at most."""
-    limited_by: str = "MMFREE_CACHE"
+    limited_by: str = FOLDER
     """How a message names what sets the limit."""
 
     @contextlib.contextmanager
@@ -74,6 +74,18 @@ class ObjectCache:
         """An entry as by `use`, which stays while this process lives."""
         _ = self._hold(key, size, describe, fill)  # the descriptor is left open
         return self.folder / key
+
+    def check(self, size: int, describe: str) -> None:
+        """Refuses what can never be held.
+
+        Raises:
+          OutputError: it is larger than the limit.
+        """
+        if size > self.limit:
+            raise OutputError(
+                f"{describe} takes {_gib(size)}, more than the {_gib(self.limit)} of the copies "
+                f"in {self.folder}: set {self.limited_by} to more"
+            )
 
     def has(self, key: str) -> bool:
         """Whether an entry is there."""
@@ -106,11 +118,7 @@ class ObjectCache:
         describe: str,
         fill: Callable[[Path], object],
     ) -> None:
-        if size > self.limit:
-            raise OutputError(
-                f"{describe} takes {_gib(size)}, more than the {_gib(self.limit)} of the copies "
-                f"in {self.folder}: set {self.limited_by} to more"
-            )
+        self.check(size, describe)
         beside = self._beside(key)
         note = json.dumps({"bytes": size, "what": describe}).encode()
         with disk_errors(self.folder, _WAY_OUT):
@@ -176,6 +184,16 @@ class _Entry:
     key: str
     size: int
     """Bytes."""
+
+
+def shared_cache(gib: float = DEFAULT_GIB, limited_by: str = FOLDER) -> ObjectCache:
+    """The copies that all commands on this machine share.
+
+    Args:
+      gib: bytes of all of them together, at most (GiB).
+      limited_by: how a message names what sets that.
+    """
+    return ObjectCache(cache_folder(), int(gib * 2**30), limited_by)
 
 
 def _gib(size: int) -> str:

@@ -11,7 +11,7 @@ PACKAGES = ("pallas_kernels", "mmfree_jax", "experiments", "launch")  # from the
 ROOMS = (
     ("errors", "figures", "guard", "installed", "notices", "readable", "text_files"),
     ("storage",),
-    ("leases", "places", "ranges"),
+    ("leases", "places", "prefixes", "ranges"),
     (
         "children",
         "compiled_programs",
@@ -25,6 +25,7 @@ ROOMS = (
     ("config_io",),
     ("files", "json_shape"),
     ("object_cache",),
+    ("fetched",),
     ("error_line",),
     ("parallel",),
     ("model",),

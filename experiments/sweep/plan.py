@@ -143,7 +143,8 @@ def config_hash(config: TrainConfig) -> str:
     """
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
     values["model"] = model_identity(config.model)
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("paths", "prefetch")}
+    elsewhere = ("paths", "prefetch", "cache_gib")
+    values["data"] = {k: v for k, v in values["data"].items() if k not in elsewhere}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

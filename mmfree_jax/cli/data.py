@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.places import Place
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import CountOrZero
 from mmfree_jax.readable import indented, printable
@@ -44,8 +44,8 @@ def prepare(argv: Sequence[str]) -> int:
 class InspectConfig:
     """Show what a prepared data set holds."""
 
-    path: Annotated[Place, tyro.conf.Positional]
-    """Folder written by `mmfree data prepare`."""
+    path: Annotated[PlaceOrUrl, tyro.conf.Positional]
+    """Folder written by `mmfree data prepare`, or its URL."""
     verify: bool = False
     """Read every shard and compare its checksums."""
     samples: CountOrZero = 1
@@ -56,7 +56,8 @@ class InspectConfig:
 
 def inspect(argv: Sequence[str]) -> int:
     """Show what a prepared data set holds, and check it."""
-    from mmfree_jax.data.dataset import load_index, open_dataset, verify_checksums
+    from mmfree_jax.data.dataset import load_index, open_dataset
+    from mmfree_jax.data.verification import verify_checksums
     from mmfree_jax.errors import DataError
 
     config = parse(InspectConfig, argv, prog="mmfree data inspect")
@@ -124,10 +125,10 @@ def _reading_lines(index: "DatasetIndex") -> list[str]:
 
 
 def _print_samples(index: "DatasetIndex", config: InspectConfig, open_dataset: Any) -> None:
-    from mmfree_jax.data.tokenizer import load_tokenizer
+    from mmfree_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 
-    folder = Path(config.path) / "tokenizer"
-    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    folder = tokenizer_folder(index.path)
+    tokenizer = None if folder is None else load_tokenizer(folder)
     for split in index.splits:
         dataset = open_dataset(config.path, split)
         count = min(config.samples, dataset.num_documents)

@@ -19,54 +19,47 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmfree_jax import prefixes
+from mmfree_jax.data.shards import (
+    TOKEN_DTYPES,
+    BucketShards,
+    OpenShard,
+    ShardInfo,
+    open_files,
+)
 from mmfree_jax.errors import DataError
-from mmfree_jax.files import sha256_file
 from mmfree_jax.json_shape import digest, fault
-from mmfree_jax.places import check_local
+from mmfree_jax.object_cache import ObjectCache, shared_cache
+from mmfree_jax.places import locate
+from mmfree_jax.storage import MissingError, Url
 from mmfree_jax.text_files import read_json
 
 INDEX_NAME = "index.json"
 FORMAT = "mmfree-tokens"
 FORMAT_VERSION = 1
 _SELF = "sha256"
-TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-DOCUMENT_DTYPE = np.dtype("<u8")
+_UNFINISHED = (
+    f"data folder {{}} has no {INDEX_NAME}, so it is unfinished or not a prepared data set: run "
+    "`mmfree data prepare` to the end (it resumes)"
+)
 TRAIN, HELDOUT = "train", "heldout"
 
 Row = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """What `index.json` says of one shard."""
-
-    name: str
-    """File name without its extension."""
-    tokens: int
-    """Tokens in the shard."""
-    documents: int
-    """Documents in the shard."""
-    bytes: int
-    """UTF-8 bytes of the documents' text."""
-    tokens_sha256: str
-    """Checksum of the `.tokens` file."""
-    documents_sha256: str
-    """Checksum of the `.documents` file."""
-
-
-@dataclass(frozen=True)
 class DatasetIndex:
     """The contents of `index.json`."""
 
-    path: Path
-    """The prepared folder."""
+    path: Path | Url
+    """The prepared folder, or its URL."""
     tokenizer: dict[str, Any]
     """The tokenizer's identity: kind, vocab_size, sha256, bos_id, eos_id."""
     token_dtype: str
@@ -82,25 +75,13 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
 
     Raises:
       DataError: the folder is missing, unfinished, damaged or of another format version.
-      ConfigError: it is a URL.
+      ConfigError: it is a URL of what is no bucket.
+      StorageError: the bucket cannot be read.
     """
-    check_local(path, "data folder")
-    folder = Path(path)
+    folder = locate(path, "data folder")
     file = folder / INDEX_NAME
-    if not folder.is_dir():
-        raise DataError(
-            f"data folder {folder} does not exist: make it with `mmfree data prepare --out "
-            f"{folder}`"
-        )
     try:
-        values = read_json(file)
-    except FileNotFoundError as e:
-        raise DataError(
-            f"data folder {folder} has no {INDEX_NAME}, so it is unfinished or not a prepared data "
-            "set: run `mmfree data prepare` to the end (it resumes)"
-        ) from e
-    except OSError as e:
-        raise DataError(f"{file}: {e.strerror}; make it readable") from e
+        values = _read_local(folder) if isinstance(folder, Path) else _read_object(folder)
     except ValueError as e:
         raise DataError(f"{file} is damaged ({e}): prepare the data set again") from e
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -134,6 +115,28 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
             f"{file} is damaged (missing or malformed field: {e}): prepare the data set again"
         ) from e
     return index
+
+
+def _read_local(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise DataError(
+            f"data folder {folder} does not exist: make it with `mmfree data prepare --out "
+            f"{folder}`"
+        )
+    try:
+        return read_json(folder / INDEX_NAME)
+    except FileNotFoundError as e:
+        raise DataError(_UNFINISHED.format(folder)) from e
+    except OSError as e:
+        raise DataError(f"{folder / INDEX_NAME}: {e.strerror}; make it readable") from e
+
+
+def _read_object(url: Url) -> Any:
+    try:
+        return prefixes.read_json(url / INDEX_NAME)
+    except MissingError as e:
+        what = prefixes.describe_missing(url)
+        raise DataError(f"data folder {what}" if what else _UNFINISHED.format(url)) from e
 
 
 def _fault(index: DatasetIndex) -> str | None:
@@ -174,8 +177,10 @@ def index_to_json(index: DatasetIndex) -> str:
 class TokenDataset:
     """One split of a prepared folder, memory-mapped. Reading is thread-safe.
 
+    Of a data set in a bucket, shards are fetched when they are read, and copies of them mapped.
+
     Attributes:
-      path: the prepared folder.
+      path: the prepared folder, or its URL.
       split: "train" or "heldout".
       num_tokens: tokens in the split, N.
       num_documents: documents in the split.
@@ -183,9 +188,11 @@ class TokenDataset:
       vocab_size: number of ids that the tokenizer can produce.
       identity: the tokenizer's identity (kind, vocab_size, sha256, bos_id, eos_id).
       shards: the shards, as in `index.json`.
+      open_shard: gives the arrays of the shard of a number.
     """
 
-    def __init__(self, index: DatasetIndex, split: str) -> None:
+    def __init__(self, index: DatasetIndex, split: str, cache: ObjectCache | None = None) -> None:
+        """`cache`: of shards that lie in a bucket; None: the one that all commands share."""
         self.path = index.path
         self.split = split
         self.shards = index.splits[split]
@@ -194,20 +201,12 @@ class TokenDataset:
         self.num_tokens = sum(s.tokens for s in self.shards)
         self.num_documents = sum(s.documents for s in self.shards)
         self.num_bytes = sum(s.bytes for s in self.shards)
-        dtype = TOKEN_DTYPES[index.token_dtype]
-        self._tokens = [
-            _map_file(self.path / f"{s.name}.tokens", dtype, s.tokens) for s in self.shards
-        ]
-        self._ends = [
-            _map_file(self.path / f"{s.name}.documents", DOCUMENT_DTYPE, s.documents)
-            for s in self.shards
-        ]
-        for shard, ends in zip(self.shards, self._ends, strict=True):
-            if int(ends[-1]) != shard.tokens:
-                raise DataError(
-                    f"{self.path / shard.name}.documents ends at token {int(ends[-1])}, not at "
-                    f"{shard.tokens}: the shard is damaged; prepare the data set again"
-                )
+        self.open_shard: OpenShard
+        if isinstance(self.path, Url):
+            cache = cache or shared_cache()
+            self.open_shard = BucketShards(self.path, self.shards, index.token_dtype, cache)
+        else:
+            self.open_shard = open_files(self.path, self.shards, index.token_dtype)
         self._token_starts = np.cumsum([0] + [s.tokens for s in self.shards])
         self._document_starts = np.cumsum([0] + [s.documents for s in self.shards])
 
@@ -247,7 +246,13 @@ class TokenDataset:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` ... `stop` - 1 of the stream, int32 [stop - start]."""
-        return self._gather(self._tokens, self._token_starts, start, stop).astype(np.int32)
+        parts = []
+        for k in range(*self._shard_range(start, stop)):
+            offset = int(self._token_starts[k])
+            with self.open_shard(k) as shard:
+                part = shard.tokens[max(0, start - offset) : stop - offset]
+                parts.append(part.astype(np.int32))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document(self, i: int) -> np.ndarray:
         """Tokens of document `i`, with its BOS and EOS, int32."""
@@ -255,19 +260,19 @@ class TokenDataset:
             raise IndexError(f"document {i} of {self.num_documents}")
         shard = int(np.searchsorted(self._document_starts, i, side="right")) - 1
         i -= int(self._document_starts[shard])
-        start = int(self._ends[shard][i - 1]) if i else 0
-        return self._tokens[shard][start : int(self._ends[shard][i])].astype(np.int32)
+        with self.open_shard(shard) as found:
+            start = int(found.ends[i - 1]) if i else 0
+            return found.tokens[start : int(found.ends[i])].astype(np.int32)
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
         """Positions p with `start` < p < `stop` at which a document begins, int64, sorted."""
-        first, last = self._shard_range(self._token_starts, start, stop)
         found = []
-        for k in range(first, last):
+        for k in range(*self._shard_range(start, stop)):
             offset = int(self._token_starts[k])
-            ends = self._ends[k]
-            low = int(np.searchsorted(ends, max(0, start - offset), side="right"))
-            high = int(np.searchsorted(ends, max(0, stop - offset), side="left"))
-            found.append(ends[low:high].astype(np.int64) + offset)
+            with self.open_shard(k) as shard:
+                low = int(np.searchsorted(shard.ends, max(0, start - offset), side="right"))
+                high = int(np.searchsorted(shard.ends, max(0, stop - offset), side="left"))
+                found.append(shard.ends[low:high].astype(np.int64) + offset)
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def row(self, r: int, seq_len: int) -> Row:
@@ -304,27 +309,21 @@ class TokenDataset:
         }
         return row if length == seq_len else pad_row(row, seq_len)
 
+    def shards_of_row(self, r: int, seq_len: int) -> range:
+        """Numbers of the shards that hold tokens of row `r`."""
+        start = r * seq_len
+        return range(*self._shard_range(start, min(start + seq_len + 1, self.num_tokens)))
+
     def predicted_in_row(self, r: int, seq_len: int) -> int:
         """Number of targets in row `r`."""
         start = r * seq_len
         stop = min(start + seq_len + 1, self.num_tokens)
         return stop - start - 1 - len(self.document_ends(start, stop))
 
-    def _gather(
-        self, arrays: Sequence[np.ndarray], starts: np.ndarray, start: int, stop: int
-    ) -> np.ndarray:
-        first, last = self._shard_range(starts, start, stop)
-        parts = [
-            arrays[k][max(0, start - int(starts[k])) : stop - int(starts[k])]
-            for k in range(first, last)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    @staticmethod
-    def _shard_range(starts: np.ndarray, start: int, stop: int) -> tuple[int, int]:
-        """First and one past the last shard that hold any of `start` ... `stop` - 1."""
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        return first, int(np.searchsorted(starts, stop, side="left"))
+    def _shard_range(self, start: int, stop: int) -> tuple[int, int]:
+        """First and one past the last shard that hold any of tokens `start` ... `stop` - 1."""
+        first = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        return first, int(np.searchsorted(self._token_starts, stop, side="left"))
 
 
 def pad_row(row: Row, seq_len: int) -> Row:
@@ -336,21 +335,15 @@ def pad_row(row: Row, seq_len: int) -> Row:
     }
 
 
-def _map_file(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    try:
-        size = file.stat().st_size
-        if size != count * dtype.itemsize:
-            raise DataError(
-                f"{file} has {size} bytes, its index says {count * dtype.itemsize}: the shard is "
-                "damaged; prepare the data set again"
-            )
-        return np.memmap(file, dtype=dtype, mode="r", shape=(count,))
-    except OSError as e:
-        raise DataError(f"{file}: {e.strerror}; restore it or prepare the data set again") from e
-
-
-def open_dataset(path: str | os.PathLike[str], split: str = TRAIN) -> TokenDataset:
+def open_dataset(
+    path: str | os.PathLike[str], split: str = TRAIN, cache: ObjectCache | None = None
+) -> TokenDataset:
     """Opens one split of a prepared folder.
+
+    Args:
+      path: the folder, or its URL in a bucket.
+      split: "train" or "heldout".
+      cache: of shards that lie in a bucket; None: the one that all commands share.
 
     Raises:
       DataError: the folder is missing, unfinished or damaged, or has no such split.
@@ -364,7 +357,7 @@ def open_dataset(path: str | os.PathLike[str], split: str = TRAIN) -> TokenDatas
             else "prepare it from more text"
         )
         raise DataError(f"data folder {path} has no {split} split (it has: {have}): {way_out}")
-    return TokenDataset(index, split)
+    return TokenDataset(index, split, cache)
 
 
 def check_compatible(
@@ -406,26 +399,3 @@ def describe_identity(identity: Mapping[str, Any]) -> str:
         f"{identity.get('kind')} ({identity.get('vocab_size')} tokens, "
         f"sha256 {str(identity.get('sha256'))[:12]})"
     )
-
-
-def verify_checksums(index: DatasetIndex) -> list[str]:
-    """Reads every shard and compares checksums; returns one line for each file that differs."""
-    problems = []
-    for shards in index.splits.values():
-        for shard in shards:
-            for extension in ("tokens", "documents"):
-                file = index.path / f"{shard.name}.{extension}"
-                is_tokens = extension == "tokens"
-                item = TOKEN_DTYPES[index.token_dtype] if is_tokens else DOCUMENT_DTYPE
-                size = item.itemsize * getattr(shard, extension)
-                try:
-                    # A file of another size may have no end.
-                    whole = file.stat().st_size == size and (
-                        sha256_file(file) == getattr(shard, f"{extension}_sha256")
-                    )
-                except OSError as e:
-                    problems.append(f"{file}: {e.strerror}")
-                    continue
-                if not whole:
-                    problems.append(f"{file}: checksum differs from the index")
-    return problems

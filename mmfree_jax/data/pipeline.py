@@ -7,9 +7,11 @@ processes sees the same global batch, and a run resumes by asking for the row th
 A batch is `{"tokens", "targets", "segment_ids"}`, int32 [rows, T]: see ARCHITECTURE.md.
 """
 
+import dataclasses
 import itertools
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,9 @@ from mmfree_jax.data.dataset import (
     open_dataset,
     pad_row,
 )
+from mmfree_jax.data.fetch_ahead import fetch_ahead
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.object_cache import shared_cache
 
 Batch = dict[str, np.ndarray]
 
@@ -43,7 +47,8 @@ def open_mixture(config: DataConfig, split: str = TRAIN) -> list[TokenDataset]:
         raise DataError(
             "data.paths is empty: give --data.paths FOLDER, made by `mmfree data prepare`"
         )
-    datasets = [open_dataset(path, split) for path in config.paths]
+    cache = shared_cache(config.cache_gib, "data.cache_gib")
+    datasets = [open_dataset(path, split, cache) for path in config.paths]
     for dataset in datasets[1:]:
         check_compatible(
             dataset, identity=datasets[0].identity, owner=f"data folder {datasets[0].path}"
@@ -92,11 +97,16 @@ def make_train_iterator(
         found = [datasets[k].row(r, config.seq_len) for k, r in picks]
         return stack_rows(found + [padding] * (len(mine) - len(found)))
 
+    firsts = itertools.count(start_row, batch_size)
+    ahead: Iterator[Any] = (shuffled[first + j] for first in firsts for j in mine)
+    stop = fetch_ahead(datasets, ahead, config.seq_len)
     steps = grain.MapDataset.range((sys.maxsize - start_row) // batch_size - 1).map(batch_at)
     options = grain.ReadOptions(
         num_threads=min(2, config.prefetch), prefetch_buffer_size=config.prefetch
     )
-    return iter(steps.to_iter_dataset(options))
+    batches = iter(steps.to_iter_dataset(options))
+    weakref.finalize(batches, stop.set)
+    return batches
 
 
 def check_length(dataset: TokenDataset, seq_len: int) -> None:
@@ -258,7 +268,7 @@ def make_eval_batches(
     having = [i for i, p in enumerate(config.paths) if load_index(p).splits.get(split)]
     chosen = having or list(range(len(config.paths)))  # none: let open_mixture say so
     paths = tuple(config.paths[i] for i in chosen)
-    opened = open_mixture(DataConfig(paths=paths, seq_len=config.seq_len), split)
+    opened = open_mixture(dataclasses.replace(config, paths=paths, weights=()), split)
     sizes = [d.num_rows(config.seq_len, partial=True) for d in opened]
     every_weight = [config.weights[i] for i in chosen] if config.weights else sizes
     of_content: dict[str, list[int]] = {}

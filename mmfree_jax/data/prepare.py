@@ -35,7 +35,6 @@ from mmfree_jax.data.documents import (
 from mmfree_jax.data.inputs import Inputs, find_corpus, find_inputs
 from mmfree_jax.data.provenance import (
     PROGRESS_NAME,
-    TOKENIZER_FOLDER,
     check_empty,
     check_same,
     describe_file,
@@ -45,7 +44,7 @@ from mmfree_jax.data.provenance import (
 )
 from mmfree_jax.data.reading import InputReading, Tally, check_something_left
 from mmfree_jax.data.sources import ReadOptions, RecordBatch, read_batches
-from mmfree_jax.data.tokenizer import BYTE, identity, load_tokenizer
+from mmfree_jax.data.tokenizer import BYTE, TOKENIZER_FOLDER, identity, load_tokenizer
 from mmfree_jax.data.writer import (
     SHARD_TOKENS,
     SplitWriter,

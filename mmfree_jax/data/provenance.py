@@ -13,12 +13,12 @@ from typing import Any
 
 from mmfree_jax.data.dataset import describe_identity
 from mmfree_jax.data.sources import InputFile
+from mmfree_jax.data.tokenizer import TOKENIZER_FOLDER
 from mmfree_jax.data.writer import disk_errors
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import is_leftover, lock
 
 PROGRESS_NAME = "progress.json"
-TOKENIZER_FOLDER = "tokenizer"
 _LOCK_NAME = ".lock"
 _EDGE = 2**20
 

@@ -15,6 +15,7 @@ _COMMON_EOS = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 BY_NAME = "by name"
 """Instead of a start or end token: the first of the usual names that the vocabulary holds."""
 CONFIG = "tokenizer_config.json"
+CONFIGS = (CONFIG, "special_tokens_map.json")
 _CLASSES_WITHOUT_DEFAULTS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -36,7 +37,7 @@ def named_ends(folder: Path) -> tuple[str | None, str | None]:
     in it. null is no token. A key that is in neither is none too for the general class; others
     have defaults of their own, which go by the usual names, as where there is no file.
     """
-    config, older = (_fields(folder / name) for name in (CONFIG, "special_tokens_map.json"))
+    config, older = (_fields(folder / name) for name in CONFIGS)
     general = config and config.get("tokenizer_class") in _CLASSES_WITHOUT_DEFAULTS
     names: list[str | None] = []
     for key in ("bos_token", "eos_token"):

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from mmfree_jax.data.pieces import byte_level_bytes, piece_bytes
 from mmfree_jax.data.special_tokens import (
     BOS_TOKEN,
     BY_NAME,
+    CONFIGS,
     EOS_TOKEN,
     as_text,
     named_ends,
@@ -27,11 +28,14 @@ from mmfree_jax.data.special_tokens import (
     spell,
 )
 from mmfree_jax.errors import DataError
+from mmfree_jax.fetched import local_copy
 from mmfree_jax.files import write_bytes, write_text
+from mmfree_jax.storage import Url, list_names
 from mmfree_jax.text_files import decode_text, parse_json, read_bytes
 
 BYTE = "byte"
 BYTE_BOS, BYTE_EOS = 256, 257
+TOKENIZER_FOLDER = "tokenizer"
 _SEGMENT, _JSON_SEGMENT = 2**12, 2**16
 """Characters after which a long text is cut, for SentencePiece and for tokenizer.json."""
 
@@ -348,14 +352,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Args:
       path: "byte"; a SentencePiece `.model` or Hugging Face `tokenizer.json` file; or a folder
-        that holds one (a prepared data set, a run directory, a Hugging Face model).
+        that holds one (a prepared data set, a run directory, a Hugging Face model). The file or
+        the folder may be the URL of a bucket.
 
     Raises:
       DataError: there is no such file, or it is not a tokenizer.
+      StorageError: the bucket cannot be read, or holds none there.
     """
     if str(path) == BYTE:
         return ByteTokenizer()
-    file = _find_file(Path(path))
+    file = _find_file(local_copy(path, "tokenizer", _is_tokenizer, _is_beside))
     if file.name == "byte.json":
         return ByteTokenizer()
     try:
@@ -382,6 +388,29 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_folder(data: Path | Url) -> Path | None:
+    """The folder of the tokenizer that a prepared data set holds; None: it holds none.
+
+    Raises:
+      StorageError: the bucket cannot be read.
+    """
+    folder = data / TOKENIZER_FOLDER
+    if isinstance(folder, Path):
+        return folder if folder.is_dir() else None
+    return local_copy(str(folder), "tokenizer") if list_names(folder) else None
+
+
+def _is_tokenizer(name: PurePosixPath) -> bool:
+    """Whether an object of a folder may belong to its tokenizer."""
+    where = name.parts[:-1]
+    return where in ((), (TOKENIZER_FOLDER,)) and name.suffix in (".json", ".model")
+
+
+def _is_beside(name: PurePosixPath) -> bool:
+    """Whether an object beside a tokenizer's file says which its ends are."""
+    return str(name) in CONFIGS
+
+
 def _find_file(path: Path) -> Path:
     """The file that defines the tokenizer at `path`."""
     if path.is_file():
@@ -392,7 +421,7 @@ def _find_file(path: Path) -> Path:
             f"tokenizer {path} does not exist: give 'byte', a SentencePiece .model file, a "
             "tokenizer.json, or a folder that holds one"
         )
-    for folder in (path, path / "tokenizer"):
+    for folder in (path, path / TOKENIZER_FOLDER):
         for name in ("byte.json", "tokenizer.json", "tokenizer.model"):
             if (folder / name).is_file():
                 return folder / name

@@ -1,30 +1,39 @@
 """Whether a data set's shards are as they were written: every file is read once.
 
 What was found good is remembered in the data set's folder by size and time stamps, so that the
-next run only looks at those. Where the folder is read-only each run reads all of it again.
+next run only looks at those. Where the folder is read-only each run reads all of it again. What
+lies in a bucket is compared when it arrives (`shards.py`).
 Nothing here imports JAX.
 """
 
 import contextlib
+import hashlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmfree_jax.data.dataset import INDEX_NAME, TokenDataset
-from mmfree_jax.errors import DataError, OutputError
+from mmfree_jax.data.dataset import INDEX_NAME, DatasetIndex, TokenDataset
+from mmfree_jax.data.shards import shard_files
+from mmfree_jax.errors import DataError, OutputError, StorageError
 from mmfree_jax.files import sha256_file, write_text
+from mmfree_jax.storage import Url, find_object, read_bytes
 from mmfree_jax.text_files import read_json
 
 REMEMBERED = ".verified.json"
 AT_ONCE = 2**28
 """Bytes up to which training waits for the answer (about a second)."""
 
+_PIECE = 2**26
+"""Bytes of an object that are read at once."""
+
 Stamp = list[str | int]
 
 
 def _files(dataset: TokenDataset) -> Iterator[tuple[Path, Stamp]]:
     """The files that are not remembered as good, and what is to be remembered of each."""
+    if isinstance(dataset.path, Url):
+        return  # compared when they arrive
     good = _remembered(dataset.path)
     for shard in dataset.shards:
         for extension, digest in (
@@ -64,9 +73,9 @@ def verify(datasets: Sequence[TokenDataset]) -> None:
                     f"{file} is damaged: its checksum is not that in {INDEX_NAME}; prepare the "
                     "data set again"
                 )
-            good = _remembered(dataset.path) | {file.name: stamp}
+            good = _remembered(file.parent) | {file.name: stamp}
             with contextlib.suppress(OutputError):
-                write_text(dataset.path / REMEMBERED, json.dumps(good) + "\n")
+                write_text(file.parent / REMEMBERED, json.dumps(good) + "\n")
 
 
 class Verification:
@@ -103,3 +112,38 @@ class Verification:
         """Raises the DataError that was found, if any."""
         if self._failure is not None:
             raise self._failure
+
+
+def verify_checksums(index: DatasetIndex) -> list[str]:
+    """Reads every shard and compares checksums; returns one line for each file that differs."""
+    problems = []
+    for shards in index.splits.values():
+        for file in (file for shard in shards for file in shard_files(shard, index.token_dtype)):
+            place = index.path / file.name
+            try:
+                # A file of another size may have no end.
+                whole = _size(place) == file.size and _sha256(place, file.size) == file.sha256
+            except OSError as e:
+                problems.append(f"{place}: {e.strerror}")
+            except StorageError as e:
+                problems.append(str(e))
+            else:
+                problems += [] if whole else [f"{place}: checksum differs from the index"]
+    return problems
+
+
+def _size(place: Path | Url) -> int:
+    if isinstance(place, Path):
+        return place.stat().st_size
+    if (found := find_object(place)) is None:
+        raise StorageError(f"{place} does not exist")
+    return found.size
+
+
+def _sha256(place: Path | Url, size: int) -> str:
+    if isinstance(place, Path):
+        return sha256_file(place)
+    digest = hashlib.sha256()
+    for start in range(0, size, _PIECE):
+        digest.update(read_bytes(place, start, min(size, start + _PIECE)))
+    return digest.hexdigest()

@@ -11,6 +11,8 @@ from typing import Any
 
 from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.data.dataset import INDEX_NAME, load_index
+from mmfree_jax.places import locate
+from mmfree_jax.storage import Url
 
 
 def gives_vocabulary(values: Mapping[Any, Any]) -> bool:
@@ -24,17 +26,24 @@ def data_vocabulary(paths: Sequence[str]) -> int | None:
 
     Raises:
       DataError: a folder is damaged.
-      ConfigError: one is a URL.
+      ConfigError: one is a URL of what is no bucket.
+      StorageError: a bucket cannot be read.
     """
-    files = [Path(path) / INDEX_NAME for path in paths]
-    if not files or not all(file.is_file() for file in files):
-        return None
-    return max(_vocabulary(file, file.stat().st_mtime_ns) for file in files)
+    sizes = [_vocabulary(locate(path, "data folder")) for path in paths]
+    return max((size or 0 for size in sizes), default=None) if all(sizes) else None
+
+
+def _vocabulary(folder: Path | Url) -> int | None:
+    """That of one prepared folder; None: it is not there."""
+    if isinstance(folder, Url):
+        return _read(folder, None)
+    file = folder / INDEX_NAME
+    return _read(folder, file.stat().st_mtime_ns) if file.is_file() else None
 
 
 @functools.lru_cache(maxsize=64)
-def _vocabulary(index: Path, _changed: int) -> int:
-    return int(load_index(index.parent).tokenizer["vocab_size"])
+def _read(folder: Path | Url, _changed: int | None) -> int:
+    return int(load_index(str(folder)).tokenizer["vocab_size"])
 
 
 def with_data_vocabulary(config: TrainConfig) -> TrainConfig:

@@ -18,13 +18,11 @@ import numpy as np
 
 from mmfree_jax import files
 from mmfree_jax.data.dataset import (
-    DOCUMENT_DTYPE,
     INDEX_NAME,
-    TOKEN_DTYPES,
     DatasetIndex,
-    ShardInfo,
     index_to_json,
 )
+from mmfree_jax.data.shards import DOCUMENT_DTYPE, TOKEN_DTYPES, ShardInfo
 from mmfree_jax.errors import DataError, OutputError
 from mmfree_jax.files import sha256_file, sync_folder, write_text
 from mmfree_jax.json_shape import digest, fault
@@ -247,9 +245,10 @@ class SplitWriter:
 
 
 def write_index(index: DatasetIndex) -> None:
-    """Marks a folder as complete, by writing `index.json`."""
-    sync_folder(index.path)
-    write_text(index.path / INDEX_NAME, index_to_json(index))
+    """Marks a folder of this machine as complete, by writing `index.json`."""
+    folder = Path(index.path)
+    sync_folder(folder)
+    write_text(folder / INDEX_NAME, index_to_json(index))
 
 
 def write_dataset(

@@ -8,7 +8,7 @@ import yaml
 
 from mmfree_jax.config import tokens_per_step
 from mmfree_jax.data.dataset import TRAIN, load_index, open_dataset
-from mmfree_jax.errors import ConfigError, DataError, TrainingError
+from mmfree_jax.errors import ConfigError, DataError, StorageError, TrainingError
 from mmfree_jax.json_shape import fault
 from mmfree_jax.model.parameters import param_count
 from mmfree_jax.readable import printable
@@ -168,7 +168,7 @@ def data_lines(manifest: Manifest, data_license: str | None) -> list[str]:
     for path, tokens, digest in zip(
         data["paths"], data["tokens"], data["fingerprints"], strict=True
     ):
-        settings = _settings(Path(path), digest)
+        settings = _settings(path, digest)
         corpus = settings.get("corpus")
         known.append(_CORPUS_LICENSES.get(str(corpus)))
         named = f"{_line(Path(path).name)}" + (f" (corpus {_line(corpus)})" if corpus else "")
@@ -179,13 +179,13 @@ def data_lines(manifest: Manifest, data_license: str | None) -> list[str]:
     return [*facts, f"licence of the data: {_line(data_license)}"]
 
 
-def _settings(folder: Path, fingerprint: str) -> dict[str, Any]:
+def _settings(folder: str, fingerprint: str) -> dict[str, Any]:
     """How a data set was prepared, where its folder is still there and still the same."""
     try:
         if open_dataset(folder, TRAIN).fingerprint != fingerprint:
             return {}
         settings = load_index(folder).source.get("settings")
-    except (ConfigError, DataError, OSError):
+    except (ConfigError, DataError, StorageError, OSError):
         return {}
     return settings if isinstance(settings, dict) else {}
 

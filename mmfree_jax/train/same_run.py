@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "stop_at",
     "data.paths",
     "data.prefetch",
+    "data.cache_gib",
     "model.remat",
     "model.scan_layers",
     "model.matmul_kernel",

@@ -14,7 +14,7 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.dataset import HELDOUT, TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, check_length, make_eval_batches, open_mixture
-from mmfree_jax.data.tokenizer import load_tokenizer
+from mmfree_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import copy_folder, folder_atomically
 from mmfree_jax.installed import versions
@@ -179,7 +179,8 @@ def _open_run(config: TrainConfig, planned: int | None) -> Run:
     sources = [] if eval_batches is None else [source.name for source in eval_batches.sources]
     tokenizer = None
     if config.eval.sample_tokens or config.eval.tasks:
-        tokenizer = load_tokenizer(Path(config.data.paths[0]) / "tokenizer")
+        folder = tokenizer_folder(data[0].path)
+        tokenizer = load_tokenizer(config.data.paths[0] if folder is None else folder)
     tasks = open_tasks(config, tokenizer)
     config = with_direction(config, sources, {} if tasks is None else tasks.numbers)
     return Run(
@@ -259,8 +260,8 @@ def copy_tokenizer(run: Run) -> None:
     Raises:
       OutputError: it cannot be copied.
     """
-    source, target = Path(run.config.data.paths[0]) / "tokenizer", run.run_dir / TOKENIZER
-    if target.exists() or not source.is_dir():
+    target = run.run_dir / TOKENIZER
+    if target.exists() or (source := tokenizer_folder(run.data[0].path)) is None:
         return
     with folder_atomically(target) as folder:
         copy_folder(source, folder)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmfree_jax.data import dataset as dataset_lib
 from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
+from mmfree_jax.data.verification import verify_checksums
 
 
 def make_texts(seed, count):
@@ -29,7 +29,7 @@ def run(out, **kwargs):
     kwargs = {"heldout_fraction": 0.0, "workers": 1, **kwargs}
     index, worked = prepare_dataset(PrepareConfig(out=str(out), **kwargs))
     assert worked
-    assert dataset_lib.verify_checksums(index) == []
+    assert verify_checksums(index) == []
     return index
 
 

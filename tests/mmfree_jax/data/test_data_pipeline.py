@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmfree_jax.config import DataConfig
 from mmfree_jax.data import dataset as dataset_lib
 from mmfree_jax.data import pipeline, writer
+from mmfree_jax.data.verification import verify_checksums
 from mmfree_jax.errors import ConfigError, DataError
 
 IDENTITY = {"kind": "byte", "vocab_size": 258, "sha256": "x", "bos_id": 256, "eos_id": 257}
@@ -96,7 +97,7 @@ def test_rows_are_what_the_definition_says(tmp_path_factory, seed, seq_len, shar
     assert total == data.num_predicted
     for i, ids in enumerate(docs):
         np.testing.assert_array_equal(data.document(i), ids)
-    assert dataset_lib.verify_checksums(dataset_lib.load_index(folder)) == []
+    assert verify_checksums(dataset_lib.load_index(folder)) == []
 
 
 @pytest.mark.parametrize("weights", [None, (0.6, 0.3, 0.1)])
@@ -276,13 +277,13 @@ def test_unfinished_and_damaged_folders(tmp_path):
         dataset_lib.open_dataset(folder)
     tokens.write_bytes(b"\xff\xff" + good[2:])  # id 65535
     index = dataset_lib.load_index(folder)
-    assert dataset_lib.verify_checksums(index) == [f"{tokens}: checksum differs from the index"]
+    assert verify_checksums(index) == [f"{tokens}: checksum differs from the index"]
     config = DataConfig(paths=(str(folder),), seq_len=T)
     with pytest.raises(DataError, match=r"token id 65535 .* beyond the vocabulary of 258"):
         take(config, 500, batch_size=1)
     tokens.unlink()
     os.mkfifo(tokens)  # which nobody writes to
-    assert dataset_lib.verify_checksums(index) == [f"{tokens}: checksum differs from the index"]
+    assert verify_checksums(index) == [f"{tokens}: checksum differs from the index"]
     tokens.unlink()
     with pytest.raises(DataError, match="restore it"):
         dataset_lib.open_dataset(folder)
