@@ -43,7 +43,7 @@ class DataConfig:
     prefetch: CountOrZero = 4
     """Batches prepared ahead of the device."""
     cache_gib: AboveZero = 100.0
-    """Disk for copies of what lies in buckets, in MMFREE_CACHE or ~/.cache/mmfree (GiB)."""
+    """Disk for copies of what lies in buckets (GiB); docs/data.md says where."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.")

@@ -31,11 +31,14 @@ _WAY_OUT = f"make room there, or set {FOLDER} to a folder on another disk"
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: $MMFREE_CACHE, else mmfree in $XDG_CACHE_HOME or ~/.cache."""
+    """Where copies are kept: $MMFREE_CACHE, else mmfree_jax/objects in ~/.cache.
+
+    XDG_CACHE_HOME names another than ~/.cache.
+    """
     if named := os.environ.get(FOLDER):
         return Path(named).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).absolute() / "mmfree"
+    return Path(home).absolute() / "mmfree_jax" / "objects"
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,9 @@ def _filesystem(scheme: str, endpoint: str | None, process: int) -> Any:
             skip_instance_cache=True,
             requests_timeout=_seconds(),
         )
-        found._request = functools.partial(core._request.__wrapped__, found)
+        for name in ("_request", "_get_file_request", "_get_file_concurrent"):
+            if once := getattr(getattr(core, name, None), "__wrapped__", None):
+                setattr(found, name, functools.partial(once, found))
         return found
     s3fs = import_optional("s3fs", "s3://", install_command("s3"))
     found = s3fs.S3FileSystem(
@@ -231,8 +233,8 @@ def _status(error: BaseException) -> int | None:
 # By name, for their packages need not be installed.
 _PASSING = {
     "ChecksumError", "ClientConnectionError", "ClientPayloadError", "ConnectionError",
-    "HTTPClientError", "IncompleteRead", "ProxyError", "ResponseStreamingError", "Timeout",
-    "TimeoutError", "TransportError", "_ShortReadError",
+    "FlexibleChecksumError", "HTTPClientError", "IncompleteRead", "ProxyError",
+    "ResponseStreamingError", "Timeout", "TimeoutError", "TransportError", "_ShortReadError",
 }  # fmt: skip
 _REFUSED = {"DefaultCredentialsError", "NoCredentialsError", "PermissionError", "RefreshError"}
 

@@ -97,9 +97,11 @@ def make_train_iterator(
         found = [datasets[k].row(r, config.seq_len) for k, r in picks]
         return stack_rows(found + [padding] * (len(mine) - len(found)))
 
-    firsts = itertools.count(start_row, batch_size)
-    ahead: Iterator[Any] = (shuffled[first + j] for first in firsts for j in mine)
-    stop = fetch_ahead(datasets, ahead, config.seq_len)
+    def in_order() -> Iterator[Any]:
+        for first in itertools.count(start_row, batch_size):
+            yield from (shuffled[first + j] for j in mine)
+
+    stop = fetch_ahead(datasets, in_order(), config.seq_len)
     steps = grain.MapDataset.range((sys.maxsize - start_row) // batch_size - 1).map(batch_at)
     options = grain.ReadOptions(
         num_threads=min(2, config.prefetch), prefetch_buffer_size=config.prefetch

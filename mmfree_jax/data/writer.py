@@ -246,9 +246,9 @@ class SplitWriter:
 
 def write_index(index: DatasetIndex) -> None:
     """Marks a folder of this machine as complete, by writing `index.json`."""
-    folder = Path(index.path)
-    sync_folder(folder)
-    write_text(folder / INDEX_NAME, index_to_json(index))
+    assert isinstance(index.path, Path)
+    sync_folder(index.path)
+    write_text(index.path / INDEX_NAME, index_to_json(index))
 
 
 def write_dataset(

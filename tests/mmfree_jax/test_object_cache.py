@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from bucket_files import wait_for
 
 from mmfree_jax.errors import OutputError
 from mmfree_jax.object_cache import ObjectCache, cache_folder
@@ -47,8 +48,7 @@ def test_what_is_in_use_stays_and_others_wait_for_it(tmp_path):
         assert _here(cache) == ["held", "other"]
         waiting = threading.Thread(target=_use, args=(cache, "large", 200))
         waiting.start()
-        while (tmp_path / "other").exists():  # it goes, and is not enough
-            pass
+        wait_for(lambda: not (tmp_path / "other").exists())  # it goes, and is not enough
         assert (held / "data").read_bytes() == b"x" * 100
         assert waiting.is_alive()
     waiting.join()
@@ -137,4 +137,4 @@ def test_the_folder_is_that_of_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "x"
     monkeypatch.delenv("MMFREE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "mmfree"
+    assert cache_folder() == tmp_path / "mmfree_jax" / "objects"

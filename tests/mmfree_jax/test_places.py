@@ -13,9 +13,8 @@ import yaml
 
 from mmfree_jax import files
 from mmfree_jax.cli.main import commands, main
-from mmfree_jax.config import DataConfig, TrainConfig
+from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import read_yaml
-from mmfree_jax.data.dataset import load_index
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import check_local, check_place, is_place, takes_url
 from mmfree_jax.saved.kinds import kind_of
@@ -125,7 +124,7 @@ PLACES = [
     if is_place(option.hint) and not takes_url(option.hint)
 ]
 # What may lie in a bucket; all others are of this machine.
-URLS = {"--run-dir"}
+URLS = {"--run-dir", "--data.paths", "--path"}
 
 
 def test_every_text_on_the_command_line_is_a_place_or_is_known_to_be_none():
@@ -250,13 +249,7 @@ SWEEP = {"families": [{"learning_rates": [1e-3]}], "sizes": ["rung-1M"], "tokens
     ("command", "values", "field"),
     [
         (["train", "--config"], {"init_from": "hf://b/x"}, "init_from is 'hf://b/x'"),
-        (["train", "--config"], {"data": {"paths": ["d", "s3://b"]}}, "data.paths is 's3://b'"),
         (["sweep", "plan"], SWEEP | {"out": "gs://b"}, "out is 'gs://b'"),
-        (
-            ["sweep", "plan"],
-            SWEEP | {"train": {"data": {"paths": ["gs://b"]}}},
-            "data.paths is 'gs://b'",
-        ),
     ],
 )
 def test_no_config_file_takes_another_url(command, values, field, capsys, tmp_path, monkeypatch):
@@ -286,9 +279,7 @@ def test_no_job_file_mounts_a_url(platform, name, capsys, tmp_path):
     "call",
     [
         lambda url: TrainConfig(init_from=url),
-        lambda url: DataConfig(paths=(url,)),
         read_yaml,
-        load_index,
         kind_of,
         lambda url: files.write_text(url, "x"),
         lambda url: files.check_target(url, command="pack"),

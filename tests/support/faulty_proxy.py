@@ -8,6 +8,7 @@ each write, one write at a time, so that what it reads still holds when the writ
 import dataclasses
 import http.client
 import re
+import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -106,7 +107,7 @@ class FaultyProxy:
             def answer(self, request: Request) -> None:
                 proxy._serve(self, request)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "FaultyProxy":
@@ -208,6 +209,13 @@ class FaultyProxy:
         with self._writing:
             refused = self._check(request, self.ask)
             return refused or self.ask(request.method, request.raw, sent, request.body)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing where a client went away, which is its own affair."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
