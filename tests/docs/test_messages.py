@@ -18,6 +18,9 @@ PACKAGES = ("mmfree_jax", "experiments", "launch")
 OTHER_FILES = ("huggingface.py", "huggingface_fields.py")  # the settings are those of a file
 OTHER_PROGRAMS = {"--version", "--array", "--long", "--rows"}  # sbatch, zstd and a script take them
 OTHER_PROGRAMS |= {"--upgrade", "--force-reinstall"}  # and pip these
+# srun, uv, and the daemons beside pods on Google's GPU hosts
+OTHER_PROGRAMS |= {"--ntasks", "--python", "--verbose", "--num_hops", "--num_nics", "--uid"}
+OTHER_PROGRAMS |= {"--alsologtostderr"}
 
 SETTINGS = flatten(to_dict(TrainConfig()), separator=".")
 NAMES = {name for path in SETTINGS for name in (path, path.split(".")[-1]) if set(name) & set("._")}

@@ -177,6 +177,7 @@ def test_no_other_option_of_any_command_takes_a_url(
 
 _OF_JOBS = {
     "slurm": {"--nodes": "1"},
+    "sky": {"--accelerators": "H100:8", "--setup": ":"},
     "tpu-vm": {
         "--project": "p",
         "--zone": "z",
