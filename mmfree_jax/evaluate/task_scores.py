@@ -44,6 +44,9 @@ class TaskScores:
         self._manager = self._held.enter_context(task_manager(tasks, tasks_dir))
         with task_errors(tasks_dir):
             self._tasks: dict[str, Any] = self._manager.load(list(tasks))["tasks"]
+            for task in self._tasks.values():
+                task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=0)
             self.fingerprints = {n: _digest(t.eval_docs, limit) for n, t in self._tasks.items()}
         self.names = list(self._tasks)
 
@@ -68,18 +71,13 @@ class TaskScores:
         """
         evaluator = importlib.import_module("lm_eval.evaluator")
         with task_errors(self._tasks_dir):
-            results = evaluator.simple_evaluate(
-                model=model,
-                tasks=[self._tasks[name]],
-                num_fewshot=0,
+            # Not `simple_evaluate`, which seeds generators that are not ours and asks git.
+            results = evaluator.evaluate(
+                lm=model,
+                task_dict=self._manager.load([self._tasks[name]]),
                 limit=self._limit,
                 bootstrap_iters=_RESAMPLES,
                 log_samples=False,
-                random_seed=0,
-                numpy_random_seed=0,
-                torch_random_seed=None,
-                fewshot_random_seed=0,
-                task_manager=self._manager,
             )
         found = {}
         for key, value in results["results"][name].items():
