@@ -185,6 +185,11 @@ class CheckpointConfig:
     best_is: Literal["lowest", "highest"] | None = None
     """Whether the lowest or the highest value is best; None: as the metric has it. Of equal ones
     the earliest is kept; one that is not finite is never best."""
+    local_dir: Place | None = None
+    """Folder of each machine's own, on a disk or in memory (/dev/shm), for copies of the state that
+    are saved more often than checkpoints; a run that goes on takes the newest of either."""
+    local_every_steps: Count = 100
+    """Steps between local copies, where there is checkpoint.local_dir."""
     resume: bool = True
     """Go on from the newest good checkpoint of the run directory, if it has one."""
 

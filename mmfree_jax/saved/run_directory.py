@@ -4,6 +4,8 @@ The files in it are listed in ARCHITECTURE.md.
 """
 
 import contextlib
+import re
+import secrets
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ LOSS_CURVE = "loss_curve.png"
 SAMPLE = "sample.txt"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"
+RUN_ID = "run_id"
 TOKENIZER = "tokenizer"
 LOCK = ".lock"
 
@@ -54,6 +57,28 @@ def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float =
             time.sleep(0.2)
 
     processes.together(look)
+
+
+def run_identity(run_dir: Path) -> str:
+    """What tells this run from any other, also from one that was in the folder before.
+
+    Process 0 makes it once; all get it.
+
+    Raises:
+      OutputError: it cannot be written.
+    """
+
+    def make() -> str:
+        path = run_dir / RUN_ID
+        with contextlib.suppress(OSError):
+            found = path.read_text(encoding="utf-8").strip()
+            if re.fullmatch("[0-9a-f]{16}", found):
+                return found
+        new = secrets.token_hex(8)
+        write_text(path, new + "\n")
+        return new
+
+    return processes.first(make)
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:

@@ -19,6 +19,7 @@ from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
 from mmfree_jax.saved.checkpoint import Checkpointer
+from mmfree_jax.saved.local_copies import LocalCopies
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.held_out import evaluate
 from mmfree_jax.train.metrics import TernaryMonitor
@@ -50,9 +51,11 @@ class Loop:
         on_step: Callable[[int], None] | None,
         watchdog: Watchdog | None,
         best: BestSteps | None = None,
+        copies: LocalCopies | None = None,
     ) -> None:
         self._beat = watchdog.beat if watchdog else lambda place: None
         self._agree = Consensus(run.mesh, 4)
+        self._copies = copies
         self._best, self._agree_now = best, Consensus(run.mesh, 1)
         self._run, self._recorder, self._checkpointer = run, recorder, checkpointer
         self._verification = verification
@@ -201,7 +204,10 @@ class Loop:
         if _is_due(config.eval.sample_every_steps, done):
             self._sample(state, done)
         if must_save or self._is_best(done):
-            self._save(state, done)
+            self._save(state, done, self._checkpointer)
+            self._saved_at = self._clock()
+        elif self._copies is not None and _is_due(config.checkpoint.local_every_steps, done):
+            self._save(state, done, self._copies)
         if told:
             return reason_of(told)
         return "max_minutes" if out_of_time and done < self._end else None
@@ -223,8 +229,8 @@ class Loop:
         self._checkpointer.abandon()  # it would wait for the process whose part failed
         raise TrainingError("another process has ended the run: see its message")
 
-    def _save(self, state: TrainState, done: int) -> None:
-        """Starts a checkpoint, once everything up to its step is on record."""
+    def _save(self, state: TrainState, done: int, saver: Checkpointer | LocalCopies) -> None:
+        """Starts a checkpoint or a local copy, once everything up to its step is on record."""
         self._read_metrics()
         with self._recorder.watch.section("checkpoint"):
             recorder = self._recorder
@@ -234,9 +240,8 @@ class Loop:
             metadata = checkpoint_metadata(
                 self._run, done, recorder.meter, recorder.seconds, goodput
             )
-            self._checkpointer.save(done, state, metadata)
+            saver.save(done, state, metadata)
         self._beat(f"saving step {done}")
-        self._saved_at = self._clock()
 
     def _evaluate(self, state: TrainState, done: int) -> None:
         """Held-out loss, unless this step has one already."""

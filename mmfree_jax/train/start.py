@@ -5,12 +5,16 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from mmfree_jax.saved.checkpoint import restore_newest
+from mmfree_jax.parallel import processes
+from mmfree_jax.saved.checkpoint import Restored, restore_newest
 from mmfree_jax.saved.goodput import NO_TIME, Goodput
+from mmfree_jax.saved.local_copies import LocalCopies
+from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.run_directory import CHECKPOINTS
 from mmfree_jax.train.branch import take_branch
 from mmfree_jax.train.init_from import initial_params
 from mmfree_jax.train.metrics import Stopwatch
+from mmfree_jax.train.same_run import check_same_run
 from mmfree_jax.train.setup import Run
 from mmfree_jax.train.step import TrainState, abstract_state, init_sharded
 
@@ -43,12 +47,13 @@ class Start:
         return not self.is_resumed and self.run.origin.parent is not None
 
 
-def start_state(run: Run, watch: Stopwatch) -> Start:
+def start_state(run: Run, watch: Stopwatch, copies: LocalCopies | None) -> Start:
     """The newest good checkpoint's state on the run's mesh, else the parent's, else a fresh one.
 
     Args:
       run: what is to start.
       watch: gets the time of reading checkpoints.
+      copies: of the run on the machines; None: there are none.
 
     Raises:
       ConfigError, DataError: as `take_branch`.
@@ -57,8 +62,12 @@ def start_state(run: Run, watch: Stopwatch) -> Start:
     abstract = abstract_state(run.config, run.optimizer, run.mesh)
     with warnings.catch_warnings(record=True) as caught, watch.section("restore"):
         warnings.simplefilter("always", UserWarning)
-        restored = restore_newest(run.place / CHECKPOINTS, abstract)
-    notes = [f"warning: {w.message}" for w in caught if "falling back" in str(w.message)]
+        restored, notes = _newest_copy(run, abstract, copies)
+        if restored is None:
+            restored = restore_newest(run.place / CHECKPOINTS, abstract)
+        if copies is not None:
+            copies.drop_after(0 if restored is None else restored.step)
+    notes += [f"warning: {w.message}" for w in caught if "falling back" in str(w.message)]
     if restored is not None:
         manifest = restored.manifest
         config = dataclasses.replace(
@@ -90,3 +99,19 @@ def start_state(run: Run, watch: Stopwatch) -> Start:
         params = initial_params(run.config.init_from, run.config, run.mesh)
         state = dataclasses.replace(state, params=params)
     return Start(run, state, notes=tuple(notes))
+
+
+def _newest_copy(
+    run: Run, abstract: TrainState, copies: LocalCopies | None
+) -> tuple[Restored | None, list[str]]:
+    """The newest local copy's state if that is later than every checkpoint; and what to say."""
+    if copies is None:
+        return None, []
+    folder = run.place / CHECKPOINTS
+    saved = processes.first(lambda: max(checkpoint_steps(folder), default=0))
+    restored, notes = copies.restore(abstract, newer_than=saved)
+    if restored is None:
+        return None, list(notes)
+    check_same_run(run.place, restored.manifest.config, run.config, restored.step)
+    note = f"taken from the local copies of step {restored.step}: the newest checkpoint is "
+    return restored, [*notes, note + (f"step {saved}" if saved else "none")]

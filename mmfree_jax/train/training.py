@@ -23,7 +23,8 @@ from mmfree_jax.progress import Display, open_display
 from mmfree_jax.saved.best import best_metric
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.history import read_history
-from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, write_config
+from mmfree_jax.saved.local_copies import LocalCopies
+from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, run_identity, write_config
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.branch import check_apart
 from mmfree_jax.train.loop import Loop, Sampler
@@ -119,7 +120,11 @@ def train(
         if (summary := processes.first(look)) is not None:
             return summary
         display.stage("building the model")
-        start = start_state(run, watch)
+        copies = None
+        if config.checkpoint.local_dir is not None:
+            copies = LocalCopies(Path(config.checkpoint.local_dir), run_identity(run.run_dir))
+            held.callback(copies.wait)
+        start = start_state(run, watch, copies)
         run, config = start.run, start.run.config
         if is_writer:
             write_config(run.run_dir, config)
@@ -181,9 +186,13 @@ def train(
                     on_step,
                     watchdog,
                     best,
+                    copies,
                 )
                 stack.callback(loop.close)
-                return loop.run(start.state, start.step)
+                summary = loop.run(start.state, start.step)
+                if copies is not None and summary["status"] == "complete":
+                    copies.remove()
+                return summary
             except (jax.errors.JaxRuntimeError, ValueError) as e:  # Gloo's are ValueErrors
                 if "RESOURCE_EXHAUSTED" in str(e):
                     raise TrainingError(_out_of_memory(config)) from e

@@ -464,3 +464,38 @@ def test_the_time_of_all_attempts_is_told(small_run, tmp_path, capsys):
     assert [r["step"] for r in records] == [0, 0, 4, 4, 4, 8, 12, 12]
     assert records[3]["lost_s"] == goodput["lost_s"]
     assert f"goodput {goodput['step_share']:.1%} of " in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_local_copies_that_are_newer(finished, tmp_path, capsys):
+    whole, whole_dir, _ = finished
+    run_dir, local = tmp_path / "run", tmp_path / "local"
+    config = replace(
+        whole, run_dir=str(run_dir), checkpoint__local_dir=str(local),
+        checkpoint__local_every_steps=3,
+    )  # fmt: skip
+
+    def die_at(step):
+        def on_step(done):
+            if done == step:
+                raise RuntimeError("killed")
+
+        return on_step
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, on_step=die_at(7))
+    assert checkpoint_steps(run_dir / "checkpoints") == [4]
+    with pytest.raises(RuntimeError, match="killed"):  # from step 6, and dies before step 8
+        train(config, on_step=die_at(8))
+    said = capsys.readouterr().out
+    assert "taken from the local copies of step 6: the newest checkpoint is step 4" in said
+    assert "resumed from checkpoint 6" in said
+    for file in local.glob("*/*/6/pieces.safetensors"):
+        file.unlink()
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, on_step=die_at(11))
+    said = capsys.readouterr().out
+    assert "resumed from checkpoint 4" in said
+    assert train(config)["status"] == "complete"
+    kinds = ("train", "eval")
+    assert _records(run_dir, *kinds) == _records(whole_dir, *kinds)
+    assert not any(local.iterdir()), "a complete run leaves no copies"
