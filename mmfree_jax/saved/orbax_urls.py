@@ -3,7 +3,7 @@
 Orbax 0.12 writes arrays to GCS by TensorStore, and the few files beside them by epath and gcsfs.
 TensorStore and epath know S3 too, but Orbax takes `s3://` for a folder of this machine: three of
 its private functions, each of a few lines, decide that, and are replaced here.
-`tests/mmfree_jax/saved/test_bucket_checkpoints.py` trains on both.
+`tests/mmfree_jax/train/test_bucket_runs.py` trains on both.
 """
 
 import functools
@@ -44,8 +44,12 @@ def _teach_s3() -> None:
             return of_gcs(path)
         bucket, _, key = path.removeprefix("s3://").partition("/")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        spec = {"driver": "s3", "bucket": bucket, "path": key}
+        spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
         spec |= {"aws_region": region} if region else {}
+        if os.environ.get(
+            "AWS_ACCESS_KEY_ID"
+        ):  # others are looked for with an error each on stderr
+            spec |= {"aws_credentials": {"type": "environment"}}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return spec | ({"endpoint": endpoint} if endpoint else {})
 

@@ -15,6 +15,7 @@ from bucket_servers import Bucket
 from faulty_proxy import Fault
 from whole_runs import replace
 
+from mmfree_jax import storage
 from mmfree_jax.cli.main import main
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.errors import MMFreeError
@@ -173,4 +174,26 @@ def test_a_bad_url_is_one_line(config, bucket: Bucket, capsys, tmp_path, run_dir
     assert main(["train", "--config", str(path), "--run-dir", run_dir]) == 2
     error = capsys.readouterr().err
     assert why in error
+    assert error.count("\n") == 1
+
+
+def test_a_bucket_that_refuses_is_one_line(config, bucket: Bucket, capsys, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    bucket.proxy.add(Fault(status=403))
+    assert main(["train", "--config", str(path), "--model.vocab-size", "256"]) == 2
+    error = capsys.readouterr().err
+    assert f"mmfree: error: {config.run_dir} cannot be written: permission denied" in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_extra_is_one_line(config, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    scheme = config.run_dir[:2]
+    monkeypatch.setitem(storage._MODULES, scheme, "no_such_package")
+    assert main(["train", "--config", str(path), "--model.vocab-size", "256"]) == 2
+    error = capsys.readouterr().err
+    extra = {"gs": "gcs", "s3": "s3"}[scheme]
+    assert f"(extra {extra}) needs no_such_package, which is not installed: run pip" in error
     assert error.count("\n") == 1
