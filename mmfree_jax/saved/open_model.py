@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.fetched import local_copy
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import without_foreign_kernels
 from mmfree_jax.model.parameters import flatten, param_shapes
@@ -35,6 +36,7 @@ from mmfree_jax.saved.kinds import Kind, kind_of
 from mmfree_jax.saved.run_directory import TOKENIZER, load_config
 from mmfree_jax.saved.tensor_names import known_extra, tensor_map
 from mmfree_jax.saved.tensors import Slot, TensorFolder, TensorMap, read_params
+from mmfree_jax.storage import is_url
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Form = Literal["master", "ternary", "packed"]
@@ -173,17 +175,23 @@ def open_model(path: str | os.PathLike[str], *, step: Step | None = None) -> Sav
     What a folder is, one file in it says (`kinds.py`); with two such files it is refused.
 
     Args:
-      path: the folder.
+      path: the folder, or its URL in a bucket, of which a copy is taken (`fetched.py`).
       step: of a run's checkpoint; "best": that with the best `checkpoint.best_metric` of those that
         the run has kept; None: the newest that is whole.
 
     Raises:
       CheckpointError: it is no folder, or holds no model or two; a packed file is damaged.
       ConfigError: its config is missing, malformed or asks for something that is not implemented;
-        or `step` for what is not a training run.
+        or `step` for what is not a training run; or it is a training run in a bucket.
+      StorageError: the bucket cannot be read, or holds nothing there.
     """
-    folder = Path(path)
+    folder = local_copy(path, "model", _is_of_model)
     kind = kind_of(folder)
+    if kind == "run" and is_url(path):
+        raise ConfigError(
+            f"model {path} is a training run, whose checkpoints are not read from a bucket here: "
+            "copy the run to this machine, and give that folder"
+        )
     if kind == "run":
         return _open_run(folder, step)
     if step is not None:
@@ -210,6 +218,12 @@ def open_model(path: str | os.PathLike[str], *, step: Step | None = None) -> Sav
             functools.partial(known_extra, tied=found.tied),
         ),
     )
+
+
+def _is_of_model(name: PurePosixPath) -> bool:
+    """Whether an object of a folder may be read of a model."""
+    kinds = (".json", ".jinja", ".model", ".safetensors", ".yaml")
+    return name.parts[:-1] == (TOKENIZER,) or (len(name.parts) == 1 and name.suffix in kinds)
 
 
 def _open_run(folder: Path, step: Step | None) -> SavedModel:

@@ -124,7 +124,15 @@ PLACES = [
     if is_place(option.hint) and not takes_url(option.hint)
 ]
 # What may lie in a bucket; all others are of this machine.
-URLS = {"--run-dir", "--data.paths", "--path"}
+URLS = {
+    "data inspect --path",
+    "data prepare --tokenizer",
+    "generate --model",
+    "generate --tokenizer",
+    "pack --model",
+    "--data.paths",  # of every command that has it
+    "--run-dir",
+}
 
 
 def test_every_text_on_the_command_line_is_a_place_or_is_known_to_be_none():
@@ -147,7 +155,12 @@ def test_the_options_that_were_found_are_those_of_the_documents():
 
 
 def test_the_options_that_take_a_url_are_known():
-    found = {o.flag for _, options in ALL for o in options if takes_url(o.hint)}
+    found = {
+        option.flag if option.flag in URLS else f"{' '.join(words)} {option.flag}"
+        for words, options in ALL
+        for option in options
+        if takes_url(option.hint)
+    }
     assert found == URLS
 
 

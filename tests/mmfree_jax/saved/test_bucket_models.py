@@ -1,0 +1,59 @@
+"""Models in buckets are those of the folders they were copied from."""
+
+import numpy as np
+import pytest
+from bucket_files import do_not_wait, put_folder
+from faulty_proxy import Fault
+from small_packed_model import BASE, build
+
+from mmfree_jax import storage
+from mmfree_jax.cli.main import main
+from mmfree_jax.data.tokenizer import ByteTokenizer
+from mmfree_jax.errors import ConfigError, StorageError
+from mmfree_jax.saved.open_model import open_model
+
+
+@pytest.fixture
+def model(save_model, tmp_path, monkeypatch):
+    """A small model, in a folder of this machine."""
+    monkeypatch.setenv("MMFREE_CACHE", str(tmp_path / "cache"))
+    do_not_wait(monkeypatch)
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    return save_model(tmp_path / "model", BASE, build(BASE)[1], tmp_path / "tokenizer")
+
+
+def test_weights_and_tokenizer_are_those_of_the_folder_and_fetched_once(model, bucket):
+    url = put_folder(model.path, f"{bucket.url}/models/my model")
+    reads = rf"^GET /(download/\S*/)?{bucket.url[5:]}/.*safetensors"
+    bucket.proxy.add(Fault(reads, 1, keep=100))
+    for _ in range(2):
+        there = open_model(url)
+        assert str(there.path).endswith(f"{bucket.url[5:]}/models/my model")
+        name = "blocks/glu/down_proj/weight"
+        np.testing.assert_array_equal(there.leaf(name), model.leaf(name))
+        assert there.tokenizer().sha256 == model.tokenizer().sha256
+    assert len(bucket.proxy.requests(reads)) == 2  # the one that was cut short, and the other
+
+
+@pytest.mark.parametrize("bucket", ["gcs"], indirect=True)
+def test_a_model_in_a_bucket_is_packed(model, bucket, tmp_path):
+    url = put_folder(model.path, f"{bucket.url}/m")
+    for source, out in ((url, "there"), (str(model.path), "here")):
+        argv = ["--model", source, "--out", str(tmp_path / out), "--agreement-prompts", "0"]
+        assert main(["pack", *argv]) == 0
+    packed = [(tmp_path / out / "packed.safetensors").read_bytes() for out in ("there", "here")]
+    assert packed[0] == packed[1]
+
+
+def test_what_cannot_be_opened_is_one_line(model, bucket):
+    put_folder(model.path, f"{bucket.url}/half")
+    mark = storage.parse_url(f"{bucket.url}/half/.mmfree-uploading.json")
+    storage.write_bytes(mark, b"{}")
+    storage.write_bytes(storage.parse_url(f"{bucket.url}/run/config.yaml"), b"model: {}")
+    for name, error, wanted in (
+        ("half", StorageError, "half is half written"),
+        ("none", StorageError, "none does not exist: nothing in the bucket begins so"),
+        ("run", ConfigError, "run is a training run, whose checkpoints are not read"),
+    ):
+        with pytest.raises(error, match=wanted):
+            open_model(f"{bucket.url}/{name}")
