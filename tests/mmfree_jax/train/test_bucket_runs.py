@@ -197,3 +197,22 @@ def test_a_missing_extra_is_one_line(config, capsys, tmp_path, monkeypatch):
     extra = {"gs": "gcs", "s3": "s3"}[scheme]
     assert f"(extra {extra}) needs no_such_package, which is not installed: run pip" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_a_local_copy_newer_than_the_bucket_is_gone_on_from(config, finished, tmp_path, capsys):
+    config = replace(
+        config, checkpoint__local_dir=str(tmp_path / "local"), checkpoint__local_every_steps=3
+    )
+
+    def die(step):
+        if step == 7:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, on_step=die)
+    assert checkpoint_steps(parse_url(config.run_dir) / "checkpoints") == [4]
+    assert train(config)["status"] == "complete"
+    said = capsys.readouterr().out
+    assert "taken from the local copies of step 6: the newest checkpoint is step 4" in said
+    _check_same(config, finished, tmp_path)
