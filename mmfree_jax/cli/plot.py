@@ -1,15 +1,17 @@
 """`mmfree plot`."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import tyro
 
+from mmfree_jax.fetched import local_copy
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import ShareBelowOne
 
 
 def plot(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[tuple[PlaceOrUrl, ...], tyro.conf.Positional],
     output: Path | None = None,
     metrics: tuple[str, ...] = ("loss",),
     x: Literal["steps", "tokens", "flops", "time"] = "steps",
@@ -22,9 +24,9 @@ def plot(
     """Draw what one or several runs logged: a panel for each metric, a colour for each run.
 
     Args:
-      runs: Run directories.
+      runs: Run directories, or their URLs (gs://, s3://).
       output: Image file (png, svg, pdf); default: loss_curve.png in the run directory, or
-        ./loss_curves.png for several; metrics.png for other metrics than loss.
+        ./loss_curves.png for several or one in a bucket; metrics.png for other metrics than loss.
       metrics: What to draw, as it is named in metrics.jsonl; training and held-out records.
       x: Quantity on the horizontal axis; time: of training.
       log_x: Draw it on a logarithmic scale.
@@ -38,17 +40,19 @@ def plot(
     from mmfree_jax.train.metric_series import read_metrics
     from mmfree_jax.train.plot import plot_metrics
 
+    folders = tuple(local_copy(run, "run", _is_drawn) for run in runs)
     if names_only and runs:
-        for run in runs:
-            print(f"{run}: {', '.join(read_metrics(run).logged)}")
+        for run, folder in zip(runs, folders, strict=True):
+            print(f"{run}: {', '.join(read_metrics(folder).logged)}")
         return 0
     if output is None:
         one, several = (
             (LOSS_CURVE, "loss_curves.png") if metrics == ("loss",) else ("metrics.png",) * 2
         )
-        output = runs[0] / one if len(runs) == 1 else Path(several)
+        at_home = len(runs) == 1 and folders[0] == Path(runs[0])
+        output = folders[0] / one if at_home else Path(several)
     notes = plot_metrics(
-        runs,
+        folders,
         output,
         metrics=metrics,
         x=x,
@@ -61,3 +65,8 @@ def plot(
         print(f"note: {note}")
     print(f"{'loss curve' if metrics == ('loss',) else 'figure'}: {output}")
     return 0
+
+
+def _is_drawn(name: PurePosixPath) -> bool:
+    """Whether a file of a run is read for its curves."""
+    return str(name) in ("metrics.jsonl", "config.yaml")

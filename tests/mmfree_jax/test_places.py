@@ -130,6 +130,7 @@ URLS = {
     "generate --model",
     "generate --tokenizer",
     "pack --model",
+    "plot --runs",
     "--data.paths",  # of every command that has it
     "--run-dir",
 }

@@ -216,3 +216,18 @@ def test_a_local_copy_newer_than_the_bucket_is_gone_on_from(config, finished, tm
     said = capsys.readouterr().out
     assert "taken from the local copies of step 6: the newest checkpoint is step 4" in said
     _check_same(config, finished, tmp_path)
+
+
+def test_the_curves_of_a_run_in_a_bucket_are_drawn(
+    finished, bucket: Bucket, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMFREE_CACHE", str(tmp_path / "cache"))
+    _, folder, _ = finished
+    url = f"{bucket.url}/runs/a"
+    for name in ("metrics.jsonl", "config.yaml"):
+        storage.upload(folder / name, parse_url(url) / name)
+    assert main(["plot", url]) == 0
+    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", url, "--list"]) == 0
+    assert f"{url}: accuracy, " in capsys.readouterr().out
