@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 GPUS = 4  # device nodes that stand for them, and read as /dev/null does
+_FAILED = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel")
 
 # A requeued job waits for cred_expire and a second more; 5 is the least that SLURM takes.
@@ -78,14 +79,18 @@ class Cluster:
         """Polls a job until the condition holds of its fields."""
         deadline = time.monotonic() + 120
         while not condition(job := self.job(number)):
-            assert time.monotonic() < deadline, job
+            log = Path(job.get("StdOut", "/dev/null"))
+            said = log.read_text(errors="replace")[-5000:] if log.exists() else ""
+            assert time.monotonic() < deadline, f"{job}\n{said}"
+            assert job["JobState"] not in _FAILED, f"{job}\n{said}"
             time.sleep(0.1)
         return job
 
     def ended(self, number: str) -> dict[str, str]:
         """Waits until a job has ended for good."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        return self.wait(number, lambda job: job["JobState"] in over)
+        return self.wait(
+            number, lambda job: job["JobState"] in ("COMPLETED", "CANCELLED", *_FAILED)
+        )
 
 
 @contextlib.contextmanager
