@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/laptop
 DATA ?= data/sotu
-JOBS ?= 2
+# More than the two cores that CI has: tests that wait for processes leave them free.
+JOBS ?= 3
 SEED ?= 0
 DEVICE ?= cpu
 TAG ?= mmfree:$(DEVICE)
