@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
+
 from mmfree_jax.parallel.processes import ProcessLostError, ProcessOptions, describe_self, leave
 
 _VERDICT = "verdict"
@@ -193,9 +195,15 @@ class Watchdog:
         patience = 3 * self._options.beat_seconds
         deadline = self._clock() + 3 * patience
         while self._clock() < deadline:
-            verdict = self.look() or (
-                self.silent(self._clock(), patience) if self._index == 0 else None
-            )
+            try:
+                verdict = self.look()
+            except jax.errors.JaxRuntimeError:  # the coordinator went down with its process
+                return (
+                    "process 0, the coordinator, is gone: it does not answer (this one is after "
+                    f"{self._place}); run the command again: it resumes"
+                )
+            if verdict is None and self._index == 0:
+                verdict = self.silent(self._clock(), patience)
             if verdict is not None:
                 if self._index == 0:
                     self._store.put(_VERDICT, verdict)

@@ -156,6 +156,20 @@ def test_who_hangs_is_named_although_it_shows_life():
     assert verdicts[2] == verdicts[0]
 
 
+def test_a_coordinator_that_is_gone_explains_a_collective_that_failed(monkeypatch):
+    pod = _Pod(2, silent_seconds=5, hang_seconds=8)
+    pod.pass_time(3, alive=(0, 1), moving=(0, 1))
+
+    def unavailable(name):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+
+    monkeypatch.setattr(pod, "get", unavailable)
+    assert pod.dogs[1].explain() == (
+        "process 0, the coordinator, is gone: it does not answer (this one is after step 3); "
+        "run the command again: it resumes"
+    )
+
+
 def test_when_all_hang_nobody_is_blamed():
     pod = _Pod(2, silent_seconds=5, hang_seconds=8)
     pod.pass_time(3, alive=(0, 1), moving=(0, 1))
