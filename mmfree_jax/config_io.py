@@ -9,11 +9,12 @@ import difflib
 import os
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import yaml
 
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import OptimizerConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.places import check_local
@@ -36,6 +37,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 # Fields that are newer than files which name a model by its fields (sessions, sweeps' tables).
 _NEWER = ("head_dim", "attention_bias", "qk_norm", "rope_scaling", "mup", "mup_base_width")
+_NEWER_OF_OPTIMIZER = (
+    "name", "factory", "embedding_rate", "head_rate", "matrix_rate", "vector_rate",
+)  # fmt: skip
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
@@ -43,8 +47,17 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
 
     So that the files of before are still of the same model.
     """
-    values, defaults = to_dict(config), to_dict(ModelConfig())
-    return {k: v for k, v in values.items() if k not in _NEWER or v != defaults[k]}
+    return _where_said(config, _NEWER)
+
+
+def optimizer_identity(config: OptimizerConfig) -> dict[str, Any]:
+    """As `model_identity`, of the optimiser, for tables that tell runs apart."""
+    return _where_said(config, _NEWER_OF_OPTIMIZER)
+
+
+def _where_said(config: ModelConfig | OptimizerConfig, newer: Collection[str]) -> dict[str, Any]:
+    values, defaults = to_dict(config), to_dict(type(config)())
+    return {k: v for k, v in values.items() if k not in newer or v != defaults[k]}
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfree_jax.config import OptimizerConfig, TrainConfig, tokens_per_step
-from mmfree_jax.config_io import model_identity, to_dict
+from mmfree_jax.config import TrainConfig, tokens_per_step
+from mmfree_jax.config_io import model_identity, optimizer_identity, to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AS_GIVEN, Setting
 from mmfree_jax.experiments.sweep.config import FamilyConfig, SweepConfig, base_train_config
@@ -135,10 +135,6 @@ def format_tokens(tokens: float) -> str:
     return f"{tokens / 1e3:.4g}K"
 
 
-# Fields of optimisers that older tables do not know: left out where they change nothing.
-_NEWER = ("name", "factory", "embedding_rate", "head_rate", "matrix_rate", "vector_rate")
-
-
 def config_hash(config: TrainConfig) -> str:
     """Sixteen hex digits of the SHA-256 of all settings that decide the result.
 
@@ -147,10 +143,7 @@ def config_hash(config: TrainConfig) -> str:
     """
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
     values["model"] = model_identity(config.model)
-    plain = to_dict(OptimizerConfig())
-    values["optimizer"] = {
-        k: v for k, v in values["optimizer"].items() if k not in _NEWER or v != plain[k]
-    }
+    values["optimizer"] = optimizer_identity(config.optimizer)
     values["eval"] = {k: v for k, v in values["eval"].items() if not k.startswith("tasks")}
     elsewhere = ("paths", "prefetch", "cache_gib")
     values["data"] = {k: v for k, v in values["data"].items() if k not in elsewhere}

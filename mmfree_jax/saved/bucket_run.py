@@ -9,14 +9,13 @@ from which `publish` uploads what has changed. Checkpoints go straight to the bu
 import contextlib
 import json
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmfree_jax.errors import CheckpointError
 from mmfree_jax.files import disk_errors, is_leftover, owner
 from mmfree_jax.leases import Lease, lease
 from mmfree_jax.parallel import processes
+from mmfree_jax.saved.run_directory import see_holder
 from mmfree_jax.storage import (
     MissingError,
     Url,
@@ -125,18 +124,16 @@ def open_bucket_run(
 
     found = processes.first(take)
 
-    def look() -> None:
-        deadline = time.monotonic() + patience
-        while True:
-            with contextlib.suppress(MissingError, ValueError):
-                if json.loads(read_bytes(url / LEASE)).get("owner") == found:
-                    return
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"run_dir {url} is not the bucket that process 0 writes to: give all processes "
-                    "the same endpoint and credentials"
-                )
-            time.sleep(0.2)
+    def held_by() -> str | None:
+        with contextlib.suppress(MissingError, ValueError):
+            return json.loads(read_bytes(url / LEASE)).get("owner")
+        return None
 
-    processes.together(look)
+    see_holder(
+        held_by,
+        found,
+        patience,
+        f"run_dir {url} is not the bucket that process 0 writes to: give all processes the same "
+        "endpoint and credentials",
+    )
     return run

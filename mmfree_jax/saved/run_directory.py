@@ -7,6 +7,7 @@ import contextlib
 import re
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mmfree_jax.config import TrainConfig
@@ -43,17 +44,40 @@ def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float =
 
     found = processes.first(take)
 
+    def held_by() -> str | None:
+        with contextlib.suppress(OSError):
+            return (run_dir / LOCK).read_text(encoding="utf-8")
+        return None
+
+    see_holder(  # network file systems may lag behind
+        held_by,
+        found,
+        patience,
+        f"run_dir {run_dir.absolute()} is not the folder that process 0 writes to: put it on a "
+        "file system that all hosts share",
+    )
+
+
+def see_holder(
+    held_by: Callable[[], str | None], holder: str, patience: float, otherwise: str
+) -> None:
+    """All processes see that `holder`, process 0, has the run directory that each of them sees.
+
+    Args:
+      held_by: who has it, as this process sees it; None: it does not.
+      holder: who should.
+      patience: how long to look (s).
+      otherwise: what is wrong if not.
+
+    Raises:
+      CheckpointError: a process does not see it in time.
+    """
+
     def look() -> None:
-        deadline = time.monotonic() + patience  # network file systems may lag behind
-        while True:
-            with contextlib.suppress(OSError):
-                if (run_dir / LOCK).read_text(encoding="utf-8") == found:
-                    return
+        deadline = time.monotonic() + patience
+        while held_by() != holder:
             if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"run_dir {run_dir.absolute()} is not the folder that process 0 writes to: "
-                    "put it on a file system that all hosts share"
-                )
+                raise CheckpointError(otherwise)
             time.sleep(0.2)
 
     processes.together(look)

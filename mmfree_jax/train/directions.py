@@ -5,7 +5,6 @@ is one. It gets gradients that are scaled and clipped already; the rate and its 
 weight decay and the factors of groups of parameters (`parameter_rules.py`) are the same for all.
 """
 
-import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -62,8 +61,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
         optax.stateless_with_tree_map(_with_rms),
     )
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype)
-    label = functools.partial(_by_path, lambda g: "muon" if g == "matrix" else "adam")
-    return optax.partition({"muon": muon, "adam": adam}, label)
+    return optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
 
 
 def _with_rms(update: Any, _: Any) -> Any:
@@ -71,8 +69,10 @@ def _with_rms(update: Any, _: Any) -> Any:
     return update * (_MUON_RMS * math.sqrt(max(update.shape[-2:])))
 
 
-def _by_path(name: Callable[[str], str], params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: name(group_of(path)), params)
+def _muon_or_adam(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if group_of(path) == "matrix" else "adam", params
+    )
 
 
 def _lion(config: OptimizerConfig) -> optax.GradientTransformation:

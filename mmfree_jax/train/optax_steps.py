@@ -1,9 +1,6 @@
-"""Steps along a direction that optax gives, and schedule_free, which averages the weights.
+"""Steps along a direction that optax gives, and schedule_free, which averages the weights."""
 
-Args and results of both updates are those of `Optimizer.update`, the clipping being part of
-`scale`.
-"""
-
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +12,9 @@ from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.parameter_rules import step_rules
 from mmfree_jax.train.schedule import ScheduleValues, learning_rate
+
+Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+"""Of gradients, optax's state, weights and the rate: the new weights and state."""
 
 
 class OptaxState(NamedTuple):
@@ -36,8 +36,7 @@ def init(transformation: Any, params: Any) -> OptaxState:
 
 def update(
     config: OptimizerConfig,
-    model: ModelConfig | None,
-    direction: Any,
+    step: Step,
     grads: Any,
     state: OptaxState,
     params: Any,
@@ -46,12 +45,31 @@ def update(
     scale: jax.Array,
     apply: jax.Array,
 ) -> tuple[Any, OptaxState]:
-    """Subtracts `rate * rule(direction, w)`."""
+    """One update: `step` on the scaled gradients, at the schedule's rate, where it applies.
+
+    Args and results are those of `Optimizer.update`, the clipping being part of `scale`.
+    """
     rate = learning_rate(config.schedule, values, state.count)
-    directions, own = direction.update(_scaled(grads, scale), state.own, params)
-    steps = _steps(config, model, directions, params, -rate)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+    new, own = step(grads, state.own, params, rate)
     after = OptaxState(optax.safe_increment(state.count), own)
-    return _where(apply, optax.apply_updates(params, steps), params), _where(apply, after, state)
+    return jax.tree.map(
+        lambda a, b: jnp.where(apply, a.astype(b.dtype), b), (new, after), (params, state)
+    )
+
+
+def along(
+    config: OptimizerConfig,
+    model: ModelConfig | None,
+    direction: Any,
+    grads: Any,
+    own: Any,
+    params: Any,
+    rate: jax.Array,
+) -> tuple[Any, Any]:
+    """Subtracts `rate * rule(direction, w)`."""
+    directions, own = direction.update(grads, own, params)
+    return optax.apply_updates(params, _steps(config, model, directions, params, -rate)), own
 
 
 def averaging(
@@ -66,34 +84,32 @@ def averaging(
     return contrib.schedule_free(base, rate, config.b1)
 
 
-def between(config: OptimizerConfig, params: Any, state: OptaxState) -> Any:
-    """Where schedule_free takes gradients: `b1` of the average, the rest of what is averaged."""
-    return jax.tree.map(lambda x, z: config.b1 * x + (1.0 - config.b1) * z, params, state.own.z)
+def point(config: OptimizerConfig, params: Any, state: OptaxState) -> Any:
+    """The weights that schedule_free takes gradients at (`Optimizer.point`)."""
+    return _between(config, params, state.own)
 
 
-def update_average(
+def _between(config: OptimizerConfig, params: Any, own: contrib.ScheduleFreeState) -> Any:
+    """`b1` of the average, the rest of what is averaged."""
+    return jax.tree.map(lambda x, z: config.b1 * x + (1.0 - config.b1) * z, params, own.z)
+
+
+def average(
     config: OptimizerConfig,
     model: ModelConfig | None,
     direction: Any,
     grads: Any,
-    state: OptaxState,
+    own: Any,
     params: Any,
-    values: ScheduleValues,
-    *,
-    scale: jax.Array,
-    apply: jax.Array,
-) -> tuple[Any, OptaxState]:
-    """One update of schedule_free; the parameters are the average, which is what is evaluated.
+    rate: jax.Array,
+) -> tuple[Any, Any]:
+    """A step of schedule_free; the parameters are the average, which is what is evaluated.
 
     Optax keeps the weights between instead, from which the average follows.
     """
-    rate = learning_rate(config.schedule, values, state.count)
-    free = averaging(config, model, direction, rate)
-    at = between(config, params, state)
-    updates, own = free.update(_scaled(grads, scale), state.own, at)
-    new = contrib.schedule_free_eval_params(own, optax.apply_updates(at, updates))
-    after = OptaxState(optax.safe_increment(state.count), own)
-    return _where(apply, new, params), _where(apply, after, state)
+    at = _between(config, params, own)
+    updates, own = averaging(config, model, direction, rate).update(grads, own, at)
+    return contrib.schedule_free_eval_params(own, optax.apply_updates(at, updates)), own
 
 
 def rearranged(config: OptimizerConfig, state: OptaxState, wanted: OptaxState) -> OptaxState:
@@ -110,10 +126,6 @@ def rearranged(config: OptimizerConfig, state: OptaxState, wanted: OptaxState) -
     return jax.tree.map(lambda x, w: x.astype(w.dtype), state, wanted)
 
 
-def _scaled(grads: Any, scale: jax.Array) -> Any:
-    return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
-
-
 def _steps(
     config: OptimizerConfig, model: ModelConfig | None, directions: Any, params: Any, rate: Any
 ) -> Any:
@@ -123,7 +135,3 @@ def _steps(
         tree.flatten_up_to(directions), leaves, step_rules(config, model, params), strict=True
     )
     return tree.unflatten([rate * rule(direction, w) for direction, w, rule in columns])
-
-
-def _where(apply: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(apply, a.astype(b.dtype), b), new, old)

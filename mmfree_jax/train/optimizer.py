@@ -58,12 +58,13 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig | None = None) ->
     if config.name == "schedule_free":
         free = optax_steps.averaging(config, model, direction, 0.0)
         init = functools.partial(optax_steps.init, free)
-        update = functools.partial(optax_steps.update_average, config, model, direction)
-        point: Callable[[Any, Any], Any] = functools.partial(optax_steps.between, config)
+        step = functools.partial(optax_steps.average, config, model, direction)
+        point: Callable[[Any, Any], Any] = functools.partial(optax_steps.point, config)
     else:
         init = functools.partial(optax_steps.init, direction)
-        update = functools.partial(optax_steps.update, config, model, direction)
+        step = functools.partial(optax_steps.along, config, model, direction)
         point = _as_it_is
+    update = functools.partial(optax_steps.update, config, step)
 
     def rearranged(state: Any, params: Any) -> Any:
         return optax_steps.rearranged(config, state, jax.eval_shape(init, params))

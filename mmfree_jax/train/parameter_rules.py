@@ -39,9 +39,11 @@ def decay_mask(params: Any) -> Any:
 
     Norm scales, lower bounds and the embedding are left alone.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: group_of(path) in ("matrix", "head"), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: _decays(path), params)
+
+
+def _decays(path: tuple[Any, ...]) -> bool:
+    return group_of(path) in ("matrix", "head")
 
 
 def step_rules(config: OptimizerConfig, model: ModelConfig | None, params: Any) -> list[StepRule]:
@@ -53,10 +55,9 @@ def step_rules(config: OptimizerConfig, model: ModelConfig | None, params: Any) 
 def _step_rule(
     config: OptimizerConfig, model: ModelConfig | None, path: tuple[Any, ...]
 ) -> StepRule:
-    group = group_of(path)
-    rate: float = getattr(config, f"{group}_rate")
+    rate: float = getattr(config, f"{group_of(path)}_rate")
     scale = 1.0 if model is None else rate_scale(model, path_names(path))
-    decay = config.weight_decay if group in ("matrix", "head") else 0.0
+    decay = config.weight_decay if _decays(path) else 0.0
 
     def rule(direction: jax.Array, w: jax.Array) -> jax.Array:
         step = direction if scale == 1 else direction * scale
