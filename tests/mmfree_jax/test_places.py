@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -163,6 +164,14 @@ def test_the_options_that_take_a_url_are_known():
         if takes_url(option.hint)
     }
     assert found == URLS
+
+
+def test_the_table_in_the_documents_has_them_all():
+    text = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
+    table = text.partition("## Which command takes what by URL\n")[2].partition("\n## ")[0]
+    settings = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    rows = [re.sub(r" ([A-Z]+)$", lambda name: f" --{name[1].lower()}", s) for s in settings]
+    assert sorted(rows) == sorted(URLS)
 
 
 @pytest.mark.parametrize(("words", "options", "option"), PLACES)
