@@ -3,19 +3,15 @@
 Files are written beside their place under a name that `is_leftover` knows, synced and renamed;
 their modes follow the umask. A disk that is full or read-only gives one line (`OutputError`).
 
-What may be replaced: a file that begins as the command's own do (`check_file`), and a folder that
-the same command made. `new_folder` leaves the list of its files in `MARKER`, and a folder is an
-earlier output if it has that list, of the same command, and holds nothing else. Folders of older
-versions have no list: their user removes them. Nothing here imports JAX.
+A file may be replaced if it begins as the command's own do (`check_file`); which folders may be is
+in `outputs.py`. Nothing here imports JAX.
 """
 
 import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -27,9 +23,8 @@ from typing import BinaryIO
 
 from mmfree_jax.errors import OutputError
 from mmfree_jax.places import check_local
-from mmfree_jax.text_files import open_file, read_json
+from mmfree_jax.text_files import open_file
 
-MARKER = ".mmfree-output.json"
 StrPath = str | os.PathLike[str]
 _DISK_ERRORS = {
     getattr(errno, name)
@@ -76,7 +71,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
-def _restore(target: Path) -> None:
+def restore(target: Path) -> None:
     """Gives a folder its name back that a writer moved away and was killed before its next step."""
     with contextlib.suppress(FileNotFoundError):
         if target.exists():
@@ -166,43 +161,6 @@ def copy_folder(source: StrPath, target: StrPath) -> None:
             shutil.copyfile(os.path.join(where, name), to / name)
 
 
-def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether `path` is `folder` or below it, by whatever name or mount; both are resolved."""
-    return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
-
-
-def _entries(folder: Path) -> set[str]:
-    """Relative names of the files and empty folders below `folder`, without leftovers."""
-    names = set()
-    for where, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
-        names |= {os.path.relpath(os.path.join(where, n), folder) for n in files + links}
-        if not folders and not files:
-            names.add(os.path.relpath(where, folder))
-    return {name for name in names - {"."} if not is_leftover(os.path.basename(name))}
-
-
-def _check_is_ours(folder: Path, command: str) -> None:
-    try:
-        marker = read_json(folder / MARKER)
-        writer, listed = marker["command"], {*marker["files"], MARKER}
-    except (OSError, ValueError, TypeError, KeyError):
-        raise OutputError(
-            f"{folder} is not replaced: it was not written by `mmfree {command}`; choose another "
-            "folder, or remove it yourself"
-        ) from None
-    if writer != command:
-        raise OutputError(
-            f"{folder} is not replaced: `mmfree {writer}` wrote it, not `mmfree {command}`; "
-            "choose another folder, or remove it yourself"
-        )
-    if others := _entries(folder) - listed:
-        raise OutputError(
-            f"{folder} is not replaced: it also holds {min(others)}, which `mmfree {command}` did "
-            "not write; choose another folder, or move that away"
-        )
-
-
 def check_file(
     path: StrPath,
     begins: str,
@@ -240,68 +198,6 @@ def check_file(
                 )
 
 
-def check_target(
-    path: StrPath, *, command: str, sources: Sequence[StrPath] = (), overwrite: bool = False
-) -> Path:
-    """The resolved path of a folder that `command` may make or replace.
-
-    Args:
-      path: the folder, there or not.
-      command: the words after `mmfree`.
-      sources: what the command reads; those that do not exist are passed over.
-      overwrite: an earlier output of the command may be replaced.
-
-    Raises:
-      OutputError: the folder is, holds or lies in a source, is no folder, cannot be renamed (a
-        mount point, the current folder), or holds what may not be replaced; see the module.
-      ConfigError: it is a URL.
-    """
-    check_local(path, "output")
-    target = Path(os.path.realpath(path))
-    with disk_errors(path):
-        _restore(target)
-        for source in sources:
-            real = Path(os.path.realpath(source))
-            if _lies_in(target, real) or _lies_in(real, target):
-                raise OutputError(
-                    f"{path} is, holds or lies in {source}, which is read: choose another folder"
-                )
-        if target.exists() and not target.is_dir():
-            raise OutputError(f"{path} is a file: choose another folder")
-        if target.is_mount():
-            raise OutputError(f"{path} is a mount point: name a new folder inside it")
-        if _lies_in(Path.cwd(), target):
-            raise OutputError(f"{path} is or holds the current folder: name a new folder inside it")
-        if target.is_dir() and _entries(target):
-            _check_is_ours(target, command)
-            if not overwrite:
-                raise OutputError(
-                    f"{path} exists already: choose another folder, or pass --overwrite"
-                )
-    return target
-
-
-@contextlib.contextmanager
-def new_folder(
-    path: StrPath, *, command: str, sources: Sequence[StrPath] = (), overwrite: bool = False
-) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends without an error.
-
-    Args:
-      path, command, sources, overwrite: see `check_target`.
-
-    Raises:
-      OutputError: as `check_target`, or the disk cannot be written; what was there is as it was.
-    """
-    check = functools.partial(
-        check_target, path, command=command, sources=sources, overwrite=overwrite
-    )
-    with folder_atomically(check(), named=path, before_replacing=check) as folder:
-        yield folder
-        marker = {"command": command, "files": sorted(_entries(folder))}
-        write_text(folder / MARKER, json.dumps(marker, indent=1) + "\n")
-
-
 @contextlib.contextmanager
 def folder_atomically(
     target: Path,
@@ -322,7 +218,7 @@ def folder_atomically(
     path = named or target
     beside = _beside(target)
     with disk_errors(path):
-        _restore(target)
+        restore(target)
         try:
             beside.mkdir(parents=True)
             try:

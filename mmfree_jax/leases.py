@@ -20,10 +20,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mmfree_jax.errors import OutputError, StorageError
-from mmfree_jax.storage import ChangedError, Url, create, find_object, read_bytes, replace
+from mmfree_jax.storage import (
+    ChangedError,
+    Url,
+    create,
+    delete,
+    find_object,
+    read_bytes,
+    replace,
+)
 
 SECONDS = "MMFREE_LEASE_SECONDS"
 """Environment variable: how long a write counts, 60 if it is not set."""
+LEASE = ".lease.json"
+"""Name of a lease's object, below the URL that it is for."""
 _LONGEST = 3600
 _BEATS = 4
 """That a holder writes in the time that one counts."""
@@ -128,11 +138,21 @@ class Lease:
             "or stood still: nothing more is written; choose one of them"
         )
 
-    def release(self) -> None:
-        """Lets the next job have it at once."""
+    def _stop(self) -> None:
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def remove(self) -> None:
+        """Deletes its object, while nobody else may have it, so that nothing of it stays."""
+        self._stop()
+        with contextlib.suppress(StorageError):
+            self.check()
+            delete(self._url)
+
+    def release(self) -> None:
+        """Lets the next job have it at once."""
+        self._stop()
         with contextlib.suppress(StorageError), self._lock:
             if not self._lost:
                 released = dataclasses.replace(self._text, owner="")
@@ -206,11 +226,11 @@ def _look(url: Url) -> tuple[str | None, str, float]:
 
 
 @contextlib.contextmanager
-def lease(url: Url, what: str, owner: str) -> Iterator[Lease]:
-    """Holds a lease for the block; see `take_lease`."""
+def lease(url: Url, what: str, owner: str, *, remove: bool = False) -> Iterator[Lease]:
+    """Holds a lease for the block; see `take_lease`. `remove`: nothing of it stays behind."""
     held = take_lease(url, what, owner)
     held.start()
     try:
         yield held
     finally:
-        held.release()
+        held.remove() if remove else held.release()

@@ -24,7 +24,7 @@ ROOMS = (
     ("presets",),
     ("config_io",),
     ("files", "json_shape"),
-    ("object_cache",),
+    ("object_cache", "outputs"),
     ("fetched",),
     ("error_line",),
     ("parallel",),

@@ -12,8 +12,9 @@ from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.compile import Compiled
 from mmfree_jax.experiments.accelerator.isa import Instruction, assemble, disassemble
 from mmfree_jax.experiments.accelerator.machine import Machine
-from mmfree_jax.files import new_folder, sha256, sha256_file, write_bytes, write_text
+from mmfree_jax.files import sha256, sha256_file, write_bytes, write_text
 from mmfree_jax.json_shape import digest, fault
+from mmfree_jax.outputs import new_folder
 from mmfree_jax.text_files import read_bytes, read_json, read_text
 
 COMMAND = "hardware compile"

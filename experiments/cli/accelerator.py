@@ -17,9 +17,10 @@ from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
-from mmfree_jax.files import check_file, check_target, new_folder, write_bytes
+from mmfree_jax.files import check_file, write_bytes
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.outputs import check_target, new_folder
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Seed
 from mmfree_jax.text_files import read_text
 

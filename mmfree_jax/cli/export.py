@@ -50,7 +50,7 @@ def export_onnx(argv: Sequence[str]) -> int:
     config = parse(OnnxConfig, argv, prog="mmfree export onnx")
     import_optional("onnx", "mmfree export onnx", install_command("edge"))
     from mmfree_jax.export import onnx_export
-    from mmfree_jax.files import check_target
+    from mmfree_jax.outputs import check_target
     from mmfree_jax.saved.open_model import open_model
 
     check_target(

@@ -20,8 +20,9 @@ from mmfree_jax.export import manifest, onnx_graph
 from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.export.web_page import write_page
-from mmfree_jax.files import new_folder, write_bytes
+from mmfree_jax.files import write_bytes
 from mmfree_jax.infer.text import start_tokens
+from mmfree_jax.outputs import new_folder
 from mmfree_jax.saved.end_tokens import end_ids
 from mmfree_jax.saved.open_model import SavedModel
 

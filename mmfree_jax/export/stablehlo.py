@@ -36,11 +36,12 @@ from jax import export as jax_export
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.supported import check_supported
-from mmfree_jax.files import new_folder, write_bytes
+from mmfree_jax.files import write_bytes
 from mmfree_jax.model import State, packed_model
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.model.weights import packed_from_tree
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.outputs import new_folder
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model

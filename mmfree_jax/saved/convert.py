@@ -13,10 +13,11 @@ import numpy as np
 
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.files import check_target, new_folder, write_text
+from mmfree_jax.files import write_text
 from mmfree_jax.model.parameters import param_count
 from mmfree_jax.model.weights import Master, Ternary
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.outputs import check_target, new_folder
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfree_jax.errors import ConfigError, OutputError
-from mmfree_jax.files import MARKER
 from mmfree_jax.installed import import_optional, install_command
+from mmfree_jax.outputs import MARKER
 
 _PURPOSE = "export-hf --push-to-hub"
 

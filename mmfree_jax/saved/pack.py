@@ -17,10 +17,11 @@ import numpy as np
 
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.files import copy_folder, new_folder
+from mmfree_jax.files import copy_folder
 from mmfree_jax.model.parameters import param_shapes
 from mmfree_jax.model.weights import is_ternary, ternarise_matrix
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.outputs import new_folder
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.huggingface_tokenizer import FILES, TOKENIZER_MODELS

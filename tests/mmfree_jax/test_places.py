@@ -306,7 +306,6 @@ def test_no_job_file_mounts_a_url(platform, name, capsys, tmp_path):
         read_yaml,
         kind_of,
         lambda url: files.write_text(url, "x"),
-        lambda url: files.check_target(url, command="pack"),
         lambda url: files.take_lock(Path(url) / ".lock", "run_dir"),
     ],
 )
