@@ -8,7 +8,7 @@ import pytest
 from bucket_files import do_not_wait
 from faulty_proxy import Fault
 
-from mmfree_jax import leases, outputs, storage
+from mmfree_jax import files, leases, outputs, storage
 from mmfree_jax.errors import ConfigError, OutputError, StorageError
 from mmfree_jax.fetched import local_copy
 from mmfree_jax.leases import InUseElsewhereError
@@ -150,12 +150,14 @@ def test_an_error_in_the_block_changes_nothing(s3_bucket, tmp_path):
     _make(url, ["old"])
     with pytest.raises(TypeError):
         _make(url, ["new", 1], overwrite=True)
-    with (
-        pytest.raises(OutputError, match=f"^{url}/sub is a folder"),
-        outputs.new_folder(url, command="export x", overwrite=True) as folder,
-    ):
-        (folder / "sub").mkdir()
-        outputs.write_text(folder / "sub", "x")
+
+    def write_over_a_folder():
+        with outputs.new_folder(url, command="export x", overwrite=True) as folder:
+            (folder / "sub").mkdir()
+            files.write_text(folder / "sub", "x")
+
+    with pytest.raises(OutputError, match=f"^{url}/sub is a folder"):
+        write_over_a_folder()
     assert _names(url) == [".mmfree-output.json", "old"]
     assert list((tmp_path / "temporary").iterdir()) == []
 

@@ -1,10 +1,7 @@
 """Files and folders are whole or absent, and nothing is replaced that is someone else's."""
 
-import contextlib
 import errno
-import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
