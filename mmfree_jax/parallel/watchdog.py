@@ -6,6 +6,7 @@ others read its sign and its verdict, so that the traffic grows with the number 
 and not with its square.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -197,16 +198,19 @@ class Watchdog:
         while self._clock() < deadline:
             try:
                 verdict = self.look()
-            except jax.errors.JaxRuntimeError:  # the coordinator went down with its process
-                return (
-                    "process 0, the coordinator, is gone: it does not answer (this one is after "
-                    f"{self._place}); run the command again: it resumes"
-                )
+            except jax.errors.JaxRuntimeError:
+                if self._index:  # the coordinator went down with its process
+                    return (
+                        "process 0, the coordinator, is gone: it does not answer (this one is "
+                        f"after {self._place}); run the command again: it resumes"
+                    )
+                verdict = None  # its service has noticed the loss, and keeps no notes any more
             if verdict is None and self._index == 0:
                 verdict = self.silent(self._clock(), patience)
             if verdict is not None:
                 if self._index == 0:
-                    self._store.put(_VERDICT, verdict)
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):
+                        self._store.put(_VERDICT, verdict)
                     time.sleep(2 * self._options.beat_seconds)  # time for the others to read it
                 return verdict
             time.sleep(self._options.beat_seconds / 2)

@@ -1,7 +1,9 @@
 """A training run: opened, started or resumed, and ended well whatever happens."""
 
 import contextlib
+import errno
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import jax
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.data.verification import Verification
-from mmfree_jax.errors import MMFreeError, OutputError, StorageError, TrainingError
+from mmfree_jax.errors import CheckpointError, MMFreeError, OutputError, StorageError, TrainingError
 from mmfree_jax.files import is_disk_error
 from mmfree_jax.leases import LeaseLostError
 from mmfree_jax.notices import Notices, metadata_host
@@ -193,10 +195,10 @@ def train(
                 if copies is not None and summary["status"] == "complete":
                     copies.remove()
                 return summary
-            except (jax.errors.JaxRuntimeError, ValueError) as e:  # Gloo's are ValueErrors
+            except (jax.errors.JaxRuntimeError, ValueError, CheckpointError) as e:
                 if "RESOURCE_EXHAUSTED" in str(e):
                     raise TrainingError(_out_of_memory(config)) from e
-                lost = watchdog.explain() if watchdog else None
+                lost = watchdog.explain() if watchdog and may_be_a_loss(e) else None
                 if lost is None:
                     raise
                 checkpointer.abandon()  # it would wait for the one that is gone
@@ -247,6 +249,15 @@ def _publish_last(run: Run, kind: type[BaseException] | None, *_: object) -> Non
     else:
         with contextlib.suppress(MMFreeError):
             run.publish()
+
+
+def may_be_a_loss(error: Exception) -> bool:
+    """Whether a process that is gone can be behind it: a full disk or a bucket is not.
+
+    Gloo's failures are ValueErrors; a save that waits for the others fails as a checkpoint.
+    """
+    is_full = os.strerror(errno.ENOSPC) in str(error)
+    return not is_full and not isinstance(error.__cause__, MMFreeError | OSError)
 
 
 def _out_of_memory(config: TrainConfig) -> str:

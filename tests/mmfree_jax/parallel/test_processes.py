@@ -1,5 +1,7 @@
 """How processes find each other, and how the watchdog judges, without any processes."""
 
+import time
+
 import jax
 import pytest
 
@@ -168,6 +170,25 @@ def test_a_coordinator_that_is_gone_explains_a_collective_that_failed(monkeypatc
         "process 0, the coordinator, is gone: it does not answer (this one is after step 3); "
         "run the command again: it resumes"
     )
+
+
+def test_the_coordinator_names_who_is_gone_without_its_notes(monkeypatch):
+    """JAX's service may notice the loss first, and then answers nobody."""
+    pod = _Pod(2, silent_seconds=60, hang_seconds=80)
+    pod.pass_time(3, alive=(0, 1), moving=(0, 1))
+
+    def unavailable(*_):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: the task is in an error state")
+
+    def wait(seconds):
+        pod.now += seconds
+
+    monkeypatch.setattr(pod, "get", unavailable)
+    monkeypatch.setattr(pod, "put", unavailable)
+    monkeypatch.setattr(time, "sleep", wait)
+    verdict = pod.dogs[0].explain()
+    assert verdict.startswith("process 1 (pid ")
+    assert "is gone or stopped: no sign of life for 3 s, last after step 2" in verdict
 
 
 def test_when_all_hang_nobody_is_blamed():
