@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from mmfree_jax.environment import cache_home
+
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _MOST = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _MOST_BYTES = 4 * 2**30
@@ -22,11 +24,8 @@ _MOST_BYTES = 4 * 2**30
 
 def default_folder(environ: Mapping[str, str]) -> Path | None:
     """The folder of compiled programs where nobody names one; None without a home."""
-    try:
-        cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
-    return cache / "mmfree_jax" / "compiled" / _processor() if cache.is_absolute() else None
+    cache = cache_home(environ)
+    return None if cache is None else cache / "mmfree_jax" / "compiled" / _processor()
 
 
 def keep_programs(environ: MutableMapping[str, str]) -> None:

@@ -12,13 +12,13 @@ not write for `seconds`, has lost it and must write nothing more (`check`).
 import contextlib
 import dataclasses
 import json
-import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mmfree_jax.environment import LONGEST, seconds_of
 from mmfree_jax.errors import OutputError, StorageError
 from mmfree_jax.storage import (
     ChangedError,
@@ -34,7 +34,6 @@ SECONDS = "MMFREE_LEASE_SECONDS"
 """Environment variable: how long a write counts, 60 if it is not set."""
 LEASE = ".lease.json"
 """Name of a lease's object, below the URL that it is for."""
-_LONGEST = 3600
 _BEATS = 4
 """That a holder writes in the time that one counts."""
 
@@ -45,19 +44,6 @@ class InUseElsewhereError(OutputError):
 
 class LeaseLostError(StorageError):
     """Another job may hold the lease by now."""
-
-
-def lease_seconds() -> float:
-    """How long a write of a lease counts here.
-
-    Raises:
-      StorageError: the variable holds no number of seconds.
-    """
-    text = os.environ.get(SECONDS, "60")
-    with contextlib.suppress(ValueError):
-        if 0.1 <= float(text) <= _LONGEST:
-            return float(text)
-    raise StorageError(f"{SECONDS} is {text!r}: set a number of seconds from 0.1 to {_LONGEST}")
 
 
 @dataclass(frozen=True)
@@ -180,7 +166,7 @@ def take_lease(
       InUseElsewhereError: its holder lives; says who.
       StorageError: the bucket is missing, refuses, or cannot be reached.
     """
-    seconds = lease_seconds()
+    seconds = seconds_of(SECONDS)
     version, holder, theirs = _look(url)
     if version is not None and holder:
         end = clock() + theirs
@@ -217,11 +203,11 @@ def _look(url: Url) -> tuple[str | None, str, float]:
         try:
             values = json.loads(data)
             seconds = float(values["seconds"])
-            if not 0 <= seconds <= _LONGEST:
+            if not 0 <= seconds <= LONGEST:
                 raise ValueError("no time that anybody writes")
             return found.version, str(values["owner"]), seconds
         except (ValueError, TypeError, KeyError):
-            return found.version, "unknown", lease_seconds()
+            return found.version, "unknown", seconds_of(SECONDS)
     return None, "", 0.0
 
 

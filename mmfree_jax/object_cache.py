@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmfree_jax.environment import cache_home
 from mmfree_jax.errors import OutputError
 from mmfree_jax.files import disk_errors, lock
 
@@ -34,11 +35,19 @@ def cache_folder() -> Path:
     """Where copies are kept: $MMFREE_CACHE, else mmfree_jax/objects in ~/.cache.
 
     XDG_CACHE_HOME names another than ~/.cache.
+
+    Raises:
+      OutputError: there is no home.
     """
     if named := os.environ.get(FOLDER):
         return Path(named).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).absolute() / "mmfree_jax" / "objects"
+    home = cache_home()
+    if home is None:
+        raise OutputError(
+            "copies of what lies in buckets have no place, for there is no home (or "
+            f"XDG_CACHE_HOME is no absolute path): set {FOLDER} to a folder"
+        )
+    return home / "mmfree_jax" / "objects"
 
 
 @dataclass(frozen=True)

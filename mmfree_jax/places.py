@@ -1,7 +1,7 @@
 """Which files and folders a setting may name: those of this machine, and for some also buckets.
 
 A setting that names one is a `Place` or a `pathlib.Path`, which are of this machine, or a
-`PlaceOrUrl`, which may lie in a bucket too (`storage.py`). All are checked where numbers are
+`PlaceOrUrl`, which may lie in a bucket too (`storage`). All are checked where numbers are
 (`ranges.check_values`): on the command line, in config files and in job files. What writes
 (`files.py`) asks again, so that no folder called `gs:` ever appears.
 """

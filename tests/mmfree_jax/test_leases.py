@@ -6,7 +6,7 @@ import pytest
 from bucket_servers import Bucket
 from faulty_proxy import Fault
 
-from mmfree_jax.errors import StorageError
+from mmfree_jax.errors import ConfigError, StorageError
 from mmfree_jax.leases import InUseElsewhereError, LeaseLostError, take_lease
 from mmfree_jax.storage import delete, list_names, parse_url, read_bytes
 
@@ -104,5 +104,5 @@ def test_a_holder_that_cannot_write_must_not_go_on(bucket: Bucket, monkeypatch):
 
 def test_how_long_a_lease_counts_is_a_number_of_seconds(monkeypatch, bucket: Bucket):
     monkeypatch.setenv("MMFREE_LEASE_SECONDS", "soon")
-    with pytest.raises(StorageError, match="MMFREE_LEASE_SECONDS is 'soon': set a number"):
+    with pytest.raises(ConfigError, match="MMFREE_LEASE_SECONDS is 'soon': set a number"):
         _take(bucket, "process 1 on a", Clock())

@@ -138,3 +138,6 @@ def test_the_folder_is_that_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("MMFREE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "mmfree_jax" / "objects"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    with pytest.raises(OutputError, match="have no place, for there is no home"):
+        cache_folder()

@@ -9,7 +9,7 @@ from faulty_proxy import Fault
 
 from mmfree_jax import storage
 from mmfree_jax.errors import ConfigError, StorageError
-from mmfree_jax.storage import ChangedError, MissingError, Patience, Url, parse_url
+from mmfree_jax.storage import ChangedError, MissingError, Patience, Url, file_systems, parse_url
 
 
 class _Sleeps:
@@ -90,6 +90,15 @@ def test_an_object_is_written_read_and_found(bucket: Bucket, tmp_path):
     storage.delete(url)
     storage.delete(url)
     assert storage.find_object(url) is None
+
+
+def test_a_disk_that_is_full_is_no_failure_of_the_bucket(bucket: Bucket, full_disk, tmp_path):
+    url = parse_url(bucket.url) / "x"
+    storage.write_bytes(url, bytes(2**20))
+    with pytest.raises(OSError, match="No space left"):
+        storage.download(url, full_disk / "here")
+    with pytest.raises(FileNotFoundError, match="not-there"):
+        storage.upload(tmp_path / "not-there", url)
 
 
 def test_what_lies_below_is_listed_and_deleted(bucket: Bucket):
@@ -175,12 +184,10 @@ def test_a_conditional_write_whose_answer_is_lost_is_known_as_ones_own(bucket: B
 
 def test_a_server_that_is_silent_counts_as_a_failed_try(bucket: Bucket, monkeypatch):
     monkeypatch.setenv("MMFREE_STORAGE_SECONDS", "0.3")
-    storage._filesystem.cache_clear()
     url = parse_url(bucket.url) / "x"
     storage.write_bytes(url, b"here")
     bucket.proxy.add(Fault(match="GET", hang=True, times=1))
     assert storage.read_bytes(url, patience=_Sleeps().patience()) == b"here"
-    storage._filesystem.cache_clear()
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -209,7 +216,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket: Bucket):
 
 
 def test_a_missing_extra_is_one_line(monkeypatch):
-    monkeypatch.setitem(storage._MODULES, "gs", "no_such_package")
+    monkeypatch.setitem(file_systems._MODULES, "gs", "no_such_package")
     with pytest.raises(ConfigError) as caught:
         storage.check_bucket(parse_url("gs://bucket/x"))
     assert str(caught.value).startswith("gs://bucket/x (extra gcs) needs no_such_package, ")

@@ -191,7 +191,7 @@ def test_a_missing_extra_is_one_line(config, capsys, tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(config))
     scheme = config.run_dir[:2]
-    monkeypatch.setitem(storage._MODULES, scheme, "no_such_package")
+    monkeypatch.setitem(storage.file_systems._MODULES, scheme, "no_such_package")
     assert main(["train", "--config", str(path), "--model.vocab-size", "256"]) == 2
     error = capsys.readouterr().err
     extra = {"gs": "gcs", "s3": "s3"}[scheme]
