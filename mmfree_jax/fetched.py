@@ -4,6 +4,7 @@ A copy stays in the cache (`object_cache.py`) and, while this process lives, is 
 It is taken again when an object below the URL has changed. Nothing here imports JAX.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -13,9 +14,19 @@ from mmfree_jax.errors import StorageError
 from mmfree_jax.object_cache import shared_cache
 from mmfree_jax.places import locate
 from mmfree_jax.prefixes import UPLOADING, describe_missing
-from mmfree_jax.storage import Object, Url, download, find_object, list_below
+from mmfree_jax.storage import (
+    ChangedError,
+    MissingError,
+    Object,
+    Url,
+    download,
+    find_object,
+    list_below,
+)
 
 Wanted = Callable[[PurePosixPath], bool]
+_TRIES = 3
+"""To copy what is written anew meanwhile."""
 
 
 def everything(_: PurePosixPath) -> bool:
@@ -48,12 +59,26 @@ def local_copy(
     url = locate(path, name)
     if isinstance(url, Path):
         return url
-    root, objects = url, [o for o in list_below(url) if wanted(_below(url, o))]
-    if objects and any(o.url == url / UPLOADING for o in objects):
+    for _ in range(_TRIES):
+        root, objects = _find(url, name, wanted, beside)
+        with contextlib.suppress(ChangedError):
+            folder = _keep(root, objects)
+            return folder / (url.key.removeprefix(root.key).strip("/") if root != url else "")
+    raise StorageError(
+        f"{name} {url} changes while it is read: wait until what writes it has ended, and run the "
+        "command again"
+    )
+
+
+def _find(url: Url, name: str, wanted: Wanted, beside: Wanted) -> tuple[Url, list[Object]]:
+    """The prefix that a URL names, or that of its object, and the objects to fetch below it."""
+    there = list_below(url)
+    if any(found.url == url / UPLOADING for found in there):
         raise StorageError(
             f"{name} {url} is half written: the command that writes it is still at it, or did not "
             "end; run that again"
         )
+    root, objects = url, [found for found in there if wanted(_below(url, found))]
     if not objects and url.key and (single := find_object(url)) is not None:
         root = Url(url.scheme, url.bucket, url.key.rpartition("/")[0])
         near = [o for o in list_below(root) if o.url != url and beside(_below(root, o))]
@@ -61,7 +86,7 @@ def local_copy(
     if not objects:
         why = describe_missing(url) or f"{url} holds none of the files that it should"
         raise StorageError(f"{name} {why}")
-    return _keep(root, objects) / (url.key.removeprefix(root.key).strip("/") if root != url else "")
+    return root, objects
 
 
 def _below(url: Url, found: Object) -> PurePosixPath:
@@ -69,7 +94,11 @@ def _below(url: Url, found: Object) -> PurePosixPath:
 
 
 def _keep(root: Url, objects: list[Object]) -> Path:
-    """The folder of a copy of some objects below `root`."""
+    """The folder of a copy of some objects below `root`.
+
+    Raises:
+      ChangedError: one was written or deleted meanwhile.
+    """
     folder = Path(root.bucket, root.key)
     for found in objects:
         if ".." in found.url.key.split("/") or found.url.key.endswith("/"):
@@ -79,7 +108,14 @@ def _keep(root: Url, objects: list[Object]) -> Path:
         for found in objects:
             file = entry / folder / _below(root, found)
             file.parent.mkdir(parents=True, exist_ok=True)
-            download(found.url, file)
+            try:
+                download(found.url, file)
+            except MissingError as e:
+                raise ChangedError(f"{found.url} was deleted by another job") from e
+        now = {found.url: found for found in list_below(root)}
+        for found in objects:
+            if now.get(found.url) != found:
+                raise ChangedError(f"{found.url} was written by another job")
 
     said = "\n".join([str(root), *(f"{o.url.key} {o.size} {o.version}" for o in objects)])
     key = hashlib.sha256(said.encode()).hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmfree_jax.config import CheckpointConfig
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.saved.checkpoint_files import Place
 from mmfree_jax.saved.history import Record, read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
 from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, load_config
@@ -58,8 +59,12 @@ def best_metric(config: CheckpointConfig) -> BestMetric:
     return BestMetric(name, known if config.best_is is None else config.best_is == "lowest")
 
 
-def best_checkpoint(run: Path) -> int:
+def best_checkpoint(run: Path, checkpoints: Place | None = None) -> int:
     """The step of a run's best checkpoint, by its `checkpoint.best_metric`.
+
+    Args:
+      run: the run directory, or a copy of its small files.
+      checkpoints: where the run's checkpoints are; None: in it.
 
     Raises:
       CheckpointError: no complete checkpoint is of a step with a finite value.
@@ -67,11 +72,12 @@ def best_checkpoint(run: Path) -> int:
     """
     metric = best_metric(load_config(run).checkpoint)
     values = metric.values(read_history(run / METRICS))
-    steps = checkpoint_steps(run / CHECKPOINTS)
+    checkpoints = run / CHECKPOINTS if checkpoints is None else checkpoints
+    steps = checkpoint_steps(checkpoints)
     best = metric.best(values, steps)
     if not best:
         raise CheckpointError(
-            f"{run / CHECKPOINTS} has no checkpoint of a step with a finite {metric.name} (it has "
+            f"{checkpoints} has no checkpoint of a step with a finite {metric.name} (it has "
             f"{_listed(steps)}; measured at {_listed(sorted(values))}): give a step, or train with "
             "--checkpoint.keep-best 1"
         )

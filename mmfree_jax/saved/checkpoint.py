@@ -124,12 +124,18 @@ def restore_newest(folder: Place, abstract_state: Any) -> Restored | None:
     )
 
 
-def find_newest(folder: Place, *, keep_damaged: bool = False) -> int | None:
+def find_newest(
+    folder: Place,
+    *,
+    keep_damaged: bool = False,
+    check: Callable[[Any], object] = verify,
+) -> int | None:
     """The step of the newest checkpoint that is whole; None if there is none at all.
 
     Args:
       folder: of the checkpoints.
       keep_damaged: leave damaged ones as they are, which are passed over with a warning.
+      check: raises `DamagedCheckpointError` for the folder of one that is damaged.
 
     Raises:
       CheckpointError: all are damaged.
@@ -138,7 +144,7 @@ def find_newest(folder: Place, *, keep_damaged: bool = False) -> int | None:
     for step in steps:
         path = folder / str(step)
         try:
-            verify(path)
+            check(path)
         except DamagedCheckpointError as e:
             if not keep_damaged:
                 set_aside(path)

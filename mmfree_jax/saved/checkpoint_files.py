@@ -7,7 +7,7 @@ manifest alone says that a checkpoint is whole, and one that is set aside loses 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,17 +99,21 @@ def sizes(folder: Place) -> dict[str, int]:
     return {name: size for name, size in found.items() if name not in (MANIFEST, DAMAGED)}
 
 
-def digests(folder: Place) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file of a checkpoint but its manifest, by relative name.
+def digests(folder: Place, names: Collection[str] | None = None) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of files of a checkpoint, by relative name.
 
     What is on a disk is also flushed to it.
+
+    Args:
+      folder: of the checkpoint.
+      names: of the files; None: all but its manifest.
     """
     digest: Callable[[str, int], tuple[int, str]]
     if isinstance(folder, Path):
         digest = lambda name, _: _digest_of_file(folder / name)  # noqa: E731
     else:
         digest = lambda name, size: _digest_of_object(folder / name, size)  # noqa: E731
-    found = sizes(folder)
+    found = {n: size for n, size in sizes(folder).items() if names is None or n in names}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         results = list(pool.map(digest, found, found.values()))
     return dict(zip(found, results, strict=True))
@@ -126,9 +130,20 @@ def _digest_of_file(path: Path) -> tuple[int, str]:
 
 def _digest_of_object(url: Url, size: int) -> tuple[int, str]:
     sha = hashlib.sha256()
-    for start in range(0, size, _FETCHED_BYTES):
-        sha.update(read_bytes(url, start, min(size, start + _FETCHED_BYTES)))
+    for piece in object_pieces(url, size):
+        sha.update(piece)
     return size, sha.hexdigest()
+
+
+def object_pieces(url: Url, size: int) -> Iterator[bytes]:
+    """The bytes of an object, a piece at a time.
+
+    Raises:
+      MissingError: there is none.
+      StorageError: the bucket refuses, cannot be reached, or has fewer bytes.
+    """
+    for start in range(0, size, _FETCHED_BYTES):
+        yield read_bytes(url, start, min(size, start + _FETCHED_BYTES))
 
 
 def remove(folder: Place) -> None:

@@ -7,6 +7,7 @@ finish. From format 2 on it holds a digest of itself; its step is the folder's n
 import dataclasses
 import json
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -146,27 +147,48 @@ def leaf_types(tree: Any) -> dict[str, LeafType]:
     return {jax.tree_util.keystr(p): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
 
 
-def verify(folder: Place) -> Manifest:
-    """Checks every file of a checkpoint against its manifest, which is returned.
+def check_sizes(folder: Place, manifest: Manifest, names: Collection[str] | None = None) -> None:
+    """Compares the sizes of a checkpoint's files with its manifest.
+
+    Args:
+      folder: of the checkpoint.
+      manifest: of it.
+      names: of the files; None: all.
 
     Raises:
-      DamagedCheckpointError: a file is missing, of another size or of another content.
+      DamagedCheckpointError: a file is missing, or of another size.
       StorageError: the bucket refuses, or cannot be reached.
     """
-    manifest, there = read_manifest(folder), sizes(folder)
-    for name, (size, _) in manifest.files.items():
+    there = sizes(folder)
+    for name in manifest.files if names is None else names:
+        size, _ = manifest.files[name]
         if name not in there:
             raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
         if there[name] != size:
             raise DamagedCheckpointError(
                 f"checkpoint {folder}: {name} has {there[name]} bytes, not {size}"
             )
+
+
+def verify(folder: Place, names: Collection[str] | None = None) -> Manifest:
+    """Checks files of a checkpoint against its manifest, which is returned.
+
+    Args:
+      folder: of the checkpoint.
+      names: of the files; None: all.
+
+    Raises:
+      DamagedCheckpointError: a file is missing, of another size or of another content.
+      StorageError: the bucket refuses, or cannot be reached.
+    """
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest, names)
     try:
-        found = digests(folder)
+        found = digests(folder, names)
     except OSError as e:
         raise DamagedCheckpointError(f"checkpoint {folder}: {e.filename}: {e.strerror}") from e
-    for name, (_, sha) in manifest.files.items():
-        if name not in found or found[name][1] != sha:
+    for name in manifest.files if names is None else names:
+        if name not in found or found[name][1] != manifest.files[name][1]:
             raise DamagedCheckpointError(f"checkpoint {folder}: {name} does not match its checksum")
     return manifest
 

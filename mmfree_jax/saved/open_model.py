@@ -30,13 +30,15 @@ from mmfree_jax.model.weights import (
 )
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import param_shardings
+from mmfree_jax.places import locate
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved import huggingface, model_folder, packed, run_model
+from mmfree_jax.saved.checkpoint_copy import copy_parameters
 from mmfree_jax.saved.kinds import Kind, kind_of
-from mmfree_jax.saved.run_directory import TOKENIZER, load_config
+from mmfree_jax.saved.run_directory import METRICS, TOKENIZER, load_config
 from mmfree_jax.saved.tensor_names import known_extra, tensor_map
 from mmfree_jax.saved.tensors import Slot, TensorFolder, TensorMap, read_params
-from mmfree_jax.storage import is_url
+from mmfree_jax.storage import Url
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Form = Literal["master", "ternary", "packed"]
@@ -47,13 +49,15 @@ class SavedModel:
     """A model in a folder. Its weights are read, and checked, when they are asked for.
 
     Attributes:
-      path: the folder.
+      path: the folder; of a model in a bucket, a copy of it, of a run without its checkpoints.
+      place: what was opened: the folder, or its URL.
       kind: what it is.
       config: of the model.
       trained_length: of the rows that it was trained on (tokens); None: the folder does not say.
     """
 
     path: Path
+    place: Path | Url
     kind: Kind
     config: ModelConfig
     trained_length: int | None
@@ -64,8 +68,11 @@ class SavedModel:
     def checkpoint(self) -> Path | None:
         """The folder of the run's checkpoint that weights are read from; None: it is no run.
 
+        Of a run in a bucket it is a copy without the optimiser's arrays (`checkpoint_copy.py`).
+
         Raises:
           CheckpointError: the run has none that is whole.
+          StorageError: the bucket cannot be read.
         """
         return None if self._checkpoint is None else self._checkpoint()
 
@@ -182,32 +189,27 @@ def open_model(path: str | os.PathLike[str], *, step: Step | None = None) -> Sav
     Raises:
       CheckpointError: it is no folder, or holds no model or two; a packed file is damaged.
       ConfigError: its config is missing, malformed or asks for something that is not implemented;
-        or `step` for what is not a training run; or it is a training run in a bucket.
+        or `step` for what is not a training run.
       StorageError: the bucket cannot be read, or holds nothing there.
     """
-    folder = local_copy(path, "model", _is_of_model)
+    place, folder = locate(path, "model"), local_copy(path, "model", _is_of_model)
     kind = kind_of(folder)
-    if kind == "run" and is_url(path):
-        raise ConfigError(
-            f"model {path} is a training run, whose checkpoints are not read from a bucket here: "
-            "copy the run to this machine, and give that folder"
-        )
     if kind == "run":
-        return _open_run(folder, step)
+        return _open_run(folder, place, step)
     if step is not None:
-        raise ConfigError(f"--step is {step}, but {folder} is not a training run")
+        raise ConfigError(f"--step is {step}, but {place} is not a training run")
     if kind == "packed":
-        return _open_packed(folder)
+        return _open_packed(folder, place)
     if kind == "model folder":
         config = model_folder.read_config(folder)
         slots = {name: (Slot(name, x.shape),) for name, x in param_shapes(config).items()}
-        return SavedModel(
-            folder, kind, config, None, _reader(folder, model_folder.PARAMS, slots, lambda _: False)
-        )
+        read = _reader(folder, model_folder.PARAMS, slots, lambda _: False)
+        return SavedModel(folder, place, kind, config, None, read)
     found = huggingface.read_config(folder)
     length = found.raw.get("max_position_embeddings")
     return SavedModel(
         folder,
+        place,
         kind,
         found.config,
         length if isinstance(length, int) and length > 1 else None,
@@ -223,30 +225,38 @@ def open_model(path: str | os.PathLike[str], *, step: Step | None = None) -> Sav
 def _is_of_model(name: PurePosixPath) -> bool:
     """Whether an object of a folder may be read of a model."""
     kinds = (".json", ".jinja", ".model", ".safetensors", ".yaml")
-    return name.parts[:-1] == (TOKENIZER,) or (len(name.parts) == 1 and name.suffix in kinds)
+    if name.parts[:-1]:
+        return name.parts[:-1] == (TOKENIZER,)
+    return not name.name.startswith(".") and (name.suffix in kinds or name.name == METRICS)
 
 
-def _open_run(folder: Path, step: Step | None) -> SavedModel:
+def _open_run(folder: Path, place: Path | Url, step: Step | None) -> SavedModel:
     config = load_config(folder)
+
     # Found when first read from: its files are then all compared with their checksums.
-    checkpoint = functools.cache(lambda: run_model.find_checkpoint(folder, step))
+    @functools.cache
+    def checkpoint() -> Path:
+        if isinstance(place, Path):
+            return run_model.find_checkpoint(place, step)
+        copy = functools.cache(copy_parameters)
+        return copy(run_model.find_checkpoint(place, step, records=folder, check=copy))
 
     def read(shapes: Shapes, mesh: Mesh | None) -> dict[str, Any]:
         return run_model.read_params(checkpoint(), shapes, mesh)
 
     return SavedModel(
-        folder, "run", config.model, config.data.seq_len, read, _checkpoint=checkpoint
+        folder, place, "run", config.model, config.data.seq_len, read, _checkpoint=checkpoint
     )
 
 
-def _open_packed(folder: Path) -> SavedModel:
+def _open_packed(folder: Path, place: Path | Url) -> SavedModel:
     file = packed.open_packed(folder)
 
     def read(shapes: Shapes, mesh: Mesh | None) -> dict[str, Any]:
         params = packed.read_master(file)
         return params if mesh is None else jax.device_put(params, param_shardings(mesh, params))
 
-    return SavedModel(folder, "packed", file.config, None, read, file)
+    return SavedModel(folder, place, "packed", file.config, None, read, file)
 
 
 def _reader(

@@ -1,8 +1,8 @@
 """Reading the parameters of a training run from its checkpoints; the optimiser's are left."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -16,41 +16,69 @@ from mmfree_jax.saved import manifest as manifests
 from mmfree_jax.saved.array_files import read_arrays
 from mmfree_jax.saved.best import best_checkpoint
 from mmfree_jax.saved.run_directory import CHECKPOINTS
+from mmfree_jax.storage import Url
+
+P = TypeVar("P", Path, Url)
+_LOOKS = 3
+"""That are taken at checkpoints while a run deletes them."""
 
 
-def find_checkpoint(run: Path, step: Step | None = None) -> Path:
-    """The folder of a run's checkpoint, every file of it verified.
+def find_checkpoint(
+    run: P,
+    step: Step | None = None,
+    *,
+    records: Path | None = None,
+    check: Callable[[P], object] = manifests.verify,
+) -> P:
+    """The folder of a run's checkpoint that is whole.
 
     Args:
       run: the run directory.
       step: of the checkpoint; "best": by the run's metric; None: the newest that is whole. Damaged
         ones are passed over with a warning that names them.
+      records: a copy of the run's small files; None: they are read in `run`, which is a folder.
+      check: raises `DamagedCheckpointError` for one that is damaged.
 
     Raises:
       CheckpointError: the run has no such checkpoint, or none that is whole.
+      StorageError: the bucket refuses, or cannot be reached.
     """
     if step is None:
-        where = run / CHECKPOINTS
-        step = checkpoint.find_newest(where, keep_damaged=True)
-        if step is None:
-            raise CheckpointError(
-                f"{where} holds no checkpoint: train longer, or give another folder"
-            )
-        return where / str(step)
+        return _find_newest(run / CHECKPOINTS, check)
     if step == "best":
-        step = best_checkpoint(run)
+        step = best_checkpoint(records or Path(str(run)), run / CHECKPOINTS)
     folder = kept_checkpoint(run, step)
     try:
-        manifests.verify(folder)
+        check(folder)
     except manifests.DamagedCheckpointError as e:
-        others = [str(s) for s in manifests.checkpoint_steps(folder.parent) if s != step]
+        others = [str(s) for s in manifests.checkpoint_steps(run / CHECKPOINTS) if s != step]
         raise CheckpointError(
             f"{e}: give another step ({', '.join(others) or 'there is none'})"
         ) from e
     return folder
 
 
-def kept_checkpoint(run: Path, step: int) -> Path:
+def _find_newest(where: P, check: Callable[[P], object]) -> P:
+    for _ in range(_LOOKS):
+        steps = manifests.checkpoint_steps(where)
+        try:
+            found = checkpoint.find_newest(where, keep_damaged=True, check=check)
+        except CheckpointError:
+            if steps == manifests.checkpoint_steps(where):
+                raise
+            continue  # the run goes on, and has deleted what was looked at
+        if found is None:
+            raise CheckpointError(
+                f"{where} holds no checkpoint: train longer, or give another folder"
+            )
+        return where / str(found)
+    raise CheckpointError(
+        f"the checkpoints in {where} were deleted while they were read, as a run does that keeps "
+        "its newest alone: run the command again, or train that run with --checkpoint.keep-every"
+    )
+
+
+def kept_checkpoint(run: P, step: int) -> P:
     """The folder of a run's complete checkpoint, not yet verified.
 
     Raises:

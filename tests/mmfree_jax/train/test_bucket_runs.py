@@ -23,6 +23,7 @@ from mmfree_jax.leases import InUseElsewhereError, lease
 from mmfree_jax.saved.checkpoint import restore
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import checkpoint_steps
+from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.storage import download, list_below, list_names, parse_url, read_bytes, write_bytes
 from mmfree_jax.train.setup import open_run
 from mmfree_jax.train.step import abstract_state
@@ -49,7 +50,7 @@ def _losses(path: Path) -> list[tuple]:
 
 
 def _check_same(config, finished, tmp_path: Path) -> None:
-    """The run in the bucket has the records and the last state of the one on the disk."""
+    """The run in the bucket has the records, state and model of the one on the disk."""
     url, (on_disk, folder, _) = parse_url(config.run_dir), finished
     download(url / "metrics.jsonl", tmp_path / "metrics.jsonl")
     assert _losses(tmp_path / "metrics.jsonl") == _losses(folder / "metrics.jsonl")
@@ -60,6 +61,10 @@ def _check_same(config, finished, tmp_path: Path) -> None:
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMFREE_CACHE", str(tmp_path / "cache"))
+        weight = open_model(str(url)).leaf("blocks/glu/down_proj/weight")
+    np.testing.assert_array_equal(weight, open_model(folder).leaf("blocks/glu/down_proj/weight"))
 
 
 def test_a_killed_run_goes_on_bit_for_bit(
