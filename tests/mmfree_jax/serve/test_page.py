@@ -8,6 +8,7 @@ from served import NAME, served
 
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.experiments.bench.browser import chromium
+from mmfree_jax.serve.service import ServiceLimits
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -81,14 +82,15 @@ def test_escape_stops_an_answer_and_frees_its_slot(browser, engine):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    # Without end tokens: an answer that ends by itself cannot be stopped.
-    with served(engine, lent=True, end_ids=()) as server:
+    # Without end tokens, and long: an answer that ends by itself cannot be stopped.
+    limits = ServiceLimits(max_tokens=100_000)
+    with served(engine, limits, lent=True, end_ids=()) as server:
         browser.get(server.url)
         _wait(browser, "ready")
         browser.execute_script("document.getElementById('settings').open = true")
         field = _find(browser, "#max-tokens")
         field.clear()
-        field.send_keys("4000")
+        field.send_keys("100000")
         ended = engine.statistics().ended.get("cancelled", 0)
         _find(browser, "#prompt").send_keys("x", Keys.ENTER)
         _wait(browser, "busy")
