@@ -13,7 +13,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.places import Place
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import AboveZero, Count
+from mmfree_jax.ranges import AboveZero, Count, Seed
 
 if TYPE_CHECKING:
     from mmfree_jax.experiments.sweep.config import SweepConfig
@@ -29,6 +29,12 @@ class _Sweep:
     """Folder in place of the config's `out`."""
     data: tuple[Place, ...] = ()
     """Prepared data folders in place of the config's train.data.paths."""
+    families: tuple[str, ...] = ()
+    """Only these of the sweep's families."""
+    sizes: tuple[str, ...] = ()
+    """Only these of its sizes; runs are called as they are in the whole, and share its folder."""
+    seeds: tuple[Seed, ...] = ()
+    """Only these of its seeds."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,10 @@ class _Report(_Sweep):
 
 def _load(a: _Sweep) -> "SweepConfig":
     from mmfree_jax.experiments.sweep.config import load_sweep
+    from mmfree_jax.experiments.sweep.parts import part_of
 
-    return load_sweep(a.config, out=a.out, data=a.data)
+    whole = load_sweep(a.config, out=a.out, data=a.data)
+    return part_of(whole, a.families, a.sizes, a.seeds)
 
 
 def planned_sweep(argv: Sequence[str]) -> "SweepConfig":

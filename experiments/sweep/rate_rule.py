@@ -58,6 +58,9 @@ class RateRuleConfig:
     """A rate_rule.json, which the report of another sweep wrote, in place of the three."""
     family: str = ""
     """Whose rule of that file; empty: that of this family's name."""
+    tokens_per_parameter: AboveZero | None = None
+    """D / N to take the rule at, whatever the budget, so that the budgets of a size have one rate
+    and may share a trunk; None: at each budget."""
     around: tuple[AboveZero, ...] = (1.0,)
     """Rates to try, as multiples of the rule's."""
 
@@ -74,6 +77,9 @@ class RateRuleConfig:
                               "exponents")  # fmt: skip
         if self.coefficient is None and any(exponents):
             raise ConfigError(f"{_WHERE}.coefficient is None: give it with the exponents")
+        if self.tokens_per_parameter is not None and not self.is_on:
+            raise ConfigError(f"{_WHERE}.tokens_per_parameter is {self.tokens_per_parameter:g}: "
+                              "give a file or a coefficient as well")  # fmt: skip
         if self.family and self.file is None:
             raise ConfigError(f"{_WHERE}.family is {self.family!r}: give a file as well")
         if not self.around or len(set(self.around)) != len(self.around):
@@ -101,6 +107,8 @@ class RateRuleConfig:
         Raises:
           ConfigError: as `rule`.
         """
+        if self.tokens_per_parameter is not None:
+            tokens = self.tokens_per_parameter * params
         rate = self.rule(label).rate(params, tokens)
         rates = tuple(round_rate(factor * rate) for factor in self.around)
         where = f"{_WHERE} of {label} at {params:.4g} parameters and {tokens:.4g} tokens"

@@ -103,6 +103,17 @@ def test_coefficients_in_the_config_are_a_rule(tmp_path):
         assert run.learning_rate == float(f"{true_rate(run):.3g}")
 
 
+def test_a_rule_taken_at_one_ratio_gives_a_size_one_rate(tmp_path):
+    sweep = follow(tmp_path, coefficient=60.0, params_exponent=-0.7, tokens_exponent=-0.2,
+                   tokens_per_parameter=20)  # fmt: skip
+    runs = main_runs(sweep)
+    params = parameters(runs[0].config, "non-embedding")
+    assert len({run.tokens for run in runs}) == 2
+    assert {run.learning_rate for run in runs} == {
+        float(f"{60 * params**-0.7 * (20 * params) ** -0.2:.3g}")
+    }
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -117,6 +128,7 @@ def test_coefficients_in_the_config_are_a_rule(tmp_path):
         ({"coefficient": 1.0, "params_exponent": -9.9}, "tokens gives the rate .*: use other"),
         ({"coefficient": 1e-3, "around": [1.0, 1.0001]}, "differ in their first three digits"),
         ({"coefficient": 1.0, "family": "x"}, "give a file as well"),
+        ({"tokens_per_parameter": 20}, "tokens_per_parameter is 20: give a file or a coeff"),
         ({"coefficient": float("nan")}, "rate_rule.coefficient is nan"),
     ],
 )
