@@ -15,6 +15,7 @@ from mmfree_jax.experiments.accelerator.machine import Machine
 from mmfree_jax.files import sha256, sha256_file, write_bytes, write_text
 from mmfree_jax.json_shape import digest, fault
 from mmfree_jax.outputs import new_folder
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.text_files import read_bytes, read_json, read_text
 
 COMMAND = "hardware compile"
@@ -22,7 +23,7 @@ _VERSION = 1
 _LARGEST_MEMORY = 2**34
 
 
-def save(compiled: Compiled, path: Path, *, model: Path) -> None:
+def save(compiled: Compiled, path: PlaceOrUrl, *, model: Path) -> None:
     """Writes a program, made from `model`, in place of an earlier one.
 
     Raises:
@@ -36,7 +37,9 @@ def save(compiled: Compiled, path: Path, *, model: Path) -> None:
         "frac": compiled.frac,
         "places": compiled.places,
     }
-    with new_folder(path, command=COMMAND, sources=[model], overwrite=True) as folder:
+    with new_folder(
+        path, command=COMMAND, sources=[model], overwrite=True, last="program.json"
+    ) as folder:
         write_text(folder / "program.asm", disassemble(compiled.program))
         write_bytes(folder / "memory.bin", compiled.memory.tobytes())
         meta["memory_sha256"] = sha256_file(folder / "memory.bin")

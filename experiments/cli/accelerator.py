@@ -21,13 +21,14 @@ from mmfree_jax.files import check_file, write_bytes
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.outputs import check_target, new_folder
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Seed
 from mmfree_jax.text_files import read_text
 
 
 def compile_(
     model: Path,
-    out: Path,
+    out: PlaceOrUrl,
     numerics: str = "fixed:w8a16",
     layer: CountOrZero | None = None,
     lanes: Count = 4,
@@ -41,7 +42,7 @@ def compile_(
 
     Args:
       model: Run directory, model folder, packed model or Hugging Face folder.
-      out: Folder that receives program.asm, memory.bin and program.json.
+      out: Folder that receives program.asm, memory.bin and program.json, or its URL.
       numerics: Integers to compute with (docs/hardware.md).
       layer: One block only, from the vector "x", which holds what the blocks before it make of a
         token, to the vector "y"; default: the whole model.
@@ -240,13 +241,13 @@ def _run_rtl(backend: str, compiled: Any, memory: np.ndarray, offsets: list[int]
     return [trace.cycles for trace in traces]
 
 
-def cells(width: Count = 512, lanes: Count = 4, out: Path | None = None) -> int:
+def cells(width: Count = 512, lanes: Count = 4, out: PlaceOrUrl | None = None) -> int:
     """Synthesise a core with Yosys and count its cells.
 
     Args:
       width: Of the model; the registers are as long as its GLU is wide.
       lanes: Elements handled in a cycle.
-      out: Folder for Yosys' files; default: a temporary one.
+      out: Folder for Yosys' files, or its URL; default: a temporary one.
     """
     glu = ModelConfig(hidden_size=width).glu_size
     machine = Machine(lanes=lanes, vector_length=max(width, glu))

@@ -8,7 +8,7 @@ from typing import Literal
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.installed import import_optional, install_command
-from mmfree_jax.places import Place
+from mmfree_jax.places import Place, PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Step, TwoOrMore
 
@@ -19,8 +19,8 @@ class OnnxConfig:
 
     model: Place
     """Folder of the model: a training run, a packed model or a Hugging Face model."""
-    out: Place
-    """Folder to make."""
+    out: PlaceOrUrl
+    """Folder to make, or its URL."""
     grade: Literal["exact", "fast"] = "exact"
     """exact: the integers of the training path, one scale a token; fast: the runtime quantises
     activations by blocks, which is quicker but not what the model was trained with."""
@@ -68,16 +68,17 @@ def export_onnx(argv: Sequence[str]) -> int:
             web=config.web,
             overwrite=config.overwrite,
         )
+    example = f"; try: python {report.folder}/chat.py" if isinstance(report.folder, Path) else ""
     print(
         f"{report.folder}: {report.num_bytes / 2**20:.1f} MiB, grade {config.grade}, embedding in "
-        f"{report.embedding}; try: python {report.folder}/chat.py"
+        f"{report.embedding}{example}"
     )
     return 0
 
 
 def export_stablehlo(
     model: Path,
-    out: Path,
+    out: PlaceOrUrl,
     step: Step | None = None,
     chunk: Count = 64,
     overwrite: bool = False,
@@ -86,7 +87,7 @@ def export_stablehlo(
 
     Args:
       model: Training run, packed model (2 bits) or Hugging Face folder.
-      out: Folder to make.
+      out: Folder to make, or its URL.
       step: Checkpoint of a training run: its step, or best; None: the newest.
       chunk: Tokens of a prompt that one call reads.
       overwrite: Replace an earlier export of this command; nothing else is replaced.
@@ -94,9 +95,9 @@ def export_stablehlo(
     with show_progress("exporting"):
         from mmfree_jax.export import stablehlo
 
-        folder = stablehlo.export_stablehlo(model, out, step=step, chunk=chunk, overwrite=overwrite)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 2**20:.1f} MiB, for {', '.join(stablehlo.PLATFORMS)}")
+        report = stablehlo.export_stablehlo(model, out, step=step, chunk=chunk, overwrite=overwrite)
+    platforms = ", ".join(stablehlo.PLATFORMS)
+    print(f"{report.folder}: {report.num_bytes / 2**20:.1f} MiB, for {platforms}")
     return 0
 
 

@@ -6,14 +6,16 @@ from typing import Annotated, Literal
 import tyro
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved import hub
+from mmfree_jax.storage import is_url
 
 
 def export_hf(
     source: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[PlaceOrUrl, tyro.conf.Positional],
     step: Step | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
@@ -28,7 +30,7 @@ def export_hf(
 
     Args:
       source: Run directory, model folder or packed model, whose weights stay at 2 bits.
-      target: New folder.
+      target: New folder, or its URL.
       step: Checkpoint of a training run: its step, or best; default: the newest.
       dtype: Dtype of the stored weights; float32 keeps every bit.
       overwrite: Replace an earlier output of this command; nothing else is replaced.
@@ -43,6 +45,11 @@ def export_hf(
         raise ConfigError("--dry-run is given: name the repository with --push-to-hub OWNER/NAME")
     if push_to_hub is not None:
         hub.check_repository(push_to_hub, sends=not dry_run)
+    if push_to_hub is not None and is_url(target):
+        raise ConfigError(
+            f"--push-to-hub sends a folder of this machine, and target is {target}: write it to a "
+            "local folder"
+        )
     with show_progress("exporting"):
         from mmfree_jax.saved import convert
 
@@ -64,6 +71,7 @@ def export_hf(
     )
     if push_to_hub is None:
         return 0
+    assert isinstance(done.folder, Path)
     files = hub.files_to_send(done.folder)
     for file in files:
         print(f"  {file.size:>16,}  {file.name}")

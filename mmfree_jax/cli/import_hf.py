@@ -5,19 +5,20 @@ from typing import Annotated
 
 import tyro
 
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 
 
 def import_hf(
     source: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[PlaceOrUrl, tyro.conf.Positional],
     overwrite: bool = False,
 ) -> int:
     """Turn a Hugging Face folder (hgrn_bit or llama) into a model folder of ours.
 
     Args:
       source: Folder with config.json and model.safetensors, or its sharded index.
-      target: New folder.
+      target: New folder, or its URL.
       overwrite: Replace an earlier output of this command; nothing else is replaced.
     """
     with show_progress("importing"):

@@ -17,8 +17,8 @@ class PackConfig:
 
     model: PlaceOrUrl
     """Folder of the model: a training run or a Hugging Face model."""
-    out: Place
-    """Folder to make."""
+    out: PlaceOrUrl
+    """Folder to make, or its URL."""
     bits: Literal["2", "1.6"] = "2"
     """Bits a weight: 2 is what the kernels read; 1.6 is a fifth smaller on disk and is
     converted when loaded."""

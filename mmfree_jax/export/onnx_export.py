@@ -23,8 +23,10 @@ from mmfree_jax.export.web_page import write_page
 from mmfree_jax.files import write_bytes
 from mmfree_jax.infer.text import start_tokens
 from mmfree_jax.outputs import new_folder
+from mmfree_jax.places import locate
 from mmfree_jax.saved.end_tokens import end_ids
 from mmfree_jax.saved.open_model import SavedModel
+from mmfree_jax.storage import Url
 
 COMMAND = "export onnx"
 Grade = Literal["exact", "fast"]
@@ -39,12 +41,12 @@ class ExportReport:
     """What `export_onnx` made.
 
     Attributes:
-      folder: of the export.
+      folder: of the export, or its URL.
       num_bytes: of all its files.
       embedding: dtype of the stored embedding.
     """
 
-    folder: Path
+    folder: Path | Url
     num_bytes: int
     embedding: Embedding
 
@@ -76,7 +78,7 @@ def export_onnx(
 
     Args:
       model: to export.
-      out: folder to make; it appears whole or not at all.
+      out: folder to make, or its URL; see `new_folder`.
       grade: "exact": the integers of the training path; "fast": the runtime's own quantisation of
         the activations.
       embedding: dtype of the stored embedding; None: see `default_embedding`.
@@ -86,6 +88,7 @@ def export_onnx(
     Raises:
       ConfigError: matrices too wide for exact sums.
       OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
       CheckpointError: the source is damaged.
       DataError: the web page has no means for the model's tokenizer.
     """
@@ -98,7 +101,9 @@ def export_onnx(
             "--grade fast"
         )
     stored = embedding or default_embedding(model, grade)
-    with new_folder(out, command=COMMAND, sources=[model.path], overwrite=overwrite) as folder:
+    with new_folder(
+        out, command=COMMAND, sources=[model.path], overwrite=overwrite, last=manifest.FILE
+    ) as folder:
         data = DataFile(folder / DATA)
         write_weights(model, data, padded=grade == "exact", embedding=stored)
         files: dict[str, Any] = {DATA: data.close()}
@@ -125,7 +130,7 @@ def export_onnx(
         values = _manifest(model, grade, stored, tokenizer, files)
         written = manifest.write(folder, manifest.FORMAT, values)
     size = sum(entry["bytes"] for entry in files.values()) + written + page
-    return ExportReport(Path(out), size, stored)
+    return ExportReport(locate(out, "out"), size, stored)
 
 
 def _manifest(

@@ -42,11 +42,13 @@ from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.model.weights import packed_from_tree
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.outputs import new_folder
+from mmfree_jax.places import locate
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.pack import copy_text_files, write_packed
 from mmfree_jax.saved.packed import open_packed
+from mmfree_jax.storage import Url
 
 COMMAND = "export stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -90,6 +92,19 @@ class Program:
         return result
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+      folder: with it, or its URL.
+      num_bytes: of its files.
+    """
+
+    folder: Path | Url
+    num_bytes: int
+
+
 def export_stablehlo(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -97,12 +112,12 @@ def export_stablehlo(
     step: Step | None = None,
     chunk: int = CHUNK,
     overwrite: bool = False,
-) -> Path:
+) -> ExportReport:
     """Writes the programs and the weights.
 
     Args:
       model: a training run, a Hugging Face folder, or a packed model at two bits.
-      out: folder to make; it appears whole or not at all.
+      out: folder to make, or its URL; see `new_folder`.
       step: checkpoint of a training run, or "best"; None: the newest.
       chunk: tokens that one call of `prefill` reads.
       overwrite: replace an earlier export.
@@ -111,12 +126,15 @@ def export_stablehlo(
       ConfigError: the model is not MatMul-free throughout, or packed at 1.6 bits.
       CheckpointError: the model is missing or damaged.
       OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
     """
     if chunk < 1:
         raise ConfigError(f"--chunk is {chunk}: set 1 or more")
     saved = open_model(model, step=step)
     check_supported(saved.config)
-    with new_folder(out, command=COMMAND, sources=[model], overwrite=overwrite) as folder:
+    with new_folder(
+        out, command=COMMAND, sources=[model], overwrite=overwrite, last=manifests.FILE
+    ) as folder:
         _write_weights(saved, folder)
         config, weights = _read_weights(folder)
         programs = lower(config, weights, chunk=chunk)
@@ -140,7 +158,8 @@ def export_stablehlo(
                 "files": {name: manifests.file_entry(folder / name) for name in names},
             },
         )
-    return Path(out)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return ExportReport(locate(out, "out"), size)
 
 
 def lower(config: ModelConfig, weights: Weights, *, chunk: int) -> dict[str, jax_export.Exported]:

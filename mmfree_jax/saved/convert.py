@@ -16,20 +16,22 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import write_text
 from mmfree_jax.model.parameters import param_count
 from mmfree_jax.model.weights import Master, Ternary
-from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.outputs import check_target, new_folder
+from mmfree_jax.places import locate
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.evaluations import read_evaluations
 from mmfree_jax.saved.exported_tensors import exported_tensors
 from mmfree_jax.saved.huggingface_tokenizer import FILES, write_tokenizer
+from mmfree_jax.saved.kinds import MODEL_CONFIG
 from mmfree_jax.saved.model_card import CARD, model_card
 from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.saved.open_model import find_tokenizer, open_model
 from mmfree_jax.saved.remote_code import write_code
 from mmfree_jax.saved.run_directory import TOKENIZER
 from mmfree_jax.saved.writing import SHARD_BYTES, write_tensors
+from mmfree_jax.storage import Url
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,13 +41,13 @@ class Converted:
     """What was written.
 
     Attributes:
-      folder: with the model.
+      folder: with the model, or its URL.
       parameters: number of them.
       tokenizer: kind of the tokenizer beside the weights; None: there is none.
       model_type: of the Hugging Face side.
     """
 
-    folder: Path
+    folder: Path | Url
     parameters: int
     tokenizer: str | None
     model_type: str
@@ -58,12 +60,13 @@ def import_hf(
 
     Args:
       source: folder with config.json and safetensors.
-      target: new folder; it appears only when all of it is written.
+      target: new folder, or its URL; see `new_folder`.
       overwrite: replace an earlier output of the same command.
 
     Raises:
       ConfigError, CheckpointError: as `open_model`, or `source` is of another kind.
-      OutputError: `target` may not be replaced (see `files.py`), or cannot be written.
+      OutputError: `target` may not be replaced (see `outputs.py`), or cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
     """
     check_target(target, command="import-hf", sources=[source], overwrite=overwrite)
     saved = open_model(source)
@@ -72,7 +75,9 @@ def import_hf(
     weights = saved.weights("master")
     assert isinstance(weights, Master)
     saved.tokenizer()  # one that is damaged is refused before anything is written
-    with new_folder(target, command="import-hf", sources=[source], overwrite=overwrite) as folder:
+    with new_folder(
+        target, command="import-hf", sources=[source], overwrite=overwrite, last=MODEL_CONFIG
+    ) as folder:
         write_model(folder, saved.config, weights.params)
         for name in FILES:
             if (saved.path / name).is_file():
@@ -80,7 +85,9 @@ def import_hf(
                 shutil.copyfile(saved.path / name, folder / TOKENIZER / name)
         if ends := end_ids(saved.path):
             write_end_ids(folder, ends)
-    return _converted(target, saved.config, huggingface.read_config(saved.path).model_type)
+        tokenizer = _tokenizer_kind(folder)
+    model_type = huggingface.read_config(saved.path).model_type
+    return Converted(locate(target, "target"), param_count(saved.config), tokenizer, model_type)
 
 
 def export_hf(
@@ -104,7 +111,7 @@ def export_hf(
 
     Args:
       source: folder of a model (see `open_model`).
-      target: new folder; it appears only when all of it is written.
+      target: new folder, or its URL; see `new_folder`.
       step: of a run's checkpoint, as `open_model` takes it.
       dtype: of the stored weights; of a packed model's, those that are not at 2 bits.
       overwrite: replace an earlier output of the same command.
@@ -118,7 +125,8 @@ def export_hf(
       ConfigError: no Hugging Face architecture computes this model, `dtype` is unknown, a licence
         is malformed, or `scores` has none of this model.
       CheckpointError: as `open_model`, or `dtype` does not hold a weight.
-      OutputError: `target` may not be replaced (see `files.py`), or cannot be written.
+      OutputError: `target` may not be replaced (see `outputs.py`), or cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
     """
     check_target(target, command="export-hf", sources=[source], overwrite=overwrite)
     if dtype not in DTYPES:
@@ -138,13 +146,19 @@ def export_hf(
     )
     evaluations = read_evaluations(saved, scores)
     card = model_card(
-        Path(target).resolve().name, saved, fields, tokenizer, evaluations,
+        _name(target), saved, fields, tokenizer, evaluations,
         model_license=model_license, data_license=data_license, repository=repository,
     )  # fmt: skip
     weights = saved.weights("ternary" if packed else "master")
     assert isinstance(weights, (Master, Ternary))
     stored_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    with new_folder(target, command="export-hf", sources=[source], overwrite=overwrite) as folder:
+    with new_folder(
+        target,
+        command="export-hf",
+        sources=[source],
+        overwrite=overwrite,
+        last=huggingface.CONFIG,
+    ) as folder:
         _write_json(folder / huggingface.CONFIG, fields)
         write_end_ids(
             folder,
@@ -165,7 +179,13 @@ def export_hf(
                 fields["max_position_embeddings"],
                 originals=None if saved.kind == "run" else kept if kept.is_dir() else saved.path,
             )
-    return _converted(target, config, fields["model_type"])
+        kind = _tokenizer_kind(folder)
+    return Converted(locate(target, "target"), param_count(config), kind, fields["model_type"])
+
+
+def _name(target: str | os.PathLike[str]) -> str:
+    place = locate(target, "target")
+    return place.resolve().name if isinstance(place, Path) else place.name
 
 
 def _ends(source: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -174,10 +194,9 @@ def _ends(source: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*([] if own is None else [own]), *end_ids(source)]))
 
 
-def _converted(target: str | os.PathLike[str], config: ModelConfig, model_type: str) -> Converted:
-    found = find_tokenizer(Path(target))
-    kind = None if found is None else load_tokenizer(found).kind
-    return Converted(Path(target), param_count(config), kind, model_type)
+def _tokenizer_kind(folder: Path) -> str | None:
+    found = find_tokenizer(folder)
+    return None if found is None else load_tokenizer(found).kind
 
 
 def _write_json(file: Path, value: Any) -> None:

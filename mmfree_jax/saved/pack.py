@@ -23,6 +23,7 @@ from mmfree_jax.model.weights import is_ternary, ternarise_matrix
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.outputs import new_folder
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
+from mmfree_jax.places import locate
 from mmfree_jax.saved.end_tokens import end_ids, write_end_ids
 from mmfree_jax.saved.huggingface_tokenizer import FILES, TOKENIZER_MODELS
 from mmfree_jax.saved.kinds import PACKED_FILE
@@ -36,6 +37,7 @@ from mmfree_jax.saved.packed import (
     record_agreement,
 )
 from mmfree_jax.saved.tensor_file import tensor_writer
+from mmfree_jax.storage import Url
 
 EMBEDDING = "embedding/weight"
 
@@ -45,7 +47,7 @@ class PackReport:
     """What `pack` made.
 
     Attributes:
-      file: the packed file.
+      file: the packed file, or its URL.
       num_bytes: of the file.
       weights: ternary weights in it.
       embedding: dtype in which it was stored.
@@ -53,7 +55,7 @@ class PackReport:
       agreement: of greedy streams with the unpacked model's; None: not measured.
     """
 
-    file: Path
+    file: Path | Url
     num_bytes: int
     weights: int
     embedding: EmbeddingDtype
@@ -81,7 +83,7 @@ def pack(
 
     Args:
       model: with master weights.
-      out: folder to make; it appears whole or not at all.
+      out: folder to make, or its URL; see `new_folder`.
       bits, embedding: see `write_packed`.
       measure: compares the packed model with the trained one; its result goes into the file.
         None: nothing is compared.
@@ -91,14 +93,16 @@ def pack(
       CheckpointError: its weights are damaged, or of another model.
       OutputError: `out` is, holds or lies in the model's folder, holds something, or cannot be
         written.
+      StorageError: the bucket refuses, or cannot be reached.
     """
     if model.kind == "packed":
         raise ConfigError(
             f"{model.path} is a packed model: ternarising is not idempotent; pack the trained model"
         )
-    with new_folder(out, command="pack", sources=[model.path]) as folder:
+    with new_folder(out, command="pack", sources=[model.path], last=PACKED_FILE) as folder:
+        file = folder / PACKED_FILE
         report = write_packed(
-            folder / PACKED_FILE,
+            file,
             model.config,
             model.leaf,
             bits=bits,
@@ -107,10 +111,10 @@ def pack(
         copy_text_files(model, folder)
         if measure is not None:
             agreement = measure(open_model(folder))
-            record_agreement(report.file, agreement)
-            size = report.file.stat().st_size
+            record_agreement(file, agreement)
+            size = file.stat().st_size
             report = dataclasses.replace(report, num_bytes=size, agreement=agreement)
-    return dataclasses.replace(report, file=Path(out) / PACKED_FILE)
+    return dataclasses.replace(report, file=locate(out, "out") / PACKED_FILE)
 
 
 def write_packed(

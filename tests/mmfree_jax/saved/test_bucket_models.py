@@ -76,3 +76,35 @@ def test_what_is_written_anew_meanwhile_is_copied_again(model, gcs_bucket, monke
     storage.write_bytes(name, config)
     with pytest.raises(StorageError, match="m changes while it is read: wait until what writes"):
         open_model(url)
+
+
+def _files(folder):
+    """Name and contents of all files."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "completes"),
+    [
+        ("pack --model {} --out", "--agreement-prompts 0", "packed"),
+        ("export-hf {}", "", "config.json"),
+        ("import-hf {}-hf", "", "model.yaml"),
+        ("export onnx --model {} --out", "", "export.json"),
+        ("export stablehlo --model {} --out", "", "export.json"),
+        ("hardware compile --model {} --out", "--layer 0", "program.json"),
+    ],
+)
+def test_what_commands_make_in_a_bucket_is_what_they_make_on_a_disk(
+    model, s3_bucket, tmp_path, command, options, completes, capsys
+):
+    if "-hf" in command.split()[1]:
+        assert main(["export-hf", str(model.path), f"{model.path}-hf"]) == 0
+    for out in (f"{s3_bucket.url}/out", str(tmp_path / "out")):
+        argv = [*command.format(model.path).split(), out, *options.split()]
+        assert main(argv) == 0
+        assert out in capsys.readouterr().out
+    puts = [line.partition("?")[0] for line in s3_bucket.proxy.requests("^PUT /[^.]*/out/[^.]")]
+    assert completes in puts[-1]
+    there = fetched.local_copy(f"{s3_bucket.url}/out", "model")
+    assert _files(there) == _files(tmp_path / "out")
