@@ -111,7 +111,7 @@ def write_bytes(url: Url, data: bytes, *, patience: Patience = PATIENT) -> None:
 
 
 def upload(path: Path, url: Url, *, patience: Patience = PATIENT) -> None:
-    """Copies a file into an object; see `write_bytes`.
+    """Copies a file into an object; see `write_bytes`. Its checksum is compared on the way.
 
     Raises:
       StorageError: as `write_bytes`.
@@ -120,7 +120,10 @@ def upload(path: Path, url: Url, *, patience: Patience = PATIENT) -> None:
 
     def put(fs: Any) -> OSError | None:
         try:
-            fs.put_file(str(path), url.path)
+            # gcsfs compares the MD5 that it is told with its own; s3fs sends a checksum.
+            fs.put_file(
+                str(path), url.path, **({"consistency": "md5"} if url.scheme == "gs" else {})
+            )
         except OSError as e:
             if _is_of_disk(e, path):
                 return e

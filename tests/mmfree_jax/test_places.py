@@ -128,9 +128,16 @@ PLACES = [
 URLS = {
     "data inspect --path",
     "data prepare --tokenizer",
+    "export onnx --out",
+    "export stablehlo --out",
+    "export-hf --target",
     "generate --model",
     "generate --tokenizer",
+    "hardware cells --out",
+    "hardware compile --out",
+    "import-hf --target",
     "pack --model",
+    "pack --out",
     "plot --runs",
     "--data.paths",  # of every command that has it
     "--run-dir",

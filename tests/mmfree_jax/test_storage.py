@@ -101,6 +101,18 @@ def test_a_disk_that_is_full_is_no_failure_of_the_bucket(bucket: Bucket, full_di
         storage.upload(tmp_path / "not-there", url)
 
 
+def test_an_object_that_is_another_than_was_sent_is_sent_again(gcs_bucket: Bucket, tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    url = parse_url(gcs_bucket.url) / "x"
+    storage.upload(tmp_path / "x", url)
+    said = gcs_bucket.proxy.ask("GET", f"/storage/v1/b/{url.bucket}/o/x").body
+    md5 = said.index(b"kAFQmDzST7DWlj99KOF/cg==")  # of abc
+    gcs_bucket.proxy.add(Fault("^POST /upload/", times=1, flip=md5))
+    waits = _Sleeps()
+    storage.upload(tmp_path / "x", url, patience=waits.patience())
+    assert len(waits.seconds) == 1
+
+
 def test_what_lies_below_is_listed_and_deleted(bucket: Bucket):
     top = parse_url(bucket.url)
     for name in ("run/a", "run/c/1", "run/c/2", "run-2/a", "run"):
