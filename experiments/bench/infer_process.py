@@ -17,13 +17,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.experiments.bench.edge_process import summary
+from mmfree_jax.experiments.bench.energy import measure_energy
 from mmfree_jax.infer import decode
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.installed import versions
@@ -51,6 +52,16 @@ def model_config(size: str, form: str) -> ModelConfig:
             config, mixer_linear=dense, glu_linear=dense, head_linear=dense
         )
     return dataclasses.replace(config, remat="none", param_dtype="bfloat16")
+
+
+def task_config(task: dict[str, Any]) -> ModelConfig:
+    """The model of a task: `layers` and `vocab_size` take the place of the preset's."""
+    config = model_config(task["size"], task["form"])
+    return dataclasses.replace(
+        config,
+        num_layers=task.get("layers", config.num_layers),
+        vocab_size=task.get("vocab_size", config.vocab_size),
+    )
 
 
 def random_weights(config: ModelConfig, form: str, seed: int = 0) -> Weights:
@@ -127,11 +138,19 @@ def stored_form(form: str) -> str:
 
 
 def decode_loop(
-    config: ModelConfig, weights: Weights, *, batch: int, steps: int, calls: int
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    batch: int,
+    steps: int,
+    calls: int,
+    context: int = 0,
 ) -> Callable[[], jax.Array]:
-    """A function that decodes `steps` more tokens a row and returns them."""
+    """A function that decodes `steps` more tokens a row behind `context` and returns them."""
     sampling = Sampling(temperature=0)
-    held = {"session": decode.init_session(config, batch, steps * calls)}
+    session = decode.init_session(config, batch, context + steps * calls)
+    state = session.state.replace(position_B=jnp.full(batch, context, jnp.int32))
+    held = {"session": session.replace(state=state)}
     # Made once: making them is the host's work, not the program's.
     settings = (
         jnp.zeros(batch, bool),
@@ -157,27 +176,35 @@ def decode_loop(
 
 
 def measure_decode(task: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds a token of the greedy loop, and with `energy_s` the energy of each token."""
+    """Milliseconds a token of the greedy loop, and with `energy_s` the energy of each token.
+
+    With `context`, behind so many tokens: an attention cache is filled to there with zeros.
+    """
     batch, steps, repeats = task["batch"], task["steps"], task["repeats"]
-    config = model_config(task["size"], task["form"])
+    config = task_config(task)
     weights = random_weights(config, stored_form(task["form"]))
-    run = decode_loop(config, weights, batch=batch, steps=steps, calls=repeats + 1)
+    run = decode_loop(
+        config,
+        weights,
+        batch=batch,
+        steps=steps,
+        calls=repeats + 1,
+        context=task.get("context", 0),
+    )
     first_s, times = _times(run, repeats)
-    row = {
+    return {
         "first_call_s": round(first_s, 2),
         "ms_per_token": summary([1e3 * t / steps for t in times], 4),
         "tokens_per_s": round(batch * steps / statistics.median(times), 1),
         **_memory(weights),
+        **_energy(task, run, batch * steps),
     }
-    if task.get("energy_s"):
-        row |= _energy(run, task["energy_s"], batch * steps)
-    return row
 
 
 def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds to read a prompt of `tokens` tokens a row."""
+    """Milliseconds to read a prompt of `tokens` tokens a row, with `energy_s` its energy too."""
     batch, tokens = task["batch"], task["tokens"]
-    config = model_config(task["size"], task["form"])
+    config = task_config(task)
     weights = random_weights(config, stored_form(task["form"]))
     prompt = jnp.ones((batch, tokens), jnp.int32)
     length = jnp.full(batch, tokens, jnp.int32)
@@ -191,6 +218,7 @@ def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
         "first_call_s": round(first_s, 2),
         "ms": summary([1e3 * t for t in times], 4),
         **_memory(weights),
+        **_energy(task, run, batch * tokens),
     }
 
 
@@ -264,45 +292,32 @@ def _memory(weights: Any) -> dict[str, float]:
     return {name: round(value, 4) for name, value in row.items()}
 
 
-def _energy(run: Callable[[], jax.Array], seconds: float, tokens: int) -> dict[str, Any]:
-    """Energy a token from NVML's counter of the whole board, over at least `seconds`."""
-    try:
-        import pynvml  # pyright: ignore[reportMissingImports]
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(jax.local_devices()[0].local_hardware_id)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception as e:  # no driver, no counter, no package
-        return {"energy": f"not measured: {type(e).__name__}: {e}"}
-    calls = 0
-    start, before = time.perf_counter(), pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    while time.perf_counter() - start < seconds:
-        jax.block_until_ready(run())
-        calls += 1
-    joules = 1e-3 * (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before)
-    spent = time.perf_counter() - start
-    return {
-        "energy": {
-            "mj_per_token": round(1e3 * joules / (calls * tokens), 3),
-            "watts": round(joules / spent, 1),
-            "seconds": round(spent, 1),
-            "tokens": calls * tokens,
-            "counter": "nvmlDeviceGetTotalEnergyConsumption",
-        }
-    }
+def _energy(task: dict[str, Any], run: Callable[[], jax.Array], tokens: int) -> dict[str, Any]:
+    """Energy a token where the task asks for it; `tokens` are those of one call."""
+    if not task.get("energy_s"):
+        return {}
+    return measure_energy(
+        lambda: jax.block_until_ready(run()),
+        seconds=task["energy_s"],
+        tokens=tokens,
+        device=jax.local_devices()[0].local_hardware_id or 0,
+    )
 
 
-def run_task(task: dict[str, Any]) -> dict[str, Any]:
+WORKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "decode": measure_decode,
+    "prefill": measure_prefill,
+    "agreement": measure_agreement,
+}
+
+
+def run_task(
+    task: dict[str, Any], works: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = WORKS
+) -> dict[str, Any]:
     """Runs one task; its row says what it was, where it ran and what came out."""
-    works = {
-        "decode": measure_decode,
-        "prefill": measure_prefill,
-        "agreement": measure_agreement,
-    }
-    device = jax.devices()[0]
     row = {
         **task,
-        "device": device.device_kind,
+        "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
         "multiprocessors": multiprocessors(),
         "versions": versions("jax", "jaxlib"),

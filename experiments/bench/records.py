@@ -27,6 +27,7 @@ Say = Callable[[str], None]
 STOP_S = 10.0
 """A measurement whose study was killed is told to stop, and killed after so long (seconds)."""
 
+DOES_NOT_FIT = "does not fit in the device's memory"
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 
 
@@ -72,7 +73,7 @@ def measure_alone(command: Sequence[str], task: Row, timeout_s: float | None = N
 def reason(code: int, stderr: str) -> str:
     """Why a process ended: its exit code or signal and its last line."""
     if any(text in stderr for text in _OUT_OF_MEMORY):
-        return "does not fit in the device's memory"
+        return DOES_NOT_FIT
     lines = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"{how}: {lines[-1].strip()[:300]}"
@@ -134,12 +135,19 @@ class Study:
         write_text(table, self.table(record["rows"]))
         self.draw(record, figure)
 
-    def collect(self, about: Row, rows: Iterable[Row], out: Path, say: Say = say) -> list[Row]:
-        """Keeps rows as they come, in a record that begins with `about`."""
+    def collect(
+        self,
+        about: Row,
+        rows: Iterable[Row],
+        out: Path,
+        say: Say = say,
+        kept: Sequence[Row] = (),
+    ) -> list[Row]:
+        """Keeps rows as they come, behind those `kept`, in a record that begins with `about`."""
         self.check(out)
-        record: Row = about | {"rows": []}
+        record: Row = about | {"rows": [*kept]}
         with show_progress("measuring") as show:
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(rows, len(kept) + 1):
                 record["rows"].append(row)
                 say(self.describe(row))
                 self.write(record, out)
@@ -156,6 +164,27 @@ class Study:
         if measured and all("failed" in row for row in rows):
             raise MMFreeError(f"no measurement succeeded: see the reasons in {self.files(out)[0]}")
 
+    def read(self, folder: Path, flag: str) -> tuple[list[str], list[Row]]:
+        """The commands and rows of an earlier run's record.
+
+        Args:
+          folder: that the run wrote.
+          flag: that named it, for the message.
+
+        Raises:
+          ConfigError: it has no readable record.
+        """
+        path = self.files(folder)[0]
+        try:
+            record = read_json(path)
+            commands = record["commands"] if "commands" in record else [record["command"]]
+            return [*commands], [*record["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ConfigError(
+                f"{flag} has {folder}, which has no readable {path.name} ({e}): give folders "
+                f"that `mmfree bench {self.name} --out` made"
+            ) from e
+
     def join(self, folders: Sequence[Path], out: Path) -> list[Row]:
         """Puts the rows of earlier runs into one record, table and figure.
 
@@ -166,16 +195,9 @@ class Study:
         commands: list[str] = []
         rows: list[Row] = []
         for folder in folders:
-            path = self.files(folder)[0]
-            try:
-                record = read_json(path)
-                commands += record["commands"] if "commands" in record else [record["command"]]
-                rows += record["rows"]
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                raise ConfigError(
-                    f"--join has {folder}, which has no readable {path.name} ({e}): give folders "
-                    f"that `mmfree bench {self.name} --out` made"
-                ) from e
+            more_commands, more_rows = self.read(folder, "--join")
+            commands += more_commands
+            rows += more_rows
         self.write({"commands": commands, "rows": rows}, out)
         return rows
 

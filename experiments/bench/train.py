@@ -3,8 +3,9 @@
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ class CompiledStep(NamedTuple):
         return NamedSharding(self.mesh, P())
 
 
-def compile_train_step(config: TrainConfig) -> CompiledStep:
-    """Compiles the step from shapes alone, on the devices that are here.
+def compile_train_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> CompiledStep:
+    """Compiles the step from shapes alone, on the given devices or all that are here.
 
     Called first in a process it lowers to the same text as in any other such process, so that
     JAX's compilation cache finds what another has compiled.
@@ -82,7 +83,7 @@ def compile_train_step(config: TrainConfig) -> CompiledStep:
         kernel is of other devices.
     """
     begin = time.perf_counter()
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     check_divisible(config, mesh)
     check_kernels(config.model, mesh.devices.flat[0].platform)
     check_fits(config, mesh)

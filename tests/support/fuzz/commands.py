@@ -52,6 +52,7 @@ GOOD: dict[str, tuple[str, ...]] = {
         "--model run --data data --out runs.csv --prompts 1 --prompt-tokens 2 --new-tokens 2 "
         "--dtypes trained --repeats 1",
     ),
+    "bench paper": ("--out text/a.txt --parts layer --sizes tiny --tokens 4 --repeats 1",),
     "bench coverage": (
         "--out new --designs grid-20 --methods gap,profile --repetitions 1 --resamples 20",
     ),
