@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from mmfree_jax.errors import StorageError
+from mmfree_jax.leases import LEASE
 from mmfree_jax.object_cache import shared_cache
 from mmfree_jax.places import locate
 from mmfree_jax.prefixes import UPLOADING, describe_missing
@@ -72,7 +73,7 @@ def local_copy(
 
 def _find(url: Url, name: str, wanted: Wanted, beside: Wanted) -> tuple[Url, list[Object]]:
     """The prefix that a URL names, or that of its object, and the objects to fetch below it."""
-    there = list_below(url)
+    there = [found for found in list_below(url) if found.url.name != LEASE]
     if any(found.url == url / UPLOADING for found in there):
         raise StorageError(
             f"{name} {url} is half written: the command that writes it is still at it, or did not "

@@ -19,11 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.errors import OutputError
+from mmfree_jax.errors import MMFreeError, OutputError
 from mmfree_jax.files import (
     StrPath,
     disk_errors,
     folder_atomically,
+    is_disk_error,
     is_leftover,
     owner,
     restore,
@@ -236,5 +237,15 @@ def staging(url: Url) -> Iterator[Path]:
         folder.mkdir()
         try:
             yield folder
-        except OutputError as e:  # of a file inside, which nobody knows by that name
-            raise OutputError(str(e).replace(str(folder), str(url))) from e
+        except MMFreeError as e:  # of a file inside, which nobody knows by that name
+            full = _disk_error(e)
+            if full is not None:
+                raise full from e
+            raise type(e)(str(e).replace(str(folder), str(url))) from e
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """What went wrong with the disk, where `files.disk_errors` told of it."""
+    while isinstance(error, OutputError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, OSError) and is_disk_error(error) else None

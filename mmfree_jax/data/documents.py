@@ -1,11 +1,15 @@
-"""From records to token ids: what a worker process of `prepare` does. No JAX here."""
+"""From records to token ids: what worker processes of `prepare` do. No JAX here."""
 
+import collections
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
 from typing import Any
@@ -256,3 +260,37 @@ def work(batch: RecordBatch) -> EncodedBatch:
     """`encode_batch` in a worker process."""
     assert _worker is not None
     return encode_batch(batch, *_worker)
+
+
+def encode_in_order(
+    batches: Iterable[RecordBatch], options: EncodeOptions, workers: int
+) -> Generator[EncodedBatch, None, None]:
+    """Encodes batches in worker processes; yields the results in the order of the batches.
+
+    At most two batches a worker are under way. Workers are spawned, not forked, so they
+    inherit no threads or locks, and never import JAX.
+
+    Raises:
+      DataError: the first malformed record in order, or a worker was killed.
+    """
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(options,),
+    )
+    pending: collections.deque[Future[EncodedBatch]] = collections.deque()
+    try:
+        for batch in batches:
+            pending.append(executor.submit(work, batch))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as e:
+        raise DataError(
+            f"one of the {workers} worker processes was killed, most likely for memory: set fewer "
+            "--workers or a smaller --max-document-mib, and run the same command again to go on"
+        ) from e
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -6,14 +6,11 @@ a few are under way, so memory does not grow with the corpus. Every few mebibyte
 shards are synced and `progress.json` notes how far they are good. Nothing here imports JAX.
 """
 
-import collections
 import contextlib
+import dataclasses
 import functools
-import multiprocessing
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +26,7 @@ from mmfree_jax.data.documents import (
     EncodedBatch,
     EncodeOptions,
     encode_batch,
-    start_worker,
-    work,
+    encode_in_order,
 )
 from mmfree_jax.data.inputs import Inputs, find_corpus, find_inputs
 from mmfree_jax.data.provenance import (
@@ -43,7 +39,8 @@ from mmfree_jax.data.provenance import (
     start_afresh,
 )
 from mmfree_jax.data.reading import InputReading, Tally, check_something_left
-from mmfree_jax.data.sources import ReadOptions, RecordBatch, read_batches
+from mmfree_jax.data.sources import ReadOptions, read_batches
+from mmfree_jax.data.staged_dataset import StagedDataset, staged_dataset
 from mmfree_jax.data.tokenizer import BYTE, TOKENIZER_FOLDER, identity, load_tokenizer
 from mmfree_jax.data.writer import (
     SHARD_TOKENS,
@@ -55,7 +52,7 @@ from mmfree_jax.data.writer import (
     write_progress,
 )
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.places import Place, PlaceOrUrl
+from mmfree_jax.places import Place, PlaceOrUrl, locate
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
@@ -66,8 +63,8 @@ COMMIT_BYTES = 2**23
 class PrepareConfig:
     """Turn text files into a prepared data set."""
 
-    out: Place
-    """Folder that receives the data set; an unfinished one is gone on with."""
+    out: PlaceOrUrl
+    """Folder that receives the data set, or its URL; an unfinished one is gone on with."""
     input: tuple[Place, ...] = ()
     """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
     Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
@@ -165,12 +162,30 @@ def prepare_dataset(
       very data set.
 
     Raises:
-      DataError: an input is missing or malformed, the folder holds another data set, or the
-        disk cannot be written. What was finished stays and is gone on with next time.
+      DataError: an input is missing or malformed, or the folder holds another data set.
+      OutputError: the disk cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
+      What was finished stays and is gone on with next time.
     """
     found = find_files(config)
+    place = locate(config.out, "out")
+    if isinstance(place, Path):
+        return _prepare_in(place, None, config, found, on_progress, commit_bytes)
+    with staged_dataset(place) as staged:
+        index, worked = _prepare_in(staged.folder, staged, config, found, on_progress, commit_bytes)
+    return dataclasses.replace(index, path=place), worked
+
+
+def _prepare_in(
+    folder: Path,
+    staged: StagedDataset | None,
+    config: PrepareConfig,
+    found: Inputs,
+    on_progress: OnProgress | None,
+    commit_bytes: int,
+) -> tuple[DatasetIndex, bool]:
+    """`prepare_dataset` in a folder of this machine; `staged`: it is that of one in a bucket."""
     tokenizer = load_tokenizer(config.tokenizer)
-    folder = Path(config.out)
     settings = describe_settings(config, identity(tokenizer))
     inputs = [describe_file(file, config.text_field) for file in found.files]
     if not any((folder / name).exists() for name in (INDEX_NAME, PROGRESS_NAME)):
@@ -194,6 +209,8 @@ def prepare_dataset(
             # Begun, but nothing was finished: whatever was wrong may have been put right.
             with disk_errors(folder):
                 start_afresh(folder)
+            if staged is not None:
+                staged.start_afresh()
             journal = None
         elif journal is not None:
             same(journal, state="holds an unfinished data set")
@@ -206,7 +223,9 @@ def prepare_dataset(
             seed=config.seed,
             skip_bad_records=config.skip_bad_records,
         )
-        preparation = _Preparation(config, found, settings, inputs, options, journal)
+        preparation = _Preparation(
+            folder, staged, config, found, settings, inputs, options, journal
+        )
         with disk_errors(folder):
             preparation.commit()  # from here on the folder is known as unfinished
             tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -218,6 +237,8 @@ class _Preparation:
 
     def __init__(
         self,
+        folder: Path,
+        staged: StagedDataset | None,
         config: PrepareConfig,
         found: Inputs,
         settings: dict[str, Any],
@@ -225,7 +246,8 @@ class _Preparation:
         options: EncodeOptions,
         journal: dict[str, Any] | None,
     ) -> None:
-        self._folder = Path(config.out)
+        self._folder = folder
+        self._staged = staged
         self._files = found.files
         self._readings = found.readings
         self._sizes = [file["bytes"] for file in inputs]
@@ -247,7 +269,12 @@ class _Preparation:
         with disk_errors(self._folder):
             self._writers = {
                 split: SplitWriter(
-                    self._folder, split, self._dtype, config.shard_tokens, states.get(split)
+                    self._folder,
+                    split,
+                    self._dtype,
+                    config.shard_tokens,
+                    states.get(split),
+                    check_finished=staged is None,
                 )
                 for split in (TRAIN, HELDOUT)
             }
@@ -315,6 +342,8 @@ class _Preparation:
             "splits": {split: writer.sync() for split, writer in self._writers.items()},
         }
         write_progress(self._folder / PROGRESS_NAME, journal)
+        if self._staged is not None:
+            self._staged.publish(journal)
 
     def _total(self) -> Tally:
         total = Tally()
@@ -357,37 +386,3 @@ class _Preparation:
         write_index(index)
         (self._folder / PROGRESS_NAME).unlink(missing_ok=True)
         return index
-
-
-def encode_in_order(
-    batches: Iterable[RecordBatch], options: EncodeOptions, workers: int
-) -> Generator[EncodedBatch, None, None]:
-    """Encodes batches in worker processes; yields the results in the order of the batches.
-
-    At most two batches a worker are under way. Workers are spawned, not forked, so they
-    inherit no threads or locks, and never import JAX.
-
-    Raises:
-      DataError: the first malformed record in order, or a worker was killed.
-    """
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(options,),
-    )
-    pending: collections.deque[Future[EncodedBatch]] = collections.deque()
-    try:
-        for batch in batches:
-            pending.append(executor.submit(work, batch))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as e:
-        raise DataError(
-            f"one of the {workers} worker processes was killed, most likely for memory: set fewer "
-            "--workers or a smaller --max-document-mib, and run the same command again to go on"
-        ) from e
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)

@@ -17,6 +17,7 @@ from mmfree_jax.data.tokenizer import TOKENIZER_FOLDER
 from mmfree_jax.data.writer import disk_errors
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import is_leftover, lock
+from mmfree_jax.storage import Url
 
 PROGRESS_NAME = "progress.json"
 _LOCK_NAME = ".lock"
@@ -81,10 +82,16 @@ def check_empty(folder: Path) -> None:
     """Refuses to mix a new data set with files that are something else."""
     with disk_errors(folder):
         found = folder.iterdir() if folder.exists() else ()
-        others = sorted(p.name for p in found if p.name != _LOCK_NAME and not is_leftover(p.name))
-    if others:
+        refuse_others(
+            folder, {p.name for p in found if p.name != _LOCK_NAME and not is_leftover(p.name)}
+        )
+
+
+def refuse_others(place: Path | Url, names: set[str]) -> None:
+    """Refuses a folder, here or in a bucket, that holds files of some names."""
+    if names:
         raise DataError(
-            f"{folder} is not empty (it holds {others[0]}) and not an unfinished data set: give "
+            f"{place} is not empty (it holds {min(names)}) and not an unfinished data set: give "
             "another --out"
         )
 

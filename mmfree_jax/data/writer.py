@@ -111,8 +111,13 @@ class SplitWriter:
         token_dtype: str,
         shard_tokens: int = SHARD_TOKENS,
         state: Mapping[str, Any] | None = None,
+        *,
+        check_finished: bool = True,
     ) -> None:
-        """Starts a split, or goes on from the `state` of an earlier `sync`."""
+        """Starts a split, or goes on from the `state` of an earlier `sync`.
+
+        `check_finished`: compare finished shards with their checksums; else they need not be there.
+        """
         self.folder = folder
         self.split = split
         self.shard_tokens = shard_tokens
@@ -121,7 +126,7 @@ class SplitWriter:
         self._open: tuple[_GrowingFile, _GrowingFile] | None = None
         self._tokens = self._documents = self._bytes = 0
         current = state["open"] if state else None
-        for shard in self._shards:
+        for shard in self._shards if check_finished else ():
             self._check_finished(shard)
         if current:
             info = ShardInfo(**current)

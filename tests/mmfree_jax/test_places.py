@@ -129,6 +129,7 @@ PLACES = [
 # What may lie in a bucket; all others are of this machine.
 URLS = {
     "data inspect --path",
+    "data prepare --out",
     "data prepare --tokenizer",
     "export onnx --out",
     "export stablehlo --out",

@@ -336,7 +336,7 @@ def test_only_a_few_batches_are_under_way(source, tmp_path):
             yield sources.RecordBatch("f", "text", i, [b"some text %d" % i])
 
     order = []
-    for batch in prepare_lib.encode_in_order(batches(), options, workers=2):
+    for batch in documents_lib.encode_in_order(batches(), options, workers=2):
         most = max(most, read - len(order))
         order.append(batch.next_record)
     assert order == list(range(1, 41))
