@@ -147,8 +147,8 @@ def test_kernels_import_neither_flax_nor_mmfree_jax() -> None:
 def test_scaling_imports_no_trainer() -> None:
     """It is numpy and scipy: what it reads of runs is in files that start no JAX."""
     allowed = {
-        "config", "config_io", "errors", "figures", "files", "installed", "json_shape",
-        "saved.history", "text_files",
+        "config", "config_io", "errors", "fetched", "figures", "files", "installed", "json_shape",
+        "saved.history", "storage", "text_files",
     }  # fmt: skip
     outside = {
         (path.name, name)

@@ -9,6 +9,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Fitting, outputs
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import Range
 
 _DESCRIPTION = """Compares two families of runs: every crossing of their loss curves under every
@@ -22,9 +23,9 @@ LawName = Literal["line", "power", "power-floor", "chinchilla", "gadre", "broken
 class Arguments(Fitting):
     """Options of `mmfree crossing`."""
 
-    a: Annotated[Path, tyro.conf.Positional]
+    a: Annotated[PlaceOrUrl, tyro.conf.Positional]
     """First family: a CSV or parquet file, a run directory or a folder of them."""
-    b: Annotated[Path, tyro.conf.Positional]
+    b: Annotated[PlaceOrUrl, tyro.conf.Positional]
     """Second family, likewise; may be the same file with --families."""
     families: tuple[str, str] | None = None
     """Names in the family column that pick the two families out of their files."""
@@ -64,7 +65,7 @@ def crossing(argv: Sequence[str]) -> int:
                                f"column {column!r}; choose with --families FIRST SECOND, or take "
                                "all as one with --columns.family none")  # fmt: skip
         frames.append(frame)
-        names.append(a.families[k] if a.families else found[0] if found else path.stem)
+        names.append(a.families[k] if a.families else found[0] if found else Path(path).stem)
     if names[0] == names[1]:
         names = [f"{names[0]} (first)", f"{names[1]} (second)"]
     objective = None if a.objective == "auto" else Objective(a.objective, a.delta)

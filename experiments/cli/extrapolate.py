@@ -10,6 +10,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.crossing import LawName
 from mmfree_jax.experiments.cli.options import Analysis, outputs
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import Count
 
 _DESCRIPTION = """Chooses between scaling laws by what each says of budgets that it has not seen:
@@ -21,7 +22,7 @@ average over laws. Laws that fit all runs equally well may differ by much beyond
 class Arguments(Analysis):
     """Options of `mmfree extrapolate`."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[PlaceOrUrl, ...], tyro.conf.Positional]
     """CSV or parquet files, run directories, or folders of them; one family."""
     laws: tuple[LawName, ...] = ("line", "power", "power-floor", "chinchilla", "gadre", "broken")
     """Laws to score; those that the cheaper runs cannot determine are skipped with the reason."""

@@ -10,6 +10,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Fitting, outputs
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import CountOrZero, Share
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ two or more families share parameters, and a likelihood-ratio test says whether 
 class Arguments(Fitting):
     """Options of `mmfree fit`."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[PlaceOrUrl, ...], tyro.conf.Positional]
     """CSV or parquet files, run directories, or folders of them."""
     law: Literal["chinchilla", "power", "power-floor", "line", "gadre", "broken", "precision",
                  "repeated", "accuracy"] = "chinchilla"  # fmt: skip
@@ -85,7 +86,7 @@ def _fit_joint(a: Arguments, objective: "Objective") -> int:
     if shared == [""] and not law.also:
         raise ScalingError(f"share: {law.name} has no floor to share; name parameters by --share, "
                            f"of {', '.join(law.parameters)}")  # fmt: skip
-    families = by_family([(path.name.split(".")[0], a.read([path])) for path in a.runs])
+    families = by_family([(Path(place).name.split(".")[0], a.read([place])) for place in a.runs])
     result = fit_joint(
         families, a.law, objective, shared=shared, size=a.size, flops=a.flops,
         resamples=a.bootstrap, resample=a.resample, level=a.level, seed=a.seed,

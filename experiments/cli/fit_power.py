@@ -9,6 +9,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Output, outputs
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import AboveZero, InnerShare
 
 _DESCRIPTION = """Fits y = k x1^a x2^b between columns of a table by least squares in logarithms,
@@ -20,7 +21,7 @@ compute. Rows are optima, or with --best all that was tried, and the optima are 
 class Arguments(Output):
     """Options of `mmfree fit power`."""
 
-    table: Annotated[Path, tyro.conf.Positional]
+    table: Annotated[PlaceOrUrl, tyro.conf.Positional]
     """CSV or parquet file, such as the results of a sweep."""
     y: str
     """Column that the power gives, such as learning_rate."""

@@ -9,6 +9,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import Analysis, outputs
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import NotNegative
 
 _DESCRIPTION = """Compute-optimal model size and data by the three approaches of Hoffmann et al.:
@@ -20,7 +21,7 @@ curves) and parametric (a fitted law). Maxima and minima at an edge of the sizes
 class Arguments(Analysis):
     """Options of `mmfree isoflop`."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[PlaceOrUrl, ...], tyro.conf.Positional]
     """CSV or parquet files, run directories, or folders of them."""
     approach: tuple[Literal["isoflop", "envelope", "parametric"], ...] = ("isoflop",)
     """One or several approaches."""

@@ -11,7 +11,7 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame
 from mmfree_jax.experiments.scaling.output_files import write_csv, write_json
 from mmfree_jax.experiments.scaling.read import Columns, read_runs
-from mmfree_jax.files import check_file, write_bytes
+from mmfree_jax.files import StrPath, check_file, write_bytes
 from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
 
 if TYPE_CHECKING:
@@ -82,12 +82,12 @@ class Analysis(Output):
     """Of the bootstrap and the restarts."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
 
-    def read(self, paths: Sequence[Path]) -> RunFrame:
+    def read(self, paths: Sequence[StrPath]) -> RunFrame:
         """The runs in files or directories."""
         reading = self.reading
         return read_runs(paths, reading.columns, where=reading.where, points=reading.points)
 
-    def read_family(self, paths: Sequence[Path]) -> RunFrame:
+    def read_family(self, paths: Sequence[StrPath]) -> RunFrame:
         """The runs in files or directories, which are of one family.
 
         Raises:
@@ -117,7 +117,7 @@ class Fitting(Analysis):
     """Draw runs with replacement, or redraw each loss from its loss-sd column."""
 
 
-def outputs(out: Path, sources: Sequence[Path] = ()) -> tuple[Path, Path]:
+def outputs(out: Path, sources: Sequence[StrPath] = ()) -> tuple[Path, Path]:
     """Where the figure and its data go: beside `out`, as NAME.png and NAME.plot.csv.
 
     Raises:
@@ -130,7 +130,7 @@ def outputs(out: Path, sources: Sequence[Path] = ()) -> tuple[Path, Path]:
 
 
 def check_output(
-    out: Path, first: str, *, beside: Sequence[Path] = (), sources: Sequence[Path] = ()
+    out: Path, first: str, *, beside: Sequence[Path] = (), sources: Sequence[StrPath] = ()
 ) -> None:
     """Refuses a JSON result that cannot be written, or would replace what is no such result.
 

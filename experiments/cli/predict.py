@@ -11,6 +11,7 @@ import tyro
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.experiments.cli.options import check_output
 from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import AboveZero, InnerShare, Range, Seed
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ other family needs to reach that family's loss there."""
 class Arguments:
     """Options of `mmfree predict`."""
 
-    fits: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    fits: Annotated[tuple[PlaceOrUrl, ...], tyro.conf.Positional]
     """What mmfree fit wrote, alone or with --joint: files, or folders with a fit.json."""
     params: Amount | None = None
     """Size N (a raw count, counted as the fit counts it)."""

@@ -1,8 +1,10 @@
 """`mmfree sweep plan`, `run`, `status` and `report`."""
 
+import dataclasses
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.places import Place
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import AboveZero, Count, Seed
 
 if TYPE_CHECKING:
     from mmfree_jax.experiments.sweep.config import SweepConfig
+    from mmfree_jax.experiments.sweep.folder import SweepFolder
 
 _SHARD = "SLURM_ARRAY_TASK_ID"
 
@@ -25,9 +28,9 @@ _SHARD = "SLURM_ARRAY_TASK_ID"
 class _Sweep:
     config: Annotated[Path, tyro.conf.Positional]
     """YAML file of the sweep; docs/sweeps.md explains its fields."""
-    out: Place | None = None
-    """Folder in place of the config's `out`."""
-    data: tuple[Place, ...] = ()
+    out: PlaceOrUrl | None = None
+    """Folder in place of the config's `out`, or its URL in a bucket."""
+    data: tuple[PlaceOrUrl, ...] = ()
     """Prepared data folders in place of the config's train.data.paths."""
     families: tuple[str, ...] = ()
     """Only these of the sweep's families."""
@@ -93,9 +96,14 @@ def planned_sweep(argv: Sequence[str]) -> "SweepConfig":
     """
     a = parse(_Run, argv, prog="mmfree sweep run", description=run.__doc__)
     from mmfree_jax.experiments.sweep.state import snapshot
+    from mmfree_jax.storage import is_url
 
     sweep = _load(a)
-    snapshot(sweep)
+    if is_url(sweep.out):  # which only the machines of the job may be able to read
+        with tempfile.TemporaryDirectory() as empty:
+            snapshot(dataclasses.replace(sweep, out=empty))
+    else:
+        snapshot(sweep)
     return sweep
 
 
@@ -116,7 +124,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 
 def _announce(
-    a: _Cost, sweep: "SweepConfig", *, need_data: bool, retry_failed: bool = False
+    a: _Cost, folder: "SweepFolder", *, need_data: bool, retry_failed: bool = False
 ) -> int:
     """Prints the plan and its cost; returns how many runs are left to this shard."""
     from mmfree_jax.errors import DataError
@@ -130,6 +138,7 @@ def _announce(
     from mmfree_jax.readable import format_seconds
 
     options = Options(parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage)
+    sweep = folder.sweep
     found = snapshot(sweep)
     sharded = [
         run for stage in options.stages
@@ -174,7 +183,10 @@ def _announce(
 def plan(argv: Sequence[str]) -> int:
     """List the runs of a sweep, its FLOPs and its time on this hardware."""
     a = parse(_Cost, argv, prog="mmfree sweep plan", description=plan.__doc__)
-    _announce(a, _load(a), need_data=False)
+    from mmfree_jax.experiments.sweep.folder import open_folder
+
+    with open_folder(_load(a), trusting=True) as folder:
+        _announce(a, folder, need_data=False)
     return 0
 
 
@@ -182,6 +194,7 @@ def run(argv: Sequence[str]) -> int:
     """Run what is left of a sweep; a failed run is recorded and the rest goes on."""
     a = parse(_Run, argv, prog="mmfree sweep run", description=run.__doc__)
     from mmfree_jax.experiments.sweep.errors import SweepError
+    from mmfree_jax.experiments.sweep.folder import open_folder
     from mmfree_jax.experiments.sweep.runner import Options, run_sweep
 
     sweep = _load(a)
@@ -189,7 +202,8 @@ def run(argv: Sequence[str]) -> int:
         parallel=a.parallel, gpus=a.gpus, shard=_shard(a.shard), stage=a.stage,
         max_minutes=a.max_minutes, retry_failed=a.retry_failed, order=a.order,
     )  # fmt: skip
-    _announce(a, sweep, need_data=True, retry_failed=a.retry_failed)
+    with open_folder(sweep, trusting=True) as folder:
+        _announce(a, folder, need_data=True, retry_failed=a.retry_failed)
     with show_progress("") as show:
         tally = run_sweep(sweep, options, say=lambda text: print(text, flush=True), show=show)
     counts = [(len(tally.done), "finished"), (len(tally.failed), "failed"),
@@ -212,6 +226,7 @@ def run(argv: Sequence[str]) -> int:
 def status(argv: Sequence[str]) -> int:
     """Show how far a sweep has come, and why runs failed."""
     a = parse(_Status, argv, prog="mmfree sweep status", description=status.__doc__)
+    from mmfree_jax.experiments.sweep.folder import open_folder
     from mmfree_jax.experiments.sweep.report import status_text
     from mmfree_jax.experiments.sweep.state import snapshot
     from mmfree_jax.experiments.sweep.watch import watch
@@ -219,7 +234,8 @@ def status(argv: Sequence[str]) -> int:
     sweep = _load(a)
     if a.watch:
         watch(sweep, sys.stdout, every=a.every)
-    print(status_text(snapshot(sweep)))
+    with open_folder(sweep, trusting=True) as folder:
+        print(status_text(snapshot(folder.sweep)))
     return 0
 
 
@@ -227,14 +243,17 @@ def report(argv: Sequence[str]) -> int:
     """Choose the learning rates, compare the losses, and write the runs for `mmfree fit`."""
     a = parse(_Report, argv, prog="mmfree sweep report", description=report.__doc__)
     from mmfree_jax.errors import ConfigError
+    from mmfree_jax.experiments.sweep.folder import open_folder
     from mmfree_jax.experiments.sweep.report import write_report
     from mmfree_jax.experiments.sweep.state import snapshot
 
-    sweep = _load(a)
-    if not Path(sweep.out).is_dir():
-        raise ConfigError(f"out is {sweep.out!r}, which does not exist: run the sweep first")
-    text, paths = write_report(snapshot(sweep), plot=a.plot)
-    print(text)
-    if paths:
-        print("\nwrote " + ", ".join(map(str, paths)))
+    with open_folder(_load(a), trusting=True) as folder:
+        if not folder.is_there():
+            raise ConfigError(f"out is {str(folder.place)!r}, which does not exist: run the sweep "
+                              "first")  # fmt: skip
+        text, paths = write_report(snapshot(folder.sweep), plot=a.plot)
+        folder.publish(*(path.name for path in paths))
+        print(folder.told(text))
+        if paths:
+            print("\nwrote " + ", ".join(str(folder.place / path.name) for path in paths))
     return 0

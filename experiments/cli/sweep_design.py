@@ -78,10 +78,10 @@ def design(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.sweep import design as designs
     from mmfree_jax.experiments.sweep.config import load_sweep
     from mmfree_jax.files import check_file, write_text
-    from mmfree_jax.places import check_local
+    from mmfree_jax.places import check_place
 
     for text in a.assume:
-        check_local(re.sub(r"^[^:]*:(?!//)", "", text), "assume")
+        check_place(re.sub(r"^[^:]*:(?!//)", "", text), "assume")
     check_file(a.out, r"# Designed by `mmfree sweep design", sources=[a.config])
     sweep = load_sweep(a.config)
     families = [family.label for family in sweep.families]

@@ -10,6 +10,7 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fitted_law import read_fits
 from mmfree_jax.experiments.scaling.information import AssumedLaws
 from mmfree_jax.experiments.scaling.laws import get_law
+from mmfree_jax.storage import is_url
 
 _NAMES = get_law("chinchilla").parameters
 EXAMPLE = "E=1.8,A=480,B=2100,alpha=0.35,beta=0.37"
@@ -60,7 +61,7 @@ def read_assumed(
 def _split(text: str, families: Sequence[str]) -> tuple[str | None, str]:
     """The family and the source of a text."""
     name, colon, source = text.partition(":")
-    if not colon or Path(text).is_file():
+    if not colon or is_url(text) or Path(text).is_file():
         return None, text
     if name not in families:
         raise ScalingError(f"assume: {name!r} is no family of the sweep; choose "
@@ -71,7 +72,7 @@ def _split(text: str, families: Sequence[str]) -> tuple[str | None, str]:
 def _read(source: str, families: Sequence[str]) -> list[tuple[str, list[float], str | None]]:
     """(family, parameters, what N counts) of a source."""
     if source.endswith(".json"):
-        return _from_fit(Path(source), families)
+        return _from_fit(source, families)
     given = dict(re.findall(r"(\w+)=([^,]+)", source))
     try:
         values = [float(given.pop(name)) for name in _NAMES]
@@ -82,7 +83,7 @@ def _read(source: str, families: Sequence[str]) -> list[tuple[str, list[float], 
     return [(family, values, None) for family in families]
 
 
-def _from_fit(path: Path, families: Sequence[str]) -> list[tuple[str, list[float], str | None]]:
+def _from_fit(path: str, families: Sequence[str]) -> list[tuple[str, list[float], str | None]]:
     fits = read_fits(path)
     for fit in fits:
         if fit.law.name != "chinchilla":

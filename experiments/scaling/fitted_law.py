@@ -1,7 +1,6 @@
 """A fitted law as its file keeps it: what predictions need, and nothing of the search."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,8 @@ from mmfree_jax.experiments.scaling.frame import definitions
 from mmfree_jax.experiments.scaling.laws import LAWS, Law, get_law
 from mmfree_jax.experiments.scaling.training_cost import SIX, TrainingCost
 from mmfree_jax.experiments.scaling.uncertainty import on_bound
+from mmfree_jax.fetched import local_copy
+from mmfree_jax.files import StrPath
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json
 
@@ -113,15 +114,17 @@ def _line(values: np.ndarray) -> str:
     return " ".join(f"{v:.9g}" for v in values)
 
 
-def read_fits(path: Path) -> list[FittedLaw]:
+def read_fits(place: StrPath) -> list[FittedLaw]:
     """The law of every family in what `mmfree fit` wrote, alone or with `--joint`.
 
     Args:
-        path: the JSON file, or a folder that holds it as fit.json.
+        place: the JSON file, or a folder that holds it as fit.json; or its URL.
 
     Raises:
         ScalingError: it cannot be read, is no fit, is damaged, or is of a newer version.
+        StorageError: it lies in a bucket, and cannot be read.
     """
+    path = local_copy(place, "fit", lambda name: name.name == "fit.json", lambda _: False)
     if path.is_dir():
         if not (path / "fit.json").is_file():
             raise ScalingError(f"{path}: holds no fit.json; name the file that mmfree fit wrote")

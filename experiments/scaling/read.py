@@ -10,9 +10,11 @@ import numpy as np
 from mmfree_jax.experiments.scaling.checks import complete
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import NUMBERS, WORDS, RunFrame, join, make_frame
-from mmfree_jax.experiments.scaling.run_directory import is_run_directory, read_run_directory
+from mmfree_jax.experiments.scaling.run_directory import READ, is_run_directory, read_run_directory
 from mmfree_jax.experiments.scaling.table_file import numbers, read_file, rows_where
 from mmfree_jax.experiments.scaling.units import check_units
+from mmfree_jax.fetched import local_copy
+from mmfree_jax.files import StrPath
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,25 @@ def read_table(path: Path, columns: Columns, where: Iterable[str] = ()) -> RunFr
     return replace(frame, notes=(*check_units(frame, path.name), *frame.notes))
 
 
+def copied(place: StrPath) -> Path:
+    """What a file, a run directory or a folder of those is on this machine: itself, or a copy.
+
+    Of a folder in a bucket what is read of runs is copied.
+
+    Raises:
+        ConfigError: it is a URL of what is no bucket.
+        StorageError: nothing is there, or it cannot be read.
+    """
+    return local_copy(place, "runs", lambda name: name.name in READ, lambda _: False)
+
+
 def read_columns(
-    path: Path, names: Sequence[str], *, where: Iterable[str] = (), family: str = ""
+    place: StrPath, names: Sequence[str], *, where: Iterable[str] = (), family: str = ""
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Columns of positive numbers by their own names, of one family, and notes on rows left out.
 
     Args:
-        path: a CSV or parquet file.
+        place: a CSV or parquet file, or its URL in a bucket.
         names: of the columns; rows without one of them are left out.
         where: conditions on the file's columns; all must hold.
         family: column of families; empty: by its usual names; `none`: there is none.
@@ -165,6 +179,7 @@ def read_columns(
     Raises:
         ScalingError: a column is missing, a number is not positive, or families are mixed.
     """
+    path = copied(place)
     if path.is_dir():
         raise ScalingError(f"{path}: is a directory; give a CSV or parquet file, such as the "
                            "results.csv of a sweep")  # fmt: skip
@@ -201,7 +216,7 @@ def read_columns(
 
 
 def read_runs(
-    paths: Iterable[str | Path],
+    paths: Iterable[StrPath],
     columns: Columns | None = None,
     *,
     where: Iterable[str] = (),
@@ -210,7 +225,7 @@ def read_runs(
     """Read and stack any mix of CSV files, parquet files and run directories.
 
     Args:
-        paths: files, run directories, or directories of run directories.
+        paths: files, run directories, or directories of run directories; or their URLs.
         columns: names of the columns in the files.
         where: conditions on the files' own columns; all must hold.
         points: of a run directory, the `last` evaluation or `all` of them.
@@ -220,7 +235,7 @@ def read_runs(
     """
     columns, where, frames = columns or Columns(), tuple(where), []
     for item in paths:
-        path = Path(item)
+        path = copied(item)
         if not path.exists():
             raise ScalingError(f"{path}: does not exist; give a CSV or parquet file or a run "
                                "directory")  # fmt: skip

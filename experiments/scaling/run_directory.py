@@ -15,7 +15,7 @@ from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.text_files import read_json
 
-METRICS, CONFIG, SUMMARY = "metrics.jsonl", "config.yaml", "summary.json"
+METRICS, CONFIG, SUMMARY = READ = "metrics.jsonl", "config.yaml", "summary.json"
 
 
 def is_run_directory(path: Path) -> bool:

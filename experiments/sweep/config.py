@@ -19,7 +19,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AxesConfig
 from mmfree_jax.experiments.sweep.halving import HalvingConfig
 from mmfree_jax.experiments.sweep.rate_rule import RateRuleConfig
-from mmfree_jax.places import Place
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.ranges import (
     AboveZero,
@@ -172,8 +172,9 @@ class CellConfig:
 class SweepConfig:
     """A set of runs: families x sizes x budgets x learning rates x seeds."""
 
-    out: Place = "sweeps/default"
-    """Folder of the results table, the runs, their logs and the compilation cache."""
+    out: PlaceOrUrl = "sweeps/default"
+    """Folder of the results table, the runs, their logs and the compilation cache, or its URL in a
+    bucket."""
     families: tuple[FamilyConfig, ...] = ()
     """Families to compare."""
     sizes: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """One run as a process of its own: how it is started, and what its end means."""
 
+import contextlib
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ _MEMORY_SHARE = 0.9  # of a device, between the runs on it; the rest is the driv
 
 _HEADER = b"=== started "
 
-End = Literal["complete", "stopped", "failed"]
+End = Literal["complete", "stopped", "failed", "elsewhere"]
 
 
 def trainer_command(config: Path) -> list[str]:
@@ -95,6 +96,8 @@ def outcome(code: int, log: Path, summary: dict[str, Any] | None) -> Outcome:
                            "memory")  # fmt: skip
         return Outcome("failed", "error", f"crashed by {name}: {_last_line(log)}")
     reason = _last_line(log)
+    if re.search(r"(is in use|was taken over) by another job", reason):
+        return Outcome("elsewhere", reason=reason)
     if re.search(r"not finite", reason):
         return Outcome("failed", "diverged", reason)
     if re.search(r"device memory is too small|RESOURCE_EXHAUSTED|out of memory", reason, re.I):
@@ -102,11 +105,26 @@ def outcome(code: int, log: Path, summary: dict[str, Any] | None) -> Outcome:
     return Outcome("failed", "error", f"exit code {code}: {reason}")
 
 
+def is_training(run_dir: Path, log: Path) -> bool:
+    """Whether a run has recorded steps, or shown them, which in a bucket is seen first."""
+    with contextlib.suppress(OSError):
+        if b'"kind": "train"' in (run_dir / "metrics.jsonl").read_bytes():
+            return True
+    return re.search(r"^step +\d+/\d+  loss ", _last_start(log) or "", re.MULTILINE) is not None
+
+
+def _last_start(log: Path) -> str | None:
+    """What a run has printed since it was last started; None: there is no log."""
+    try:
+        return log.read_bytes().rpartition(_HEADER)[2].partition(b"\n")[2].decode(errors="replace")
+    except OSError:
+        return None
+
+
 def _last_line(log: Path) -> str:
     """The error line of a log: the command line's own, else a Python error, else the last."""
-    try:
-        text = log.read_bytes().rpartition(_HEADER)[2].partition(b"\n")[2].decode(errors="replace")
-    except OSError:
+    text = _last_start(log)
+    if text is None:
         return "no log"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in reversed(lines):

@@ -11,10 +11,9 @@ table is not started.
 import contextlib
 import dataclasses
 import os
-import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from mmfree_jax.experiments.sweep.branches import (
 )
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import share
+from mmfree_jax.experiments.sweep.folder import SweepFolder, open_folder
 from mmfree_jax.experiments.sweep.options import Options, Tally
 from mmfree_jax.experiments.sweep.order import in_order
 from mmfree_jax.experiments.sweep.pauses import PAUSES, record_pause
@@ -40,6 +40,7 @@ from mmfree_jax.experiments.sweep.process import (
     Outcome,
     child_environment,
     code_version,
+    is_training,
     outcome,
     read_summary,
     start,
@@ -47,11 +48,11 @@ from mmfree_jax.experiments.sweep.process import (
 )
 from mmfree_jax.experiments.sweep.record import finished_summary, make_row, write_failure
 from mmfree_jax.experiments.sweep.state import Snapshot, run_folder, snapshot
+from mmfree_jax.experiments.sweep.stopping import Stop
 from mmfree_jax.experiments.sweep.table import append_result
 from mmfree_jax.experiments.sweep.tracking import grouped
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
 from mmfree_jax.progress import Display
-from mmfree_jax.signals import heard
 
 _POLL_SECONDS = 0.1
 
@@ -66,28 +67,6 @@ class _Child:
     share: int
     pause: int | None
     """The step after which it pauses; None: it goes to its end."""
-
-
-class _Stop:
-    """Why to stop early: a signal or the time."""
-
-    def __init__(self, deadline: float | None, clock: Callable[[], float]) -> None:
-        self.signal: int | None = None
-        self._deadline, self._clock = deadline, clock
-
-    def __bool__(self) -> bool:
-        late = self._deadline is not None and self._clock() >= self._deadline
-        return late or self.signal is not None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes SIGINT, SIGTERM and a terminal's end (SIGHUP) as requests, while inside."""
-
-        def note(number: int, _: Any) -> None:
-            self.signal = number
-
-        with heard(note):
-            yield
 
 
 def run_sweep(
@@ -113,7 +92,23 @@ def run_sweep(
       SweepError: the folder holds another sweep.
       OutputError: it cannot be written.
     """
-    out = Path(sweep.out)
+    deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
+    tally, stop = Tally(), Stop(deadline, clock)
+    with (
+        open_folder(sweep) as folder,
+        Children(options.grace_seconds) as children,
+        stop.listening(),
+    ):
+        _make_folders(folder)
+        _Scheduler(
+            folder, options, tally, stop, children, say, command, clock, show or Display()
+        ).run()
+    tally.signal = stop.signal
+    return tally
+
+
+def _make_folders(folder: SweepFolder) -> None:
+    out, sweep = folder.path, folder.sweep
     with disk_errors(out):
         for name in ("configs", "runs", "logs", "failures", "locks", "cache"):
             (out / name).mkdir(parents=True, exist_ok=True)
@@ -121,29 +116,21 @@ def run_sweep(
             (out / TRUNKS).mkdir(exist_ok=True)
         if sweep.halving.is_on:
             (out / PAUSES).mkdir(exist_ok=True)
-    deadline = None if options.max_minutes is None else clock() + 60 * options.max_minutes
-    tally, stop = Tally(), _Stop(deadline, clock)
-    with Children(options.grace_seconds) as children, stop.listening():
-        _Scheduler(
-            sweep, options, tally, stop, children, say, command, clock, show or Display()
-        ).run()
-    tally.signal = stop.signal
-    return tally
 
 
 class _Scheduler:
     """The runs of one call: those that wait, and those under way."""
 
     def __init__(
-        self, sweep: SweepConfig, options: Options, tally: Tally, stop: _Stop, processes: Children,
+        self, folder: SweepFolder, options: Options, tally: Tally, stop: Stop, processes: Children,
         say: Callable[[str], None], command: Callable[[Path], Sequence[str]],
         clock: Callable[[], float], show: Display,
     ) -> None:  # fmt: skip
         self._show = show
-        self._sweep, self._options, self._tally, self._stop = sweep, options, tally, stop
+        self._folder, self._sweep, self._out = folder, folder.sweep, folder.path
+        self._options, self._tally, self._stop = options, tally, stop
         self._say, self._command, self._clock = say, command, clock
         self._processes = processes
-        self._out = Path(sweep.out)
         self._code = code_version()
         self._children: list[_Child] = []
         gpus = max(1, len(options.gpus))
@@ -187,13 +174,13 @@ class _Scheduler:
 
     def _news(self) -> list[PlannedRun]:
         """This shard's runs that have become ready since the last call, and are to be run."""
-        found = snapshot(self._sweep)
+        found = self._look()
         news = []
         self._tally.waiting = 0
         self._pauses = found.halved.next_pause
         if not self._sweep.keep_checkpoints:
             for name in found.halved.dropped:
-                shutil.rmtree(self._out / "runs" / name / "checkpoints", ignore_errors=True)
+                self._folder.remove_checkpoints(self._out / "runs" / name)
         for stage in self._options.stages:
             for run in shard(self._sweep, found.of_stage(stage), *self._options.shard):
                 if not run.rate_known:
@@ -208,6 +195,10 @@ class _Scheduler:
                         self._begun.add(run.name)
         self._total += len(news)
         return news
+
+    def _look(self) -> Snapshot:
+        self._folder.refresh()
+        return snapshot(self._sweep)
 
     def _is_due(self, found: Snapshot, run: PlannedRun) -> bool:
         status = found.status(run)
@@ -231,7 +222,7 @@ class _Scheduler:
             program = child.run.program
             if program in self._compiled:
                 continue
-            if _is_training(run_folder(self._out, child.run)):
+            if is_training(run_folder(self._out, child.run), self._log(child.run)):
                 self._compiled.add(program)
             else:
                 compiling.add(program)
@@ -270,7 +261,8 @@ class _Scheduler:
             run = self._branched(run)
             pause = self._pauses.get(run.name)
             config = grouped(run.config, self._sweep)
-            config = dataclasses.replace(config, run_dir=str(run_dir), stop_at=pause)
+            place = self._folder.told(str(run_dir))
+            config = dataclasses.replace(config, run_dir=place, stop_at=pause)
             summary = None if run.stage == "trunk" else finished_summary(run_dir, config)
             if summary is not None:
                 # Cut off between the end of training and the row.
@@ -279,12 +271,15 @@ class _Scheduler:
                 return
             config_file = self._out / "configs" / f"{run.name}.yaml"
             write_text(config_file, dump_yaml(config))
+            self._folder.publish(f"configs/{config_file.name}")
             gpus = self._options.gpus
             env = child_environment(
-                self._out / "cache", parallel=sharing,
+                None if self._folder.is_copy else self._out / "cache", parallel=sharing,
                 gpu=gpus[slots[0] // self._options.parallel] if gpus else None,
             )  # fmt: skip
-            log = self._out / "logs" / f"{run.name}.log"
+            log = self._log(run)
+            if not log.exists():
+                self._folder.fetch(f"logs/{log.name}")
             process = start(self._processes, self._command(config_file), log, env, lock)
         except BaseException:
             os.close(lock)
@@ -295,7 +290,7 @@ class _Scheduler:
     def _branched(self, run: PlannedRun) -> PlannedRun:
         """A branch with its source; a trunk with the steps that are left to branch from."""
         if run.stage == "trunk":
-            left = {branch.full_rate_steps for branch in snapshot(self._sweep).left_of(run.name)}
+            left = {branch.full_rate_steps for branch in self._look().left_of(run.name)}
             return up_to(run, sorted(left) or run.config.checkpoint.at_steps)
         if run.trunk is None:
             return run
@@ -321,8 +316,10 @@ class _Scheduler:
 
     def _finish(self, child: _Child) -> None:
         run, wall = child.run, self._clock() - child.began
-        log = self._out / "logs" / f"{run.name}.log"
-        summary = read_summary(run_folder(self._out, run))
+        log, run_dir = self._log(run), run_folder(self._out, run)
+        self._folder.publish(f"logs/{log.name}")
+        self._folder.refresh(run_dir.relative_to(self._out).as_posix())
+        summary = read_summary(run_dir)
         result = outcome(child.process.returncode, log, summary)
         has_paused = summary is not None and _has_paused(child, summary)
         if summary is not None and (result.end == "complete" or has_paused):
@@ -330,6 +327,10 @@ class _Scheduler:
             self._record(run, summary, wall=wall, sharing=child.share, pause=pause)
             return
         self._ended += 1
+        if result.end == "elsewhere":
+            self._tally.elsewhere.append(run.name)
+            self._say(f"[{self._ended}/{self._total}] {run.name}: under way elsewhere")
+            return
         if result.end == "stopped":
             self._tally.stopped.append(run.name)
             self._say(f"[{self._ended}/{self._total}] {run.name}: {result.reason}; it goes on when "
@@ -340,6 +341,7 @@ class _Scheduler:
     def _fail(self, run: PlannedRun, result: Outcome, code: int) -> None:
         self._tally.failed[run.name] = result.reason
         write_failure(self._out, run, result, code)
+        self._folder.publish(f"failures/{run.name}.json")
         self._say(f"[{self._ended}/{self._total}] {run.name}: failed: {result.reason}")
 
     def _record(
@@ -358,28 +360,32 @@ class _Scheduler:
             return
         if pause is not None:
             record_pause(self._out, run, pause, loss)
+            self._folder.publish(f"{PAUSES}/{run.name}.json")
             self._tally.paused.append(run.name)
             self._say(f"[{self._ended}/{self._total}] {run.name}: loss {loss:.4f} at step {pause} "
                       f"of {run.config.steps}, where it pauses{seconds}")  # fmt: skip
             return
         row = make_row(run, summary, wall, sharing, self._code)
-        append_result(self._out, row)
+        append_result(self._folder.place, row)
         if not self._sweep.keep_checkpoints:
             self._drop_checkpoints(run)
         self._end_well(run, f"loss {loss:.4f}{seconds}")
 
     def _end_well(self, run: PlannedRun, how: str) -> None:
-        (self._out / "failures" / f"{run.name}.json").unlink(missing_ok=True)
+        self._folder.remove(f"failures/{run.name}.json")
         self._tally.done.append(run.name)
         self._say(f"[{self._ended}/{self._total}] {run.name}: {how}")
 
     def _drop_checkpoints(self, run: PlannedRun) -> None:
         """Deletes those of a run that is in the table, and of its trunk after the last branch."""
         folders = [run_folder(self._out, run)]
-        if run.trunk is not None and not snapshot(self._sweep).left_of(run.trunk):
+        if run.trunk is not None and not self._look().left_of(run.trunk):
             folders.append(self._out / TRUNKS / run.trunk)
         for folder in folders:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            self._folder.remove_checkpoints(folder)
+
+    def _log(self, run: PlannedRun) -> Path:
+        return self._out / "logs" / f"{run.name}.log"
 
     def _end_all(self) -> None:
         """Tells the runs under way to save and stop, and waits for them."""
@@ -397,14 +403,6 @@ class _Scheduler:
                 return
             self._reap()
             time.sleep(_POLL_SECONDS)
-
-
-def _is_training(run_dir: Path) -> bool:
-    """Whether a run has recorded steps."""
-    try:
-        return b'"kind": "train"' in (run_dir / "metrics.jsonl").read_bytes()
-    except OSError:
-        return False
 
 
 def _has_paused(child: _Child, summary: dict[str, Any]) -> bool:

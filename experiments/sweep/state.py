@@ -44,6 +44,8 @@ from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
 from mmfree_jax.experiments.sweep.widening import widened
 from mmfree_jax.files import is_locked
 from mmfree_jax.json_shape import fault
+from mmfree_jax.places import locate
+from mmfree_jax.storage import Url, find_object
 from mmfree_jax.text_files import read_json
 
 Status = Literal[
@@ -126,9 +128,16 @@ def data_fingerprint(run: PlannedRun) -> str | None:
       DataError: the data are there and damaged.
     """
     paths = run.config.data.paths
-    if not paths or not all((Path(p) / "index.json").is_file() for p in paths):
+    if not paths or not all(map(_has_index, paths)):
         return None
     return "+".join(open_dataset(p).fingerprint[:16] for p in paths)
+
+
+def _has_index(path: str) -> bool:
+    place = locate(path, "data.paths")
+    if isinstance(place, Url):
+        return find_object(place / "index.json") is not None
+    return (place / "index.json").is_file()
 
 
 def read_failures(out: Path) -> dict[str, dict[str, Any]]:

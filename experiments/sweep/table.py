@@ -2,16 +2,20 @@
 
 Several processes and hosts may append at once: each takes the lock beside the file, reads it,
 writes the longer one beside it and renames it into place, so that a reader never sees half a
-row and a crash never costs one.
+row and a crash never costs one. In a bucket each reads it and replaces it on the condition that
+it is still the one that was read; who comes second reads anew.
 """
 
 import csv
 import io
+import random
+import time
 from pathlib import Path
 
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.files import lock, write_text
-from mmfree_jax.text_files import read_text
+from mmfree_jax.storage import ChangedError, Url, create, find_object, read_bytes, replace
+from mmfree_jax.text_files import decode_text, read_text
 
 RESULTS = "results.csv"
 COLUMNS: tuple[str, ...] = (
@@ -51,6 +55,10 @@ def read_results(out: Path) -> list[Row]:
         return []
     except (OSError, UnicodeDecodeError) as e:
         raise SweepError(f"{path} cannot be read ({e}); restore it or move it away") from e
+    return _rows(text, path)
+
+
+def _rows(text: str, path: Path | Url) -> list[Row]:
     try:
         lines = list(csv.reader(io.StringIO(text)))
     except csv.Error as e:
@@ -66,26 +74,55 @@ def read_results(out: Path) -> list[Row]:
     return [empty | dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 
-def append_result(out: Path, row: Row) -> None:
+def append_result(out: Path | Url, row: Row) -> None:
     """Adds one row; one of the same run and config that is there already stays as it is.
 
     Raises:
       SweepError: the table holds the run with another config.
       OutputError: it cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
     """
     if tuple(row) != COLUMNS:
         raise SweepError(f"row has columns {list(row)}, the table {list(COLUMNS)}")
+    if isinstance(out, Url):
+        while not _append_object(out / RESULTS, row):
+            time.sleep(random.random())  # others write it at the same time
+        return
     path = out / RESULTS
     with lock(out / f".{RESULTS}.lock", str(path), wait=True):
-        rows = read_results(out)
-        for there in rows:
-            if there["run"] == row["run"]:
-                if there["config_hash"] != row["config_hash"]:
-                    raise SweepError(f"{path} holds run {row['run']} with another config: choose "
-                                     "another --out")  # fmt: skip
-                return
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, row])
-        write_text(path, stream.getvalue())
+        if (text := _with_row(read_results(out), row, path)) is not None:
+            write_text(path, text)
+
+
+def _with_row(rows: list[Row], row: Row, path: Path | Url) -> str | None:
+    """The table with one more row; None: it has that."""
+    for there in rows:
+        if there["run"] == row["run"]:
+            if there["config_hash"] != row["config_hash"]:
+                raise SweepError(f"{path} holds run {row['run']} with another config: choose "
+                                 "another --out")  # fmt: skip
+            return None
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*rows, row])
+    return stream.getvalue()
+
+
+def _append_object(url: Url, row: Row) -> bool:
+    """Adds a row to a table in a bucket; False: another writer was faster."""
+    found = find_object(url)
+    try:
+        rows = [] if found is None else _rows(decode_text(read_bytes(url)), url)
+    except UnicodeDecodeError as e:
+        raise SweepError(f"{url} cannot be read ({e}); restore it or move it away") from e
+    if (text := _with_row(rows, row, url)) is None:
+        return True
+    try:
+        if found is None:
+            create(url, text.encode())
+        else:
+            replace(url, text.encode(), found.version)
+    except ChangedError:
+        return False
+    return True

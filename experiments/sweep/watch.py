@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import relative_seconds
+from mmfree_jax.experiments.sweep.folder import open_folder
 from mmfree_jax.experiments.sweep.plan import PlannedRun
 from mmfree_jax.experiments.sweep.state import Snapshot, Status, run_folder, snapshot
 from mmfree_jax.progress import is_capable
@@ -177,9 +178,14 @@ def watch(
       SweepError: the folder is damaged, or holds another sweep.
     """
     display = _live(stream) if is_capable(stream) else _lines(stream, clock)
-    with display as show, contextlib.suppress(KeyboardInterrupt):
-        while not show(standing(snapshot(sweep))).is_over:
+    with (
+        open_folder(sweep, trusting=True) as folder,
+        display as show,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        while not show(standing(snapshot(folder.sweep))).is_over:
             sleep(min(every, _LONGEST_SLEEP))
+            folder.refresh()
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def write_bytes(url: Url, data: bytes, *, patience: Patience = PATIENT) -> None:
     Raises:
       StorageError: the store refuses, or cannot be reached; what was there is as it was.
     """
-    _write(url, lambda fs: fs.pipe_file(url.path, data), patience)
+    _in_bucket(url, "written", lambda fs: fs.pipe_file(url.path, data), patience)
 
 
 def upload(path: Path, url: Url, *, patience: Patience = PATIENT) -> None:
@@ -130,13 +130,14 @@ def upload(path: Path, url: Url, *, patience: Patience = PATIENT) -> None:
             raise
         return None
 
-    if (failed := _write(url, put, patience)) is not None:
+    if (failed := _in_bucket(url, "written", put, patience)) is not None:
         raise failed
 
 
-def _write(url: Url, call: Callable[[Any], T], patience: Patience) -> T:
+def _in_bucket(url: Url, act: str, call: Callable[[Any], T], patience: Patience) -> T:
+    """As `ask`; what is missing is the bucket."""
     try:
-        return ask(url, "written", call, patience)
+        return ask(url, act, call, patience)
     except MissingError as e:
         raise _no_bucket(url) from e
 
@@ -219,7 +220,7 @@ def list_below(url: Url, *, patience: Patience = PATIENT) -> list[Object]:
         below = f"{url.key}/" if url.key else ""
         return sorted((o for o in objects if o.url.key.startswith(below)), key=lambda o: o.url)
 
-    return _write(url, find, patience)
+    return _in_bucket(url, "listed", find, patience)
 
 
 def list_names(url: Url, *, patience: Patience = PATIENT) -> list[str]:
@@ -269,9 +270,10 @@ def check_bucket(url: Url, *, patience: Patience = PATIENT) -> None:
       StorageError: there is none, it refuses (as that of another project does), or cannot be
         reached.
     """
-    if url.scheme == "gs":
-        _write(url, lambda fs: fs.call("GET", f"b/{url.bucket}/o", maxResults=1), patience)
-    else:
-        _write(
-            url, lambda fs: fs.call_s3("list_objects_v2", Bucket=url.bucket, MaxKeys=1), patience
-        )
+
+    def look(fs: Any) -> object:
+        if url.scheme == "gs":
+            return fs.call("GET", f"b/{url.bucket}/o", maxResults=1)
+        return fs.call_s3("list_objects_v2", Bucket=url.bucket, MaxKeys=1)
+
+    _in_bucket(url, "used", look, patience)

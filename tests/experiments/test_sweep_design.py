@@ -132,7 +132,7 @@ def test_laws_come_from_fits(run, tmp_path):
         (["a.json", "matmulfree:b.json"], "matmulfree has two laws"),
         (["matmulfree:a.json", "transformer:n.json"], "N counts non-embedding and total"),
         (["E=1.7,A=400"], "'E=1.7,A=400' is no law"),
-        (["matmulfree:gs://fits/a.json"], "assume is 'gs://fits/a.json'"),
+        (["matmulfree:hf://fits/a.json"], "assume is 'hf://fits/a.json'"),
         (["E=1.7,A=400,B=400,alpha=0.3,beta=-1"], "beta of matmulfree is -1"),
     ):
         with pytest.raises(MMFreeError, match=message):

@@ -304,7 +304,7 @@ def test_two_sweeps_at_once_do_not_run_a_run_twice(make, trainer, monkeypatch):
         while not starts(sweep):
             time.sleep(0.05)
         # Not from the main thread: signals are the other's.
-        monkeypatch.setattr("mmfree_jax.experiments.sweep.runner._Stop.listening", _no_signals)
+        monkeypatch.setattr("mmfree_jax.experiments.sweep.runner.Stop.listening", _no_signals)
         tallies.append(run_sweep(sweep, Options(), say=quiet, command=trainer))
 
     thread = threading.Thread(target=second)

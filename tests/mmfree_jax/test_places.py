@@ -128,20 +128,35 @@ PLACES = [
 ]
 # What may lie in a bucket; all others are of this machine.
 URLS = {
+    "crossing --a",
+    "crossing --b",
     "data inspect --path",
     "data prepare --out",
     "data prepare --tokenizer",
     "export onnx --out",
     "export stablehlo --out",
     "export-hf --target",
+    "extrapolate --runs",
+    "fit --runs",
+    "fit power --table",
     "generate --model",
     "generate --tokenizer",
     "hardware cells --out",
     "hardware compile --out",
     "import-hf --target",
+    "isoflop --runs",
     "pack --model",
     "pack --out",
     "plot --runs",
+    "predict --fits",
+    "sweep plan --data",
+    "sweep plan --out",
+    "sweep report --data",
+    "sweep report --out",
+    "sweep run --data",
+    "sweep run --out",
+    "sweep status --data",
+    "sweep status --out",
     "--data.paths",  # of every command that has it
     "--run-dir",
 }
@@ -276,14 +291,14 @@ def _file(tmp_path, name, values):
     return str(path)
 
 
-SWEEP = {"families": [{"learning_rates": [1e-3]}], "sizes": ["rung-1M"], "tokens": [1e6]}
+RULED = {"families": [{"rate_rule": {"file": "gs://b"}}], "sizes": ["rung-1M"], "tokens": [1e6]}
 
 
 @pytest.mark.parametrize(
     ("command", "values", "field"),
     [
         (["train", "--config"], {"init_from": "hf://b/x"}, "init_from is 'hf://b/x'"),
-        (["sweep", "plan"], SWEEP | {"out": "gs://b"}, "out is 'gs://b'"),
+        (["sweep", "plan"], RULED, "families.rate_rule.file is 'gs://b'"),
     ],
 )
 def test_no_config_file_takes_another_url(command, values, field, capsys, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def test_a_bucket_that_refuses_is_one_line(config, bucket: Bucket, capsys, tmp_p
     bucket.proxy.add(Fault(status=403))
     assert main(["train", "--config", str(path), "--model.vocab-size", "256"]) == 2
     error = capsys.readouterr().err
-    assert f"mmfree: error: {config.run_dir} cannot be written: permission denied" in error
+    assert f"mmfree: error: {config.run_dir} cannot be used: permission denied" in error
     assert error.count("\n") == 1
 
 
