@@ -19,6 +19,9 @@ MatmulKernel = Literal[
 ]
 RecurrenceKernel = Literal["xla", "pallas_gpu", "pallas_tpu"]
 AttentionKernel = Literal["xla", "cudnn"]
+MixerName = Literal["mlgru", "attention", "rwkv4"]
+OutputGate = Literal["authors", "text", "figure", "none"]
+Candidate = Literal["silu", "linear", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,14 @@ DENSE = LinearConfig(ternary_weights=False, int8_activations=False, input_norm=F
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model: MatMul-free (`mixer="mlgru"`) or Transformer++ (`"attention"`)."""
+    """A language model: MatMul-free (`mixer="mlgru"`), Transformer++ (`"attention"`), or another.
 
-    mixer: Literal["mlgru", "attention"] = "mlgru"
-    """Token mixer: the MatMul-free gated linear recurrence, or causal attention with RoPE."""
+    docs/models.md has what they compute.
+    """
+
+    mixer: MixerName = "mlgru"
+    """Token mixer. mlgru: the MatMul-free gated linear recurrence; attention: causal, with RoPE;
+    rwkv4: the paper's other one, an average of values that fades with a learnt decay."""
     vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
     preset other than a rung says it, commands take the vocabulary of data.paths."""
@@ -63,12 +70,23 @@ class ModelConfig:
     output's too."""
     qk_norm: bool = False
     """Attention: an RMSNorm over each head's queries and keys, before their positions."""
+    ternary_qk: bool = False
+    """Attention: round queries and keys, after their positions, to {-1, 0, +1} times one scale a
+    token and head, so that the scores need no products either: with ternary layers the paper's
+    Transformer++ that did not converge (docs/models.md)."""
     expand_ratio: AboveZero = 1.0
-    """MLGRU: channels of the recurrent state for each of the residual stream."""
+    """Channels of the recurrent state for each of the residual stream."""
     short_conv: CountOrZero = 0
     """MLGRU: length of a causal convolution over each channel (tokens); 0: none."""
     share_short_conv: bool = True
     """Where it acts: once on the mixer's input; off: on the i and f projections' outputs."""
+    output_gate: OutputGate = "authors"
+    """MLGRU: what of its state h and its gate g goes into the output projection. authors:
+    RMSNorm(g) silu(h), as their code and the released models; text: g sigmoid(h), as the paper
+    writes; figure: h sigmoid(g), as it draws; none: h alone, without g (docs/models.md)."""
+    candidate: Candidate = "silu"
+    """MLGRU: what its candidate makes of the projection i. silu: the paper's; linear: nothing;
+    tanh: as a GRU does."""
     rope_theta: AboveZero = 10_000.0
     """Base of the rotary position angles (attention only)."""
     rope_scaling: RopeScaling = UNSCALED
@@ -121,8 +139,29 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "model.")
+        for name, default in _OF_MLGRU.items():
+            value = getattr(self, name)
+            require(
+                self.mixer == "mlgru" or value == default,
+                f"model.{name}",
+                value,
+                f"it is the MLGRU's; leave it out ({default}) with mixer {self.mixer}",
+            )
         require(
-            self.expand_ratio == 1 or self.mixer == "attention" or not self.use_lower_bound,
+            not self.short_conv or self.mixer in ("mlgru", "attention"),
+            "model.short_conv",
+            self.short_conv,
+            f"it is the MLGRU's; leave it out (0) with mixer {self.mixer}",
+        )
+        require(
+            not self.ternary_qk or self.mixer == "attention",
+            "model.ternary_qk",
+            self.ternary_qk,
+            f"mixer {self.mixer} has no queries and keys; set --model.mixer attention, or "
+            "--model.no-ternary-qk",
+        )
+        require(
+            self.expand_ratio == 1 or self.mixer != "mlgru" or not self.use_lower_bound,
             "model.expand_ratio",
             self.expand_ratio,
             "set --model.no-use-lower-bound: the bounds have one channel for each of hidden_size",
@@ -185,19 +224,33 @@ class ModelConfig:
 
     @property
     def state_size(self) -> int:
-        """Width of the MLGRU's recurrent state (channels)."""
+        """Width of the recurrent state (channels)."""
         return int(self.hidden_size * self.expand_ratio)
 
     @property
+    def recurrent(self) -> bool:
+        """Whether what is carried from token to token has a size of its own, and is no cache."""
+        return self.mixer != "attention"
+
+    @property
+    def as_released(self) -> bool:
+        """Whether the token mixer is the MLGRU of the released models, and no other form of it."""
+        return self.mixer == "mlgru" and all(getattr(self, n) == v for n, v in _OF_MLGRU.items())
+
+    @property
     def family(self) -> str:
-        """Name of the architecture, for tables: "matmulfree", "transformer" or "hybrid"."""
+        """Name of the architecture, for tables: "matmulfree" (of the MLGRU; of another recurrent
+        mixer "matmulfree-rwkv4" and the like), "transformer" or "hybrid"."""
         groups = (self.mixer_linear, self.glu_linear, self.head_linear)
-        if self.mixer == "mlgru" and all(g == BITLINEAR for g in groups):
-            return "matmulfree"
-        if self.mixer == "attention" and all(g == DENSE for g in groups):
+        if self.recurrent and all(g == BITLINEAR for g in groups):
+            return "matmulfree" if self.mixer == "mlgru" else f"matmulfree-{self.mixer}"
+        if self.mixer == "attention" and all(g == DENSE for g in groups) and not self.ternary_qk:
             return "transformer"
         return "hybrid"
 
+
+# Forms of the MLGRU that the released models do not have, with what they do have.
+_OF_MLGRU = {"output_gate": "authors", "candidate": "silu"}
 
 # How a model is initialised and run: the same weights compute the same function, up to rounding.
 RUN_SETTINGS = (

@@ -55,10 +55,10 @@ class Quantized:
 
 def check_supported(config: ModelConfig) -> None:
     """Raises ConfigError unless the model is one that the hardware runs."""
-    if not can_pack(config) or config.expand_ratio != 1:
+    if not can_pack(config) or not config.as_released or config.expand_ratio != 1:
         raise ConfigError(
-            f"the model is a {config.family}: fixed-point numerics need an MLGRU with BitLinear "
-            "layers throughout, expand_ratio 1 and no short_conv"
+            f"the model is a {config.family}: fixed-point numerics need an MLGRU as released, with "
+            "BitLinear layers throughout, expand_ratio 1 and no short_conv"
         )
     largest = max(config.hidden_size, config.glu_size)
     if largest > fixed.MAX_COLUMNS:

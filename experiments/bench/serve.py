@@ -131,7 +131,7 @@ def _rows(plan: Plan, model: LanguageModel, weights: Weights) -> Iterator[Row]:
     yield from _through("engine", plan, drive, model, bare)
     if plan.company:
         yield _company(plan, drive, model)
-    if plan.shared_tokens and model.config.mixer == "mlgru":
+    if plan.shared_tokens and model.config.recurrent:
         without, _ = _started(plan, model, weights, cache_bytes=0)
         yield _shared(plan, without, model, cached=False)
         without.close()
@@ -170,14 +170,14 @@ def _started(
     """An engine whose decoding calls have the sizes that are measured, and how it started."""
     slots = max(*plan.streams, 2)
     sizes = None
-    if model.config.mixer == "mlgru" and not plan.few_row_kernels:
+    if model.config.recurrent and not plan.few_row_kernels:
         sizes = tuple(sorted({*(n for n in plan.streams if n > 1), slots}))
     limits = Limits(
         slots=slots,
         queue=_QUEUE,
         batch_sizes=sizes,
         few_row_kernels=plan.few_row_kernels,
-        max_length=None if model.config.mixer == "mlgru" else _longest(plan),
+        max_length=None if model.config.recurrent else _longest(plan),
         **({} if cache_bytes is None else {"prefix_cache_bytes": cache_bytes}),
     )
     engine = Engine(model, weights, limits)

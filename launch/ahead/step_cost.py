@@ -140,7 +140,7 @@ def rank_meshes(
     found = []
     powers = [2**i for i in range(int(math.log2(topology.count)) + 1)]
     for f, s, t in itertools.product(powers, powers, (1, 2, 4, 8)):
-        if topology.count % (f * s * t) or (s > 1 and config.model.mixer == "attention"):
+        if topology.count % (f * s * t) or (s > 1 and config.model.mixer != "mlgru"):
             continue
         if s * t > topology.each:
             continue  # exchanged in every layer: never between hosts

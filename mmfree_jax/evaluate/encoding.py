@@ -45,6 +45,6 @@ def encode_pair(tokenizer: Tokenizer, context: str, answer: str) -> tuple[list[i
 
 def default_length(config: ModelConfig, trained: int | None) -> int:
     """Longest sequence that a model trained on rows of `trained` tokens can be asked to read."""
-    if trained is None or config.mixer == "mlgru":
+    if trained is None or config.recurrent:
         return max(trained or 0, 2048)
     return trained

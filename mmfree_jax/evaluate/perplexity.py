@@ -144,7 +144,7 @@ def evaluate_held_out(
     setting = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with setting:
         variables = forward.variables(params)
-        carries = config.mixer == "mlgru"
+        carries = config.recurrent
         layers = init_state(config, batch_size).layers if carries else None
         waiting: tuple[Any, Any] | None = None
         cut = context if carries else min(window, context or window)
@@ -277,7 +277,9 @@ def _window_losses(
     state = None
     if layers is not None:
         kept: Any = jax.tree.map(
-            lambda x: jnp.where(fresh_B.reshape(1, -1, *(1,) * (x.ndim - 2)), 0, x), layers
+            lambda x, start: jnp.where(fresh_B.reshape(1, -1, *(1,) * (x.ndim - 2)), start, x),
+            layers,
+            init_state(forward.config, 1).layers,
         )
         state = State(jnp.zeros((B,), jnp.int32), kept)
     x_BTD, new_state = forward.hidden(variables, tokens_BT, segment_ids_BT, state)

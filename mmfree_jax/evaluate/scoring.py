@@ -127,7 +127,7 @@ class Scorer:
             raise ConfigError(f"batch_tokens is {batch_tokens}: set a value above 0")
         self.model, self.mesh, self.max_length = model, mesh, max_length
         self.forward = forward or FloatForward(model.config)
-        self._shares = share_contexts and model.config.mixer == "mlgru"
+        self._shares = share_contexts and model.config.recurrent
         self._lengths = [n for n in _LENGTHS if n < max_length]
         while (self._lengths or [0])[-1] < max_length:
             self._lengths.append(min(max_length, max(_LENGTHS[0], 2 * ([0, *self._lengths][-1]))))

@@ -31,7 +31,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mmfree_jax.model import layer
-from mmfree_jax.model.weights import GLUWeights, MLGRUWeights
+from mmfree_jax.model.layer import GLUWeights, MLGRUWeights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import MIN_ABSMAX
 

@@ -13,8 +13,14 @@ def check_supported(config: ModelConfig) -> None:
     """
     if config.mixer != "mlgru":
         raise ConfigError(
-            f"model.mixer is {config.mixer!r}: only MatMul-free models (mixer mlgru) are exported; "
-            "for a Transformer++ use `mmfree export-hf` and its own tools"
+            f"model.mixer is {config.mixer!r}: only MatMul-free models with mixer mlgru are "
+            "exported; for a Transformer++ use `mmfree export-hf` and its own tools"
+        )
+    if not config.as_released:
+        raise ConfigError(
+            f"model.output_gate is {config.output_gate!r} and model.candidate "
+            f"{config.candidate!r}: only the MLGRU of the released models is exported; train one "
+            "without these"
         )
     if config.short_conv:
         raise ConfigError(

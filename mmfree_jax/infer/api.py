@@ -243,7 +243,7 @@ def _make_room(
     max_new_tokens: int,
 ) -> Session:
     """A session of our own, to donate; an attention cache has places for all that is to come."""
-    if config.mixer == "mlgru":
+    if config.recurrent:
         if session is None:
             return decode.init_session(config, len(prompts))
         return jax.tree.map(jnp.copy, session)
@@ -299,7 +299,7 @@ def _read_prompts(
 
 def _snapshot(config: ModelConfig, session: Session) -> Session:
     """Enough of a session to come back to it after the next chunk."""
-    if config.mixer == "mlgru":
+    if config.recurrent:
         return jax.tree.map(jnp.copy, session)
     # An attention cache only grows: coming back needs the positions alone.
     state = dataclasses.replace(session.state, position_B=jnp.copy(session.state.position_B))
@@ -315,7 +315,7 @@ def _rewind(
 ) -> Session:
     """`session` with the rows in `cut` as they were before the chunk plus the tokens kept."""
     rows = jnp.asarray(sorted(cut))
-    if config.mixer == "attention":
+    if not config.recurrent:
         layers = session.state.layers
         before = dataclasses.replace(
             before,

@@ -96,6 +96,24 @@ def gated_output(
     return (gate_BTD * jax.nn.silu(h_BTD.astype(jnp.float32))).astype(g_BTD.dtype)
 
 
+def printed_output_gate(form: str, g_BTE: jax.Array | None, h_BTE: jax.Array) -> jax.Array:
+    """What goes into the MLGRU's output projection by the paper's forms; see `ModelConfig`.
+
+    Args:
+      form: "text": g sigmoid(h); "figure": h sigmoid(g); "none": h.
+      g_BTE: the gate's projection; None for "none".
+      h_BTE: the states.
+
+    Returns:
+      [B, T, E] in h's dtype; computed in float32.
+    """
+    if g_BTE is None:
+        return h_BTE
+    g, h = g_BTE.astype(jnp.float32), h_BTE.astype(jnp.float32)
+    gated = g * jax.nn.sigmoid(h) if form == "text" else h * jax.nn.sigmoid(g)
+    return gated.astype(h_BTE.dtype)
+
+
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """silu(gate) * up for [..., 2m], the gate in the first half; computed in float32."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import functional, mup, packed_model, remat
-from mmfree_jax.model.block import Block, Rows
+from mmfree_jax.model.block import Block
 from mmfree_jax.model.linear import Linear, NormScale, linears
 from mmfree_jax.model.lookup import lookup
+from mmfree_jax.model.mixer import OfLayer
+from mmfree_jax.model.operations import Rows
 from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import Master, Packed, Ternary, Weights
 from mmfree_jax.model_config import ModelConfig
@@ -144,7 +146,7 @@ class LanguageModel(nn.Module):
         x_BTD, layers = self.blocks(
             constrain_batch(self.embedding(tokens_BT)),
             Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT),
-            lower_bounds_LD,
+            OfLayer(lower_bounds_LD, jnp.arange(c.num_layers, dtype=jnp.int32)),
             None if state is None else state.layers,
         )
         if state is None:

@@ -6,10 +6,17 @@ kernels on packed stacks (`packed_model.py`), an ONNX graph that is being built
 next linear layers, whose kernels have both at hand.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from mmfree_jax.model.weights import GLUWeights, MLGRUWeights
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from mmfree_jax.model import functional, mup
+from mmfree_jax.model.linear import Linear
+from mmfree_jax.model_config import ModelConfig
 
 # What a program computes with: an array, or the name of a tensor in a graph.
 Value = Any
@@ -29,6 +36,60 @@ LinearWeights = Any
 Linears = Callable[..., tuple[Value, Sequence[Value]]]
 
 
+LinearT = TypeVar("LinearT")  # one linear layer, or a stack of them
+VectorT = TypeVar("VectorT")  # a norm's scale or the like, or a stack of them
+
+
+class MLGRUWeights(NamedTuple, Generic[LinearT, VectorT]):
+    """What the token mixer of a MatMul-free layer reads, or of a stack of layers.
+
+    Attributes:
+      norm: scale of the RMSNorm in front, [D].
+      i_proj, f_proj, g_proj, o_proj: linear layers; g_proj None with output_gate "none".
+      gate_norm: scale of the RMSNorm on g, [E]; None but with output_gate "authors".
+      lower_bound: of the forget gate, [E].
+    """
+
+    norm: VectorT
+    i_proj: LinearT
+    f_proj: LinearT
+    g_proj: LinearT
+    gate_norm: VectorT
+    o_proj: LinearT
+    lower_bound: VectorT
+
+
+class GLUWeights(NamedTuple, Generic[LinearT, VectorT]):
+    """What the channel mixer of a layer reads, or of a stack of layers.
+
+    Attributes:
+      norm: scale of the RMSNorm in front, [D].
+      gate_up_proj, down_proj: linear layers.
+    """
+
+    norm: VectorT
+    gate_up_proj: LinearT
+    down_proj: LinearT
+
+
+class Steps(NamedTuple):
+    """What element-wise mixers are told of the steps they go through, in JAX.
+
+    Attributes:
+      reset_BT: True where what came before is dropped; None: nowhere.
+      padding_BT: True where the state is held; None: nowhere, or nobody reads the last state.
+      partition: how [B, T, D] lies on the mesh, None for any that the compiler chooses.
+    """
+
+    reset_BT: Any
+    padding_BT: Any
+    partition: Callable[[tuple[int, ...]], Any]
+
+
+def _itself(x: Value) -> Value:
+    return x
+
+
 class Operations(NamedTuple):
     """What a layer is computed by.
 
@@ -36,36 +97,81 @@ class Operations(NamedTuple):
       linears: see `Linears`.
       recurrence: (i, f, lower bound, state before) -> every step's state, and the last one:
         h_t = F_t h_{t-1} + (1 - F_t) silu(i_t), F = bound + (1 - bound) sigmoid(f).
+      vector: the layer's own of a vector that the weights may hold as a stack over layers.
+      steps: for mixers that compute with arrays; None where there are none.
     """
 
     linears: Linears
     recurrence: Callable[[Value, Value, Value, Value], tuple[Value, Value]]
+    vector: Callable[[Value], Value] = _itself
+    steps: Steps | None = None
 
 
 def mlgru(
-    ops: Operations, weights: MLGRUWeights[Any, Any], x: Value, update: Value, state: Value
+    ops: Operations,
+    weights: MLGRUWeights[Any, Any],
+    x: Value,
+    update: Value,
+    h0: Value,
+    gate: str = "authors",
 ) -> tuple[Value, Value, Value]:
-    """The token mixer on the stream x + update (arXiv 2406.02528, section 3.3).
+    """The token mixer on the stream x + update.
+
+    Args:
+      ops: what it is computed by.
+      weights: of the layer.
+      x, update: the stream, in two parts.
+      h0: the state before the first step.
+      gate: a `ModelConfig.output_gate`; those that are not the authors' need arrays.
 
     Returns:
       x + update, this mixer's update of it, and the state after the last step.
     """
-    inputs = [weights.i_proj, weights.f_proj, weights.g_proj]
-    x, (i, f, g) = ops.linears(
-        inputs, x, residual=update, outer_norm=weights.norm, skip=True, name="i_f_g"
+    x, outputs = ops.linears(
+        mlgru_inputs(weights), x, residual=update, outer_norm=weights.norm, skip=True, name="i_f_g"
     )
-    return x, *mix(ops, weights, i, f, g, state)
+    return x, *after_projections(ops, weights, outputs, h0, gate)
 
 
-def mix(
-    ops: Operations, weights: MLGRUWeights[Any, Any], i: Value, f: Value, g: Value, state: Value
+def mlgru_inputs(weights: MLGRUWeights[Any, Any]) -> list[Any]:
+    """The layers that read the mixer's input."""
+    inputs = [weights.i_proj, weights.f_proj]
+    return inputs if weights.g_proj is None else [*inputs, weights.g_proj]
+
+
+def after_projections(
+    ops: Operations,
+    weights: MLGRUWeights[Any, Any],
+    outputs: Sequence[Value],
+    h0: Value,
+    gate: str,
 ) -> tuple[Value, Value]:
     """What follows the projections i, f and g: the update of the stream, and the last state."""
-    h, last = ops.recurrence(i, f, weights.lower_bound, state)
-    _, (update,) = ops.linears(
-        [weights.o_proj], g, outer_norm=weights.gate_norm, times_silu=h, name="o"
-    )
+    i, f, *rest = outputs
+    h, last = ops.recurrence(i, f, weights.lower_bound, h0)
+    if gate == "authors":
+        _, (update,) = ops.linears(
+            [weights.o_proj], rest[0], outer_norm=weights.gate_norm, times_silu=h, name="o"
+        )
+        return update, last
+    g = checkpoint_name(rest[0], "g") if rest else None
+    gated = functional.printed_output_gate(gate, g, h)
+    _, (update,) = ops.linears([weights.o_proj], gated, name="o")
     return update, last
+
+
+def mlgru_from_state(
+    ops: Operations,
+    weights: MLGRUWeights[Any, Any],
+    x: Value,
+    update: Value,
+    state: dict[str, Any] | None,
+    config: ModelConfig,
+) -> tuple[Value, Value, dict[str, Any]]:
+    """As `PackedForm.mix`; without a state it starts at zero."""
+    h0_BE = None if state is None else state["h"]
+    x, update, last_BE = mlgru(ops, weights, x, update, h0_BE, config.output_gate)
+    return x, update, {"h": last_BE}
 
 
 def glu(
@@ -87,3 +193,23 @@ def glu(
     )
     _, (update,) = ops.linears([weights.down_proj], gate_up, gated=True, name="down")
     return x, update
+
+
+class GLU(nn.Module):
+    """Owns the channel mixer: gate and up in one projection of width 2m, projection down."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, ops: Operations, x: jax.Array, update: jax.Array, norm_scale_D: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `glu`, on its own weights."""
+        c = self.config
+        width, inner = norm_scale_D.shape[0], c.glu_size
+        deviation = c.initializer_range * mup.hidden_scale(c)
+        init = nn.initializers.normal(deviation)
+        down_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
+        gate_up = Linear(2 * inner, c.glu_linear, c.param_dtype, init, name="gate_up_proj")
+        down = Linear(width, c.glu_linear, c.param_dtype, down_init, name="down_proj")
+        return glu(ops, GLUWeights(norm_scale_D, gate_up(width), down(inner)), x, update)

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from mmfree_jax.model import functional, layer
 from mmfree_jax.model.linear import LinearWeights, linears
+from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model.operations import recurrence, whole
 from mmfree_jax.model.state import State, init_state
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
 from mmfree_jax.model_config import BITLINEAR, ModelConfig
@@ -27,7 +29,6 @@ from mmfree_jax.pallas_kernels.packed_matmul.api import (
     scaled_matmul,
     unpack_many,
 )
-from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
 from mmfree_jax.pallas_kernels.ternary_matmul.api import gated_ternary_matmul, ternary_matmul
 
 # Tokens beyond which a matrix is unpacked to int8 before its product: each tile of the packed
@@ -125,37 +126,38 @@ def _layers(
         reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
         length_B = jnp.sum(~padding_BT, axis=1, dtype=jnp.int32)
     kernels = _by_kernels(packed, kernels)
+    form = mixer_of(config).packed
+    assert form is not None  # `can_pack`
+    steps = layer.Steps(reset_BT, padding_BT, whole)
+    recur = recurrence(config, steps)
 
-    def block(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]) -> Any:
+    def block(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Any]) -> Any:
         x_BTD, update_BTD = carry
-        index, h0_BE = inputs
+        index, before = inputs
 
-        def recurrence(
+        def vector(stack: jax.Array) -> jax.Array:
+            return stack[index]
+
+        def recurrence_here(
             i_BTE: jax.Array, f_BTE: jax.Array, bounds_LE: jax.Array, h0_BE: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            return mlgru_recurrence(
-                i_BTE,
-                f_BTE,
-                bounds_LE[index],
-                h0_BD=h0_BE,
-                reset_BT=reset_BT,
-                padding_BT=padding_BT,
-                implementation=config.recurrence_kernel,
-            )
+            return recur(i_BTE, f_BTE, vector(bounds_LE), h0_BE)
 
-        ops = layer.Operations(_linears(config, index, kernels, interpret), recurrence)
-        x_BTD, update_BTD, h_BE = layer.mlgru(ops, packed.mixer, x_BTD, update_BTD, h0_BE)
-        return layer.glu(ops, packed.glu, x_BTD, update_BTD), h_BE
+        ops = layer.Operations(
+            _linears(config, index, kernels, interpret), recurrence_here, vector, steps
+        )
+        x_BTD, update_BTD, after = form.mix(ops, packed.mixer, x_BTD, update_BTD, before, config)
+        return layer.glu(ops, packed.glu, x_BTD, update_BTD), after
 
     x_BTD = embed(packed.embedding, tokens_BT, config)
     nothing_BTD = jnp.zeros(x_BTD.shape, jnp.dtype(config.compute_dtype))
-    (x_BTD, update_BTD), h_LBE = jax.lax.scan(
+    (x_BTD, update_BTD), layers = jax.lax.scan(
         block,
         (x_BTD, nothing_BTD),
-        (jnp.arange(config.num_layers, dtype=jnp.int32), state.layers["h"]),
+        (jnp.arange(config.num_layers, dtype=jnp.int32), state.layers),
         unroll=(config.num_layers if kernels else 1) if unroll is None else unroll,
     )
-    return x_BTD, update_BTD, State(state.position_B + length_B, {"h": h_LBE})
+    return x_BTD, update_BTD, State(state.position_B + length_B, layers)
 
 
 def _head(
@@ -299,15 +301,17 @@ def _widths(packed: Packed) -> dict[str, int]:
 
 def serves_token(packed: Packed, batch: int, tokens: int) -> bool:
     """Whether `decode_token` serves a call: one token a row, few rows, on a GPU."""
-    in_words = packed.head.layout == "words"
-    return (
-        in_words and tokens == 1 and decode_op.measured_best(batch, **_widths(packed)) is not None
-    )
+    served = _decode_op_reads(packed) and tokens == 1
+    return served and decode_op.measured_best(batch, **_widths(packed)) is not None
 
 
 def serves_greedy(packed: Packed, batch: int) -> bool:
     """Whether `decode_greedy` serves a call: few rows, on a GPU that runs one as one kernel."""
-    return packed.head.layout == "words" and batch <= decode_op.greedy_rows(**_widths(packed))
+    return _decode_op_reads(packed) and batch <= decode_op.greedy_rows(**_widths(packed))
+
+
+def _decode_op_reads(packed: Packed) -> bool:
+    return packed.decode_op and packed.head.layout == "words"
 
 
 def decode_token(

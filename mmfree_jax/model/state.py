@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import ModelConfig
 
 
@@ -51,22 +52,6 @@ def init_state(config: ModelConfig, batch_size: int, max_length: int | None = No
     Raises:
       ValueError: attention without a max_length.
     """
-    position_B = jnp.zeros((batch_size,), jnp.int32)
-    if config.mixer == "mlgru":
-        rows = (config.num_layers, batch_size)
-        layers = {"h": jnp.zeros((*rows, config.state_size), jnp.float32)}
-        if config.short_conv:
-            channels = (
-                {"conv": config.hidden_size}
-                if config.share_short_conv
-                else {"i_conv": config.state_size, "f_conv": config.state_size}
-            )
-            for name, width in channels.items():
-                shape = (*rows, config.short_conv - 1, width)
-                layers[name] = jnp.zeros(shape, jnp.float32)
-        return State(position_B, layers)
-    if max_length is None:
-        raise ValueError("max_length is None: attention needs room for its keys and values")
-    shape = (config.num_layers, batch_size, max_length, config.kv_heads, config.head_channels)
-    dtype = jnp.dtype(config.compute_dtype)
-    return State(position_B, {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)})
+    rows = (config.num_layers, batch_size)
+    layers = mixer_of(config).state(config, rows, max_length)
+    return State(jnp.zeros((batch_size,), jnp.int32), layers)

@@ -13,7 +13,7 @@ E state channels, M GLU width, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -21,16 +21,16 @@ import jax.numpy as jnp
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.functional import forget_gate_lower_bounds
-from mmfree_jax.model_config import LinearConfig, ModelConfig
+from mmfree_jax.model.layer import GLUWeights
+from mmfree_jax.model.mixer import OfLayer
+from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model_config import BITLINEAR, LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import constrain_parameter
 
 # A nested dict of arrays, whose keys are those of ARCHITECTURE.md.
 Params = dict[str, Any]
-
-LinearT = TypeVar("LinearT")  # one linear layer, or a stack of them
-VectorT = TypeVar("VectorT")  # a norm's scale or the like, or a stack of them
 
 
 @flax.struct.dataclass
@@ -97,38 +97,6 @@ class PackedLinear:
         return PackedLinear(words, self.scale, self.norm_scale, layout="words")
 
 
-class MLGRUWeights(NamedTuple, Generic[LinearT, VectorT]):
-    """What the token mixer of a MatMul-free layer reads, or of a stack of layers.
-
-    Attributes:
-      norm: scale of the RMSNorm in front, [D].
-      i_proj, f_proj, g_proj, o_proj: linear layers.
-      gate_norm: scale of the RMSNorm on g, [E].
-      lower_bound: of the forget gate, [E].
-    """
-
-    norm: VectorT
-    i_proj: LinearT
-    f_proj: LinearT
-    g_proj: LinearT
-    gate_norm: VectorT
-    o_proj: LinearT
-    lower_bound: VectorT
-
-
-class GLUWeights(NamedTuple, Generic[LinearT, VectorT]):
-    """What the channel mixer of a layer reads, or of a stack of layers.
-
-    Attributes:
-      norm: scale of the RMSNorm in front, [D].
-      gate_up_proj, down_proj: linear layers.
-    """
-
-    norm: VectorT
-    gate_up_proj: LinearT
-    down_proj: LinearT
-
-
 @flax.struct.dataclass
 class EmbeddingTable:
     """The embedding as a packed model stores it.
@@ -148,16 +116,19 @@ class Packed:
 
     Attributes:
       embedding: the table.
-      mixer, glu: stacked over the layers.
+      mixer: what its `PackedForm.mix` reads, stacked over the layers.
+      glu: stacked over the layers.
       final_norm_D: scale of the last RMSNorm.
       head: one BitLinear, not a stack.
+      decode_op: static; the kernels of `pallas_kernels/decode` compute this model.
     """
 
     embedding: EmbeddingTable
-    mixer: MLGRUWeights[PackedLinear, jax.Array]
+    mixer: Any
     glu: GLUWeights[PackedLinear, jax.Array]
     final_norm_D: jax.Array
     head: PackedLinear
+    decode_op: bool = flax.struct.field(pytree_node=False, default=True)
 
     def head_stack(self) -> PackedLinear:
         """The head as a stack of one layer, for kernels that take stacks."""
@@ -188,8 +159,10 @@ def is_ternary(config: ModelConfig, path: tuple[str, ...]) -> bool:
 
 
 def can_pack(config: ModelConfig) -> bool:
-    """Whether the model can run packed: MLGRU, no convolution, all layers BitLinear."""
-    return config.family == "matmulfree" and not config.short_conv
+    """Whether the model can run packed: all layers BitLinear, a mixer that can, no convolution."""
+    groups = (config.mixer_linear, config.glu_linear, config.head_linear)
+    ternary = all(group == BITLINEAR for group in groups)
+    return ternary and mixer_of(config).packed is not None and not config.short_conv
 
 
 def ternarise_matrix(master: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -308,17 +281,11 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
     """A model of its linear layers, which `linear` makes by their paths, and its other leaves."""
     blocks = tree["blocks"]
     mixer, glu = (functools.partial(linear, "blocks", name) for name in ("mixer", "glu"))
+    form = mixer_of(config).packed
+    assert form is not None  # `can_pack`
     return Packed(
         EmbeddingTable(tree["embedding"]["weight"], tree["embedding"].get("scale")),
-        MLGRUWeights(
-            norm=blocks["mixer_norm"]["scale"],
-            i_proj=mixer("i_proj"),
-            f_proj=mixer("f_proj"),
-            g_proj=mixer("g_proj"),
-            gate_norm=blocks["mixer"]["gate_norm"]["scale"],
-            o_proj=mixer("o_proj"),
-            lower_bound=lower_bounds(tree.get("lower_bounds"), config),
-        ),
+        form.weights(blocks, mixer, OfLayer(lower_bounds(tree.get("lower_bounds"), config))),
         GLUWeights(
             norm=blocks["glu_norm"]["scale"],
             gate_up_proj=glu("gate_up_proj"),
@@ -326,6 +293,7 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
         ),
         tree["final_norm"]["scale"],
         linear("head"),
+        decode_op=config.as_released,
     )
 
 
@@ -346,9 +314,10 @@ _lower_bounds = jax.jit(forget_gate_lower_bounds)
 def matrix_scales(weights: Weights) -> list[jax.Array]:
     """The scales of all ternary matrices, in the order of the parameters' names."""
     if isinstance(weights, Packed):
-        mixer, glu = weights.mixer, weights.glu
-        linears = [glu.down_proj, glu.gate_up_proj, mixer.f_proj, mixer.g_proj, mixer.i_proj]
-        return [linear.scale for linear in (*linears, mixer.o_proj, weights.head)]
+        parts = (weights.glu, weights.mixer)
+        linears = [getattr(part, name) for part in parts for name in sorted(part._fields)]
+        stacks = [x for x in (*linears, weights.head) if isinstance(x, PackedLinear)]
+        return [stack.scale for stack in stacks]
     leaves = jax.tree.leaves(weights.ternary) if isinstance(weights, Ternary) else []
     return [leaf for leaf in leaves if leaf.dtype == jnp.float32]
 

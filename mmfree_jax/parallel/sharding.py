@@ -33,7 +33,8 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"blocks/(mixer|glu)_norm/scale", P()),
     (r"blocks/mixer/(gate|q|k)_norm/scale", P()),
     (r"blocks/mixer/(conv|i_conv|f_conv)/kernel", P()),
-    (r"blocks/mixer/[ifgqkv]_proj/weight", P(None, "tensor", "fsdp")),
+    (r"blocks/mixer/([rkv]_mix|decay|bonus)", P()),
+    (r"blocks/mixer/[ifgqkvr]_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/mixer/o_proj/weight", P(None, "fsdp", "tensor")),
     (r"blocks/mixer/[qkvo]_proj/bias", P()),
     (r"blocks/glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
@@ -129,9 +130,9 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
             f"data.seq_len is {config.data.seq_len}, not a multiple of mesh.sequence ({pieces}): "
             f"set --data.seq-len {-(-config.data.seq_len // pieces) * pieces}, or --mesh.sequence 1"
         )
-    if pieces > 1 and model.mixer == "attention":
+    if pieces > 1 and model.mixer != "mlgru":
         raise ConfigError(
-            f"mesh.sequence is {pieces}: attention needs whole rows; set --mesh.sequence 1, or "
+            f"mesh.sequence is {pieces}: {model.mixer} needs whole rows; set --mesh.sequence 1, or "
             "--model.mixer mlgru"
         )
     sizes = {

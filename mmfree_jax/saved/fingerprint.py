@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import (
     Packed,
@@ -74,8 +75,8 @@ def fingerprint(weights: Weights, config: ModelConfig) -> Fingerprint:
     """The fingerprint of a model's weights, in any form."""
     weights = as_weights(weights, dataclasses.replace(config, bitlinear="fused"))
     if isinstance(weights, Packed):
-        matrices, others = _parts_of_packed(weights)
-        bounds = weights.mixer.lower_bound
+        matrices, others = _parts_of_packed(weights, config)
+        bounds = weights.mixer.lower_bound if config.mixer == "mlgru" else jnp.zeros(0)
     else:
         assert isinstance(weights, Ternary)
         matrices, others = _parts_of_ternary(weights)
@@ -116,7 +117,7 @@ def _parts_of_ternary(weights: Ternary) -> tuple[_Matrices, Params]:
     return matrices, others
 
 
-def _parts_of_packed(weights: Packed) -> tuple[_Matrices, Params]:
+def _parts_of_packed(weights: Packed, config: ModelConfig) -> tuple[_Matrices, Params]:
     mixer, glu = weights.mixer, weights.glu
     linears = {f"blocks/mixer/{name}": getattr(mixer, name) for name in mixer._fields}
     linears |= {f"blocks/glu/{name}": getattr(glu, name) for name in glu._fields}
@@ -126,12 +127,14 @@ def _parts_of_packed(weights: Packed) -> tuple[_Matrices, Params]:
         embedding = embedding.astype(jnp.float32) * weights.embedding.row_scale_V1
     others: dict[str, Any] = {
         "embedding/weight": embedding,
-        "blocks/mixer_norm/scale": mixer.norm,
-        "blocks/mixer/gate_norm/scale": mixer.gate_norm,
         "blocks/glu_norm/scale": glu.norm,
         "final_norm/scale": weights.final_norm_D,
         "head/norm_scale": weights.head.norm_scale,
     }
+    form = mixer_of(config).packed
+    assert form is not None  # it is packed
+    vectors = {path: getattr(mixer, name) for name, path in form.vectors.items()}
+    others |= {path: vector for path, vector in vectors.items() if vector is not None}
     others |= {f"{name}/norm_scale": linear.norm_scale for name, linear in linears.items()}
     linears["head"] = weights.head_stack()
     return {name: (linear, linear.scale) for name, linear in linears.items()}, others

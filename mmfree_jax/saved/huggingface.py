@@ -175,6 +175,11 @@ def write_config(
         "vocab_size": config.vocab_size,
     }
     ratio = config.expand_ratio
+    if config.mixer == "mlgru" and not config.as_released:
+        raise ConfigError(
+            f"model.output_gate is {config.output_gate!r} and model.candidate "
+            f"{config.candidate!r}: {HGRN_BIT} folders hold the MLGRU of the released models alone"
+        )
     if config.mixer == "mlgru" and groups == {BITLINEAR}:
         fields = common | {
             "architectures": [f"HGRNBit{'Packed' if packed else ''}ForCausalLM"],
@@ -194,13 +199,13 @@ def write_config(
         }
         if config.linear_norm_eps != 1e-6:
             fields["linear_norm_eps"] = config.linear_norm_eps
-    elif config.mixer == "attention" and groups == {DENSE}:
+    elif config.mixer == "attention" and groups == {DENSE} and not config.ternary_qk:
         fields = common | huggingface_llama.write(config)
     else:
         raise ConfigError(
             f"the model is a hybrid (mixer {config.mixer!r}; mixer_linear, glu_linear and "
-            "head_linear not all BitLinear or all dense): Hugging Face folders hold only "
-            f"{HGRN_BIT} (MLGRU, all BitLinear) and {', '.join(huggingface_llama.DEFAULTS)} "
+            "head_linear not all BitLinear or all dense, or ternary_qk): Hugging Face folders hold "
+            f"only {HGRN_BIT} (MLGRU, all BitLinear) and {', '.join(huggingface_llama.DEFAULTS)} "
             "(attention, all dense) models"
         )
     return dict(sorted(fields.items()))

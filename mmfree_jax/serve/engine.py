@@ -110,7 +110,7 @@ class Engine:
         self._store = SessionStore(weights, self._config, self._limits.session_bytes, sessions)
         self._batch = Batch(weights, self._config, plan, few_rows=self._limits.few_row_kernels)
         self._session_bytes = session_bytes(self._batch.fresh)
-        caches = self._config.mixer == "mlgru"
+        caches = self._config.recurrent
         self._cache = PrefixCache(self._limits.prefix_cache_bytes if caches else 0)
         self._outbox = Outbox()
         self._scheduler = Scheduler(self._batch, plan, self._cache, self._store, self._outbox)
@@ -142,7 +142,7 @@ class Engine:
         check_tokens(request, self._config)
         start = None if request.session is None else self._store.find(request.session)
         self._check_length(request, start)
-        if request.save_as is not None and self._config.mixer == "mlgru":
+        if request.save_as is not None and self._config.recurrent:
             self._store.check_room(request.save_as, self._session_bytes)
         handle = Handle(request)
         job = new_job(handle, start, self._limits.time_limit_s)

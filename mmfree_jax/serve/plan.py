@@ -69,7 +69,7 @@ def plan_for(limits: Limits, config: ModelConfig, backend: str) -> Plan:
     Raises:
       ConfigError: limits that do not fit each other or the model.
     """
-    attention = config.mixer == "attention"
+    attention = not config.recurrent
     accelerated = backend != "cpu"
     sizes = limits.batch_sizes
     if sizes is None:

@@ -8,6 +8,7 @@ program's; int8 and ternary products count as the bfloat16 products they stand f
 
 import dataclasses
 
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 
 
@@ -17,8 +18,8 @@ class Parameters:
 
     embedding: int
     mixer: int
-    """Matrices of the token mixer, their biases, its short convolutions, and the lower bounds of
-    its forget gates."""
+    """Matrices of the token mixer, their biases, its short convolutions, the lower bounds of its
+    forget gates, and its other vectors."""
     glu: int
     head: int
     norms: int
@@ -44,18 +45,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
         config.num_layers,
         config.vocab_size,
     )
-    is_mlgru = config.mixer == "mlgru"
+    of_mixer = mixer_of(config)
     mixer, glu, head = layers * mixer_weights(config), layers * 3 * d * m, vocab * d
-    bounds = layers * d if is_mlgru and config.use_lower_bound else 0
-    convolutions = layers * _convolution_weights(config)
-    inner = config.state_size if is_mlgru else config.query_size
-    norms = layers * 2 * d + d
-    if is_mlgru:
-        norms += layers * inner  # on the output gate
-    elif config.qk_norm:
-        norms += layers * 2 * config.head_channels
+    norms = layers * (2 * d + of_mixer.norms(config)) + d
     if config.mixer_linear.input_norm:
-        norms += layers * (3 * d + inner)
+        norms += layers * sum(columns for _, columns in of_mixer.matrices(config).values())
     if config.glu_linear.input_norm:
         norms += layers * (d + m)
     if config.head_linear.input_norm:
@@ -66,7 +60,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
     return Parameters(
         embedding=vocab * d,
-        mixer=mixer + bounds + convolutions + layers * _biases(config),
+        mixer=mixer + layers * of_mixer.vectors(config),
         glu=glu,
         head=head,
         norms=norms,
@@ -77,27 +71,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 
 def mixer_weights(config: ModelConfig) -> int:
-    """Weights of one layer's token mixer: its four matrices."""
-    d = config.hidden_size
-    if config.mixer == "mlgru":
-        return 4 * d * config.state_size
-    return 2 * d * config.query_size + 2 * d * config.key_size
-
-
-def _biases(config: ModelConfig) -> int:
-    """Biases of one layer's projections."""
-    if config.mixer != "attention" or config.attention_bias == "none":
-        return 0
-    of_output = config.hidden_size if config.attention_bias == "qkvo" else 0
-    return config.query_size + 2 * config.key_size + of_output
-
-
-def _convolution_weights(config: ModelConfig) -> int:
-    """Weights of one layer's short convolutions."""
-    if config.mixer != "mlgru":
-        return 0
-    channels = config.hidden_size if config.share_short_conv else 2 * config.state_size
-    return config.short_conv * channels
+    """Weights of one layer's token mixer: its matrices."""
+    return sum(rows * columns for rows, columns in mixer_of(config).matrices(config).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +82,8 @@ class TokenFlops:
     mixer: int
     """Projections of the token mixer."""
     mixing: float
-    """Between tokens: attention's scores and sums (mean over a causal row), or the MLGRU's
-    element-wise operations."""
+    """Between tokens: attention's scores and sums (mean over a causal row), or the element-wise
+    operations of other mixers."""
     glu: int
     head: int
 
@@ -123,36 +98,15 @@ class TokenFlops:
         return 3 * self.forward
 
 
-def mlgru_elementwise_flops(use_lower_bound: bool) -> int:
-    """Operations of the MLGRU per channel and token, an elementary function counting one.
-
-    sigmoid(f) 1, lower bound 2, silu(i) 2, 1 - f 1, their product 1, recurrence 2,
-    silu(h) 2, gate 1.
-    """
-    return 12 if use_lower_bound else 10
-
-
 def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     """Operations a token of the forward pass, averaged over a row of `seq_len` tokens.
 
-    Attention is counted as causal: the token at position t (from 1) attends to t keys, on
-    average (seq_len + 1) / 2, at 2 operations a channel of all heads each for the score and for
-    the sum. Rows that pack several documents do less.
+    Attention is counted as causal. Rows that pack several documents do less.
     """
     d, layers = config.hidden_size, config.num_layers
-    if config.mixer == "attention":
-        mixing = layers * 4 * config.query_size * (seq_len + 1) / 2
-    else:
-        # The first layer has no lower bound.
-        bounded = layers - 1 if config.use_lower_bound else 0
-        mixing = float(
-            config.state_size * bounded * mlgru_elementwise_flops(True)
-            + config.state_size * (layers - bounded) * mlgru_elementwise_flops(False)
-            + layers * 2 * _convolution_weights(config)
-        )
     return TokenFlops(
         mixer=2 * layers * mixer_weights(config),
-        mixing=mixing,
+        mixing=mixer_of(config).mixing_flops(config, seq_len),
         glu=2 * layers * 3 * d * config.glu_size,
         head=2 * d * config.vocab_size,
     )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.flops import count_parameters
@@ -51,26 +52,19 @@ def _block_bytes_per_token(config: ModelConfig) -> dict[str, float]:
     d, m = config.hidden_size, config.glu_size
     c = jnp.dtype(config.compute_dtype).itemsize
     residuals = d * c  # the block's input
-    # Channels of the mixer's state, and of its i and f (MLGRU) or k and v (attention).
-    if config.mixer == "mlgru":
-        inner = pair = config.state_size
-    else:
-        inner, pair = config.query_size, config.key_size
-    # Outputs of the six products and the mixer's third; and what they read.
-    products = (2 * pair + inner + d + 2 * m + d) * c
-    inputs = (d + inner + d + m) * c
-    if config.mixer == "mlgru":
-        mixing = 3 * inner * 4 + inner * c  # f, x and h in float32, and the gate's norm
-    else:
-        mixing = inner * c  # attention's output; its scores are never kept
+    mixer = mixer_of(config)
+    kept = mixer.kept(config)
+    # Outputs of all products, and what they read.
+    products = (sum(rows for rows, _ in mixer.matrices(config).values()) + 2 * m + d) * c
+    inputs = (kept.inputs + d + m) * c
     return {
         "full": residuals,
         "stream": residuals + d * c,
-        "states": residuals + (d + inner * (config.mixer == "mlgru")) * c,
-        "gated": residuals + (d + 2 * inner * (config.mixer == "mlgru")) * c,
-        "gates": residuals + (d + 2 * pair + 2 * inner) * c,
+        "states": residuals + (d + kept.states) * c,
+        "gated": residuals + (d + kept.gated) * c,
+        "gates": residuals + (d + kept.gates) * c,
         "dots": residuals + products,
-        "none": residuals + products + inputs + mixing,
+        "none": residuals + products + inputs + kept.float32 * 4 + kept.compute * c,
     }
 
 

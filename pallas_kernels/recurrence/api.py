@@ -235,6 +235,7 @@ def _linear_forward(
             reset_BT,
             h0_BD,
         )
+    h_BTD = checkpoint_name(h_BTD, "state")
     return (h_BTD, h_last_BD), (f_BTD, h_BTD, reset_BT, h0_BD, start)
 
 

@@ -8,14 +8,9 @@ import pytest
 
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel, Master, Packed, Ternary, as_weights
+from mmfree_jax.model.layer import GLUWeights, MLGRUWeights
 from mmfree_jax.model.linear import LinearWeights
-from mmfree_jax.model.weights import (
-    EmbeddingTable,
-    GLUWeights,
-    MLGRUWeights,
-    PackedLinear,
-    pack,
-)
+from mmfree_jax.model.weights import EmbeddingTable, PackedLinear, pack
 from mmfree_jax.model_config import ModelConfig
 
 # Whoever holds one of these follows the weights.
@@ -25,10 +20,10 @@ PARTS = (EmbeddingTable, GLUWeights, LinearWeights, MLGRUWeights, PackedLinear)
 TERNARY = [
     "mmfree_jax.infer.api",
     "mmfree_jax.infer.decode",
-    "mmfree_jax.model.block",
     "mmfree_jax.model.language_model",
     "mmfree_jax.model.layer",
     "mmfree_jax.model.linear",
+    "mmfree_jax.model.mlgru",
     "mmfree_jax.model.weights",
 ]
 PACKED = [

@@ -1,0 +1,87 @@
+"""What the rest of the program knows of a token mixer, whichever it is.
+
+A mixer's module has one form for all its uses: with many tokens it is the parallel form, with one
+token and a state the one-token form.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from mmfree_jax.model_config import ModelConfig
+
+
+class OfLayer(NamedTuple):
+    """What a mixer is given beside its parameters, of one layer or stacked over all.
+
+    Attributes:
+      lower_bound_E: of a forget gate, float32; None where the mixer has none.
+      index: of the layer, int32, which initialisations may depend on.
+    """
+
+    lower_bound_E: jax.Array | None = None
+    index: jax.Array | None = None
+
+
+class Kept(NamedTuple):
+    """Channels of a token that the backward pass keeps of one mixer, by `ModelConfig.remat`.
+
+    Attributes:
+      states, gated, gates: beyond what "stream" keeps.
+      inputs: read by its linear layers, under "none".
+      float32: under "none", in float32.
+      compute: under "none", in the compute dtype.
+    """
+
+    states: int
+    gated: int
+    gates: int
+    inputs: int
+    float32: int
+    compute: int
+
+
+class PackedForm(NamedTuple):
+    """How a mixer runs on packed weights.
+
+    Attributes:
+      weights: (parameters of the blocks, linear layer by its name, `OfLayer` stacked) -> what
+        `mix` reads, a NamedTuple whose linear layers have the names of the parameter tree.
+      mix: (operations, weights, x, update, state, config) -> x + update, the mixer's update of
+        it, and the new state.
+      vectors: the paths in the parameter tree of those weights that are no linear layers, by
+        their names.
+    """
+
+    weights: Callable[[dict[str, Any], Callable[[str], Any], OfLayer], Any]
+    mix: Callable[..., tuple[Any, Any, dict[str, Any]]]
+    vectors: dict[str, str]
+
+
+class Mixer(NamedTuple):
+    """A token mixer.
+
+    Attributes:
+      module: its Linen module. `module(config)(x_BTD, norm_scale_D, rows, of_layer, state)` gives
+        x as the block goes on with it, the update of the residual stream [B, T, D], and the
+        new state (None without one).
+      state: (config, (layers, rows), places of a cache) -> the state before the first token.
+      matrices: each matrix of a layer by its name, (outputs, inputs).
+      norms: parameters of a layer in norms that are not the linear layers' own.
+      vectors: other parameters of a layer that are no matrices.
+      mixing_flops: (config, length of a row) -> operations a token between tokens and
+        element-wise, over all layers.
+      kept: what the backward pass keeps.
+      packed: None: it has no packed form.
+    """
+
+    module: type[nn.Module]
+    state: Callable[[ModelConfig, tuple[int, int], int | None], dict[str, jax.Array]]
+    matrices: Callable[[ModelConfig], dict[str, tuple[int, int]]]
+    norms: Callable[[ModelConfig], int]
+    vectors: Callable[[ModelConfig], int]
+    mixing_flops: Callable[[ModelConfig, int], float]
+    kept: Callable[[ModelConfig], Kept]
+    packed: PackedForm | None = None

@@ -1,0 +1,16 @@
+"""The token mixers by their names."""
+
+from mmfree_jax.model import attention, mlgru, rwkv4
+from mmfree_jax.model.mixer import Mixer
+from mmfree_jax.model_config import ModelConfig
+
+MIXERS: dict[str, Mixer] = {
+    "mlgru": mlgru.MIXER,
+    "attention": attention.MIXER,
+    "rwkv4": rwkv4.MIXER,
+}
+
+
+def mixer_of(config: ModelConfig) -> Mixer:
+    """The token mixer of a model."""
+    return MIXERS[config.mixer]
