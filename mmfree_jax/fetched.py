@@ -7,7 +7,7 @@ It is taken again when an object below the URL has changed. Nothing here imports
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from mmfree_jax.errors import StorageError
@@ -74,11 +74,7 @@ def local_copy(
 def _find(url: Url, name: str, wanted: Wanted, beside: Wanted) -> tuple[Url, list[Object]]:
     """The prefix that a URL names, or that of its object, and the objects to fetch below it."""
     there = [found for found in list_below(url) if found.url.name != LEASE]
-    if any(found.url == url / UPLOADING for found in there):
-        raise StorageError(
-            f"{name} {url} is half written: the command that writes it is still at it, or did not "
-            "end; run that again"
-        )
+    refuse_half_written(url, there, name)
     root, objects = url, [found for found in there if wanted(_below(url, found))]
     if not objects and url.key and (single := find_object(url)) is not None:
         root = Url(url.scheme, url.bucket, url.key.rpartition("/")[0])
@@ -88,6 +84,30 @@ def _find(url: Url, name: str, wanted: Wanted, beside: Wanted) -> tuple[Url, lis
         why = describe_missing(url) or f"{url} holds none of the files that it should"
         raise StorageError(f"{name} {why}")
     return root, objects
+
+
+def refuse_half_written(url: Url, there: Iterable[Object], name: str) -> None:
+    """Refuses a folder that is marked as not whole; `name` is what the message calls it.
+
+    Raises:
+      StorageError: the mark is among the objects that are there.
+    """
+    if any(found.url == url / UPLOADING for found in there):
+        raise StorageError(
+            f"{name} {url} is half written: the command that writes it is still at it, or did not "
+            "end; run that again"
+        )
+
+
+def check_file_names(objects: Iterable[Object]) -> None:
+    """Refuses objects that have names which no file can have.
+
+    Raises:
+      StorageError: names the first.
+    """
+    for found in objects:
+        if ".." in found.url.key.split("/") or found.url.key.endswith("/"):
+            raise StorageError(f"{found.url} has a name that no file can have: rename it")
 
 
 def _below(url: Url, found: Object) -> PurePosixPath:
@@ -101,9 +121,7 @@ def _keep(root: Url, objects: list[Object]) -> Path:
       ChangedError: one was written or deleted meanwhile.
     """
     folder = Path(root.bucket, root.key)
-    for found in objects:
-        if ".." in found.url.key.split("/") or found.url.key.endswith("/"):
-            raise StorageError(f"{found.url} has a name that no file can have: rename it")
+    check_file_names(objects)
 
     def fill(entry: Path) -> None:
         for found in objects:

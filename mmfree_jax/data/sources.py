@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmfree_jax.data.bucket_inputs import local_file
 from mmfree_jax.data.tables import arrow_rows, parquet_rows
 from mmfree_jax.data.text_split import split_text
 from mmfree_jax.errors import DataError
+from mmfree_jax.storage import Url
 from mmfree_jax.text_files import LONGEST_MARK, find_encoding, open_file
 
 BATCH_BYTES = 2**20
@@ -44,7 +46,8 @@ class ReadOptions:
 class InputFile:
     """A file to read."""
 
-    path: Path
+    path: Path | Url
+    """Of this machine, or in a bucket."""
     text_field: str = "text"
     """Field or column that holds a document's text; "a.b" is that field, else b in a."""
     place: int = 0
@@ -77,7 +80,7 @@ class RecordBatch:
     """Which of the inputs the file comes from."""
 
 
-def is_plain_text(path: Path) -> bool:
+def is_plain_text(path: Path | Url) -> bool:
     """Whether a file is text, which a separator may cut, and not a table or lines of JSON."""
     return path.name.removesuffix(".gz").removesuffix(".zst").endswith(_TEXT)
 
@@ -87,8 +90,16 @@ def read_batches(file: InputFile, options: ReadOptions, start: int = 0) -> Itera
 
     Raises:
       DataError: the file cannot be read or is damaged; the message names it.
+      StorageError, OutputError: as `local_file`.
     """
-    path, name = file.path, str(file.path)
+    with local_file(file.path) as path:
+        yield from _read_batches(path, file, options, start)
+
+
+def _read_batches(
+    path: Path, file: InputFile, options: ReadOptions, start: int
+) -> Iterator[RecordBatch]:
+    name = str(file.path)
     records: Iterator[tuple[bytes | str | None, int, str]]
     try:
         _refuse_pointer(path)

@@ -131,6 +131,7 @@ URLS = {
     "crossing --a",
     "crossing --b",
     "data inspect --path",
+    "data prepare --input",
     "data prepare --out",
     "data prepare --tokenizer",
     "export onnx --out",
@@ -157,6 +158,8 @@ URLS = {
     "sweep run --out",
     "sweep status --data",
     "sweep status --out",
+    "tokenizer train --input",
+    "tokenizer train --out",
     "--data.paths",  # of every command that has it
     "--run-dir",
 }
