@@ -1,0 +1,81 @@
+#!/bin/bash
+# One hold of a machine, in commands of at most ten minutes each (docs/scaling-study-plan.md).
+#   bash experiments/study/hold.sh receive                 what travelled in .carry/ is moved aside
+#   bash experiments/study/hold.sh data                    text and prepared data from the parts
+#   bash experiments/study/hold.sh sweep NAME MINUTES ...  mmfree sweep run on configs/NAME.yaml
+#   bash experiments/study/hold.sh rates                   report of the rates, the rule put in place
+#   bash experiments/study/hold.sh collect                 all that leaves, in $OUT: 8 files of 16 MiB
+# Run from the repository's root. HOLD names the folder that is kept between the commands, PYTHON
+# the interpreter. The same `sweep` command goes on where the one before was cut off.
+set -eo pipefail
+REPO=$PWD
+HOLD=${HOLD:-/tmp/hold}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$HOLD"
+test -d "$HOLD/site" && export PYTHONPATH=$HOLD/site:$REPO || export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
+test ! -f "$HOLD/commit" || MMFREE_CODE_VERSION=$(cat "$HOLD/commit")
+export MMFREE_CODE_VERSION PYTHONUNBUFFERED=1
+SOURCES="classic_books more_books gutenberg novels old_spelling modern_prose abstracts law proposals manuals"
+# Paths in the configs are relative to the folder in which sweeps run.
+mkdir -p "$HOLD/experiments/results/study2"
+ln -sfn "$REPO/experiments/configs" "$HOLD/experiments/configs"
+cp -rn "$REPO/experiments/results/study2/." "$HOLD/experiments/results/study2/"
+
+receive() {
+  mkdir -p "$HOLD/parts"
+  test ! -d .carry/wheels || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile \
+    --no-cache-dir --upgrade --target "$HOLD/site" .carry/wheels/*.whl
+  test ! -f .carry/commit || cp .carry/commit "$HOLD/commit"
+  for part in .carry/part-*; do test ! -f "$part" || mv "$part" "$HOLD/parts/"; done
+  # Tables of earlier holds: their runs are not made again.
+  test ! -f .carry/state.tar.xz || tar xJf .carry/state.tar.xz -C "$HOLD"
+  ls "$HOLD" "$HOLD/parts"
+}
+
+data() {
+  cd "$HOLD"
+  mkdir -p raw
+  cat parts/part-* | tar x -C raw
+  test -d text || { "$PYTHON" -m mmfree_jax.experiments.study.corpus --text raw --out text.new --level 1 && mv text.new text; }
+  for name in $SOURCES; do
+    "$PYTHON" -m mmfree_jax data prepare --input "text/$name-*.jsonl.zst" --heldout-fraction 0.03 \
+      --tokenizer experiments/results/study2/tokenizer --out "data/study/$name" \
+      > "data-$name.log" 2>&1 &
+  done
+  wait
+  "$PYTHON" -m mmfree_jax.experiments.study.check_data data/study
+}
+
+sweep() {
+  cd "$HOLD"
+  local name=$1 minutes=$2
+  shift 2
+  "$PYTHON" -m mmfree_jax sweep run "experiments/configs/$name.yaml" --max-minutes "$minutes" "$@"
+}
+
+rates() {
+  cd "$HOLD"
+  "$PYTHON" -m mmfree_jax sweep report experiments/configs/study2-rates.yaml --no-plot "$@"
+  cp sweeps/study2-rates/rate_rule.json experiments/results/study2/rate_rule.json
+}
+
+collect() {
+  cd "$HOLD"
+  local sweep
+  for sweep in sweeps/study2-rates sweeps/study2; do
+    test -f "$sweep/results.csv" || continue
+    "$PYTHON" -m mmfree_jax.experiments.study.document_losses "$sweep" \
+      --data $(for name in $SOURCES; do echo "data/study/$name"; done) --out "$sweep/documents.npz"
+  done
+  # What goes on elsewhere: tables, failures, the rule. Kept small, it also travels to the next hold.
+  find sweeps experiments/results/study2/rate_rule.json \( -name results.csv -o -name 'failures' -o \
+    -name 'rate_rule.json' -o -name 'documents.npz' \) -print 2>/dev/null > state.txt
+  tar cJf "$OUT/state.tar.xz" -T state.txt
+  # What is looked at: metrics, summaries, settings, ends of logs.
+  find sweeps -path '*/cache' -prune -o \( -name metrics.jsonl -o -name summary.json -o -name 'config.yaml' \
+    -o -name '*.log' -o -name 'rates.csv' -o -name 'best.csv' \) -print > records.txt
+  tar c -T records.txt | xz -T0 -6 | split -b 15M - "$OUT/records.tar.xz."
+  ls -la "$OUT"
+}
+
+"$@"
