@@ -1,6 +1,7 @@
 """Are the prepared data those of the study?
 
-`python -m mmfree_jax.experiments.study.check_data data/study` compares the folders there with `experiments/results/study2/data.json` of the working directory.
+`python -m mmfree_jax.experiments.study.check_data data/study` compares the folders there with the
+record of them, `experiments/results/study2/data.json` of the working directory.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 from mmfree_jax.data.dataset import HELDOUT, TRAIN, open_dataset
+from mmfree_jax.errors import MMFreeError
 from mmfree_jax.text_files import read_json
 
 RECORD = Path("experiments/results/study2/data.json")
@@ -36,7 +38,11 @@ def main() -> int:
     """Prints the differences; 1 where there are any."""
     parser = argparse.ArgumentParser(description="Compare prepared data with the study's record.")
     parser.add_argument("folder", type=Path, help="holds a folder of each source")
-    found = differences(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    try:
+        found = differences(folder)
+    except MMFreeError as e:
+        found = [str(e)]
     print("\n".join(found) or "the data are the study's")
     return int(bool(found))
 

@@ -1,0 +1,287 @@
+"""The study's primary estimand from whatever runs there are: the slope of the gap a decade.
+
+`python -m mmfree_jax.experiments.study.gap_slope --tables sweeps/study2/results.csv --documents
+sweeps/study2/documents.npz --out gap.json` fits both families together, draws held-out documents,
+trunks and the rule of the rate anew in each resample, and prints the gap at equal exact FLOPs
+along each ratio of tokens to parameters, its slope, and P(the first leads).
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfree_jax.experiments.scaling.errors import ScalingError
+from mmfree_jax.experiments.scaling.frame import RunFrame, make_frame
+from mmfree_jax.experiments.scaling.joint import JointFit, fit_joint
+from mmfree_jax.experiments.scaling.output_files import write_json
+from mmfree_jax.experiments.scaling.ratio_path import (
+    PathGap,
+    measured_slope,
+    path_gap,
+    refit_jointly,
+)
+from mmfree_jax.experiments.scaling.repetition_law import effective_count
+from mmfree_jax.experiments.scaling.training_cost import training_cost
+from mmfree_jax.experiments.scaling.uncertainty import corrected_quantiles, resampling_weights
+from mmfree_jax.experiments.study.documents import DocumentLosses, merged, read_losses
+from mmfree_jax.experiments.study.rate_excess import RuleDraws, TriedRates, draw_rule
+from mmfree_jax.experiments.sweep.table import Row, read_results
+
+REPEATS_WORTH = 15.39
+"""R_D of Muennighoff et al. (2023): repetitions until new ones are worth 1/e."""
+ON_PATH = 0.05
+"""A run is on a path whose ratio its own is within this share of."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one family, smallest compute first, with their losses in every draw.
+
+    Attributes:
+        rows: of the table [n].
+        losses: nats a token, at each run's rate [B, n].
+        draws: the same less what the rate costs, by the rule of each draw [B, n].
+        weights: how often each run counts in each draw [B, n].
+    """
+
+    rows: list[Row]
+    losses: np.ndarray
+    draws: np.ndarray
+    weights: np.ndarray
+
+    def column(self, name: str) -> np.ndarray:
+        """Numbers of the table [n]."""
+        return np.array([float(row[name]) for row in self.rows])
+
+
+def losses_of(
+    rows: Sequence[Row], documents: DocumentLosses | None, count: int, seed: int
+) -> np.ndarray:
+    """Losses of runs in `count` draws of the held-out documents [B, n], the same for all runs.
+
+    Raises:
+        ScalingError: a run is not among those whose documents were read.
+    """
+    if documents is None:
+        return np.tile([float(row["loss"]) for row in rows], (count, 1))
+    place = {name: i for i, name in enumerate(documents.runs)}
+    if missing := [row["run"] for row in rows if row["run"] not in place]:
+        raise ScalingError(f"documents: {len(missing)} runs have no losses by document, the first "
+                           f"{missing[0]}; run document_losses for them")  # fmt: skip
+    drawn = documents.resampled(count, np.random.default_rng(seed))
+    return drawn[:, [place[row["run"]] for row in rows]]
+
+
+def tried_rates(rows: Sequence[Row], losses: np.ndarray) -> list[TriedRates]:
+    """The cells of a family that were run at three rates or more, on their first seed."""
+    cells: dict[tuple[str, str], dict[float, int]] = {}
+    for i, row in enumerate(rows):
+        if float(row["seed"]) == min(float(r["seed"]) for r in rows):
+            cells.setdefault((row["size"], row["tokens"]), {})[float(row["learning_rate"])] = i
+    found = []
+    for by_rate in cells.values():
+        order = [by_rate[rate] for rate in sorted(by_rate)]
+        if len(order) >= 3:
+            first = rows[order[0]]
+            found.append(TriedRates(
+                float(first["params_non_embedding"]), float(first["tokens"]),
+                np.log(sorted(by_rate)), losses[:, order],
+            ))  # fmt: skip
+    return found
+
+
+def gather(
+    rows: Sequence[Row], documents: DocumentLosses | None, rule: RuleDraws | None, count: int,
+    seed: int,
+) -> Runs:  # fmt: skip
+    """The runs of one family with all that is drawn anew in each resample."""
+    ordered = sorted(rows, key=lambda row: float(row["flops"]))
+    losses = losses_of(ordered, documents, count, seed)
+    names = [row["trunk"] or row["run"] for row in ordered]  # branches share their trunk's noise
+    clusters = np.unique(names, return_inverse=True)[1]
+    # Of the family's own, while documents are drawn alike for all.
+    rng = np.random.default_rng([seed, *ordered[0]["family"].encode()])
+    weights = resampling_weights(clusters, count, rng)
+    found = Runs(list(ordered), losses, losses, weights)
+    if rule is None:
+        return found
+    params, tokens, rates = map(found.column, ("params_non_embedding", "tokens", "learning_rate"))
+    return dataclasses.replace(found, draws=losses - rule.excess(params, tokens, rates))
+
+
+def frame_of(runs: Runs, losses: np.ndarray, unique_tokens: float | None, worth: float) -> RunFrame:
+    """The runs for a fit; repeated tokens count as `worth` says."""
+    tokens = runs.column("tokens")
+    if unique_tokens is not None:
+        tokens = effective_count(tokens, np.full(len(tokens), unique_tokens), np.array(worth))
+    return make_frame(
+        params=runs.column("params"), params_non_embedding=runs.column("params_non_embedding"),
+        tokens=tokens, flops=runs.column("flops"), loss=losses,
+        family=[row["family"] for row in runs.rows], run=[row["run"] for row in runs.rows],
+    )  # fmt: skip
+
+
+def fit_draws(
+    families: dict[str, Runs], shared: Sequence[str], unique_tokens: float | None, worth: float,
+    restarts: int,
+) -> tuple[JointFit, dict[str, np.ndarray]]:  # fmt: skip
+    """The joint fit to the mean losses of all draws, and its refit to every draw."""
+    frames = {
+        name: frame_of(runs, runs.draws.mean(0), unique_tokens, worth)
+        for name, runs in families.items()
+    }
+    fit = fit_joint(frames, shared=shared, size="non-embedding", flops="exact", resamples=0,
+                    profile=False, restarts=restarts)  # fmt: skip
+    log_losses = np.log(np.concatenate([runs.draws for runs in families.values()], axis=1))
+    weights = np.concatenate([runs.weights for runs in families.values()], axis=1)
+    distinct = np.all([(runs.weights > 0).sum(1) > len(fit.sharing.law.parameters)
+                       for runs in families.values()], axis=0)  # fmt: skip
+    return fit, refit_jointly(fit, log_losses[distinct], weights[distinct])
+
+
+def on_path(runs: Runs, ratio: float) -> np.ndarray:
+    """Which runs are on the path, by index, one a size (of several seeds the first)."""
+    ratios = runs.column("tokens") / runs.column("params_non_embedding")
+    near = np.flatnonzero(np.abs(ratios / ratio - 1) < ON_PATH)
+    seeds = runs.column("seed")
+    return np.array([i for i in near if seeds[i] == seeds[near].min()], int)
+
+
+def measured(pair: Sequence[Runs], ratio: float, level: float) -> dict[str, Any] | None:
+    """The slope without a law, where both families have two sizes on the path."""
+    chosen = [on_path(runs, ratio) for runs in pair]
+    computes = [np.log10(r.column("flops")[i]) for r, i in zip(pair, chosen, strict=True)]
+    try:
+        of = [
+            measured_slope((computes[0], computes[1]), (a, b))
+            for a, b in (
+                [r.draws[:, i] for r, i in zip(pair, chosen, strict=True)],
+                [r.draws.mean(0)[None, i] for r, i in zip(pair, chosen, strict=True)],
+            )
+        ]
+    except (ScalingError, IndexError):
+        return None
+    interval = corrected_quantiles(of[1], of[0], level)[:, 0]
+    return {"slope": float(of[1][0]), "interval": interval.tolist(), "sizes": len(chosen[0])}
+
+
+def path_ends(pair: Sequence[Runs], ratio: float) -> tuple[float, float] | None:
+    """log10 FLOPs of the smallest and the largest size that both families have on a path."""
+    computes = [np.log10(runs.column("flops")[on_path(runs, ratio)]) for runs in pair]
+    if min(map(len, computes)) < 2:
+        return None
+    return float(max(c.min() for c in computes)), float(min(c.max() for c in computes))
+
+
+def text_of(gap: PathGap, without_law: dict[str, Any] | None, names: tuple[str, str]) -> str:
+    """One path in words."""
+    low, high = gap.slope_interval
+    verdict = "narrows" if high < 0 else "widens" if low > 0 else "has no trend that was found"
+    lines = [f"D / N = {gap.ratio:g}: loss of {names[0]} less that of {names[1]}"]
+    for at, value, ends in zip(gap.ends, gap.gap, gap.gap_intervals, strict=True):
+        lines.append(f"  at 10^{at:.2f} FLOPs {value:+.4f} [{ends[0]:+.4f}, {ends[1]:+.4f}] nats")
+    lines.append(f"  slope {gap.slope:+.4f} [{low:+.4f}, {high:+.4f}] nats a decade: it {verdict}")
+    if without_law:
+        a, b = without_law["interval"]
+        lines.append(f"  without a law {without_law['slope']:+.4f} [{a:+.4f}, {b:+.4f}] "
+                     f"({without_law['sizes']} sizes; documents and rates alone)")  # fmt: skip
+    shown = [(c, p) for c, p in zip(gap.lead.log10_c, gap.lead.first, strict=True) if c % 1 < 1e-9]
+    lines.append(f"  P({names[0]} leads) at 10^C: "
+                 + ", ".join(f"{c:.0f}: {p:.2f}" for c, p in shown))  # fmt: skip
+    return "\n".join(lines)
+
+
+def analyse(given: argparse.Namespace) -> dict[str, Any]:
+    """All that is printed and written."""
+    names = (given.families[0], given.families[1])
+    rows = list({r["run"]: r for path in given.tables for r in read_results(path.parent)}.values())
+    tuning = [r for path in given.rates for r in read_results(path.parent)]
+    documents = None
+    for path in given.documents:
+        found = read_losses(path)
+        documents = found if documents is None else merged(documents, found)
+    if documents is not None:
+        documents = documents.of_sources(given.without)
+    count, seed = given.resamples, given.seed
+    families, notes = {}, []
+    for name in names:
+        own = [r for r in rows if r["family"] == name]
+        base = given.rates_of.get(name, name)
+        rule = None
+        tried = [r for r in tuning if r["family"] == base]
+        try:
+            rule = draw_rule(tried_rates(tried, losses_of(tried, documents, count, seed)),
+                             np.random.default_rng(seed + 1))  # fmt: skip
+        except ScalingError as e:
+            notes.append(f"{name}: the choice of rate is not in the intervals ({e})")
+        if not own:
+            raise ScalingError(f"families: no run of {name!r} is in the tables")
+        families[name] = gather(own, documents, rule, count, seed)
+    if documents is None:
+        notes.append("held-out documents are not in the intervals: give --documents")
+    pair = list(families.values())
+    fit, draws = fit_draws(families, given.share, given.unique_tokens, given.worth, given.restarts)
+    costs = {
+        name: training_cost(frame_of(runs, runs.losses[0], None, given.worth), "non-embedding",
+                            "exact")
+        for name, runs in families.items()
+    }  # fmt: skip
+    paths, texts = [], []
+    for ratio in given.ratios:
+        ends = path_ends(pair, ratio)
+        if ends is None:
+            notes.append(f"D / N = {ratio:g}: fewer than two sizes of both families")
+            continue
+        grid = np.arange(np.floor(ends[0]), given.horizon + 0.05, 0.1).round(1)
+        gap = path_gap(fit, draws, costs, names, ratio, ends, list(grid), given.level)
+        plain = measured(pair, ratio, given.level)
+        texts.append(text_of(gap, plain, names))
+        paths.append({**dataclasses.asdict(gap), "without_law": plain})
+    parameters = {name: dict(zip(fit.sharing.law.parameters, fit.fits[name].vector().tolist(),
+                                 strict=True)) for name in names}  # fmt: skip
+    return {
+        "families": names, "runs": {n: len(r.rows) for n, r in families.items()},
+        "share": list(given.share), "parameters": parameters, "paths": paths, "notes": notes,
+        "text": "\n".join([*texts, *(f"note: {n}" for n in notes)]),
+    }  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    out = argparse.ArgumentParser(description="The gap of two families along tokens a parameter.")
+    out.add_argument("--tables", type=Path, nargs="+", required=True, help="results.csv of sweeps")
+    out.add_argument("--rates", type=Path, nargs="*", default=[], help="tables of tuned rates")
+    out.add_argument("--documents", type=Path, nargs="*", default=[], help="documents.npz of them")
+    out.add_argument("--families", nargs=2, default=["matmulfree", "transformer"])
+    out.add_argument("--rates-of", type=json.loads, default={"float-head": "matmulfree"},
+                     help="family -> family whose rule its rates follow")  # fmt: skip
+    out.add_argument("--without", nargs="*", default=[], help="sources that are left out")
+    out.add_argument("--ratios", type=float, nargs="+", default=[20, 80], help="D / N")
+    out.add_argument("--share", nargs="+", default=["E"], help="parameters that are one for both")
+    out.add_argument("--unique-tokens", type=float, help="of the training data")
+    out.add_argument("--worth", type=float, default=REPEATS_WORTH, help="R_D of repeated tokens")
+    out.add_argument("--resamples", type=int, default=2000)
+    out.add_argument("--restarts", type=int, default=128)
+    out.add_argument("--horizon", type=float, default=24.0, help="log10 FLOPs of the last P")
+    out.add_argument("--level", type=float, default=0.95)
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--out", type=Path, default=Path("gap.json"))
+    return out
+
+
+def main() -> None:
+    """Prints the text and writes the JSON."""
+    given = parser().parse_args()
+    found = analyse(given)
+    write_json(given.out, found)
+    print(found["text"])
+
+
+if __name__ == "__main__":
+    main()
