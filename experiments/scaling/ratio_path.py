@@ -63,14 +63,12 @@ def losses_on_path(
     return law.loss(np.atleast_2d(parameters), {"params": n, "tokens": ratio * n})
 
 
-def refit_jointly(
-    fit: JointFit, log_losses: np.ndarray, weights: np.ndarray
-) -> dict[str, np.ndarray]:
+def refit_jointly(fit: JointFit, log_losses: np.ndarray) -> dict[str, np.ndarray]:
     """Refits a joint law to other losses of the same runs, warm-started from its optima.
 
     Args:
         fit: of the runs; they stand in its order, a family behind the other.
-        log_losses: [R, n]; weights: how often each run counts [R, n].
+        log_losses: [R, n].
 
     Returns:
         Family -> parameters of its law [R, P]; refits that diverged are left out of all.
@@ -81,8 +79,8 @@ def refit_jointly(
     whole = bind(fit.sharing, x).whole
     own = np.concatenate([f.log_loss for f in families])
     scale = typical_residual(whole, fit.objective, own, fit.search.point)
-    points, values = refit(whole, fit.objective, log_losses, weights, fit.search.optima,
-                           scale=scale)  # fmt: skip
+    points, values = refit(whole, fit.objective, log_losses, np.ones(log_losses.shape),
+                           fit.search.optima, scale=scale)  # fmt: skip
     good = np.isfinite(points).all(1) & np.isfinite(values)
     found = whole.to_parameters(points[good])
     return {name: found[:, fit.sharing.positions(k)] for k, name in enumerate(fit.sharing.families)}

@@ -2,8 +2,8 @@
 
 `python -m mmfree_jax.experiments.study.gap_slope --tables sweeps/study2/results.csv --documents
 sweeps/study2/documents.npz --out gap.json` fits both families together, draws held-out documents,
-trunks and the rule of the rate anew in each resample, and prints the gap at equal exact FLOPs
-along each ratio of tokens to parameters, its slope, and P(the first leads).
+the noise of training and the rule of the rate anew in each resample, and prints the gap at equal
+exact FLOPs along each ratio of tokens to parameters, its slope, and P(the first leads).
 """
 
 import argparse
@@ -28,9 +28,10 @@ from mmfree_jax.experiments.scaling.ratio_path import (
 )
 from mmfree_jax.experiments.scaling.repetition_law import effective_count
 from mmfree_jax.experiments.scaling.training_cost import training_cost
-from mmfree_jax.experiments.scaling.uncertainty import corrected_quantiles, resampling_weights
+from mmfree_jax.experiments.scaling.uncertainty import corrected_quantiles
 from mmfree_jax.experiments.study.documents import DocumentLosses, merged, read_losses
 from mmfree_jax.experiments.study.rate_excess import RuleDraws, TriedRates, draw_rule
+from mmfree_jax.experiments.study.trunk_noise import TrunkNoise, trunk_noise
 from mmfree_jax.experiments.sweep.table import Row, read_results
 
 REPEATS_WORTH = 15.39
@@ -45,15 +46,13 @@ class Runs:
 
     Attributes:
         rows: of the table [n].
-        losses: nats a token, at each run's rate [B, n].
-        draws: the same less what the rate costs, by the rule of each draw [B, n].
-        weights: how often each run counts in each draw [B, n].
+        fitted: losses less what the rate costs (nats a token) [n].
+        draws: the same in every draw of documents, of the rate's rule and of noise [B, n].
     """
 
     rows: list[Row]
-    losses: np.ndarray
+    fitted: np.ndarray
     draws: np.ndarray
-    weights: np.ndarray
 
     def column(self, name: str) -> np.ndarray:
         """Numbers of the table [n]."""
@@ -97,22 +96,21 @@ def tried_rates(rows: Sequence[Row], losses: np.ndarray) -> list[TriedRates]:
 
 
 def gather(
-    rows: Sequence[Row], documents: DocumentLosses | None, rule: RuleDraws | None, count: int,
-    seed: int,
+    rows: Sequence[Row], documents: DocumentLosses | None, rule: RuleDraws | None,
+    noise: TrunkNoise, count: int, seed: int,
 ) -> Runs:  # fmt: skip
     """The runs of one family with all that is drawn anew in each resample."""
     ordered = sorted(rows, key=lambda row: float(row["flops"]))
     losses = losses_of(ordered, documents, count, seed)
-    names = [row["trunk"] or row["run"] for row in ordered]  # branches share their trunk's noise
-    clusters = np.unique(names, return_inverse=True)[1]
-    # Of the family's own, while documents are drawn alike for all.
+    found = Runs(ordered, losses.mean(0), losses)
+    # Noise is of the family's own, while documents are drawn alike for all.
     rng = np.random.default_rng([seed, *ordered[0]["family"].encode()])
-    weights = resampling_weights(clusters, count, rng)
-    found = Runs(list(ordered), losses, losses, weights)
+    drawn = losses * np.exp(noise.draw(ordered, count, rng))
     if rule is None:
-        return found
+        return Runs(ordered, found.fitted, drawn)
     params, tokens, rates = map(found.column, ("params_non_embedding", "tokens", "learning_rate"))
-    return dataclasses.replace(found, draws=losses - rule.excess(params, tokens, rates))
+    excess = rule.excess(params, tokens, rates)
+    return Runs(ordered, found.fitted - excess.mean(0), drawn - excess)
 
 
 def frame_of(runs: Runs, losses: np.ndarray, unique_tokens: float | None, worth: float) -> RunFrame:
@@ -133,47 +131,53 @@ def fit_draws(
 ) -> tuple[JointFit, dict[str, np.ndarray]]:  # fmt: skip
     """The joint fit to the mean losses of all draws, and its refit to every draw."""
     frames = {
-        name: frame_of(runs, runs.draws.mean(0), unique_tokens, worth)
-        for name, runs in families.items()
+        name: frame_of(runs, runs.fitted, unique_tokens, worth) for name, runs in families.items()
     }
     fit = fit_joint(frames, shared=shared, size="non-embedding", flops="exact", resamples=0,
                     profile=False, restarts=restarts)  # fmt: skip
     log_losses = np.log(np.concatenate([runs.draws for runs in families.values()], axis=1))
-    weights = np.concatenate([runs.weights for runs in families.values()], axis=1)
-    distinct = np.all([(runs.weights > 0).sum(1) > len(fit.sharing.law.parameters)
-                       for runs in families.values()], axis=0)  # fmt: skip
-    return fit, refit_jointly(fit, log_losses[distinct], weights[distinct])
+    return fit, refit_jointly(fit, log_losses)
 
 
-def on_path(runs: Runs, ratio: float) -> np.ndarray:
-    """Which runs are on the path, by index, one a size (of several seeds the first)."""
+@dataclass(frozen=True)
+class OnPath:
+    """The sizes of a family on one ratio, mean over seeds: log10 FLOPs [k], losses [k], [B, k]."""
+
+    log10_c: np.ndarray
+    fitted: np.ndarray
+    draws: np.ndarray
+
+
+def on_path(runs: Runs, ratio: float) -> OnPath:
+    """A family's sizes at a ratio of tokens to parameters."""
     ratios = runs.column("tokens") / runs.column("params_non_embedding")
     near = np.flatnonzero(np.abs(ratios / ratio - 1) < ON_PATH)
-    seeds = runs.column("seed")
-    return np.array([i for i in near if seeds[i] == seeds[near].min()], int)
+    sizes = dict.fromkeys(runs.rows[i]["size"] for i in near)
+    groups = [[i for i in near if runs.rows[i]["size"] == size] for size in sizes]
+    flops = np.log10(runs.column("flops"))
+    return OnPath(
+        np.array([flops[group].mean() for group in groups]),
+        np.array([runs.fitted[group].mean() for group in groups]),
+        np.stack([runs.draws[:, group].mean(1) for group in groups], axis=1)
+        if groups else np.zeros((len(runs.draws), 0)),
+    )  # fmt: skip
 
 
-def measured(pair: Sequence[Runs], ratio: float, level: float) -> dict[str, Any] | None:
+def measured(pair: Sequence[OnPath], level: float) -> dict[str, Any] | None:
     """The slope without a law, where both families have two sizes on the path."""
-    chosen = [on_path(runs, ratio) for runs in pair]
-    computes = [np.log10(r.column("flops")[i]) for r, i in zip(pair, chosen, strict=True)]
+    a, b = pair
     try:
-        of = [
-            measured_slope((computes[0], computes[1]), (a, b))
-            for a, b in (
-                [r.draws[:, i] for r, i in zip(pair, chosen, strict=True)],
-                [r.draws.mean(0)[None, i] for r, i in zip(pair, chosen, strict=True)],
-            )
-        ]
-    except (ScalingError, IndexError):
+        (slope,) = measured_slope((a.log10_c, b.log10_c), (a.fitted[None], b.fitted[None]))
+        drawn = measured_slope((a.log10_c, b.log10_c), (a.draws, b.draws))
+    except ScalingError:
         return None
-    interval = corrected_quantiles(of[1], of[0], level)[:, 0]
-    return {"slope": float(of[1][0]), "interval": interval.tolist(), "sizes": len(chosen[0])}
+    interval = corrected_quantiles(slope, drawn, level)[:, 0]
+    return {"slope": float(slope), "interval": interval.tolist(), "sizes": len(a.log10_c)}
 
 
-def path_ends(pair: Sequence[Runs], ratio: float) -> tuple[float, float] | None:
+def path_ends(pair: Sequence[OnPath]) -> tuple[float, float] | None:
     """log10 FLOPs of the smallest and the largest size that both families have on a path."""
-    computes = [np.log10(runs.column("flops")[on_path(runs, ratio)]) for runs in pair]
+    computes = [family.log10_c for family in pair]
     if min(map(len, computes)) < 2:
         return None
     return float(max(c.min() for c in computes)), float(min(c.max() for c in computes))
@@ -190,7 +194,7 @@ def text_of(gap: PathGap, without_law: dict[str, Any] | None, names: tuple[str, 
     if without_law:
         a, b = without_law["interval"]
         lines.append(f"  without a law {without_law['slope']:+.4f} [{a:+.4f}, {b:+.4f}] "
-                     f"({without_law['sizes']} sizes; documents and rates alone)")  # fmt: skip
+                     f"({without_law['sizes']} sizes)")  # fmt: skip
     shown = [(c, p) for c, p in zip(gap.lead.log10_c, gap.lead.first, strict=True) if c % 1 < 1e-9]
     lines.append(f"  P({names[0]} leads) at 10^C: "
                  + ", ".join(f"{c:.0f}: {p:.2f}" for c, p in shown))  # fmt: skip
@@ -210,6 +214,8 @@ def analyse(given: argparse.Namespace) -> dict[str, Any]:
         documents = documents.of_sources(given.without)
     count, seed = given.resamples, given.seed
     families, notes = {}, []
+    noise = trunk_noise([r for r in rows if r["family"] in names])
+    notes.append(noise.text())
     for name in names:
         own = [r for r in rows if r["family"] == name]
         base = given.rates_of.get(name, name)
@@ -222,25 +228,25 @@ def analyse(given: argparse.Namespace) -> dict[str, Any]:
             notes.append(f"{name}: the choice of rate is not in the intervals ({e})")
         if not own:
             raise ScalingError(f"families: no run of {name!r} is in the tables")
-        families[name] = gather(own, documents, rule, count, seed)
+        families[name] = gather(own, documents, rule, noise, count, seed)
     if documents is None:
         notes.append("held-out documents are not in the intervals: give --documents")
-    pair = list(families.values())
     fit, draws = fit_draws(families, given.share, given.unique_tokens, given.worth, given.restarts)
     costs = {
-        name: training_cost(frame_of(runs, runs.losses[0], None, given.worth), "non-embedding",
+        name: training_cost(frame_of(runs, runs.fitted, None, given.worth), "non-embedding",
                             "exact")
         for name, runs in families.items()
     }  # fmt: skip
     paths, texts = [], []
     for ratio in given.ratios:
-        ends = path_ends(pair, ratio)
+        path = [on_path(runs, ratio) for runs in families.values()]
+        ends = path_ends(path)
         if ends is None:
             notes.append(f"D / N = {ratio:g}: fewer than two sizes of both families")
             continue
         grid = np.arange(np.floor(ends[0]), given.horizon + 0.05, 0.1).round(1)
         gap = path_gap(fit, draws, costs, names, ratio, ends, list(grid), given.level)
-        plain = measured(pair, ratio, given.level)
+        plain = measured(path, given.level)
         texts.append(text_of(gap, plain, names))
         paths.append({**dataclasses.asdict(gap), "without_law": plain})
     parameters = {name: dict(zip(fit.sharing.law.parameters, fit.fits[name].vector().tolist(),
