@@ -30,7 +30,15 @@ from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
 from mmfree_jax.model.parameters import param_shapes
-from mmfree_jax.model.weights import Params, Ternary, Weights, is_ternary, packed_from_tree
+from mmfree_jax.model.weights import (
+    DecodingWeights,
+    Master,
+    Params,
+    Ternary,
+    Unstacked,
+    is_ternary,
+    packed_from_tree,
+)
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, plane_columns, unpack
@@ -64,18 +72,19 @@ def task_config(task: dict[str, Any]) -> ModelConfig:
     )
 
 
-def random_weights(config: ModelConfig, form: str, seed: int = 0) -> Weights:
+def random_weights(config: ModelConfig, form: str, seed: int = 0) -> DecodingWeights:
     """Random weights.
 
     Args:
       config: of the model.
       form: "packed" (2 bits, the layout of the kernels), "trits" (int8), or another: the
-        parameters in bfloat16.
+        parameters in bfloat16, layer by layer.
       seed: of the weights.
     """
     keys = iter(jax.random.split(jax.random.key(seed), 256))
     params: Params = {}
     ternary: Params = {}
+    blocks: list[Params] = [{} for _ in range(config.num_layers)]
 
     def put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
         for name in path[:-1]:
@@ -92,15 +101,25 @@ def random_weights(config: ModelConfig, form: str, seed: int = 0) -> Weights:
             else:
                 put(tree, (*path[:-1], "trits"), _unpack(words, shape[-1]))
             put(tree, (*path[:-1], "scale"), jnp.full((*shape[:-2], 1, 1), 0.02))
-        elif path[-1] == "weight":
-            put(params, path, _random_normal(next(keys), shape))
-        elif path[-1] == "lower_bounds":
-            put(params, path, jnp.zeros(shape, jnp.float32))
+        elif path[0] == "blocks" and form not in ("packed", "trits"):
+            for block, key in zip(blocks, jax.random.split(next(keys), len(blocks)), strict=True):
+                put(block, path[1:], _random_leaf(key, path, shape[1:]))
         else:
-            put(params, path, jnp.ones(shape, jnp.bfloat16))
+            put(params, path, _random_leaf(next(keys), path, shape))
     if form == "packed":
         return packed_from_tree(params, config, layout="words")
-    return Ternary(params, ternary)
+    if form == "trits":
+        return Ternary(params, ternary)
+    return Unstacked(Master(params), tuple(map(Master, blocks)))
+
+
+def _random_leaf(key: jax.Array, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+    """A parameter that is not ternary."""
+    if path[-1] == "weight":
+        return _random_normal(key, shape)
+    if path[-1] == "lower_bounds":
+        return jnp.zeros(shape, jnp.float32)
+    return jnp.ones(shape, jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -139,7 +158,7 @@ def stored_form(form: str) -> str:
 
 def decode_loop(
     config: ModelConfig,
-    weights: Weights,
+    weights: DecodingWeights,
     *,
     batch: int,
     steps: int,
@@ -226,7 +245,7 @@ def decode_step(config: ModelConfig) -> Callable[..., Any]:
     """A jitted (weights, token_B, state) -> (logits_BV, state)."""
 
     @jax.jit
-    def step(weights: Weights, token_B: jax.Array, state: Any) -> Any:
+    def step(weights: DecodingWeights, token_B: jax.Array, state: Any) -> Any:
         return decode.forward(weights, config, token_B[:, None], state, None)
 
     return step

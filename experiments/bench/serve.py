@@ -31,7 +31,7 @@ from mmfree_jax.experiments.bench.serve_load import Drive, Load, Timed
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.weights import Weights
+from mmfree_jax.model.weights import Unstacked, Weights
 from mmfree_jax.ranges import Count, CountOrZero, Range
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.serve.engine import Engine
@@ -111,7 +111,9 @@ def _model(plan: Plan) -> tuple[LanguageModel, Weights]:
         saved = open_model(plan.model)
         return saved.model(), saved.weights()
     config = model_config(str(plan.preset), "packed")
-    return LanguageModel(config), random_weights(config, stored_form("packed"))
+    weights = random_weights(config, stored_form("packed"))
+    assert not isinstance(weights, Unstacked)  # of dense forms
+    return LanguageModel(config), weights
 
 
 def _rows(plan: Plan, model: LanguageModel, weights: Weights) -> Iterator[Row]:

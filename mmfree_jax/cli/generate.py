@@ -146,6 +146,7 @@ def _run(
     prompts: list[Prompt],
     show: Display,
 ) -> None:
+    from mmfree_jax.model.unstacked import for_decoding
     from mmfree_jax.model.weights import as_weights
     from mmfree_jax.saved.session import load_session, save_session
 
@@ -153,6 +154,7 @@ def _run(
     session = None
     if config.load_state is not None:
         session = load_session(config.load_state, variables, model.config)
+    decoded = for_decoding(variables, model.config)
     count, start = 0, time.perf_counter()
     show.stage("generating, compiling first")
     for first in range(0, len(prompts), config.batch_size):
@@ -161,7 +163,7 @@ def _run(
         tokens, texts, reasons, after = _answer(
             config,
             model,
-            variables,
+            decoded,
             tokenizer,
             batch,
             printer,

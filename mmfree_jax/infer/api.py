@@ -14,7 +14,7 @@ from mmfree_jax.infer import decode
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.weights import Params, Weights, as_weights
+from mmfree_jax.model.weights import DecodingWeights, Params, Unstacked, as_weights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import KERNELS_VARIABLE
 
@@ -50,7 +50,7 @@ class Output:
 
 def generate(
     model: LanguageModel,
-    params: Params | Weights,
+    params: Params | DecodingWeights,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -104,7 +104,7 @@ def generate(
     _check_options(config, max_new_tokens, stop_ids)
     keys = row_keys(*_streams(batch, seed, streams))
     check_prompts(config, prompts, session)
-    weights = as_weights(params, config)
+    weights = params if isinstance(params, Unstacked) else as_weights(params, config)
     own = _make_room(config, prompts, session, max_new_tokens)
     own = _read_prompts(weights, config, own, prompts)
 
@@ -159,7 +159,7 @@ def generate(
 
 def prefill(
     model: LanguageModel,
-    params: Params | Weights,
+    params: Params | DecodingWeights,
     prompts: Sequence[Sequence[int]],
     *,
     session: Session | None = None,
@@ -278,7 +278,10 @@ def _piece_size(longest: int) -> int:
 
 
 def _read_prompts(
-    weights: Weights, config: ModelConfig, session: Session, prompts: Sequence[Sequence[int]]
+    weights: DecodingWeights,
+    config: ModelConfig,
+    session: Session,
+    prompts: Sequence[Sequence[int]],
 ) -> Session:
     longest = max(len(prompt) for prompt in prompts)
     start = 0
@@ -307,7 +310,7 @@ def _snapshot(config: ModelConfig, session: Session) -> Session:
 
 
 def _rewind(
-    weights: Weights,
+    weights: DecodingWeights,
     config: ModelConfig,
     session: Session,
     before: Session,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from mmfree_jax.infer.sample import Filters, sample
 from mmfree_jax.model import LanguageModel, Session, State, init_state, packed_model
-from mmfree_jax.model.weights import Packed, Weights
+from mmfree_jax.model.unstacked import stack_state, unstack_state
+from mmfree_jax.model.weights import DecodingWeights, Packed, Unstacked
 from mmfree_jax.model_config import ModelConfig
 
 
@@ -76,7 +77,7 @@ def replace_rows(
 
 
 def forward(
-    weights: Weights,
+    weights: DecodingWeights,
     config: ModelConfig,
     tokens_BT: jax.Array,
     state: State,
@@ -94,7 +95,7 @@ def forward(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="session")
 def prefill(
-    weights: Weights,
+    weights: DecodingWeights,
     session: Session,
     tokens_BT: jax.Array,
     length_B: jax.Array,
@@ -121,7 +122,7 @@ def prefill(
     )
 
 
-def in_one_kernel(weights: Weights, batch: int, filters: Filters) -> bool:
+def in_one_kernel(weights: DecodingWeights, batch: int, filters: Filters) -> bool:
     """Whether one kernel chooses and reads token after token of `generate_chunk`.
 
     Such a call takes no longer than its tokens, whatever `steps` is.
@@ -138,7 +139,7 @@ def in_one_kernel(weights: Weights, batch: int, filters: Filters) -> bool:
     jax.jit, static_argnames=("config", "filters", "steps", "early_exit"), donate_argnames="session"
 )
 def generate_chunk(
-    weights: Weights,
+    weights: DecodingWeights,
     session: Session,
     finished_B: jax.Array,
     remaining_B: jax.Array,
@@ -213,6 +214,9 @@ def generate_chunk(
         tokens_BN = tokens_BN.at[:, step].set(jnp.where(idle_B, -1, token_B))
         return step + 1, session, tokens_BN, stopped_B | stop_B, finished_B | stop_B
 
+    apart = isinstance(weights, Unstacked)
+    if apart:
+        session = Session(unstack_state(session.state), session.logits_BV, session.seen_BV)
     carry = (
         jnp.int32(0),
         session,
@@ -225,6 +229,8 @@ def generate_chunk(
     else:
         carry = jax.lax.fori_loop(0, steps, lambda _, carry: body(carry), carry)
     _, session, tokens_BN, stopped_B, _ = carry
+    if apart:
+        session = Session(stack_state(session.state), session.logits_BV, session.seen_BV)
     if not filters.repetition_penalty:
         session = see(session, tokens_BN)
     return session, tokens_BN, stopped_B

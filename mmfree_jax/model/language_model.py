@@ -1,6 +1,8 @@
 """The language model: embedding, scanned blocks, final norm and head."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +16,14 @@ from mmfree_jax.model.lookup import lookup
 from mmfree_jax.model.mixer import OfLayer
 from mmfree_jax.model.operations import Rows
 from mmfree_jax.model.state import State
-from mmfree_jax.model.weights import Master, Packed, Ternary, Weights
+from mmfree_jax.model.weights import (
+    DecodingWeights,
+    Master,
+    Packed,
+    Ternary,
+    Unstacked,
+    collections,
+)
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import constrain_batch
 
@@ -49,7 +58,7 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def apply(
         self,
-        weights: Weights | dict[str, Any],
+        weights: DecodingWeights | dict[str, Any],
         *args: Any,
         method: Callable[..., Any] | str | None = None,
         **kwargs: Any,
@@ -65,10 +74,10 @@ class LanguageModel(nn.Module):
         if isinstance(weights, Packed):
             name = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
             return _OF_PACKED[name](weights, self.config, *args, **kwargs)
-        if isinstance(weights, Master):
-            weights = {"params": weights.params}
-        elif isinstance(weights, Ternary):
-            weights = {"params": weights.params, "ternary": weights.ternary}
+        if isinstance(weights, Unstacked):
+            weights = collections(weights.rest) | {"layers": {"blocks": weights.blocks}}
+        elif isinstance(weights, Master | Ternary):
+            weights = collections(weights)
         return super().apply(weights, *args, method=method, **kwargs)
 
     def setup(self) -> None:
@@ -143,7 +152,10 @@ class LanguageModel(nn.Module):
                 if c.use_lower_bound
                 else jnp.zeros((c.num_layers, c.state_size))
             )
-        x_BTD, layers = self.blocks(
+        run = self.blocks
+        if self.has_variable("layers", "blocks"):
+            run = functools.partial(_one_by_one, c, self.get_variable("layers", "blocks"))
+        x_BTD, layers = run(
             constrain_batch(self.embedding(tokens_BT)),
             Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT),
             OfLayer(lower_bounds_LD, jnp.arange(c.num_layers, dtype=jnp.int32)),
@@ -177,6 +189,34 @@ class LanguageModel(nn.Module):
         last_B = new_state.position_B - state.position_B - 1
         x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
         return self.logits(x_BD), new_state
+
+
+def _one_by_one(
+    config: ModelConfig,
+    blocks: Sequence[Master | Ternary],
+    x_BTD: jax.Array,
+    rows: Rows,
+    of_layers: OfLayer,
+    states: Any,
+) -> tuple[jax.Array, Any]:
+    """The scan over blocks on `Unstacked` weights; states are a tuple, a stack or None."""
+    stacked = isinstance(states, dict)
+    if stacked:
+        leaves, tree = jax.tree.flatten(states)
+        states = [tree.unflatten(of_one) for of_one in zip(*leaves, strict=True)]
+    new = []
+    for layer, weights in enumerate(blocks):
+        x_BTD, state = Block(config, parent=None).apply(  # type: ignore[misc]
+            collections(weights),
+            x_BTD,
+            rows,
+            jax.tree.map(operator.itemgetter(layer), of_layers),
+            None if states is None else states[layer],
+        )
+        new.append(state)
+    if states is None:
+        return x_BTD, None
+    return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *new) if stacked else tuple(new)
 
 
 # What `apply` runs for packed weights, whose arrays are no Flax variables.

@@ -19,11 +19,12 @@ class State:
       layers: pytree with a leading layer axis. MLGRU: {"h": [L, B, E] float32}, of constant
         size, and with short convolutions the last inputs of each, {"conv"} or {"i_conv",
         "f_conv": [L, B, W - 1, channels] float32}. Attention: {"k", "v": [L, B, S, G, K] in the
-        compute dtype}, S places.
+        compute dtype}, S places. Within a loop on `Unstacked` weights a tuple of such trees, one a
+        layer, without that axis.
     """
 
     position_B: jax.Array
-    layers: dict[str, Any]
+    layers: Any
 
 
 @flax.struct.dataclass

@@ -1,8 +1,9 @@
-"""The three forms of a model's weights, and how one is made from another.
+"""The forms of a model's weights, and how one is made from another.
 
-  Master   the float parameters that training updates and checkpoints hold
-  Ternary  trits and one scale for each ternary matrix, beside the other parameters
-  Packed   a MatMul-free model for decoding, its trits at 2 bits
+  Master     the float parameters that training updates and checkpoints hold
+  Ternary    trits and one scale for each ternary matrix, beside the other parameters
+  Packed     a MatMul-free model for decoding, its trits at 2 bits
+  Unstacked  either of the first two with each layer by itself, for decoding (`unstacked.py`)
 
 Each is a pytree; `LanguageModel.apply` and everything in `infer/` takes any of them. They are made
 downwards only, `Master` to `Ternary` to `Packed`: ternarising again would change the trits.
@@ -137,7 +138,28 @@ class Packed:
         return PackedLinear(self.head.matrix[None], scale, norm_scale, self.head.layout)
 
 
+@flax.struct.dataclass
+class Unstacked:
+    """Weights in which no array holds more than one layer's.
+
+    Attributes:
+      rest: all but the blocks.
+      blocks: one a layer, in the tree of `blocks` without the leading axis.
+    """
+
+    rest: Master | Ternary
+    blocks: tuple[Master | Ternary, ...]
+
+
 Weights = Master | Ternary | Packed
+DecodingWeights = Weights | Unstacked
+
+
+def collections(weights: Master | Ternary) -> dict[str, Any]:
+    """The weights as Flax's collections of variables."""
+    if isinstance(weights, Master):
+        return {"params": weights.params}
+    return {"params": weights.params, "ternary": weights.ternary}
 
 
 def linear_options(config: ModelConfig, path: tuple[str, ...]) -> LinearConfig | None:

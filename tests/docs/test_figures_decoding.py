@@ -73,8 +73,15 @@ def test_batch_1_beside_transformers(records, compare):
     lines = [
         f"takes {memory['370M']:.1f} (370M) to {memory['13B']:.1f} times (13B) less memory",
         f"and {min(speed.values()):.1f} to {max(speed.values()):.1f} times less time a token",
+        _rate_of_the_largest(records),
     ]
     compare("docs/inference.md", lines)
+
+
+def _rate_of_the_largest(records):
+    row = records.row(RECORD, work="decode", size="13B", form="transformer-bf16", batch=1)
+    weights, ms = row["weights_gb"], row["ms_per_token"]["median"]
+    return f"13B's {weights:.2f} GB of weights in {ms:.2f} ms are {weights / ms:.2f} TB/s"
 
 
 def test_other_work(records, compare):
