@@ -47,7 +47,9 @@ with open("srun", "a") as file:
 os.execvp(words[at], words[at:])
 """
 _MMFREE = """#!{python}
-import os, sys
+import os, signal, sys
+if os.environ.get("TOLD"):  # as all processes of the step are, this one's shell among them
+    os.kill(os.getppid(), getattr(signal, os.environ["TOLD"]))
 open("mmfree", "a").write(repr(sys.argv[1:]) + "\\n")
 code = int(os.environ["CODE"])
 sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)
@@ -136,6 +138,14 @@ def test_which_ends_go_back_into_the_queue(job, code, ends_with, requeued):
     assert Path("requeued").exists() == requeued
     if requeued:
         assert Path("requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("told", "code"), [("SIGTERM", "143"), ("SIGUSR1", "138")])
+def test_a_signal_leaves_each_process_its_time_to_save(job, told, code):
+    assert job(Slurm(name="mm", nodes=1), CODE=code, TOLD=told) == 143
+    assert Path("mmfree").exists(), "the shell around it did not end before it"
+    assert Path("requeued").read_text() == "requeue 7\n"
+    assert not Path("mm-7.failures").exists(), "it did not fail"
 
 
 def test_what_is_cancelled_stays_out_of_the_queue(job):

@@ -54,13 +54,14 @@ def test_two_tasks_share_the_runs_of_a_stage(job):
     assert not Path("calls").exists()
 
 
-def test_a_task_out_of_time_saves_and_is_put_back(job):
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_task_out_of_time_saves_and_is_put_back(job, told):
     going = task(job, 1, STAGE="tuning", SLOW="1")
     while not list(Path("out").glob("runs/*/starts")):
         assert going.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
-    going.send_signal(signal.SIGTERM)
+    going.send_signal(told)
     text, _ = going.communicate(timeout=60)
     assert going.returncode == 143, text
     assert "1 cut off" in text
