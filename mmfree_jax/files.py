@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -22,7 +23,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmfree_jax.errors import OutputError
-from mmfree_jax.places import check_local
+from mmfree_jax.places import check_local, locate
+from mmfree_jax.storage import (
+    Url,
+    check_bucket,
+    create,
+    find_object,
+    is_url,
+    parse_url,
+    read_bytes,
+    replace,
+)
 from mmfree_jax.text_files import open_file
 
 StrPath = str | os.PathLike[str]
@@ -108,25 +119,35 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_atomically(path: StrPath) -> Iterator[BinaryIO]:
+def open_atomically(path: StrPath | Url) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` when the block ends without an error.
 
     Missing parents are made, a symbolic link keeps pointing where it does, and what is no file
-    (/dev/stdout, a pipe) is written to as it is.
+    (/dev/stdout, a pipe) is written to as it is. What goes to a URL is kept in memory until then,
+    and replaces an object on the condition that nobody else did meanwhile.
 
     Raises:
       OutputError: it cannot be written; what was there is as it was.
-      ConfigError: it is a URL.
+      ConfigError: it is a URL of what is no bucket.
+      ChangedError: another job wrote the object meanwhile.
+      StorageError: the bucket refuses, or cannot be reached.
     """
-    check_local(path, "output")
-    with disk_errors(path):
-        if os.path.isdir(path):
+    place = locate(path, "output")
+    if isinstance(place, Url):
+        found = find_object(place)
+        memory = io.BytesIO()
+        yield memory
+        data = memory.getvalue()
+        _ = create(place, data) if found is None else replace(place, data, found.version)
+        return
+    with disk_errors(str(path)):
+        if os.path.isdir(place):
             raise OutputError(f"{path} is a folder: give the name of a file")
-        if os.path.exists(path) and not os.path.isfile(path):
-            with open(path, "wb") as file:
+        if os.path.exists(place) and not os.path.isfile(place):
+            with place.open("wb") as file:
                 yield file
             return
-        target = Path(os.path.realpath(path))
+        target = Path(os.path.realpath(place))
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = _beside(target)
         try:
@@ -141,13 +162,13 @@ def open_atomically(path: StrPath) -> Iterator[BinaryIO]:
         sync_folder(target.parent)
 
 
-def write_bytes(path: StrPath, data: bytes | bytearray | memoryview) -> None:
+def write_bytes(path: StrPath | Url, data: bytes | bytearray | memoryview) -> None:
     """Writes a file; see `open_atomically`."""
     with open_atomically(path) as file:
         file.write(data)
 
 
-def write_text(path: StrPath, text: str) -> None:
+def write_text(path: StrPath | Url, text: str) -> None:
     """Writes a file in UTF-8; see `open_atomically`."""
     write_bytes(path, text.encode())
 
@@ -162,40 +183,79 @@ def copy_folder(source: StrPath, target: StrPath) -> None:
 
 
 def check_file(
-    path: StrPath,
+    path: StrPath | Url,
     begins: str,
     *,
-    beside: Sequence[StrPath] = (),
+    beside: Sequence[StrPath | Url] = (),
     sources: Sequence[StrPath] = (),
 ) -> None:
     """Checks that a file may be made or replaced; pipes and devices always may.
 
     Args:
-      path: the file, there or not.
+      path: the file, or the URL of an object, there or not.
       begins: regular expression for the first 1,000 bytes of the command's earlier outputs.
-      beside: files that are written with it: they are earlier outputs where it is one.
+      beside: files that are written with it, on this machine or in a bucket as it is: they are
+        earlier outputs where it is one.
       sources: files that the command reads.
 
     Raises:
       OutputError: it is a source, or holds what the command did not write.
+      ConfigError: it is a URL of what is no bucket.
+      StorageError: the bucket is missing, refuses, or cannot be reached.
     """
+
+    def begins_so(found: bytes) -> bool:
+        return not found or re.match(begins.encode("latin-1"), found, re.DOTALL) is not None
 
     def is_earlier(file: StrPath) -> bool:
         with open(file, "rb") as stream:
-            found = stream.read(1000)
-        return not found or re.match(begins.encode("latin-1"), found, re.DOTALL) is not None
+            return begins_so(stream.read(1000))
 
-    with disk_errors(path, "choose another file"):
-        there = [file for file in (path, *beside) if os.path.isfile(file)]
+    place = locate(path, "output")
+    if isinstance(place, Url):
+        _check_objects(place, beside, sources, begins_so)
+        return
+    with disk_errors(place, "choose another file"):
+        files = (place, *(locate(file, "output") for file in beside))
+        there = [file for file in files if isinstance(file, Path) and os.path.isfile(file)]
         for file in there:
             if any(os.path.exists(s) and os.path.samefile(file, s) for s in sources):
-                raise OutputError(f"{file} is not replaced: it is read; choose another name")
+                raise _is_read(file)
         for file in there:
-            if not (os.path.isfile(path) and is_earlier(path)):
-                raise OutputError(
-                    f"{file} is not replaced: it is no earlier output of this command; choose "
-                    "another name, or remove it yourself"
-                )
+            if not (os.path.isfile(place) and is_earlier(place)):
+                raise _is_no_output(file)
+
+
+def _is_read(file: StrPath | Url) -> OutputError:
+    return OutputError(f"{file} is not replaced: it is read; choose another name")
+
+
+def _is_no_output(file: StrPath | Url) -> OutputError:
+    return OutputError(
+        f"{file} is not replaced: it is no earlier output of this command; choose another name, or "
+        "remove it yourself"
+    )
+
+
+def _check_objects(
+    url: Url,
+    beside: Sequence[StrPath | Url],
+    sources: Sequence[StrPath],
+    begins_so: Callable[[bytes], bool],
+) -> None:
+    """Does what `check_file` does, in a bucket."""
+    check_bucket(url)
+    read = {parse_url(source) for source in sources if is_url(source)}
+    there = {}
+    for place in (url, *(locate(path, "output") for path in beside)):
+        assert isinstance(place, Url)
+        if place in read:
+            raise _is_read(place)
+        if (found := find_object(place)) is not None:
+            there[place] = found
+    known = url in there and begins_so(read_bytes(url, 0, min(1000, there[url].size)))
+    if there and not known:
+        raise _is_no_output(min(there))
 
 
 @contextlib.contextmanager

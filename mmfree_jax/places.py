@@ -77,16 +77,18 @@ def check_local(path: str | os.PathLike[str], name: str) -> None:
         )
 
 
-def locate(path: str | os.PathLike[str], name: str) -> Path | Url:
+def locate(path: str | os.PathLike[str] | Url, name: str) -> Path | Url:
     """What a place that may lie in a bucket names.
 
     Args:
-      path: what was given.
+      path: what was given; a `Url` is that place itself.
       name: what a message calls it.
 
     Raises:
       ConfigError: it is a URL of what is no bucket, or malformed.
     """
+    if isinstance(path, Url):
+        return path
     check_place(path, name)
     return parse_url(path, name) if is_url(path) else Path(path)
 

@@ -35,7 +35,7 @@ class Arguments(Fitting):
     """Runs for laws of compute alone: those that no cheaper run beats, or all."""
     horizon: Annotated[float, Range(0, 100, open_low=True)] = 30.0
     """Where the search for crossings ends (log10 FLOPs)."""
-    out: Path = Path("crossing.json")
+    out: PlaceOrUrl = "crossing.json"
 
 
 def crossing(argv: Sequence[str]) -> int:

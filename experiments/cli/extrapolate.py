@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -28,7 +27,7 @@ class Arguments(Analysis):
     """Laws to score; those that the cheaper runs cannot determine are skipped with the reason."""
     hold_out: Count = 3
     """Budgets held out, at most (a count); never more than a third of all."""
-    out: Path = Path("extrapolate.json")
+    out: PlaceOrUrl = "extrapolate.json"
 
 
 def extrapolate(argv: Sequence[str]) -> int:

@@ -40,7 +40,7 @@ class Arguments(Fitting):
     """Accuracy by guessing, for the law accuracy, where no column gives it (a fraction)."""
     bootstrap: CountOrZero = 4000
     """Resamples for the intervals (a count; 0 for none)."""
-    out: Path = Path("fit.json")
+    out: PlaceOrUrl = "fit.json"
 
 
 def fit(argv: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -38,7 +37,7 @@ class Arguments(Output):
     """A value for each x at which y is estimated; empty: at their geometric means."""
     level: InnerShare = 0.95
     """Level of all intervals (a fraction)."""
-    out: Path = Path("power.json")
+    out: PlaceOrUrl = "power.json"
 
 
 def fit_power(argv: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -27,7 +26,7 @@ class Arguments(Analysis):
     """One or several approaches."""
     tolerance: NotNegative = 0.1
     """Computes within this fraction of each other are one budget, without a budget column."""
-    out: Path = Path("isoflop.json")
+    out: PlaceOrUrl = "isoflop.json"
     """JSON result; the figure and its data (of the first approach) go beside it as .png and
     .plot.csv."""
 

@@ -12,7 +12,9 @@ from mmfree_jax.experiments.scaling.frame import RunFrame
 from mmfree_jax.experiments.scaling.output_files import write_csv, write_json
 from mmfree_jax.experiments.scaling.read import Columns, read_runs
 from mmfree_jax.files import StrPath, check_file, write_bytes
+from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.ranges import AboveZero, CountOrZero, InnerShare, Seed
+from mmfree_jax.storage import Url
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +40,7 @@ class Reading:
 class Output:
     """Where the result of an analysis goes."""
 
-    out: Path
+    out: PlaceOrUrl
     """JSON result; the figure and its data go beside it as .png and .plot.csv."""
     plot: bool = True
     """Write the figure and its data as well."""
@@ -53,7 +55,7 @@ class Output:
         from mmfree_jax.experiments.scaling.plots import png
 
         print(text)
-        paths = [self.out]
+        paths: list[PlaceOrUrl | Path | Url] = [self.out]
         write_json(self.out, document)
         if self.plot:
             figure, rows = draw()
@@ -117,20 +119,25 @@ class Fitting(Analysis):
     """Draw runs with replacement, or redraw each loss from its loss-sd column."""
 
 
-def outputs(out: Path, sources: Sequence[StrPath] = ()) -> tuple[Path, Path]:
+def outputs(out: PlaceOrUrl, sources: Sequence[StrPath] = ()) -> tuple[Path | Url, Path | Url]:
     """Where the figure and its data go: beside `out`, as NAME.png and NAME.plot.csv.
 
     Raises:
         ScalingError: the folder does not exist or `out` is not a .json file.
         OutputError: what is there is one of `sources`, or no result of an analysis.
     """
-    beside = out.with_suffix(".png"), out.with_suffix(".plot.csv")
+    place = locate(out, "out")
+    beside = place.with_suffix(".png"), place.with_suffix(".plot.csv")
     check_output(out, "laws?|families|approaches", beside=beside, sources=sources)
     return beside
 
 
 def check_output(
-    out: Path, first: str, *, beside: Sequence[Path] = (), sources: Sequence[StrPath] = ()
+    out: PlaceOrUrl,
+    first: str,
+    *,
+    beside: Sequence[Path | Url] = (),
+    sources: Sequence[StrPath] = (),
 ) -> None:
     """Refuses a JSON result that cannot be written, or would replace what is no such result.
 
@@ -141,8 +148,9 @@ def check_output(
     Raises:
         ScalingError, OutputError: as `outputs`.
     """
-    if out.suffix != ".json":
+    place = locate(out, "out")
+    if place.suffix != ".json":
         raise ScalingError(f"out: {out} must end in .json")
-    if not out.parent.is_dir():
-        raise ScalingError(f"out: the folder {out.parent} does not exist; create it first")
+    if isinstance(place, Path) and not place.parent.is_dir():
+        raise ScalingError(f"out: the folder {place.parent} does not exist; create it first")
     check_file(out, rf'\{{\s*"({first})"', beside=beside, sources=sources)

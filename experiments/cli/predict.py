@@ -46,7 +46,7 @@ class Arguments:
     """Level of all intervals (a fraction); by default that of the first fit."""
     seed: Seed = 0
     """Of the new runs, and of the order of refits of separate fits."""
-    out: Path | None = None
+    out: PlaceOrUrl | None = None
     """JSON result (a .json file)."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmfree_jax.cli.parse import parse
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import AboveZero, Count
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Arguments:
     """Estimate the time for this device (such as "H100"), not for those here."""
     parallel: Count = 1
     """Small runs at a time on each device."""
-    out: Path = Path("design.yaml")
+    out: PlaceOrUrl = "design.yaml"
     """The sweep's config that is written."""
 
 

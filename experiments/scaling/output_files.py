@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmfree_jax.files import write_bytes, write_text
+from mmfree_jax.files import StrPath, write_bytes, write_text
+from mmfree_jax.storage import Url
 
 
 def plain(value: Any) -> Any:
@@ -27,13 +27,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: StrPath | Url, value: Any) -> None:
     """Write a JSON document, atomically."""
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: StrPath | Url, rows: list[dict]) -> None:
     """Write rows as CSV, atomically; columns in order of first appearance."""
     header = list(dict.fromkeys(key for row in rows for key in row))
     stream = io.StringIO()

@@ -18,6 +18,7 @@ from mmfree_jax.launch.ahead.step_cost import fits, rank_meshes, why_not
 from mmfree_jax.launch.ahead.topology import Topology, missing_compiler, parse_topology, prepare
 from mmfree_jax.launch.xla_flags import with_overlap
 from mmfree_jax.parallel.sharding import mesh_shape
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import CountOrZero, PositiveShare
 
@@ -42,7 +43,7 @@ class _Arguments:
     """Rank all meshes on paper and compile this many of the best, instead of --mesh."""
     peak_share: PositiveShare = 0.4
     """Share of the data sheet's rate that the matrix products are taken to reach."""
-    out: Path | None = None
+    out: PlaceOrUrl | None = None
     """File that receives the reports as JSON."""
 
 

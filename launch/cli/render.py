@@ -16,6 +16,8 @@ from mmfree_jax.experiments.cli.sweep import planned_sweep
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.launch.jobs.slurm_array import SlurmArray, render_array
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
+from mmfree_jax.places import PlaceOrUrl
+from mmfree_jax.storage import is_url
 
 
 def render_job(argv: Sequence[str]) -> int:
@@ -64,8 +66,8 @@ def render_job(argv: Sequence[str]) -> int:
     rendered = r"(#!/bin/bash\n)?# Rendered by `mmfree launch render "
     check_file(arguments.out, rendered, sources=[path] if path else [])
     write_text(arguments.out, text)
-    if platform not in ("gke", "sky"):
-        arguments.out.chmod(0o755)
+    if platform not in ("gke", "sky") and not is_url(arguments.out):
+        Path(arguments.out).chmod(0o755)
     print(f"wrote {arguments.out}")
     return 0
 
@@ -76,7 +78,7 @@ def _arguments(kind: type) -> type:
         "Arguments",
         [
             ("values", Path | None),
-            ("out", Path | None),
+            ("out", PlaceOrUrl | None),
             ("job", Annotated[kind, tyro.conf.arg(name="")]),
         ],
     )

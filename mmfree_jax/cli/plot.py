@@ -12,7 +12,7 @@ from mmfree_jax.ranges import ShareBelowOne
 
 def plot(
     runs: Annotated[tuple[PlaceOrUrl, ...], tyro.conf.Positional],
-    output: Path | None = None,
+    output: PlaceOrUrl | None = None,
     metrics: tuple[str, ...] = ("loss",),
     x: Literal["steps", "tokens", "flops", "time"] = "steps",
     log_x: bool = False,
@@ -25,8 +25,8 @@ def plot(
 
     Args:
       runs: Run directories, or their URLs (gs://, s3://).
-      output: Image file (png, svg, pdf); default: loss_curve.png in the run directory, or
-        ./loss_curves.png for several or one in a bucket; metrics.png for other metrics than loss.
+      output: Image file (png, svg, pdf), or its URL; default: loss_curve.png in the run directory,
+        or ./loss_curves.png for several or one by URL; metrics.png for other metrics than loss.
       metrics: What to draw, as it is named in metrics.jsonl; training and held-out records.
       x: Quantity on the horizontal axis; time: of training.
       log_x: Draw it on a logarithmic scale.
@@ -50,7 +50,7 @@ def plot(
             (LOSS_CURVE, "loss_curves.png") if metrics == ("loss",) else ("metrics.png",) * 2
         )
         at_home = len(runs) == 1 and folders[0] == Path(runs[0])
-        output = folders[0] / one if at_home else Path(several)
+        output = str(folders[0] / one) if at_home else several
     notes = plot_metrics(
         folders,
         output,

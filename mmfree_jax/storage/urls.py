@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from mmfree_jax.errors import ConfigError
 
@@ -35,6 +36,16 @@ class Url:
     def name(self) -> str:
         """The last part of the key."""
         return self.key.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The name's last dot and what is behind it; "" where there is none, as of a path."""
+        return PurePosixPath(self.name).suffix
+
+    def with_suffix(self, suffix: str) -> "Url":
+        """The URL beside this of the same name, but for its suffix."""
+        before = self.key.removesuffix(self.suffix)
+        return Url(self.scheme, self.bucket, f"{before}{suffix}")
 
     @property
     def path(self) -> str:

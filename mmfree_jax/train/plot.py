@@ -12,7 +12,8 @@ import numpy as np
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.figures import COLOURS, count, number, set_ticks
-from mmfree_jax.files import check_file, open_atomically
+from mmfree_jax.files import StrPath, check_file, open_atomically
+from mmfree_jax.places import locate
 from mmfree_jax.saved.run_directory import METRICS
 from mmfree_jax.train.metric_series import (
     RunMetrics,
@@ -78,12 +79,12 @@ class _Look:
     mark: str
 
 
-def plot_metrics(runs: Sequence[Path], output: Path, **options: Any) -> list[str]:
+def plot_metrics(runs: Sequence[Path], output: StrPath, **options: Any) -> list[str]:
     """Draws metrics of runs into a file.
 
     Args:
       runs: run directories.
-      output: image file; its suffix gives the format.
+      output: image file, or its URL; its suffix gives the format.
       **options: those of `draw_metrics`.
 
     Returns:
@@ -94,7 +95,7 @@ def plot_metrics(runs: Sequence[Path], output: Path, **options: Any) -> list[str
       TrainingError: a metrics.jsonl is damaged.
       OutputError: the file cannot be written, or is there and no such figure.
     """
-    kind = output.suffix.removeprefix(".").lower() or "png"
+    kind = locate(output, "output").suffix.removeprefix(".").lower() or "png"
     if kind not in _BEGINS:
         raise ConfigError(f"output is {str(output)!r}: let it end in .{', .'.join(_BEGINS)}")
     check_file(output, _BEGINS[kind], sources=[run / METRICS for run in runs])
