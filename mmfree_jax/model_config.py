@@ -19,7 +19,7 @@ MatmulKernel = Literal[
 ]
 RecurrenceKernel = Literal["xla", "pallas_gpu", "pallas_tpu"]
 AttentionKernel = Literal["xla", "cudnn"]
-MixerName = Literal["mlgru", "attention", "rwkv4"]
+MixerName = Literal["mlgru", "attention", "rwkv4", "mingru", "rglru"]
 OutputGate = Literal["authors", "text", "figure", "none"]
 Candidate = Literal["silu", "linear", "tanh"]
 
@@ -49,7 +49,8 @@ class ModelConfig:
 
     mixer: MixerName = "mlgru"
     """Token mixer. mlgru: the MatMul-free gated linear recurrence; attention: causal, with RoPE;
-    rwkv4: the paper's other one, an average of values that fades with a learnt decay."""
+    rwkv4: the paper's other one, an average of values that fades with a learnt decay; mingru:
+    minGRU; rglru: Griffin's RG-LRU."""
     vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
     preset other than a rung says it, commands take the vocabulary of data.paths."""

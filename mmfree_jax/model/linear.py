@@ -1,6 +1,7 @@
 """Linear layers: parameters in a thin module, the choice of program in a function."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -67,6 +68,29 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
         return LinearWeights(weight, norm_scale, trits, scale, self.options, bias)
+
+
+# Xavier uniform with gain 2^-2.5, as the authors initialise a mixer's projections: the variance
+# is gain^2 * 2 / (fan_in + fan_out), which falls with the width as muP asks.
+_PROJECTION_INIT = nn.initializers.variance_scaling(
+    math.pow(2.0, -5.0), "fan_avg", "uniform", in_axis=-1, out_axis=-2
+)
+
+
+def projections(
+    config: ModelConfig, matrices: Mapping[str, tuple[int, int]]
+) -> dict[str, LinearWeights]:
+    """The linear layers of a recurrent token mixer, whose module this is called in.
+
+    Args:
+      config: of the model.
+      matrices: (outputs, inputs) of each by its name.
+    """
+    c = config
+    return {
+        name: Linear(rows, c.mixer_linear, c.param_dtype, _PROJECTION_INIT, name=name)(columns)
+        for name, (rows, columns) in matrices.items()
+    }
 
 
 class NormScale(nn.Module):

@@ -1,6 +1,5 @@
 """The MLGRU, the token mixer of the MatMul-free models (arXiv 2406.02528, section 3.3)."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import functional, layer
-from mmfree_jax.model.linear import Linear, LinearWeights, NormScale
+from mmfree_jax.model.linear import NormScale, projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
 from mmfree_jax.model.operations import Rows, operations
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
-
-# Xavier uniform with gain 2^-2.5, as the authors initialise these projections: the variance
-# is gain^2 * 2 / (fan_in + fan_out), which falls with the width as muP asks.
-PROJECTION_INIT = nn.initializers.variance_scaling(
-    math.pow(2.0, -5.0), "fan_avg", "uniform", in_axis=-1, out_axis=-2
-)
 
 
 class ConvKernel(nn.Module):
@@ -55,27 +48,20 @@ class MLGRU(nn.Module):
     ) -> tuple[jax.Array, jax.Array, dict[str, Any] | None]:
         """As `Mixer.module` says."""
         c = self.config
-        width, inner = norm_scale_D.shape[0], c.state_size
-
-        def linear(name: str, features: int, columns: int) -> LinearWeights:
-            return Linear(features, c.mixer_linear, c.param_dtype, PROJECTION_INIT, name=name)(
-                columns
-            )
-
         kernels = {
             name: ConvKernel(c, name=name)(size) for name, size in _convolved_channels(c).items()
         }
+        linears = projections(c, _matrices(c))
+        gate_norm_E = None
+        if c.output_gate == "authors":
+            gate_norm_E = NormScale(c.param_dtype, name="gate_norm")(c.state_size)
         weights = layer.MLGRUWeights(
             norm=norm_scale_D,
-            i_proj=linear("i_proj", inner, width),
-            f_proj=linear("f_proj", inner, width),
-            g_proj=None if c.output_gate == "none" else linear("g_proj", inner, width),
-            gate_norm=(
-                NormScale(c.param_dtype, name="gate_norm")(inner)
-                if c.output_gate == "authors"
-                else None
-            ),
-            o_proj=linear("o_proj", width, inner),
+            i_proj=linears["i_proj"],
+            f_proj=linears["f_proj"],
+            g_proj=linears.get("g_proj"),
+            gate_norm=gate_norm_E,
+            o_proj=linears["o_proj"],
             lower_bound=of_layer.lower_bound_E,
         )
         ops = operations(c, rows, holds=state is not None)

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model.layer import LinearT, Operations, VectorT
-from mmfree_jax.model.linear import Linear, LinearWeights
+from mmfree_jax.model.linear import projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
-from mmfree_jax.model.mlgru import PROJECTION_INIT
 from mmfree_jax.model.operations import Rows, operations, token_shift
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
@@ -68,10 +67,6 @@ class RWKV4(nn.Module):
         left = 1 - of_layer.index.astype(jnp.float32) / c.num_layers
         width, inner = c.hidden_size, c.state_size
 
-        def linear(name: str, features: int, columns: int) -> LinearWeights:
-            module = Linear(features, c.mixer_linear, c.param_dtype, PROJECTION_INIT, name=name)
-            return module(columns)
-
         def vector(name: str, value: Callable[[], jax.Array]) -> jax.Array:
             return self.param(name, lambda _: value().astype(jnp.dtype(c.param_dtype)))
 
@@ -81,10 +76,7 @@ class RWKV4(nn.Module):
         zigzag_E = (jnp.arange(inner) + 1) % 3 - 1
         weights = RWKV4Weights(
             norm=norm_scale_D,
-            r_proj=linear("r_proj", inner, width),
-            k_proj=linear("k_proj", inner, width),
-            v_proj=linear("v_proj", inner, width),
-            o_proj=linear("o_proj", width, inner),
+            **projections(c, _matrices(c)),
             r_mix=vector("r_mix", lambda: channel_D ** (left / 2)),
             k_mix=vector("k_mix", lambda: channel_D**left),
             v_mix=vector("v_mix", lambda: channel_D**left + 0.3 * depth),

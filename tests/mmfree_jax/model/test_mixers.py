@@ -32,8 +32,9 @@ BASE = ModelConfig(
 )
 CONFIGS = {
     "figure-tanh": dataclasses.replace(BASE, output_gate="figure", candidate="tanh"),
-    "none-linear": dataclasses.replace(BASE, output_gate="none", candidate="linear"),
     "rwkv4": dataclasses.replace(BASE, mixer="rwkv4"),
+    "mingru": dataclasses.replace(BASE, mixer="mingru"),
+    "rglru": dataclasses.replace(BASE, mixer="rglru"),
     "ternary-qk": dataclasses.replace(BASE, mixer="attention", num_heads=2, ternary_qk=True),
 }
 
@@ -45,8 +46,12 @@ def config(request):
 
 @pytest.fixture(scope="module")
 def params(config):
+    """Weights so large that what a token was preceded by moves the logits by 0.4 and more."""
     init = jax.jit(LanguageModel(config).init)
-    return init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    tree = init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (8 if path[-1].key == "weight" else 1), tree
+    )
 
 
 def test_parameters_are_counted_and_laid_out(config):
@@ -96,7 +101,7 @@ def test_documents_of_a_row_do_not_see_each_other(config, params):
     assert np.abs(logits[0, :4] - logits[1, :4]).max() > 0.05
 
 
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.recurrent])
+@pytest.mark.parametrize("name", ["figure-tanh", "rwkv4", "rglru"])
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name):
     """Rows over data and fsdp, matrices over fsdp and tensor, documents that end within a row."""
     config = dataclasses.replace(CONFIGS[name], remat="states")
