@@ -4,6 +4,8 @@
 #   bash experiments/study/hold.sh data                    text and prepared data from the parts
 #   bash experiments/study/hold.sh sweep NAME MINUTES ...  mmfree sweep run on configs/NAME.yaml
 #   bash experiments/study/hold.sh rates                   report of the rates, the rule put in place
+#   bash experiments/study/hold.sh model NAME PRESET RATE  a run of configs/model-61M.yaml; goes on too
+#   bash experiments/study/hold.sh pack NAME               its best checkpoint, packed
 #   bash experiments/study/hold.sh collect                 all that leaves, in $OUT: 8 files of 16 MiB
 # Run from the repository's root. HOLD names the folder that is kept between the commands, PYTHON
 # the interpreter. The same `sweep` command goes on where the one before was cut off.
@@ -59,6 +61,18 @@ rates() {
   cp sweeps/study2-rates/rate_rule.json experiments/results/study2/rate_rule.json
 }
 
+model() {
+  cd "$HOLD"
+  "$PYTHON" -m mmfree_jax train --preset "$2" --config experiments/configs/model-61M.yaml \
+    --run-dir "runs/$1" --optimizer.learning-rate "$3"
+}
+
+pack() {
+  cd "$HOLD"
+  "$PYTHON" -m mmfree_jax pack --model "runs/$1" --step best --embedding int8 \
+    --agreement-data data/study/classic_books --out "packed/$1"
+}
+
 collect() {
   cd "$HOLD"
   local sweep
@@ -72,9 +86,11 @@ collect() {
     -name 'rate_rule.json' -o -name 'documents.npz' \) -print 2>/dev/null > state.txt
   tar cJf "$OUT/state.tar.xz" -T state.txt
   # What is looked at: metrics, summaries, settings, ends of logs.
-  find sweeps -path '*/cache' -prune -o \( -name metrics.jsonl -o -name summary.json -o -name 'config.yaml' \
+  mkdir -p sweeps runs
+  find sweeps runs -path '*/cache' -prune -o \( -name metrics.jsonl -o -name summary.json -o -name 'config.yaml' \
     -o -name '*.log' -o -name 'rates.csv' -o -name 'best.csv' \) -print > records.txt
   tar c -T records.txt | xz -T0 -6 | split -b 15M - "$OUT/records.tar.xz."
+  test ! -d packed || tar c packed | split -b 15M - "$OUT/packed.tar."
   ls -la "$OUT"
 }
 
