@@ -130,10 +130,13 @@ class ModelConfig:
     """Implementation of the recurrence; None: the fastest known here."""
     attention_kernel: AttentionKernel | None = None
     """Implementation of causal attention; None: the fastest known here."""
-    remat: Literal["none", "full", "stream", "states", "gated", "gates", "dots"] = "full"
+    remat: Literal["none", "full", "stream", "states", "gated", "gates", "projections", "dots"] = (
+        "full"
+    )
     """What the backward pass recomputes. none: nothing; full: whole blocks, from their input;
     stream: keeps the residual stream between mixer and GLU too; states: also the recurrent
-    state; gated: and its output gate g; gates: and i and f; dots: all but the matrix products."""
+    state; gated: and its output gate g; gates: and i and f; projections: keeps the stream and the
+    products that read it; dots: all but the matrix products."""
     scan_layers: bool = True
     """Compile one block and loop over layers; off: unroll them, which takes longer to compile but
     less time and memory to run, as nothing is copied into and out of stacks of all layers."""

@@ -56,7 +56,9 @@ class Attention(nn.Module):
             )(D)
             for name, width in widths.items()
         ]
-        _, (q_BTHK, k_BTGK, v_BTGK) = linears(c, projections, x_BTD, outer_norm=norm_scale_D)
+        _, (q_BTHK, k_BTGK, v_BTGK) = linears(
+            c, projections, x_BTD, outer_norm=norm_scale_D, name="q_k_v"
+        )
         q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, channels) for y in (q_BTHK, k_BTGK, v_BTGK))
         if c.qk_norm:
             q_norm_K = NormScale(c.param_dtype, name="q_norm")(channels)

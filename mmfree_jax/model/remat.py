@@ -13,13 +13,16 @@ import jax
 # name that ends in "_stats" stands for two to five float32 scalars a token.
 _SCALARS = ("down_stats",)  # Without them the GLU's normalised product is made for nothing else.
 _STREAM = (*_SCALARS, "mixed", "o_stats")
+# The products that read the stream. Behind them attention alone costs more than a pass over memory.
+_PROJECTIONS = ("i_f_g", "i_f_g_stats", "q_k_v", "q_k_v_stats", "gate_up", "gate_up_stats")
 SAVED_NAMES: dict[str, tuple[str, ...]] = {
     "full": _SCALARS,
     "stream": _STREAM,
     "states": (*_STREAM, "state"),
     "gated": (*_STREAM, "state", "g"),
     "gates": (*_STREAM, "i_f_g", "i_f_g_stats", "state"),
-    "dots": (*_STREAM, "i_f_g", "i_f_g_stats", "gate_up", "gate_up_stats", "linear"),
+    "projections": (*_STREAM, *_PROJECTIONS),
+    "dots": (*_STREAM, *_PROJECTIONS, "linear"),
 }
 
 

@@ -63,6 +63,7 @@ def _block_bytes_per_token(config: ModelConfig) -> dict[str, float]:
         "states": residuals + (d + kept.states) * c,
         "gated": residuals + (d + kept.gated) * c,
         "gates": residuals + (d + kept.gates) * c,
+        "projections": residuals + products - d * c,  # the stream, not what is added to it twice
         "dots": residuals + products,
         "none": residuals + products + inputs + kept.float32 * 4 + kept.compute * c,
     }

@@ -24,7 +24,8 @@ from mmfree_jax.cli.main import main
         ),
         (
             "info --model.remat foo",
-            "--model.remat is 'foo': choose one of none, full, stream, states, gated, gates, dots",
+            "--model.remat is 'foo': choose one of none, full, stream, states, gated, gates, "
+            "projections, dots",
         ),
         (
             "info --model.matmul-kernel x",

@@ -247,6 +247,24 @@ def test_each_remat_policy_recomputes_less_than_the_one_before():
     assert states == gated == gates < stream == full == all_products
 
 
+def test_with_its_projections_kept_a_transformer_makes_attention_alone_again():
+    def products(policy):
+        config = replace_model(preset("tiny-transformer"), remat=policy, attention_kernel="xla")
+        shapes = jax.eval_shape(
+            lambda key: init_state(config, _optimizer(), key), jax.random.key(0)
+        ).params
+        batch = {name: jnp.ones((2, 8), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+
+        def loss(params):
+            return loss_sums(Master(params), batch, model=LanguageModel(config.model))[0]
+
+        return str(jax.make_jaxpr(jax.grad(loss))(shapes)).count(" dot_general[")
+
+    none, projections, full = map(products, ("none", "projections", "full"))
+    # Scores and their sums of values; with nothing kept also q, k, v, o and gate_up.
+    assert (projections - none, full - none) == (2, 7)
+
+
 def test_runs_that_differ_in_rate_length_warm_up_or_seed_share_a_program():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
