@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
-from mmfree_jax.config import TrainConfig, replace_model
+from mmfree_jax.config import MeshConfig, TrainConfig, replace_model
 from mmfree_jax.experiments.bench import infer_process
 from mmfree_jax.experiments.bench.train import compile_train_step, measure_train_step
 from mmfree_jax.presets import preset
+from mmfree_jax.train.memory import estimate_memory
 
 
 def train_config(task: dict[str, Any]) -> TrainConfig:
@@ -30,9 +31,26 @@ def train_config(task: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, batch_size=task["batch"], data=data)
 
 
+def for_memory(config: TrainConfig, capacity: float) -> TrainConfig:
+    """A Transformer++ run that makes again as little as the memory allows, its layers unrolled.
+
+    Args:
+      config: of the run, on one device.
+      capacity: of the device (bytes); a tenth of it is left free.
+    """
+    for remat in ("none", "projections", "stream"):
+        found = replace_model(config, remat=remat, scan_layers=False)
+        if estimate_memory(found, MeshConfig(data=1)).total < 0.9 * capacity:
+            return found
+    return config
+
+
 def measure_training(task: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of a training step on one device, and the most memory that it held."""
     config = train_config(task)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if task["form"] == "transformer" and "bytes_limit" in stats:
+        config = for_memory(config, stats["bytes_limit"])
     compiled = compile_train_step(config, jax.local_devices()[:1])
     found = measure_train_step(
         config, groups=task["repeats"], steps_per_group=task["steps"], compiled=compiled

@@ -80,6 +80,22 @@ def test_a_training_step_takes_one_device_and_its_form():
     assert (twin.model.family, twin.batch_size, twin.data.seq_len) == ("transformer", 1, 8)
 
 
+@pytest.mark.parametrize(
+    ("size", "batch", "gib", "remat"),
+    [
+        ("370M", 16, 80, "none"),
+        ("1.3B", 16, 80, "none"),
+        ("1.3B", 16, 45, "projections"),
+        ("1.3B", 16, 30, "stream"),
+        ("1.3B", 256, 80, "full"),  # fits no way: the preset's own
+    ],
+)
+def test_the_twin_makes_again_what_memory_asks_for(size, batch, gib, remat):
+    task = {"size": size, "form": "transformer", "batch": batch, "tokens": 1024}
+    found = paper_process.for_memory(paper_process.train_config(task), gib * 2**30)
+    assert found.model.remat == remat
+
+
 def test_after_a_batch_that_does_not_fit_no_larger_one_is_tried(tmp_path, pretended):
     ran, results = pretended
     results["failed"] = lambda case: (
