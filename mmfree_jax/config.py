@@ -287,13 +287,14 @@ class TrainConfig:
     stop_at: Count | None = None
     """Stop early, with a checkpoint and an evaluation, after this step; schedules still span all
     steps, and the same command with another value, or none, goes on."""
-    init_from: Place | None = None
-    """Folder of a model whose weights to start from: a run, a model folder, Hugging Face. Weights
-    alone: optimiser, step, schedule and position in the data begin anew."""
-    branch_from: Place | None = None
-    """RUN or RUN@STEP: a checkpoint of another run to go on from in run_dir, with its weights,
-    optimiser, step, tokens and position in the data, under that run's settings but for those that
-    are given. Steps count on from STEP (default: the newest), schedules span all of them."""
+    init_from: PlaceOrUrl | None = None
+    """Folder of a model, or its URL, whose weights to start from: a run, a model folder, Hugging
+    Face. Weights alone: optimiser, step, schedule and position in the data begin anew."""
+    branch_from: PlaceOrUrl | None = None
+    """RUN or RUN@STEP: a checkpoint of another run, a folder or its URL, to go on from in run_dir,
+    with its weights, optimiser, step, tokens and position in the data, under that run's settings
+    but for those that are given. Steps count on from STEP (default: the newest), schedules span all
+    of them."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

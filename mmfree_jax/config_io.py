@@ -10,6 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -17,9 +18,11 @@ import yaml
 from mmfree_jax.config import OptimizerConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model_config import ModelConfig
-from mmfree_jax.places import check_local
+from mmfree_jax.places import check_local, locate
+from mmfree_jax.prefixes import read_text as read_object
 from mmfree_jax.presets import preset
 from mmfree_jax.readable import brief
+from mmfree_jax.storage import MissingError, Url
 from mmfree_jax.text_files import DEEPEST, MOST_DIGITS, check_text, read_text
 
 T = TypeVar("T")
@@ -269,16 +272,28 @@ def _read(path: str | os.PathLike[str], *, keys_only: bool = False) -> Any:
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a YAML file, not looked at any further.
+    """The settings in a YAML file, or in one by its URL, not looked at any further.
 
     Raises:
       ConfigError: the file is missing or no mapping.
+      StorageError: the bucket refuses, or cannot be reached.
     """
-    values = read_yaml(path)
+    place = locate(path, "config file")
+    values = read_yaml(path) if isinstance(place, Path) else _read_object(place)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path}: give a mapping of fields, not {brief(values)}")
     return values
+
+
+def _read_object(url: Url) -> Any:
+    try:
+        text = read_object(url, _LARGEST)
+    except MissingError as e:
+        raise ConfigError(f"config file {e}: give a readable YAML file") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"config file {url} is not valid YAML: {e}") from e
+    return _parse(text, f"config file {url}")
 
 
 def with_settings(

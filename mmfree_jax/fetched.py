@@ -7,10 +7,10 @@ It is taken again when an object below the URL has changed. Nothing here imports
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from mmfree_jax.errors import StorageError
+from mmfree_jax.errors import MMFreeError, StorageError
 from mmfree_jax.leases import LEASE
 from mmfree_jax.object_cache import shared_cache
 from mmfree_jax.places import locate
@@ -22,7 +22,9 @@ from mmfree_jax.storage import (
     Url,
     download,
     find_object,
+    is_url,
     list_below,
+    parse_url,
 )
 
 Wanted = Callable[[PurePosixPath], bool]
@@ -33,6 +35,28 @@ _TRIES = 3
 def everything(_: PurePosixPath) -> bool:
     """Wants all objects."""
     return True
+
+
+def nothing(_: PurePosixPath) -> bool:
+    """Wants no other object."""
+    return False
+
+
+@contextlib.contextmanager
+def copied(
+    path: str | os.PathLike[str],
+    name: str,
+    wanted: Wanted = everything,
+    beside: Wanted = everything,
+) -> Iterator[Path]:
+    """`local_copy`, while errors that the block raises name the URL in place of the copy."""
+    copy = local_copy(path, name, wanted, beside)
+    try:
+        yield copy
+    except MMFreeError as e:
+        if not is_url(path):
+            raise
+        raise type(e)(str(e).replace(str(copy), str(parse_url(path)))) from e
 
 
 def local_copy(

@@ -23,7 +23,7 @@ from mmfree_jax.storage import (
     upload,
     write_bytes,
 )
-from mmfree_jax.text_files import LARGEST, parse_json
+from mmfree_jax.text_files import LARGEST, decode_text, parse_json
 
 UPLOADING = ".mmfree-uploading.json"
 
@@ -36,12 +36,27 @@ def read_json(url: Url) -> Any:
       ValueError: it is no JSON.
       StorageError: it is far too large, or cannot be read.
     """
+    return parse_json(_read(url, LARGEST))
+
+
+def read_text(url: Url, largest: int = LARGEST) -> str:
+    """The text in an object, without a byte-order mark.
+
+    Raises:
+      MissingError: there is none.
+      UnicodeDecodeError: it is not of its encoding.
+      StorageError: it has more than `largest` bytes, or cannot be read.
+    """
+    return decode_text(_read(url, largest))
+
+
+def _read(url: Url, largest: int) -> bytes:
     found = find_object(url)
     if found is None:
         raise MissingError(f"{url} does not exist")
-    if found.size > LARGEST:
+    if found.size > largest:
         raise StorageError(f"{url} has {found.size} bytes, more than a text may: check its name")
-    return parse_json(read_bytes(url))
+    return read_bytes(url)
 
 
 def describe_missing(url: Url) -> str | None:

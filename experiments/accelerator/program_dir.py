@@ -23,7 +23,7 @@ _VERSION = 1
 _LARGEST_MEMORY = 2**34
 
 
-def save(compiled: Compiled, path: PlaceOrUrl, *, model: Path) -> None:
+def save(compiled: Compiled, path: PlaceOrUrl, *, model: PlaceOrUrl) -> None:
     """Writes a program, made from `model`, in place of an earlier one.
 
     Raises:

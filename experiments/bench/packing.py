@@ -32,6 +32,7 @@ from mmfree_jax.model.weights import Packed, Ternary, Weights, as_weights
 from mmfree_jax.model.weights import pack as pack_in_memory
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import Count
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.pack import pack
@@ -51,10 +52,10 @@ _TIMED_STEPS = 128
 class Plan:
     """Measure how far packed forms of a trained model agree with it, and what each costs."""
 
-    model: Path
-    """Folder of the trained model."""
-    data: Path
-    """Prepared data set whose held-out documents give the prompts."""
+    model: PlaceOrUrl
+    """Folder of the trained model, or its URL."""
+    data: PlaceOrUrl
+    """Prepared data set, or its URL, whose held-out documents give the prompts."""
     out: Path
     """Folder that receives packing.json and the packed models."""
     prompts: Count = 64

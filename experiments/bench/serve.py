@@ -32,6 +32,7 @@ from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.weights import Unstacked, Weights
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import Count, CountOrZero, Range
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.serve.engine import Engine
@@ -49,8 +50,8 @@ class Plan:
 
     out: Path
     """File that receives the record (JSON)."""
-    model: Path | None = None
-    """Folder of a model."""
+    model: PlaceOrUrl | None = None
+    """Folder of a model, or its URL."""
     preset: str | None = None
     """In its place, a named size with random packed weights."""
     url: str | None = None

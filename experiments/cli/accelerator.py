@@ -17,6 +17,7 @@ from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.accelerator.machine import Machine
+from mmfree_jax.fetched import local_copy, nothing
 from mmfree_jax.files import check_file, write_bytes
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.model_config import ModelConfig
@@ -27,7 +28,7 @@ from mmfree_jax.text_files import read_text
 
 
 def compile_(
-    model: Path,
+    model: PlaceOrUrl,
     out: PlaceOrUrl,
     numerics: str = "fixed:w8a16",
     layer: CountOrZero | None = None,
@@ -41,7 +42,7 @@ def compile_(
     """Compile a trained model to a program and its memory.
 
     Args:
-      model: Run directory, model folder, packed model or Hugging Face folder.
+      model: Run directory, model folder, packed model or Hugging Face folder, or its URL.
       out: Folder that receives program.asm, memory.bin and program.json, or its URL.
       numerics: Integers to compute with (docs/hardware.md).
       layer: One block only, from the vector "x", which holds what the blocks before it make of a
@@ -107,7 +108,7 @@ def _block_input(quantized: Any, layer: int, tokens_BT: np.ndarray) -> np.ndarra
     return np.asarray(x_BTD[0, 0])
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _load(path: PlaceOrUrl) -> tuple[Any, Any]:
     """A model in float32 and its trits."""
     from mmfree_jax.model.weights import as_weights
     from mmfree_jax.saved.open_model import open_model
@@ -120,7 +121,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def run(
-    program: Path,
+    program: PlaceOrUrl,
     tokens: str = "",
     generate: CountOrZero = 0,
     backend: Literal["simulator", "amaranth", "icarus"] = "simulator",
@@ -130,7 +131,7 @@ def run(
 
     Args:
       program: Folder that `mmfree hardware compile` wrote; or one file of assembly, whose memory
-        is 64 KiB of zeros.
+        is 64 KiB of zeros; or the URL of either.
       tokens: Token ids, separated by commas, for a whole model: one run each.
       generate: Then go on greedily for so many tokens (simulator only).
       backend: The instruction-level simulator, the RTL in Amaranth's, or its Verilog in Icarus.
@@ -142,21 +143,21 @@ def run(
     from mmfree_jax.experiments.accelerator.machine import timeline
     from mmfree_jax.experiments.accelerator.program_dir import load
 
-    if program.is_file():
+    place = local_copy(program, "program", beside=nothing)
+    if place.is_file():
         try:
-            instructions = assemble(read_text(program))
+            instructions = assemble(read_text(place))
         except OSError as e:
             raise DataError(f"{program}: {e.strerror}; give a readable file") from e
         except (DataError, UnicodeDecodeError) as e:
             raise DataError(f"{program}, {e}") from e
         compiled = Compiled(instructions, np.zeros(1 << 16, np.uint8), {}, Machine(), 0, {})
     else:
-        compiled = load(program)
+        compiled = load(place)
     memory, machine = compiled.memory, compiled.machine
     assert memory is not None
     if out is not None and out.is_file():
-        source = program / "memory.bin"
-        check_file(out, "", sources=[program, source])
+        check_file(out, "", sources=[place, place / "memory.bin"])
         if out.stat().st_size != len(memory):
             raise ConfigError(f"{out} is not replaced: it is no memory of this; choose another")
     ids = _token_ids(tokens, compiled)
@@ -276,10 +277,10 @@ def cells(width: Count = 512, lanes: Count = 4, out: PlaceOrUrl | None = None) -
 class _ReportArguments:
     preset: str | None
     """Named size, in place of 370M, 1.3B and 2.7B."""
-    config: Path | None
-    """YAML file over it."""
-    run: Path | None
-    """Run directory, instead of either."""
+    config: PlaceOrUrl | None
+    """YAML file over it, or its URL."""
+    run: PlaceOrUrl | None
+    """Run directory, or its URL, instead of either."""
     cores: Annotated[int, Range(1, 64)]
     """Cores, each with a token stream of its own, on four memory channels."""
     json: bool

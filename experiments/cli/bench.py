@@ -15,6 +15,7 @@ from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.installed import versions
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count
 
@@ -23,8 +24,8 @@ from mmfree_jax.ranges import Count
 class _TrainArguments:
     preset: str | None
     """Named size to start from; `mmfree train --help` lists them."""
-    config: Path | None
-    """YAML file over it."""
+    config: PlaceOrUrl | None
+    """YAML file over it, or its URL."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     """File that receives the measurement as JSON."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.places import Place
+from mmfree_jax.fetched import local_copy
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import Count, TwoOrMore
 
 
@@ -14,10 +15,10 @@ from mmfree_jax.ranges import Count, TwoOrMore
 class BenchBrowserConfig:
     """Time an export's web page in headless Chromium, and the export in onnxruntime."""
 
-    export: Path
-    """Folder that `mmfree export onnx` wrote."""
-    tokenizer: Place | None = None
-    """Tokenizer file or folder; None: the one in the export."""
+    export: PlaceOrUrl
+    """Folder that `mmfree export onnx` wrote, or its URL."""
+    tokenizer: PlaceOrUrl | None = None
+    """Tokenizer file or folder, or its URL; None: the one in the export."""
     tokens: TwoOrMore = 200
     """Tokens to generate, greedily; a browser translates the runtime to fast code meanwhile."""
     threads: Count = 2
@@ -41,11 +42,12 @@ def bench_browser(argv: Sequence[str]) -> int:
     from mmfree_jax.experiments.bench.browser import measure
     from mmfree_jax.export import manifest
 
-    manifest.read(config.export)
-    tokenizer = load_tokenizer(config.tokenizer or config.export)
+    export = local_copy(config.export, "export")
+    manifest.read(export)
+    tokenizer = load_tokenizer(config.tokenizer or export)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(
-            config.export, tokenizer, Path(folder), tokens=config.tokens, threads=config.threads
+            export, tokenizer, Path(folder), tokens=config.tokens, threads=config.threads
         )
     page, native = (row["tokens"] for row in rows)
     equal = next((i for i, (a, b) in enumerate(zip(page, native, strict=False)) if a != b), None)

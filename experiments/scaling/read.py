@@ -1,7 +1,7 @@
 """Read runs from CSV and parquet files and from this project's run directories."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from mmfree_jax.experiments.scaling.frame import NUMBERS, WORDS, RunFrame, join,
 from mmfree_jax.experiments.scaling.run_directory import READ, is_run_directory, read_run_directory
 from mmfree_jax.experiments.scaling.table_file import numbers, read_file, rows_where
 from mmfree_jax.experiments.scaling.units import check_units
-from mmfree_jax.fetched import local_copy
+from mmfree_jax.fetched import copied, nothing
 from mmfree_jax.files import StrPath
+from mmfree_jax.storage import is_url, parse_url
 
 
 @dataclass(frozen=True)
@@ -153,18 +154,6 @@ def read_table(path: Path, columns: Columns, where: Iterable[str] = ()) -> RunFr
     return replace(frame, notes=(*check_units(frame, path.name), *frame.notes))
 
 
-def copied(place: StrPath) -> Path:
-    """What a file, a run directory or a folder of those is on this machine: itself, or a copy.
-
-    Of a folder in a bucket what is read of runs is copied.
-
-    Raises:
-        ConfigError: it is a URL of what is no bucket.
-        StorageError: nothing is there, or it cannot be read.
-    """
-    return local_copy(place, "runs", lambda name: name.name in READ, lambda _: False)
-
-
 def read_columns(
     place: StrPath, names: Sequence[str], *, where: Iterable[str] = (), family: str = ""
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -179,7 +168,13 @@ def read_columns(
     Raises:
         ScalingError: a column is missing, a number is not positive, or families are mixed.
     """
-    path = copied(place)
+    with copied(place, "table", nothing, nothing) as path:
+        return _read_columns(path, names, tuple(where), family)
+
+
+def _read_columns(
+    path: Path, names: Sequence[str], where: tuple[str, ...], family: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
     if path.is_dir():
         raise ScalingError(f"{path}: is a directory; give a CSV or parquet file, such as the "
                            "results.csv of a sweep")  # fmt: skip
@@ -235,25 +230,41 @@ def read_runs(
     """
     columns, where, frames = columns or Columns(), tuple(where), []
     for item in paths:
-        path = copied(item)
-        if not path.exists():
-            raise ScalingError(f"{path}: does not exist; give a CSV or parquet file or a run "
-                               "directory")  # fmt: skip
-        if not path.is_dir():
-            frames.append(read_table(path, columns, where))
-            continue
-        runs = [path] if is_run_directory(path) else sorted(
-            p for p in path.iterdir() if is_run_directory(p))  # fmt: skip
-        if not runs:
-            raise ScalingError(f"{path}: neither a run directory (metrics.jsonl) nor a directory "
-                               "of run directories")  # fmt: skip
-        for run in runs:
-            frame = read_run_directory(run, points=points)
-            if where:
-                table = {n: list(getattr(frame, n)) for n in (*NUMBERS, *WORDS)}
-                keep, notes = rows_where(table, where, run)
-                frame = frame.take(keep).noted(*notes)
-            frames.append(frame)
+        with copied(item, "runs", lambda name: name.name in READ, nothing) as path:
+            frames += [_named(frame, path, item) for frame in _frames(path, columns, where, points)]
     if not frames:
         raise ScalingError("runs: give at least one CSV or parquet file or run directory")
     return complete(join(frames))
+
+
+def _named(frame: RunFrame, path: Path, given: StrPath) -> RunFrame:
+    """The frame, whose rows come from what was given, not from a copy of it."""
+    if not is_url(given):
+        return frame
+    url = str(parse_url(given))
+    places = [str(where).replace(str(path), url) for where in frame.provenance]
+    return replace(frame, provenance=np.array(places, dtype=str))
+
+
+def _frames(
+    path: Path, columns: Columns, where: tuple[str, ...], points: str
+) -> Iterator[RunFrame]:
+    """The runs of a file, of a run directory or of each in a directory."""
+    if not path.exists():
+        raise ScalingError(f"{path}: does not exist; give a CSV or parquet file or a run "
+                           "directory")  # fmt: skip
+    if not path.is_dir():
+        yield read_table(path, columns, where)
+        return
+    runs = [path] if is_run_directory(path) else sorted(
+        p for p in path.iterdir() if is_run_directory(p))  # fmt: skip
+    if not runs:
+        raise ScalingError(f"{path}: neither a run directory (metrics.jsonl) nor a directory "
+                           "of run directories")  # fmt: skip
+    for run in runs:
+        frame = read_run_directory(run, points=points)
+        if where:
+            table = {n: list(getattr(frame, n)) for n in (*NUMBERS, *WORDS)}
+            keep, notes = rows_where(table, where, run)
+            frame = frame.take(keep).noted(*notes)
+        yield frame

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -36,8 +35,8 @@ class _Arguments:
     """The devices: see above."""
     preset: str | None
     """Named size to start from; `mmfree train --help` lists them."""
-    config: Path | None
-    """YAML file over it."""
+    config: PlaceOrUrl | None
+    """YAML file over it, or its URL."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
     suggest: CountOrZero = 0
     """Rank all meshes on paper and compile this many of the best, instead of --mesh."""

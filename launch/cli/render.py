@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.train import last_place, resolve_config
+from mmfree_jax.cli.train import last_value, resolve_config
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.cli.sweep import planned_sweep
 from mmfree_jax.files import check_file, write_text
 from mmfree_jax.launch.jobs.slurm_array import SlurmArray, render_array
 from mmfree_jax.launch.render import PLATFORMS, check_run_dir, render
-from mmfree_jax.places import PlaceOrUrl
+from mmfree_jax.places import PlaceOrUrl, check_local
 from mmfree_jax.storage import is_url
 
 
@@ -40,7 +40,9 @@ def render_job(argv: Sequence[str]) -> int:
     if is_sweep and platform != "slurm":
         raise ConfigError(f"platform is {platform!r}: a sweep is rendered for slurm alone")
     kind = SlurmArray if is_sweep else PLATFORMS[platform]
-    path = last_place(argv, "--values")
+    path = last_value(argv, "--values")
+    if path is not None:
+        check_local(path, "--values")
     given = kind() if path is None else from_dict(kind, read_yaml(path) or {})
     arguments: Any = parse(
         _arguments(kind),

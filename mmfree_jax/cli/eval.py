@@ -9,15 +9,16 @@ from typing import Any, Literal
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import write_text
+from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Seed, Step, TwoOrMore
 from mmfree_jax.readable import format_count
 
 
 def evaluate(
-    model: Path,
+    model: PlaceOrUrl,
     step: Step | None = None,
-    data: Path | None = None,
+    data: PlaceOrUrl | None = None,
     tasks: str | None = None,
     tasks_dir: Path | None = None,
     num_fewshot: CountOrZero = 0,
@@ -39,9 +40,9 @@ def evaluate(
     """Score a model on held-out data, or on tasks such as the paper's six.
 
     Args:
-      model: Run directory, model folder, packed model or Hugging Face folder.
+      model: Run directory, model folder, packed model or Hugging Face folder, or its URL.
       step: Checkpoint of a training run: its step, or best; default: the newest.
-      data: Prepared data set: loss on its held-out documents.
+      data: Prepared data set, or its URL: loss on its held-out documents.
       tasks: Names of lm-eval tasks, separated by commas, or "paper" for the paper's six.
       tasks_dir: Folder with the tasks' data; default: where `mmfree eval fetch-tasks` puts it.
       num_fewshot: Examples before each question.
@@ -94,7 +95,7 @@ def evaluate(
     form = "ternary" if saved.kind == "packed" and devices is None else "master"
     with show_progress("reading the model", is_shown=progress and jax.process_index() == 0):
         params = saved.weights(form, devices)
-    folder = output / (model.resolve().name or "model")
+    folder = output / (saved.path.resolve().name or "model")
     # Tables are wider than what is assumed where there is no terminal.
     console = Console(width=None if sys.stdout.isatty() else 120)
     say = console.print if jax.process_index() == 0 else lambda *a, **k: None
@@ -108,7 +109,10 @@ def evaluate(
                 seed, progress, forward,
             )  # fmt: skip
 
-        values: dict[str, Any] = {"model": str(model), "data": str(data)}
+        values: dict[str, Any] = {
+            "model": str(saved.place),
+            "data": str(locate(data, "data")),
+        }
         if variants is None:
             result = held_out(params)
             say(held_out_table(result))
@@ -145,7 +149,7 @@ def evaluate(
         raise ConfigError(f"--tasks-dir {tasks_dir} is no folder: run `mmfree eval fetch-tasks`")
     tokenizer = saved.tokenizer()
     if tokenizer is None:
-        raise DataError(f"model {model} has no tokenizer: put tokenizer.json into its folder")
+        raise DataError(f"model {saved.place} has no tokenizer: put tokenizer.json into its folder")
     check_tokenizer(language_model, tokenizer)
     runs: list[tuple[str, Any, Any]] = [(compute_dtype or "trained", params, None)]
     if variants is not None:
@@ -164,7 +168,7 @@ def evaluate(
             batch_tokens=batch_tokens,
             show_progress=progress,
             forward=forward,
-            end_ids=end_ids(model),
+            end_ids=end_ids(saved.path),
         )
         results = harness.run_tasks(
             adapter,
@@ -176,7 +180,7 @@ def evaluate(
             log_samples=log_samples,
         )
         results["config"]["model_args"] = {
-            "model": str(model),
+            "model": str(saved.place),
             "add_bos": add_bos,
             "max_length": adapter.max_length,
             "compute_dtype": language_model.config.compute_dtype,
@@ -202,7 +206,7 @@ def evaluate(
 def _held_out(
     model: Any,
     params: Any,
-    data: Path,
+    data: str,
     mesh: Any,
     batch_tokens: int | None,
     window: int,

@@ -7,8 +7,9 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.fetched import local_copy
 from mmfree_jax.installed import import_optional, install_command
-from mmfree_jax.places import Place, PlaceOrUrl
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Step, TwoOrMore
 
@@ -17,8 +18,8 @@ from mmfree_jax.ranges import Count, CountOrZero, Step, TwoOrMore
 class OnnxConfig:
     """Write a model as a folder that onnxruntime runs without JAX."""
 
-    model: Place
-    """Folder of the model: a training run, a packed model or a Hugging Face model."""
+    model: PlaceOrUrl
+    """Folder of the model, or its URL: a training run, a packed model or a Hugging Face model."""
     out: PlaceOrUrl
     """Folder to make, or its URL."""
     grade: Literal["exact", "fast"] = "exact"
@@ -77,7 +78,7 @@ def export_onnx(argv: Sequence[str]) -> int:
 
 
 def export_stablehlo(
-    model: Path,
+    model: PlaceOrUrl,
     out: PlaceOrUrl,
     step: Step | None = None,
     chunk: Count = 64,
@@ -86,7 +87,7 @@ def export_stablehlo(
     """Write a model's programs as StableHLO for CPU, CUDA and TPU, beside its packed weights.
 
     Args:
-      model: Training run, packed model (2 bits) or Hugging Face folder.
+      model: Training run, packed model (2 bits) or Hugging Face folder, or its URL.
       out: Folder to make, or its URL.
       step: Checkpoint of a training run: its step, or best; None: the newest.
       chunk: Tokens of a prompt that one call reads.
@@ -102,9 +103,9 @@ def export_stablehlo(
 
 
 def compare(
-    model: Path,
-    export: Path,
-    data: Path,
+    model: PlaceOrUrl,
+    export: PlaceOrUrl,
+    data: PlaceOrUrl,
     windows: Count = 16,
     length: TwoOrMore = 128,
     continuations: CountOrZero = 0,
@@ -114,9 +115,9 @@ def compare(
     """Compare an ONNX export with its model, on held-out text.
 
     Args:
-      model: The model that was exported.
-      export: Folder of the export.
-      data: Prepared data set (`mmfree data prepare`); its held-out documents are read.
+      model: The model that was exported, or its URL.
+      export: Folder of the export, or its URL.
+      data: Prepared data set (`mmfree data prepare`), or its URL; its held-out documents are read.
       windows: Stretches of text, spread over the held-out part; each starts afresh.
       length: Of a stretch (tokens).
       continuations: Also continue the first 12 tokens of so many stretches greedily, and compare
@@ -142,7 +143,7 @@ def compare(
         starts = np.linspace(0, held_out.num_tokens - size, count).astype(int)
         return np.stack([held_out.tokens(int(start), int(start) + size) for start in starts])
 
-    exported = onnx_session.load(export, threads=threads)
+    exported = onnx_session.load(local_copy(export, "export"), threads=threads)
     own = load_model(model)
     with show_progress("comparing"):
         agreed = agreement.compare(*own, exported, stretches(windows, length))

@@ -14,7 +14,7 @@ from mmfree_jax.storage import is_url
 
 
 def export_hf(
-    source: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[PlaceOrUrl, tyro.conf.Positional],
     target: Annotated[PlaceOrUrl, tyro.conf.Positional],
     step: Step | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -29,7 +29,7 @@ def export_hf(
     """Write a model as a Hugging Face folder that transformers (and the authors' package) loads.
 
     Args:
-      source: Run directory, model folder or packed model, whose weights stay at 2 bits.
+      source: Run directory, model folder or packed model, whose weights stay at 2 bits; or its URL.
       target: New folder, or its URL.
       step: Checkpoint of a training run: its step, or best; default: the newest.
       dtype: Dtype of the stored weights; float32 keeps every bit.

@@ -35,7 +35,7 @@ class GenerateConfig:
     """Continue prompts with a trained model."""
 
     model: PlaceOrUrl
-    """Folder of the model: a training run, a packed model, or a Hugging Face model."""
+    """Folder of the model, or its URL: a training run, a packed model, or a Hugging Face model."""
     step: Step | None = None
     """Checkpoint of a training run: its step, or best; None: the newest."""
     prompt: str | None = None
@@ -72,7 +72,7 @@ class GenerateConfig:
     batch_size: Count = 16
     """Answers that are decoded together."""
     tokenizer: PlaceOrUrl | None = None
-    """Tokenizer file or folder; None: the one in the model's folder."""
+    """Tokenizer file or folder, or its URL; None: the one in the model's folder."""
     stream: bool = False
     """Print the answer as it is generated (one prompt, or --json)."""
     print_ids: bool = False

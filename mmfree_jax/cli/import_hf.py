@@ -1,6 +1,5 @@
 """`mmfree import-hf`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -10,14 +9,14 @@ from mmfree_jax.progress import show_progress
 
 
 def import_hf(
-    source: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[PlaceOrUrl, tyro.conf.Positional],
     target: Annotated[PlaceOrUrl, tyro.conf.Positional],
     overwrite: bool = False,
 ) -> int:
     """Turn a Hugging Face folder (hgrn_bit or llama) into a model folder of ours.
 
     Args:
-      source: Folder with config.json and model.safetensors, or its sharded index.
+      source: Folder with config.json and model.safetensors, or its sharded index; or its URL.
       target: New folder, or its URL.
       overwrite: Replace an earlier output of this command; nothing else is replaced.
     """

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -14,6 +13,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.places import PlaceOrUrl
 
 _DESCRIPTION = """Parameters by component, floating-point operations a token, and an estimate of the
 memory that training takes on each device, for a preset, a config file or a run directory; the
@@ -24,10 +24,10 @@ flags of `mmfree train` change single fields. Nothing is compiled and no device 
 class _Arguments:
     preset: str | None
     """Named size, for example 370M or 1.3B-transformer."""
-    config: Path | None
-    """YAML file over it."""
-    run: Path | None
-    """Run directory, instead of either."""
+    config: PlaceOrUrl | None
+    """YAML file over it, or its URL."""
+    run: PlaceOrUrl | None
+    """Run directory, or its URL, instead of either."""
     devices: str
     """Numbers of devices to estimate memory for, separated by commas."""
     json: bool

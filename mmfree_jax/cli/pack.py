@@ -6,7 +6,7 @@ from typing import Literal
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.places import Place, PlaceOrUrl
+from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Step
 
@@ -16,7 +16,7 @@ class PackConfig:
     """Pack a trained model's ternary weights at 2 or 1.6 bits each."""
 
     model: PlaceOrUrl
-    """Folder of the model: a training run or a Hugging Face model."""
+    """Folder of the model, or its URL: a training run or a Hugging Face model."""
     out: PlaceOrUrl
     """Folder to make, or its URL."""
     bits: Literal["2", "1.6"] = "2"
@@ -32,9 +32,9 @@ class PackConfig:
     result is printed and kept in the file. 0: none, and never more than one parameter in memory."""
     agreement_tokens: Count = 64
     """Tokens compared behind each prompt."""
-    agreement_data: Place | None = None
-    """Prepared data set whose held-out documents begin the prompts; None: the model samples
-    them."""
+    agreement_data: PlaceOrUrl | None = None
+    """Prepared data set, or its URL, whose held-out documents begin the prompts; None: the model
+    samples them."""
 
 
 def pack(argv: Sequence[str]) -> int:

@@ -1,11 +1,12 @@
 """`mmfree plot`."""
 
+import contextlib
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import tyro
 
-from mmfree_jax.fetched import local_copy
+from mmfree_jax.fetched import copied
 from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.ranges import ShareBelowOne
 
@@ -40,31 +41,32 @@ def plot(
     from mmfree_jax.train.metric_series import read_metrics
     from mmfree_jax.train.plot import plot_metrics
 
-    folders = tuple(local_copy(run, "run", _is_drawn) for run in runs)
-    if names_only and runs:
-        for run, folder in zip(runs, folders, strict=True):
-            print(f"{run}: {', '.join(read_metrics(folder).logged)}")
-        return 0
-    if output is None:
-        one, several = (
-            (LOSS_CURVE, "loss_curves.png") if metrics == ("loss",) else ("metrics.png",) * 2
+    with contextlib.ExitStack() as held:
+        folders = tuple(held.enter_context(copied(run, "run", _is_drawn)) for run in runs)
+        if names_only and runs:
+            for run, folder in zip(runs, folders, strict=True):
+                print(f"{run}: {', '.join(read_metrics(folder).logged)}")
+            return 0
+        if output is None:
+            one, several = (
+                (LOSS_CURVE, "loss_curves.png") if metrics == ("loss",) else ("metrics.png",) * 2
+            )
+            at_home = len(runs) == 1 and folders[0] == Path(runs[0])
+            output = str(folders[0] / one) if at_home else several
+        notes = plot_metrics(
+            folders,
+            output,
+            metrics=metrics,
+            x=x,
+            log_x=log_x,
+            log_y=log_y,
+            smoothing=smoothing,
+            labels=labels or None,
         )
-        at_home = len(runs) == 1 and folders[0] == Path(runs[0])
-        output = str(folders[0] / one) if at_home else several
-    notes = plot_metrics(
-        folders,
-        output,
-        metrics=metrics,
-        x=x,
-        log_x=log_x,
-        log_y=log_y,
-        smoothing=smoothing,
-        labels=labels or None,
-    )
-    for note in notes:
-        print(f"note: {note}")
-    print(f"{'loss curve' if metrics == ('loss',) else 'figure'}: {output}")
-    return 0
+        for note in notes:
+            print(f"note: {note}")
+        print(f"{'loss curve' if metrics == ('loss',) else 'figure'}: {output}")
+        return 0
 
 
 def _is_drawn(name: PurePosixPath) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from mmfree_jax.cli.parse import Names, parse
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.installed import import_optional, install_command
-from mmfree_jax.places import Place
+from mmfree_jax.places import Place, PlaceOrUrl
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Step
 
@@ -22,12 +22,12 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 class ServeConfig:
     """Serve a model to programs that speak OpenAI's interface."""
 
-    model: Place
-    """Folder of the model: a training run, a packed model, or a Hugging Face model."""
+    model: PlaceOrUrl
+    """Folder of the model, or its URL: a training run, a packed model, or a Hugging Face model."""
     step: Step | None = None
     """Checkpoint of a training run: its step, or best; None: the newest."""
-    tokenizer: Place | None = None
-    """Tokenizer file or folder; None: the one in the model's folder."""
+    tokenizer: PlaceOrUrl | None = None
+    """Tokenizer file or folder, or its URL; None: the one in the model's folder."""
     name: str | None = None
     """Name of the model in requests; None: its folder's."""
     host: str = "127.0.0.1"
@@ -131,7 +131,7 @@ def serve(argv: Sequence[str]) -> int:
 
 def _open(config: ServeConfig, show: Any) -> Any:
     """The service: the model opened, its engine started."""
-    from mmfree_jax.data.tokenizer import load_tokenizer
+    from mmfree_jax.data.tokenizer import load_tokenizer, tokenizer_copy
     from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.end_tokens import end_ids
     from mmfree_jax.saved.open_model import open_model
@@ -144,13 +144,13 @@ def _open(config: ServeConfig, show: Any) -> Any:
     show.stage("reading the model")
     saved = open_model(config.model, step=config.step)
     model = saved.model()
-    place = saved.tokenizer_path if config.tokenizer is None else Path(config.tokenizer)
+    place = saved.tokenizer_path if config.tokenizer is None else tokenizer_copy(config.tokenizer)
     if place is None:
         raise DataError(f"model {config.model} has no tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(place)
     check_tokenizer(model, tokenizer)
     chat = find_chat_format(tokenizer, place)
-    ends = dict.fromkeys(end_ids(config.model))
+    ends = dict.fromkeys(end_ids(saved.path))
     if tokenizer.eos_id is not None:
         ends[tokenizer.eos_id] = None
     limits = Limits(
@@ -168,7 +168,7 @@ def _open(config: ServeConfig, show: Any) -> Any:
     show.stage("compiling")
     engine.start()
     return Service(
-        name=config.name or Path(config.model).resolve().name,
+        name=config.name or saved.path.resolve().name,
         engine=engine,
         tokenizer=tokenizer,
         chat=chat,

@@ -12,14 +12,14 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import TrainConfig, replace_model
-from mmfree_jax.config_io import parse_yaml, read_settings, with_settings
+from mmfree_jax.config_io import read_settings, with_settings
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
-from mmfree_jax.places import check_local, locate
+from mmfree_jax.places import PlaceOrUrl, check_place, locate
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.progress import open_display
-from mmfree_jax.storage import MissingError, read_bytes
+from mmfree_jax.storage import find_object
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -49,8 +49,8 @@ another process of the run is gone or hangs: start all again."""
 class _Arguments:
     preset: str | None
     """Named size to start from; see the list above."""
-    config: Path | None
-    """YAML file over it; keys are the flags' names, nested at the dots."""
+    config: PlaceOrUrl | None
+    """YAML file over it, or its URL; keys are the flags' names, nested at the dots."""
     processes: ProcessOptions
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -108,13 +108,8 @@ def with_vocabulary(
 def _settings_begun(run_dir: str) -> dict[str, Any] | None:
     """The settings of the run that has begun in `run_dir`; None: none has."""
     path = locate(run_dir, "run_dir") / "config.yaml"
-    if isinstance(path, Path):
-        return read_settings(path) if path.is_file() else None
-    try:
-        values = parse_yaml(read_bytes(path).decode(errors="replace"), str(path))
-    except MissingError:
-        return None
-    return values if isinstance(values, dict) else None
+    there = path.is_file() if isinstance(path, Path) else find_object(path) is not None
+    return read_settings(str(path)) if there else None
 
 
 def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainConfig:
@@ -133,7 +128,7 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
     if run is not None:
         if name is not None or path is not None:
             raise ConfigError(f"{run_flag} is {run!r}: leave out --preset and --config")
-        path = str(Path(run) / "config.yaml")
+        path = str(locate(run, run_flag or "") / "config.yaml")
     values = {} if path is None else read_settings(path)
     base = None if name is None else preset(name)
     if run is None and (branch := _branch(argv, values)) is not None:
@@ -164,7 +159,7 @@ def _branch(argv: list[str], values: dict[str, Any]) -> TrainConfig | None:
         return None
     from mmfree_jax.train.branch_source import branch_config  # imports JAX
 
-    check_local(source, "branch_from")
+    check_place(source, "branch_from")
     return branch_config(source, str(given("run_dir") or TrainConfig.run_dir))
 
 
@@ -185,14 +180,14 @@ def last_value(argv: list[str], flag: str) -> str | None:
 
 
 def last_place(argv: list[str], flag: str) -> str | None:
-    """`last_value` of a flag that names a file or folder.
+    """`last_value` of a flag that names a file or folder, or the URL of one.
 
     Raises:
-      ConfigError: it has no value, or a URL.
+      ConfigError: it has no value, or the URL of what is no bucket.
     """
     value = last_value(argv, flag)
     if value is not None:
-        check_local(value, flag)
+        check_place(value, flag)
     return value
 
 

@@ -361,7 +361,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     if str(path) == BYTE:
         return ByteTokenizer()
-    file = _find_file(local_copy(path, "tokenizer", _is_tokenizer, _is_beside))
+    file = _find_file(tokenizer_copy(path))
     if file.name == "byte.json":
         return ByteTokenizer()
     try:
@@ -388,6 +388,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_copy(path: str | os.PathLike[str]) -> Path:
+    """The file or folder of a tokenizer: itself, or a copy of what its URL names.
+
+    Raises:
+      StorageError: the bucket cannot be read, or holds none there.
+    """
+    return local_copy(path, "tokenizer", _is_tokenizer, _is_beside)
+
+
 def tokenizer_folder(data: Path | Url) -> Path | None:
     """The folder of the tokenizer that a prepared data set holds; None: it holds none.
 
@@ -403,12 +412,14 @@ def tokenizer_folder(data: Path | Url) -> Path | None:
 def _is_tokenizer(name: PurePosixPath) -> bool:
     """Whether an object of a folder may belong to its tokenizer."""
     where = name.parts[:-1]
-    return where in ((), (TOKENIZER_FOLDER,)) and name.suffix in (".json", ".model")
+    kinds = (".jinja", ".json", ".model")
+    is_known = name.suffix in kinds and not name.name.startswith(".")
+    return where in ((), (TOKENIZER_FOLDER,)) and is_known
 
 
 def _is_beside(name: PurePosixPath) -> bool:
-    """Whether an object beside a tokenizer's file says which its ends are."""
-    return str(name) in CONFIGS
+    """Whether an object beside a tokenizer's file says which its ends are, or how it chats."""
+    return str(name) in CONFIGS or name.suffix == ".jinja"
 
 
 def _find_file(path: Path) -> Path:

@@ -102,7 +102,7 @@ def export_onnx(
         )
     stored = embedding or default_embedding(model, grade)
     with new_folder(
-        out, command=COMMAND, sources=[model.path], overwrite=overwrite, last=manifest.FILE
+        out, command=COMMAND, sources=[str(model.place)], overwrite=overwrite, last=manifest.FILE
     ) as folder:
         data = DataFile(folder / DATA)
         write_weights(model, data, padded=grade == "exact", embedding=stored)

@@ -4,8 +4,8 @@ Greedy streams are a hard test: one token that differs changes all that follow, 
 counted is the tokens before the first that does.
 """
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -60,7 +60,9 @@ def measure_agreement(
     return compare_streams(found, wanted, what)
 
 
-def held_out_documents(data: Path, *, count: int, length: int, flag: str) -> np.ndarray:
+def held_out_documents(
+    data: str | os.PathLike[str], *, count: int, length: int, flag: str
+) -> np.ndarray:
     """The first tokens of held-out documents, evenly chosen: [count, length] int32.
 
     Args:

@@ -6,6 +6,7 @@ Those alone are fetched, and each is compared with the manifest before the copy 
 """
 
 import hashlib
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -60,6 +61,7 @@ def copy_parameters(checkpoint: Url) -> Path:
                 others = [name for name in names if not (entry / folder / name).exists()]
                 _fetch(checkpoint, manifest, others, entry / folder)
                 (entry / folder / MANIFEST).write_bytes(text)
+                os.utime(entry / folder / MANIFEST, (manifest.unix_time, manifest.unix_time))
                 is_new = True
 
             key = sha256("\n".join([str(checkpoint), sha256(text), *names]).encode())

@@ -8,6 +8,7 @@ from typing import Any
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.json_shape import fault
 from mmfree_jax.saved.open_model import SavedModel
+from mmfree_jax.storage import Url, is_url
 from mmfree_jax.text_files import read_json
 
 HELD_OUT = "held_out.json"
@@ -75,13 +76,13 @@ def read_evaluations(saved: SavedModel, output: str | os.PathLike[str] | None) -
     records = {file: _record(file, made) for file in [*files, folder / HELD_OUT]}
     tasks: dict[tuple[str, str, int], TaskScore] = {}
     for file in files:
-        for score in _scores(records[file], saved.path):
+        for score in _scores(records[file], saved.place):
             tasks[score.task, score.metric, score.shots] = score
-    found = Evaluations(tuple(tasks.values()), _held_out(records[folder / HELD_OUT], saved.path))
+    found = Evaluations(tuple(tasks.values()), _held_out(records[folder / HELD_OUT], saved.place))
     if output is not None and found == Evaluations():
         raise ConfigError(
-            f"--scores is {output}: {folder} has no scores of {saved.path} that are newer than its "
-            "weights; run `mmfree eval` again, or leave the flag out"
+            f"--scores is {output}: {folder} has no scores of {saved.place} that are newer than "
+            "its weights; run `mmfree eval` again, or leave the flag out"
         )
     return found
 
@@ -101,16 +102,18 @@ def _record(file: Path, made: float) -> Any:
         return None
 
 
-def _is_of(model: str, path: Path) -> bool:
-    return Path(model).resolve() == path.resolve()
+def _is_of(model: str, place: Path | Url) -> bool:
+    if isinstance(place, Url) or is_url(model):
+        return model == str(place)
+    return Path(model).resolve() == place.resolve()
 
 
-def _scores(record: Any, path: Path) -> list[TaskScore]:
+def _scores(record: Any, place: Path | Url) -> list[TaskScore]:
     if fault(record, _TASKS):
         return []
     config = record["config"]
     arguments = config["model_args"]
-    if "numerics" in arguments or not _is_of(arguments["model"], path):
+    if "numerics" in arguments or not _is_of(arguments["model"], place):
         return []
     shots = record.get("n-shot", {})
     found = []
@@ -127,8 +130,8 @@ def _scores(record: Any, path: Path) -> list[TaskScore]:
     return found
 
 
-def _held_out(record: Any, path: Path) -> HeldOutLoss | None:
-    if fault(record, _LOSS) or not _is_of(record["model"], path):
+def _held_out(record: Any, place: Path | Url) -> HeldOutLoss | None:
+    if fault(record, _LOSS) or not _is_of(record["model"], place):
         return None
     loss = record["loss"]
     bits = loss["bits_per_byte"]["mean"]

@@ -48,6 +48,7 @@ class Manifest:
       meter: what the run measured of itself since the last record; None: nothing.
       origin: what the run branched from.
       goodput: where the run's time had gone; of an older version, nowhere.
+      unix_time: of the save (s); 0: it does not say.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Manifest:
     meter: dict[str, Any] | None = None
     origin: Origin = FROM_NOTHING
     goodput: Goodput = NO_TIME
+    unix_time: float = 0.0
 
 
 _TYPES: dict[str, Any] = {
@@ -138,6 +140,7 @@ def read_manifest(folder: Place) -> Manifest:
         meter,
         FROM_NOTHING if origin is None else origin_from_json(origin),
         NO_TIME if goodput is None else goodput_from_json(goodput),
+        float(values["unix_time"]) if not fault(values, {"unix_time": (int, float)}) else 0.0,
     )
 
 

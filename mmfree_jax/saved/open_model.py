@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.fetched import local_copy
+from mmfree_jax.fetched import copied
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import without_foreign_kernels
 from mmfree_jax.model.parameters import flatten, param_shapes
@@ -192,7 +192,11 @@ def open_model(path: str | os.PathLike[str], *, step: Step | None = None) -> Sav
         or `step` for what is not a training run.
       StorageError: the bucket cannot be read, or holds nothing there.
     """
-    place, folder = locate(path, "model"), local_copy(path, "model", _is_of_model)
+    with copied(path, "model", _is_of_model) as folder:
+        return _open(folder, locate(path, "model"), step)
+
+
+def _open(folder: Path, place: Path | Url, step: Step | None) -> SavedModel:
     kind = kind_of(folder)
     if kind == "run":
         return _open_run(folder, place, step)
@@ -237,7 +241,9 @@ def _open_run(folder: Path, place: Path | Url, step: Step | None) -> SavedModel:
     @functools.cache
     def checkpoint() -> Path:
         if isinstance(place, Path):
-            return run_model.find_checkpoint(place, step)
+            found = run_model.find_checkpoint(place, step)
+            assert isinstance(found, Path)
+            return found
         copy = functools.cache(copy_parameters)
         return copy(run_model.find_checkpoint(place, step, records=folder, check=copy))
 

@@ -19,7 +19,7 @@ class Origin:
       tokens: trained on by then.
       flops: of training by then.
       row: of the shuffled order, with which the run's own steps begin.
-      parent: the parent's folder, absolute; None: the run began from nothing.
+      parent: the parent's folder, absolute, or its URL; None: the run began from nothing.
       checkpoint: SHA-256 of the manifest of the parent's checkpoint.
       config: the parent's resolved config, as plain values.
       account: the branch in one line.

@@ -99,7 +99,7 @@ def pack(
         raise ConfigError(
             f"{model.path} is a packed model: ternarising is not idempotent; pack the trained model"
         )
-    with new_folder(out, command="pack", sources=[model.path], last=PACKED_FILE) as folder:
+    with new_folder(out, command="pack", sources=[str(model.place)], last=PACKED_FILE) as folder:
         file = folder / PACKED_FILE
         report = write_packed(
             file,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,25 +15,24 @@ from mmfree_jax.saved import checkpoint
 from mmfree_jax.saved import manifest as manifests
 from mmfree_jax.saved.array_files import read_arrays
 from mmfree_jax.saved.best import best_checkpoint
+from mmfree_jax.saved.checkpoint_files import Place
 from mmfree_jax.saved.run_directory import CHECKPOINTS
-from mmfree_jax.storage import Url
 
-P = TypeVar("P", Path, Url)
 _LOOKS = 3
 """That are taken at checkpoints while a run deletes them."""
 
 
 def find_checkpoint(
-    run: P,
+    run: Place,
     step: Step | None = None,
     *,
     records: Path | None = None,
-    check: Callable[[P], object] = manifests.verify,
-) -> P:
-    """The folder of a run's checkpoint that is whole.
+    check: Callable[[Any], object] = manifests.verify,
+) -> Place:
+    """The folder, or URL, of a run's checkpoint that is whole.
 
     Args:
-      run: the run directory.
+      run: the run directory, or its URL.
       step: of the checkpoint; "best": by the run's metric; None: the newest that is whole. Damaged
         ones are passed over with a warning that names them.
       records: a copy of the run's small files; None: they are read in `run`, which is a folder.
@@ -58,7 +57,7 @@ def find_checkpoint(
     return folder
 
 
-def _find_newest(where: P, check: Callable[[P], object]) -> P:
+def _find_newest(where: Place, check: Callable[[Any], object]) -> Place:
     for _ in range(_LOOKS):
         steps = manifests.checkpoint_steps(where)
         try:
@@ -78,8 +77,8 @@ def _find_newest(where: P, check: Callable[[P], object]) -> P:
     )
 
 
-def kept_checkpoint(run: P, step: int) -> P:
-    """The folder of a run's complete checkpoint, not yet verified.
+def kept_checkpoint(run: Place, step: int) -> Place:
+    """The folder, or URL, of a run's complete checkpoint, not yet verified.
 
     Raises:
       CheckpointError: the run has none of that step; names those that it has.

@@ -13,17 +13,17 @@ from mmfree_jax.config import TrainConfig, tokens_per_step
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.data.dataset import check_compatible
 from mmfree_jax.errors import CheckpointError, ConfigError
-from mmfree_jax.files import is_locked, sha256_file
+from mmfree_jax.files import is_locked, sha256
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.parallel import processes
+from mmfree_jax.places import locate
 from mmfree_jax.saved.checkpoint import restore
-from mmfree_jax.saved.checkpoint_files import MANIFEST
+from mmfree_jax.saved.checkpoint_files import Place, read_manifest_bytes
 from mmfree_jax.saved.manifest import Manifest, read_manifest
 from mmfree_jax.saved.origin import Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, LOCK
 from mmfree_jax.saved.run_model import find_checkpoint
-from mmfree_jax.storage import is_url
-from mmfree_jax.train.branch_source import Source, find_manifest, parse_source
+from mmfree_jax.train.branch_source import Source, find_manifest, lies_in, parse_source
 from mmfree_jax.train.flops import count_flops
 from mmfree_jax.train.optimizer import make_optimizer
 from mmfree_jax.train.same_run import cannot_branch
@@ -51,17 +51,14 @@ class Branch:
 
 
 def check_apart(config: TrainConfig) -> None:
-    """Refuses a branch into the folder of its parent.
+    """Refuses a branch into its parent.
 
     Raises:
-      ConfigError: run_dir is the parent's folder or lies in it.
+      ConfigError: run_dir is the parent's folder or URL, or lies in it.
     """
     if config.branch_from is None:
         return
-    if is_url(config.run_dir):
-        return
-    source, run_dir = parse_source(config.branch_from), Path(config.run_dir).resolve()
-    if run_dir.is_relative_to(source.run.resolve()):
+    if lies_in(locate(config.run_dir, "run_dir"), parse_source(config.branch_from).run):
         raise ConfigError(
             f"run_dir {config.run_dir} is or lies in the run to branch from: give another --run-dir"
         )
@@ -105,14 +102,15 @@ def _choose(source: Source) -> tuple[int, str, list[str]]:
         warnings.simplefilter("always", UserWarning)
         folder = find_checkpoint(source.run, source.step)
     notes = [f"warning: {w.message}" for w in caught if "falling back" in str(w.message)]
-    if is_locked(source.run / LOCK):
+    # Of a lease in a bucket only time tells whether its holder lives.
+    if isinstance(source.run, Path) and is_locked(source.run / LOCK):
         notes.append(f"{source.run} is in use by another job, which goes on undisturbed")
-    return int(folder.name), sha256_file(folder / MANIFEST), notes
+    return int(folder.name), sha256(read_manifest_bytes(folder)), notes
 
 
-def _check_still_there(folder: Path, checksum: str) -> None:
+def _check_still_there(folder: Place, checksum: str) -> None:
     try:
-        there = sha256_file(folder / MANIFEST) == checksum
+        there = sha256(read_manifest_bytes(folder)) == checksum
     except OSError:
         there = False
     if not there:
@@ -122,7 +120,7 @@ def _check_still_there(folder: Path, checksum: str) -> None:
         )
 
 
-def _check(run: Run, folder: Path, parent: TrainConfig, manifest: Manifest) -> None:
+def _check(run: Run, folder: Place, parent: TrainConfig, manifest: Manifest) -> None:
     config = run.config
     if differing := cannot_branch(parent, config):
         raise ConfigError(
@@ -150,7 +148,7 @@ def _converted(state: TrainState, run: Run) -> TrainState:
 
 
 def _origin(
-    run: Run, folder: Path, parent: TrainConfig, manifest: Manifest, checksum: str
+    run: Run, folder: Place, parent: TrainConfig, manifest: Manifest, checksum: str
 ) -> Origin:
     before, step = manifest.origin, manifest.step
     tokens = before.tokens_at(step, tokens_per_step(parent))
@@ -168,7 +166,7 @@ def _origin(
         tokens=tokens,
         flops=before.flops + own,
         row=row,
-        parent=str(folder.resolve()),
+        parent=str(folder.resolve() if isinstance(folder, Path) else folder),
         checkpoint=checksum,
         config=to_dict(parent),
         account=f"branched from {folder} at step {step} ({tokens:,} tokens): weights, optimiser, "

@@ -1,25 +1,27 @@
 """What `--branch-from` names, and the settings that a branch starts with."""
 
+import contextlib
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError, StorageError
 from mmfree_jax.places import locate
+from mmfree_jax.saved.checkpoint_files import Place
 from mmfree_jax.saved.manifest import Manifest, newest_manifest, read_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG
 from mmfree_jax.saved.run_model import kept_checkpoint
+from mmfree_jax.storage import find_object
 
 
 @dataclass(frozen=True)
 class Source:
     """A checkpoint of a run: that of `step`, or the newest."""
 
-    run: Path
+    run: Place
     step: int | None = None
 
 
@@ -27,16 +29,35 @@ def parse_source(text: str) -> Source:
     """Reads RUN or RUN@STEP. A folder whose own name ends in @STEP is meant before a step is.
 
     Raises:
-      ConfigError: what stands behind the @ is no step.
+      ConfigError: what stands behind the @ is no step, or it is the URL of what is no bucket.
     """
-    run, at, step = text.rpartition("@")
-    if not at or not run or (Path(text) / CONFIG).is_file():
-        return Source(Path(text))
+    whole, (run, at, step) = locate(text, "branch_from"), text.rpartition("@")
+    if not at or not run or _is_known_run(whole):
+        return Source(whole)
     if re.fullmatch("[0-9]{1,18}", step):
-        return Source(Path(run), int(step))
-    if (Path(run) / CONFIG).is_file():
+        return Source(locate(run, "branch_from"), int(step))
+    if _is_known_run(locate(run, "branch_from")):
         raise ConfigError(f"branch_from is {text!r}: give a step behind the @, or the run alone")
-    return Source(Path(text))
+    return Source(whole)
+
+
+def _is_run(place: Place) -> bool:
+    config = place / CONFIG
+    return config.is_file() if isinstance(config, Path) else find_object(config) is not None
+
+
+def _is_known_run(place: Place) -> bool:
+    """Whether a run is there; one in a bucket that cannot be read is not: a branch needs none."""
+    with contextlib.suppress(StorageError):
+        return _is_run(place)
+    return False
+
+
+def lies_in(place: Place, run: Place) -> bool:
+    """Whether `place` is the folder or URL of `run`, or below it."""
+    if isinstance(place, Path) and isinstance(run, Path):
+        return place.resolve().is_relative_to(run.resolve())
+    return type(place) is type(run) and f"{place}/".startswith(f"{run}/")
 
 
 def same_source(was: str | None, asked: str | None) -> bool:
@@ -44,7 +65,7 @@ def same_source(was: str | None, asked: str | None) -> bool:
     if was is None or asked is None:
         return was == asked
     old, new = parse_source(was), parse_source(asked)
-    same_run = os.path.realpath(old.run) == os.path.realpath(new.run)
+    same_run = lies_in(old.run, new.run) and lies_in(new.run, old.run)
     return same_run and new.step in (None, old.step)
 
 
@@ -81,10 +102,11 @@ def find_manifest(source: Source) -> Manifest:
 
     Raises:
       CheckpointError: there is no such run or checkpoint; says which steps are kept.
+      StorageError: its bucket refuses, or cannot be reached.
     """
-    if not (source.run / CONFIG).is_file():
+    if not _is_run(source.run):
         raise CheckpointError(
-            f"branch_from: {source.run} is not the folder of a training run (it has no {CONFIG}): "
+            f"branch_from: {source.run} is not a training run (it has no {CONFIG}): "
             "give RUN or RUN@STEP; of other models --init-from takes the weights"
         )
     if source.step is not None:

@@ -266,7 +266,7 @@ def _refused(argv, message, error=(ConfigError, CheckpointError)):
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(parent, tmp_path):
     new = ["--run-dir", str(tmp_path / "new")]
     _refused(["--branch-from", f"{parent}@5", *new], "no checkpoint of step 5: it has 8, 12")
-    _refused(["--branch-from", str(tmp_path / "gone"), *new], "gone is not the folder of a")
+    _refused(["--branch-from", str(tmp_path / "gone"), *new], "gone is not a training run")
     _refused(["--branch-from", f"{parent}@best", *new], "best': give a step behind the @")
     (tmp_path / "empty").mkdir()
     shutil.copy(parent / "config.yaml", tmp_path / "empty")
