@@ -40,11 +40,11 @@ from mmfree_jax.cli.main import main
             "info --lr 3",
             "unknown option --lr; perhaps you meant --optimizer.learning-rate for --lr",
         ),
-        ("export-hf a", "missing: PATH (New folder)"),
+        ("export-hf a", "missing: STR (New folder, or its URL)"),
         (
             "export onnx",
-            "missing: --model STR (Folder of the model: a training run, a packed model or a "
-            "Hugging Face model), --out STR (Folder to make)",
+            "missing: --model STR (Folder of the model, or its URL: a training run, a packed "
+            "model or a Hugging Face model), --out STR (Folder to make, or its URL)",
         ),
         ("launch local", "missing: -n INT, --n INT (number of processes)"),
     ],
