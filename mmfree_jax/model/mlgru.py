@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import functional, layer
-from mmfree_jax.model.linear import NormScale, projections
+from mmfree_jax.model.linear import LinearWeights, NormScale, projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
 from mmfree_jax.model.operations import Rows, operations
 from mmfree_jax.model_config import ModelConfig
@@ -51,19 +51,7 @@ class MLGRU(nn.Module):
         kernels = {
             name: ConvKernel(c, name=name)(size) for name, size in _convolved_channels(c).items()
         }
-        linears = projections(c, _matrices(c))
-        gate_norm_E = None
-        if c.output_gate == "authors":
-            gate_norm_E = NormScale(c.param_dtype, name="gate_norm")(c.state_size)
-        weights = layer.MLGRUWeights(
-            norm=norm_scale_D,
-            i_proj=linears["i_proj"],
-            f_proj=linears["f_proj"],
-            g_proj=linears.get("g_proj"),
-            gate_norm=gate_norm_E,
-            o_proj=linears["o_proj"],
-            lower_bound=of_layer.lower_bound_E,
-        )
+        weights = _own_weights(c, norm_scale_D, of_layer)
         ops = operations(c, rows, holds=state is not None)
         if kernels:
             x_BTD, update_BTD, new_state = _convolved(ops, weights, kernels, x_BTD, rows, state, c)
@@ -72,6 +60,25 @@ class MLGRU(nn.Module):
                 ops, weights, x_BTD, None, state, c
             )
         return x_BTD, update_BTD, None if state is None else new_state
+
+
+def _own_weights(
+    config: ModelConfig, norm_scale_D: jax.Array, of_layer: OfLayer
+) -> layer.MLGRUWeights[LinearWeights, Any]:
+    """What the module that this is called in owns, as a layer reads it."""
+    linears = projections(config, _matrices(config))
+    gate_norm_E = None
+    if config.output_gate == "authors":
+        gate_norm_E = NormScale(config.param_dtype, name="gate_norm")(config.state_size)
+    return layer.MLGRUWeights(
+        norm=norm_scale_D,
+        i_proj=linears["i_proj"],
+        f_proj=linears["f_proj"],
+        g_proj=linears.get("g_proj"),
+        gate_norm=gate_norm_E,
+        o_proj=linears["o_proj"],
+        lower_bound=of_layer.lower_bound_E,
+    )
 
 
 def _convolved(
