@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import functional, layer
-from mmfree_jax.model.linear import LinearWeights, NormScale, projections
+from mmfree_jax.model.linear import NormScale, projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
 from mmfree_jax.model.operations import Rows, operations
 from mmfree_jax.model_config import ModelConfig
@@ -64,7 +64,7 @@ class MLGRU(nn.Module):
 
 def _own_weights(
     config: ModelConfig, norm_scale_D: jax.Array, of_layer: OfLayer
-) -> layer.MLGRUWeights[LinearWeights, Any]:
+) -> layer.MLGRUWeights[Any, Any]:
     """What the module that this is called in owns, as a layer reads it."""
     linears = projections(config, _matrices(config))
     gate_norm_E = None
