@@ -167,7 +167,9 @@ def test_held_out_loss_is_that_of_each_document_alone(mlgru, byte_data, mixer):
     if mixer != "mlgru":
         model = LanguageModel(dataclasses.replace(model.config, mixer=mixer))
         init = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-        params = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, init)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x * (8 if path[-1].key == "weight" else 1), init
+        )
     dataset = open_dataset(byte_data, "heldout")
     result = evaluate_held_out(model, params, dataset, batch_size=4, window=32)
     log_p = jax.jit(lambda t: jax.nn.log_softmax(model.apply({"params": params}, t)))
