@@ -9,8 +9,10 @@ its private functions, each of a few lines, decide that, and are replaced here.
 import functools
 import os
 import posixpath
+from importlib import import_module
 from typing import Any
 
+from etils.epath.backend import fsspec_backend
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -18,7 +20,7 @@ from mmfree_jax.storage import Url, check_extra, is_url, parse_url
 
 
 def prepare(url: Url) -> None:
-    """Lets Orbax read and write below `url`.
+    """Lets Orbax read and write below `url`; called before each time that it does.
 
     Raises:
       ConfigError: the package for its scheme is not installed.
@@ -30,6 +32,13 @@ def prepare(url: Url) -> None:
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", address)
     else:
         _teach_s3()
+        _forget_clients()
+
+
+def _forget_clients() -> None:
+    """Makes epath read credentials anew, which keeps its client of S3 as long as the process."""
+    fsspec_backend._get_filesystem.cache_clear()
+    import_module("s3fs").S3FileSystem.clear_instance_cache()
 
 
 @functools.cache
