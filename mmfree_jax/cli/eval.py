@@ -13,6 +13,7 @@ from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Seed, Step, TwoOrMore
 from mmfree_jax.readable import format_count
+from mmfree_jax.storage import Url, check_bucket
 
 
 def evaluate(
@@ -32,7 +33,7 @@ def evaluate(
     numerics: str = "float",
     numerics_steps: bool | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
-    output: Path = Path("eval"),
+    output: PlaceOrUrl = "eval",
     log_samples: bool = False,
     seed: Seed = 0,
     progress: bool = True,
@@ -58,7 +59,7 @@ def evaluate(
         fixed:w8a8, with any of eps=, norms=, sigmoid=, rsqrt= (docs/hardware.md).
       numerics_steps: Also what each step to these numerics costs; default: with --data.
       mesh: How to arrange several devices.
-      output: Folder that receives the results as JSON, in one named after the model.
+      output: Folder, or its URL, that receives the results as JSON, in one named after the model.
       log_samples: Also write every document's scores.
       seed: Of the bootstrap and of the choice of examples.
       progress: Show what is happening, on standard error.
@@ -71,6 +72,9 @@ def evaluate(
         os.environ["TQDM_DISABLE"] = "1"  # lm-eval's own bars; read when tqdm is imported
         check_installed()
 
+    results_in = locate(output, "output")
+    if isinstance(results_in, Url):
+        check_bucket(results_in)  # now, and not after hours
     variants = None
     if numerics != "float":
         from mmfree_jax.evaluate.numerics import parse_numerics
@@ -95,7 +99,7 @@ def evaluate(
     form = "ternary" if saved.kind == "packed" and devices is None else "master"
     with show_progress("reading the model", is_shown=progress and jax.process_index() == 0):
         params = saved.weights(form, devices)
-    folder = output / (saved.path.resolve().name or "model")
+    folder = results_in / (saved.path.resolve().name or "model")
     # Tables are wider than what is assumed where there is no terminal.
     console = Console(width=None if sys.stdout.isatty() else 120)
     say = console.print if jax.process_index() == 0 else lambda *a, **k: None
@@ -252,7 +256,7 @@ def _held_out(
         )
 
 
-def _write_json(folder: Path, name: str, values: Any) -> Path:
+def _write_json(folder: Path | Url, name: str, values: Any) -> Path | Url:
     write_text(folder / name, json.dumps(values, indent=2) + "\n")
     return folder / name
 

@@ -34,6 +34,7 @@ from mmfree_jax.infer.text import Tokenizer, generate_text
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.progress import show_progress
+from mmfree_jax.storage import Url
 
 
 class HarnessModel(TemplateLM):
@@ -371,7 +372,7 @@ def task_manager(tasks: Sequence[str], tasks_dir: Path | None) -> Iterator[Any]:
         yield manager
 
 
-def write_results(results: dict[str, Any], folder: Path) -> Path:
+def write_results(results: dict[str, Any], folder: Path | Url) -> Path | Url:
     """Writes lm-eval results as it does itself: `results_<date>.json`, and samples a task.
 
     Returns:

@@ -42,6 +42,10 @@ class ShortReadError(Exception):
     """Fewer bytes came than there are."""
 
 
+class ChecksumError(Exception):
+    """Other bytes are there than were sent; gcsfs's own has the same name."""
+
+
 def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 

@@ -151,6 +151,7 @@ URLS = {
     "data prepare --tokenizer",
     "eval --data",
     "eval --model",
+    "eval --output",
     "export compare --data",
     "export compare --export",
     "export compare --model",

@@ -101,6 +101,18 @@ def test_a_disk_that_is_full_is_no_failure_of_the_bucket(bucket: Bucket, full_di
         storage.upload(tmp_path / "not-there", url)
 
 
+@pytest.mark.parametrize(
+    "data", [b"", b"\r", b"ends\r", b"ends\n", b"ends\r\n", b"\n--==0==--\n", b"\r\n--==0==\r\n"]
+)
+def test_bytes_that_end_lines_come_as_they_were(bucket: Bucket, tmp_path, data):
+    (tmp_path / "x").write_bytes(data)
+    url = parse_url(bucket.url)
+    storage.upload(tmp_path / "x", url / "uploaded")
+    storage.write_bytes(url / "written", data)
+    storage.create(url / "created", data)
+    assert [storage.read_bytes(o.url) for o in storage.list_below(url)] == [data] * 3
+
+
 def test_an_object_that_is_another_than_was_sent_is_sent_again(gcs_bucket: Bucket, tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     url = parse_url(gcs_bucket.url) / "x"

@@ -12,7 +12,7 @@ from mmfree_jax import storage
 from mmfree_jax.cli.main import main
 from mmfree_jax.cli.serve import ServeConfig, _open
 from mmfree_jax.progress import show_progress
-from mmfree_jax.storage import parse_url, write_bytes
+from mmfree_jax.storage import parse_url, read_bytes, write_bytes
 
 pytestmark = pytest.mark.usefixtures("cached_compilation")
 
@@ -48,6 +48,23 @@ def test_generate(run, finished, capsys):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert said[0].count(",") == 3
+
+
+def test_scores_go_into_a_bucket(run, bucket_of_runs, byte_data, capsys):
+    scores = f"{bucket_of_runs.url}/scores"
+    data = ["--data", str(byte_data), "--limit", "2", "--window", "64", "--no-progress"]
+    assert main(["eval", "--model", run, *data, "--output", scores]) == 0
+    file = f"{scores}/whole/held_out.json"
+    assert f"results: {file}" in capsys.readouterr().out
+    found = json.loads(read_bytes(parse_url(file)))
+    assert found["model"] == run
+    assert found["loss"]["mean"] > 0
+
+
+def test_a_bucket_for_scores_that_is_not_there_is_told_before_the_model_is_read(capsys):
+    argv = ["eval", "--model", "nowhere", "--data", "nothing", "--output", "gs://is-not-there/a"]
+    assert main(argv) == 2
+    assert "gs://is-not-there" in capsys.readouterr().err
 
 
 def test_scores_of_a_run_get_into_the_card_of_its_export(run, finished, byte_data, folder):
