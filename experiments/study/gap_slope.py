@@ -230,7 +230,9 @@ def analyse(given: argparse.Namespace) -> dict[str, Any]:
             raise ScalingError(f"families: no run of {name!r} is in the tables")
         families[name] = gather(own, documents, rule, noise, count, seed)
     if documents is None:
-        notes.append("held-out documents are not in the intervals: give --documents")
+        notes.append(
+            "held-out documents are not in the intervals: give the files of their losses too"
+        )
     fit, draws = fit_draws(families, given.share, given.unique_tokens, given.worth, given.restarts)
     costs = {
         name: training_cost(frame_of(runs, runs.fitted, None, given.worth), "non-embedding",

@@ -128,6 +128,12 @@ def _put(fs: Any, url: Url, data: bytes) -> None:
         fs.pipe_file(url.path, data, **_checked(url))
 
 
+def _type_of(url: Url) -> str:
+    """What browsers take the object for; never JSON, which emulators parse and do not keep."""
+    guessed = mimetypes.guess_type(url.key)[0]
+    return guessed if guessed and "json" not in guessed else "application/octet-stream"
+
+
 def _put_in_one_request(fs: Any, url: Url, data: bytes, **conditions: str) -> str:
     """Writes an object of GCS; its version.
 
@@ -140,7 +146,7 @@ def _put_in_one_request(fs: Any, url: Url, data: bytes, **conditions: str) -> st
         uploadType="media",
         name=url.key,
         data=data,
-        headers={"Content-Type": mimetypes.guess_type(url.key)[0] or "application/octet-stream"},
+        headers={"Content-Type": _type_of(url)},
         json_out=True,
         **conditions,
     )

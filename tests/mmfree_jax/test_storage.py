@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_is_no_failure_of_the_bucket(bucket: Bucket, full_di
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\r", b"ends\r", b"ends\n", b"ends\r\n", b"\n--==0==--\n", b"\r\n--==0==\r\n"]
+    "data", [b"\r", b"ends\r", b"ends\n", b"ends\r\n", b"\n--==0==--\n", b"\r\n--==0==\r\n"]
 )
 def test_bytes_that_end_lines_come_as_they_were(bucket: Bucket, tmp_path, data):
     (tmp_path / "x").write_bytes(data)
