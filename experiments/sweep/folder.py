@@ -1,10 +1,11 @@
 """Where a sweep lies: in a folder, or in a bucket with a working copy of what decides about it.
 
 That is small: the table, why runs failed, losses at pauses, and of each run its summary, config,
-records and lease. Of a sweep in a bucket it is copied into a temporary folder, where all works as
-on a disk; the copy is brought up to date before each decision (`refresh`), and what is written
-into it is uploaded at once (`publish`). Run directories are the trainers', who write them to the
-bucket, and rows are added to the table there (`table.append_result`).
+records, lease and the manifests of its checkpoints. Of a sweep in a bucket it is copied into a
+temporary folder, where all works as on a disk; the copy is brought up to date before each decision
+(`refresh`), and what is written into it is uploaded at once (`publish`). Run directories are the
+trainers', who write them to the bucket, and rows are added to the table there
+(`table.append_result`).
 
 A run belongs to whoever holds its lease, which its trainer takes; one that finds it held waits
 until the holder has shown that it lives, or has not. The copy has a lock, as a disk would have,
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mmfree_jax.errors import ConfigError, MMFreeError
+from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.files import InUseError, disk_errors, take_lock
 from mmfree_jax.leases import LEASE
@@ -41,11 +42,10 @@ from mmfree_jax.storage import (
 )
 
 _COPIED = re.compile(
-    r"[^/]+|(failures|pauses)/[^/]+\.json|runs/[^/]+/(summary\.json|config\.yaml|metrics\.jsonl|"
-    + re.escape(LEASE)
-    + ")"
+    r"[^/]+|(failures|pauses)/[^/]+\.json|(runs|trunks)/[^/]+/(summary\.json|config\.yaml|"
+    rf"metrics\.jsonl|{re.escape(LEASE)}|checkpoints/[0-9]+/manifest\.json)"
 )
-_LEASE = re.compile(rf"runs/([^/]+)/{re.escape(LEASE)}")
+_LEASE = re.compile(rf"(?:runs|trunks)/([^/]+)/{re.escape(LEASE)}")
 _AT_ONCE = 8
 """Objects that are fetched at a time."""
 
@@ -107,7 +107,8 @@ class SweepFolder:
             name = there.url.key.removeprefix(f"{root.key}/" if root.key else "")
             if _COPIED.fullmatch(name) and ".." not in name.split("/"):
                 found[name] = there
-        for name in [n for n in self._versions if n.startswith(below) and n not in found]:
+        known = [n for n in self._versions if not below or n.startswith(f"{below}/")]
+        for name in [n for n in known if n not in found]:
             del self._versions[name]
             (self.path / name).unlink(missing_ok=True)
         changed = [(n, o) for n, o in found.items() if self._versions.get(n) != o.version]
@@ -118,7 +119,7 @@ class SweepFolder:
             list(pool.map(self._copy, changed))
         for name, there in found.items():
             if lease := _LEASE.fullmatch(name):
-                self._follow(lease[1], there)
+                self._follow(lease[1], name, there)
 
     def _copy(self, changed: tuple[str, Object]) -> None:
         name, there = changed
@@ -128,10 +129,10 @@ class SweepFolder:
             download(there.url, target)
             self._versions[name] = there.version
 
-    def _follow(self, run: str, there: Object) -> None:
+    def _follow(self, run: str, name: str, there: Object) -> None:
         """Keeps a lock in the copy while the holder of a run's lease is seen to live."""
         now, before = self._clock(), self._holders.get(run)
-        owner, seconds = _read_lease(self.path / "runs" / run / LEASE)
+        owner, seconds = _read_lease(self.path / name)
         if before is None:
             holder = _Holder(there.version, now, self._trusting)
         elif before.version != there.version:
@@ -216,11 +217,6 @@ def open_folder(
     if isinstance(place, Path):
         yield SweepFolder(sweep, place, place, trusting=trusting, clock=clock)
         return
-    if sweep.is_branched:
-        raise ConfigError(
-            f"out is {sweep.out!r}, but schedule is wsd-branched: runs branch from checkpoints on "
-            "a disk; give a local folder as --out, or schedule: train"
-        )
     check_bucket(place)
     with tempfile.TemporaryDirectory(prefix="mmfree-sweep-") as made:
         path = Path(made) / (place.name or place.bucket)

@@ -299,6 +299,7 @@ class _Scheduler:
             source = from_dict(TrainConfig, there).branch_from
         else:
             source = trunk_state(self._out, run.trunk).source(run)
+            source = source and self._folder.told(source)
         return dataclasses.replace(run, config=dataclasses.replace(run.config, branch_from=source))
 
     def _reap(self) -> list[PlannedRun]:

@@ -18,7 +18,7 @@ from faulty_proxy import Fault
 from mmfree_jax.cli.main import main
 from mmfree_jax.config_io import from_dict, to_dict
 from mmfree_jax.data import writer
-from mmfree_jax.errors import ConfigError, StorageError
+from mmfree_jax.errors import StorageError
 from mmfree_jax.experiments.scaling.assumed import read_assumed
 from mmfree_jax.experiments.scaling.read import read_runs
 from mmfree_jax.experiments.sweep.config import SweepConfig, load_sweep
@@ -30,7 +30,7 @@ from mmfree_jax.experiments.sweep.state import snapshot
 from mmfree_jax.experiments.sweep.table import COLUMNS, append_result
 from mmfree_jax.launch.cli.render import render_job
 from mmfree_jax.leases import take_lease
-from mmfree_jax.storage import delete, list_names, parse_url, read_bytes, write_bytes
+from mmfree_jax.storage import delete, list_below, list_names, parse_url, read_bytes, write_bytes
 
 # Writes what a trainer does, under its lease; the first start of a run at the rate 0.5 waits.
 _TRAINER = """
@@ -51,8 +51,15 @@ try:
         print("step 1/9  loss 4.0000", flush=True)
         if rate == 0.5 and not starts:
             signal.pause()
+        for kept in [*config["checkpoint"]["at_steps"], steps]:
+            write_bytes(url / "checkpoints" / str(kept) / "manifest.json", b"{}")
+        source = config["branch_from"]
+        if source:
+            trunk, step = source.rsplit("@", 1)
+            read_bytes(parse_url(trunk) / "checkpoints" / step / "manifest.json")
         summary = {"status": "complete", "step": steps, "tokens": steps * 256,
-          "eval_loss": 3 + rate, "training_flops": 1e9,
+          "eval_loss": 3 + rate if config["eval"]["batches"] else None, "training_flops": 1e9,
+          "origin": {"step": int(step), "tokens": int(step) * 256} if source else None,
           "parameters": {"total": 17000, "non_embedding": 16000, "ternary": 15000},
           "device": {"kind": "cpu", "count": 1}, "versions": {}}
         write_bytes(url / "summary.json", json.dumps(summary).encode())
@@ -256,13 +263,43 @@ def test_a_bucket_that_fails_ends_the_sweep_in_one_line(make, trainer, s3_bucket
     assert len(_table(sweep.out)) == 1
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_budgets_branch_from_trunks_in_the_bucket(make, trainer, keep):
+    sweep = make(
+        rates=(4e-3,), sizes=["2x64"], tokens=[2560, 5120], schedule="wsd-branched",
+        warmup_fraction=0.2, keep_checkpoints=keep,
+    )  # fmt: skip
+    out, trunk = parse_url(sweep.out), "matmulfree-2x64-trunk-lr0.004-s0"
+    short, long = ("matmulfree-2x64-t2.56K-lr0.004-s0", "matmulfree-2x64-t5.12K-lr0.004-s0")
+    lines: list[str] = []
+    tally = run_sweep(sweep, Options(), say=lines.append, command=trainer)
+    assert (tally.failed, sorted(tally.done)) == ({}, sorted([short, long, trunk])), lines
+    assert _table(sweep.out) == [short, long]
+    # 10 and 20 steps, of which 8 and 16 at full rate.
+    for name, step in ((short, 8), (long, 16)):
+        config = read_bytes(out / f"configs/{name}.yaml").decode()
+        assert f"\nbranch_from: {out}/trunks/{trunk}@{step}\n" in config
+    left = [o.url.key for o in list_below(out) if o.url.name == "manifest.json"]
+    assert len(left) == (4 if keep else 0)  # of each branch one, of the trunk two
+    again = run_sweep(sweep, Options(), say=lines.append, command=trainer)
+    assert (again.done, again.failed) == ([], {})
+
+
+def test_a_run_does_not_take_another_whose_name_begins_so_along(make, trainer):
+    sweep = make()
+    url = parse_url(sweep.out)
+    for name in ("a-s1", "a-s10"):
+        write_bytes(url / f"runs/{name}/summary.json", b"{}")
+    with open_folder(sweep) as folder:
+        folder.refresh("runs/a-s1")
+        assert (folder.path / "runs/a-s10/summary.json").is_file()
+
+
 def test_what_is_wrong_in_the_bucket_is_named_as_it_lies_there(make, s3_bucket, tmp_path):
     sweep = make()
     write_bytes(parse_url(sweep.out) / "failures" / "x.json", b"{")
     with pytest.raises(SweepError, match=rf"^{sweep.out}/failures/x\.json cannot be read"):
         snapshot_runs(sweep)
-    with pytest.raises(ConfigError, match=r"out is '.*', but schedule is wsd-branched"):
-        snapshot_runs(make(schedule="wsd-branched", warmup_fraction=0.1, tokens=[1e4, 4e4]))
     with pytest.raises(StorageError, match="there is no bucket 'none-such'"):
         snapshot_runs(make(out="s3://none-such/x"))
 
