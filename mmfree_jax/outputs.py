@@ -77,7 +77,7 @@ def _check_is_ours(place: Path | Url, marker: Any, found: set[str], command: str
 
 
 def check_target(
-    path: StrPath, *, command: str, sources: Sequence[StrPath] = (), overwrite: bool = False
+    path: StrPath, *, command: str, sources: Sequence[StrPath] = (), overwrite: bool | None = None
 ) -> Path | Url:
     """The resolved path, or the URL, of a folder that `command` may make or replace.
 
@@ -85,7 +85,8 @@ def check_target(
       path: the folder or its URL, there or not.
       command: the words after `mmfree`.
       sources: what the command reads; those that do not exist are passed over.
-      overwrite: an earlier output of the command may be replaced.
+      overwrite: an earlier output of the command may be replaced; None: never, and it has no
+        option that says so.
 
     Raises:
       OutputError: the folder is, holds or lies in a source, is no folder, cannot be renamed (a
@@ -117,7 +118,7 @@ def check_target(
                 marker = read_json_file(target / MARKER)
             _check_is_ours(target, marker, found, command)
             if not overwrite:
-                raise _exists(path)
+                raise _exists(path, overwrite)
     return target
 
 
@@ -127,12 +128,13 @@ def _is_read(path: StrPath | Url, source: StrPath) -> OutputError:
     )
 
 
-def _exists(path: StrPath | Url) -> OutputError:
-    return OutputError(f"{path} exists already: choose another folder, or pass --overwrite")
+def _exists(path: StrPath | Url, overwrite: bool | None) -> OutputError:
+    way_out = "remove it yourself" if overwrite is None else "pass --overwrite"
+    return OutputError(f"{path} exists already: choose another folder, or {way_out}")
 
 
 def _check_prefix(
-    url: Url, command: str, sources: Sequence[StrPath], *, overwrite: bool
+    url: Url, command: str, sources: Sequence[StrPath], *, overwrite: bool | None
 ) -> set[str]:
     """Names of the objects below a URL, which `command` may replace; see `check_target`."""
     for source in sources:
@@ -155,7 +157,7 @@ def _check_prefix(
         marker = read_json(url / (UPLOADING if is_half else MARKER))
     _check_is_ours(url, marker, found, command)
     if not (overwrite or is_half):
-        raise _exists(url)
+        raise _exists(url, overwrite)
     return found
 
 
@@ -165,7 +167,7 @@ def new_folder(
     *,
     command: str,
     sources: Sequence[StrPath] = (),
-    overwrite: bool = False,
+    overwrite: bool | None = None,
     last: str | None = None,
 ) -> Iterator[Path]:
     """A folder to write into, which becomes `path` when the block ends without an error.
@@ -201,7 +203,7 @@ def _list_files(folder: Path, command: str) -> None:
 
 @contextlib.contextmanager
 def _new_prefix(
-    url: Url, command: str, sources: Sequence[StrPath], *, overwrite: bool, last: str | None
+    url: Url, command: str, sources: Sequence[StrPath], *, overwrite: bool | None, last: str | None
 ) -> Iterator[Path]:
     check = functools.partial(_check_prefix, url, command, sources, overwrite=overwrite)
     check()

@@ -80,7 +80,7 @@ def test_an_earlier_output_is_replaced_only_when_asked(bucket):
     url = f"{bucket.url}/m"
     _make(url, ["a", "old", "done"], last="done")
     with pytest.raises(OutputError, match=f"^{url} exists already: .* or pass --overwrite$"):
-        _make(url, ["a", "new"])
+        _make(url, ["a", "new"], overwrite=False)
     assert _names(url) == [".mmfree-output.json", "a", "done", "old"]
     _make(url, ["a", "new", "done"], overwrite=True, last="done")
     assert _names(url) == [".mmfree-output.json", "a", "done", "new"]

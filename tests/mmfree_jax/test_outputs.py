@@ -66,7 +66,9 @@ def test_a_new_folder_lists_its_files(tmp_path, umask):
 def test_an_earlier_output_is_replaced_only_when_asked(tmp_path):
     _make(tmp_path / "out", ["a", "old"])
     with pytest.raises(OutputError, match="exists already: choose another folder, or pass --over"):
-        _make(tmp_path / "out", ["a", "new"])
+        _make(tmp_path / "out", ["a", "new"], overwrite=False)
+    with pytest.raises(OutputError, match=r"choose another folder, or remove it yourself$"):
+        _make(tmp_path / "out", ["a", "new"])  # of a command without that option
     assert (tmp_path / "out" / "old").exists()
     _make(tmp_path / "out", ["a", "new"], overwrite=True)
     assert _names(tmp_path) == ["out", "out/.mmfree-output.json", "out/a", "out/new"]

@@ -46,7 +46,9 @@ def test_a_packed_model_is_not_replaced_and_not_packed_again(run, tmp_path, caps
     data = (out / "packed.safetensors").read_bytes()
     capsys.readouterr()
     assert pack("--model", run, "--out", out, "--bits", "1.6") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"mmfree: error: {out} exists already: choose another folder, or remove it yourself\n"
+    )
     assert (out / "packed.safetensors").read_bytes() == data
     assert pack("--model", out, "--out", tmp_path / "again") == 2
     assert "ternarising is not idempotent" in capsys.readouterr().err
