@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("torch", reason="torch is not installed: run make torch")
+
 from mmfree_jax.experiments.bench import paper, paper_peers, paper_report
 
 
