@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mmfree_jax.model_config import ModelConfig
 
@@ -85,3 +86,11 @@ class Mixer(NamedTuple):
     mixing_flops: Callable[[ModelConfig, int], float]
     kept: Callable[[ModelConfig], Kept]
     packed: PackedForm | None = None
+
+
+def one_vector(
+    config: ModelConfig, rows: tuple[int, int], max_length: int | None
+) -> dict[str, jax.Array]:
+    """The state of mixers that keep no more, as `Mixer.state`: {"h": [L, B, E] float32}."""
+    del max_length
+    return {"h": jnp.zeros((*rows, config.state_size), jnp.float32)}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.model.layer import LinearT, Operations, VectorT
 from mmfree_jax.model.linear import projections
-from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
+from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm, one_vector
 from mmfree_jax.model.operations import Rows, linear_over, operations
 from mmfree_jax.model_config import ModelConfig
 
@@ -116,14 +116,6 @@ def _mix(
     return x_BTD, out_BTD, {"h": last_BE}
 
 
-def _state(
-    config: ModelConfig, rows: tuple[int, int], max_length: int | None
-) -> dict[str, jax.Array]:
-    """{"h": [L, B, E] float32}."""
-    del max_length
-    return {"h": jnp.zeros((*rows, config.state_size), jnp.float32)}
-
-
 def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     inner, width = config.state_size, config.hidden_size
     return {
@@ -170,7 +162,7 @@ _VECTORS = ("r_bias", "i_bias", "decay")
 
 MIXER = Mixer(
     module=RGLRU,
-    state=_state,
+    state=one_vector,
     matrices=_matrices,
     norms=lambda config: 0,
     vectors=lambda config: 3 * config.state_size,

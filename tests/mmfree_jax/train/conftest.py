@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import pytest
+from bucket_servers import new_bucket
 
 from mmfree_jax.config import DataConfig, TrainConfig
 from mmfree_jax.train import loop, training
@@ -55,3 +56,10 @@ def _traced(name: str, config: TrainConfig, *args: Any) -> Any:
     if key not in _TRACED:
         _TRACED[key] = getattr(step_module, name)(config, *args)
     return _TRACED[key]
+
+
+@pytest.fixture(scope="module")
+def bucket_of_runs(gcs_server):
+    """One that the tests of a module share."""
+    with new_bucket(gcs_server) as bucket:
+        yield bucket

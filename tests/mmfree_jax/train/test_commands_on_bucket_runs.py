@@ -4,7 +4,6 @@ import json
 
 import pytest
 from bucket_files import do_not_wait, put_folder
-from bucket_servers import new_bucket
 from faulty_proxy import Fault
 from tokenizers import Tokenizer, models
 
@@ -25,13 +24,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
-
-
-@pytest.fixture(scope="module")
-def bucket_of_runs(gcs_server):
-    """One that the tests of this module share."""
-    with new_bucket(gcs_server) as bucket:
-        yield bucket
 
 
 @pytest.fixture(scope="module")

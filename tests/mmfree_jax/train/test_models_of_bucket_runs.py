@@ -5,7 +5,6 @@ import warnings
 import numpy as np
 import pytest
 from bucket_files import do_not_wait, put_folder
-from bucket_servers import new_bucket
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.errors import CheckpointError
@@ -22,13 +21,6 @@ def cache(tmp_path, monkeypatch):
     """An empty folder for copies."""
     monkeypatch.setenv("MMFREE_CACHE", str(tmp_path / "cache"))
     do_not_wait(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def bucket_of_runs(gcs_server):
-    """One that the tests of this module share."""
-    with new_bucket(gcs_server) as bucket:
-        yield bucket
 
 
 @pytest.fixture(scope="module")
