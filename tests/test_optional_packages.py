@@ -142,7 +142,7 @@ def test_nothing_else_turns_an_import_error_into_a_message():
 
 def test_no_command_asks_an_index_for_this_package():
     kinds = {".py", ".md", ".yaml", ".toml", ".sh", ".sbatch", ".ipynb", ".html", ""}
-    skipped = {".venv", ".git", "node_modules", "results", "dist", "build"}
+    skipped = {".venv", ".git", ".hypothesis", "node_modules", "results", "dist", "build"}
     found = [
         f"{path.relative_to(ROOT)}: {line}"
         for path in ROOT.rglob("*")
