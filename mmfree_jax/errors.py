@@ -5,9 +5,23 @@ out. The command line prints that line and exits with code 2; library callers ca
 `MMFreeError` or one of its kinds.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class MMFreeError(Exception):
     """Base of every error that a user can put right."""
+
+
+@contextlib.contextmanager
+def naming(original: str, copy: str) -> Iterator[None]:
+    """Errors of the block name `original` where they name its `copy`, which no user knows."""
+    try:
+        yield
+    except MMFreeError as e:
+        if copy not in str(e):
+            raise
+        raise type(e)(str(e).replace(copy, original)) from e
 
 
 class ConfigError(MMFreeError):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from mmfree_jax.errors import MMFreeError, StorageError
+from mmfree_jax.errors import StorageError, naming
 from mmfree_jax.leases import LEASE
 from mmfree_jax.object_cache import shared_cache
 from mmfree_jax.places import locate
@@ -51,12 +51,11 @@ def copied(
 ) -> Iterator[Path]:
     """`local_copy`, while errors that the block raises name the URL in place of the copy."""
     copy = local_copy(path, name, wanted, beside)
-    try:
+    if not is_url(path):
         yield copy
-    except MMFreeError as e:
-        if not is_url(path):
-            raise
-        raise type(e)(str(e).replace(str(copy), str(parse_url(path)))) from e
+        return
+    with naming(str(parse_url(path)), str(copy)):
+        yield copy
 
 
 def local_copy(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mmfree_jax.errors import MMFreeError
+from mmfree_jax.errors import naming
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.files import InUseError, disk_errors, take_lock
 from mmfree_jax.leases import LEASE
@@ -223,9 +223,8 @@ def open_folder(
         path.mkdir()
         folder = SweepFolder(sweep, path, place, trusting=trusting, clock=clock)
         try:
-            folder.refresh()
-            yield folder
-        except MMFreeError as e:  # of a file in the copy, which nobody knows by that name
-            raise type(e)(folder.told(str(e))) from e
+            with naming(str(place), str(path)):
+                folder.refresh()
+                yield folder
         finally:
             folder.close()

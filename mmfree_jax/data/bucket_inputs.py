@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfree_jax.data.splits import README
-from mmfree_jax.errors import DataError, MMFreeError
+from mmfree_jax.errors import DataError, naming
 from mmfree_jax.fetched import check_file_names, refuse_half_written
 from mmfree_jax.files import disk_errors
 from mmfree_jax.object_cache import shared_cache
@@ -54,10 +54,8 @@ def listed(given: str) -> Iterator[Listed]:
         root = Path(made)
         with disk_errors(root, "make room there, or set TMPDIR to another folder"):
             urls = _lay_out(url, root)
-        try:
+        with naming(f"{url.scheme}://", f"{root}/"):
             yield Listed(str(root / url.bucket / url.key), urls)
-        except MMFreeError as e:
-            raise type(e)(str(e).replace(f"{root}/", f"{url.scheme}://")) from e
 
 
 def _lay_out(url: Url, root: Path) -> dict[Path, Url]:
@@ -115,7 +113,5 @@ def local_file(place: Path | Url) -> Iterator[Path]:
         key, found.size, str(place), lambda entry: download(place, entry / place.name)
     ) as folder:
         file = folder / place.name
-        try:
+        with naming(str(place), str(file)):
             yield file
-        except MMFreeError as e:
-            raise type(e)(str(e).replace(str(file), str(place))) from e

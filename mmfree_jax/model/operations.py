@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,20 @@ def operations(config: ModelConfig, rows: Rows, *, holds: bool) -> layer.Operati
     return layer.Operations(
         functools.partial(linears, config), recurrence(config, steps), steps=steps
     )
+
+
+def run_mixer(
+    mix: Callable[..., tuple[jax.Array, jax.Array, dict[str, Any]]],
+    weights: Any,
+    x_BTD: jax.Array,
+    rows: Rows,
+    state: dict[str, Any] | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, dict[str, Any] | None]:
+    """What a mixer's module returns, of `PackedForm.mix` on its `LinearWeights`."""
+    ops = operations(config, rows, holds=state is not None)
+    x_BTD, update_BTD, new_state = mix(ops, weights, x_BTD, None, state, config)
+    return x_BTD, update_BTD, None if state is None else new_state
 
 
 def recurrence(

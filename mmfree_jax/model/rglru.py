@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mmfree_jax.model.layer import LinearT, Operations, VectorT
 from mmfree_jax.model.linear import projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm, one_vector
-from mmfree_jax.model.operations import Rows, linear_over, operations
+from mmfree_jax.model.operations import Rows, linear_over, run_mixer
 from mmfree_jax.model_config import ModelConfig
 
 _POWER = 8.0
@@ -71,9 +71,7 @@ class RGLRU(nn.Module):
             i_bias=self.param("i_bias", nn.initializers.zeros, shape, dtype),
             decay=self.param("decay", _decay_init, shape, dtype),
         )
-        ops = operations(c, rows, holds=state is not None)
-        x_BTD, update_BTD, new_state = _mix(ops, weights, x_BTD, None, state, c)
-        return x_BTD, update_BTD, None if state is None else new_state
+        return run_mixer(_mix, weights, x_BTD, rows, state, c)
 
 
 def _decay_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mmfree_jax.model.layer import LinearT, Operations, VectorT
 from mmfree_jax.model.linear import projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
-from mmfree_jax.model.operations import Rows, operations, token_shift
+from mmfree_jax.model.operations import Rows, run_mixer, token_shift
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.pallas_kernels.wkv.api import NOTHING, wkv
@@ -83,9 +83,7 @@ class RWKV4(nn.Module):
             decay=vector("decay", lambda: -5 + 8 * share_E ** (0.7 + 1.3 * depth)),
             bonus=vector("bonus", lambda: math.log(0.3) + 0.5 * zigzag_E),
         )
-        ops = operations(c, rows, holds=state is not None)
-        x_BTD, update_BTD, new_state = _mix(ops, weights, x_BTD, None, state, c)
-        return x_BTD, update_BTD, None if state is None else new_state
+        return run_mixer(_mix, weights, x_BTD, rows, state, c)
 
 
 def _mix(
