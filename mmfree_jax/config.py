@@ -33,7 +33,7 @@ class DataConfig:
 
     paths: tuple[PlaceOrUrl, ...] = ()
     """Folders written by `mmfree data prepare`, or their URLs (gs://, s3://); all must share one
-    tokenizer."""
+    tokenizer. mqar:pairs=N makes rows of a recall task as they are read (docs/evaluation.md)."""
     weights: tuple[AboveZero, ...] = ()
     """Share of rows drawn from each folder; empty: in proportion to their tokens."""
     seq_len: Count = 2048

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from mmfree_jax.config import TrainConfig, replace_model, tokens_per_step
-from mmfree_jax.data.dataset import open_dataset
+from mmfree_jax.data.row_source import open_rows
 from mmfree_jax.errors import DataError
 from mmfree_jax.experiments.scaling.identifiability import before_fit
 from mmfree_jax.experiments.scaling.information import AssumedLaws, Quantity
@@ -82,7 +82,7 @@ def corpus_tokens(sweep: SweepConfig) -> float:
     size = (sweep.named_sizes or (ANY_SHAPE,))[0]
     sets = {base_train_config(sweep, family, size).data.paths for family in sweep.families}
     try:
-        return min(float(sum(open_dataset(p).num_tokens for p in paths)) or math.inf
+        return min(float(sum(open_rows(p).num_tokens for p in paths)) or math.inf
                    for paths in sets)  # fmt: skip
     except DataError:
         return math.inf

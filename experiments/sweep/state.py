@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import from_dict, read_yaml
-from mmfree_jax.data.dataset import open_dataset
+from mmfree_jax.data.mqar import is_mqar
+from mmfree_jax.data.row_source import open_rows
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.branches import (
@@ -128,12 +129,14 @@ def data_fingerprint(run: PlannedRun) -> str | None:
       DataError: the data are there and damaged.
     """
     paths = run.config.data.paths
-    if not paths or not all(map(_has_index, paths)):
+    if not paths or not all(map(_is_there, paths)):
         return None
-    return "+".join(open_dataset(p).fingerprint[:16] for p in paths)
+    return "+".join(open_rows(p).fingerprint[:16] for p in paths)
 
 
-def _has_index(path: str) -> bool:
+def _is_there(path: str) -> bool:
+    if is_mqar(path):
+        return True
     place = locate(path, "data.paths")
     if isinstance(place, Url):
         return find_object(place / "index.json") is not None
@@ -309,5 +312,5 @@ def check_data(runs: Sequence[PlannedRun]) -> dict[tuple[str, ...], int]:
         if not data.paths:
             raise DataError("train.data.paths is empty: name a folder from `mmfree data prepare`, "
                             "in the config or with --data")  # fmt: skip
-        found[data.paths] = sum(open_dataset(p).num_tokens for p in data.paths)
+        found[data.paths] = sum(open_rows(p).num_tokens for p in data.paths)
     return found

@@ -22,7 +22,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from mmfree_jax.object_cache import ObjectCache, shared_cache
 from mmfree_jax.places import locate
 from mmfree_jax.storage import MissingError, Url
 from mmfree_jax.text_files import read_json
+
+if TYPE_CHECKING:
+    from mmfree_jax.data.row_source import RowSource
 
 INDEX_NAME = "index.json"
 FORMAT = "mmfree-tokens"
@@ -118,6 +121,13 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
 
 
 def _read_local(folder: Path) -> Any:
+    from mmfree_jax.data.mqar import is_mqar  # which imports this module
+
+    if is_mqar(str(folder)):
+        raise DataError(
+            f"data {folder} is a task whose rows are made as they are read, without documents: "
+            "train on it, and score models with `mmfree eval mqar`; here give a prepared folder"
+        )
     if not folder.is_dir():
         raise DataError(
             f"data folder {folder} does not exist: make it with `mmfree data prepare --out "
@@ -361,7 +371,7 @@ def open_dataset(
 
 
 def check_compatible(
-    dataset: TokenDataset,
+    dataset: "RowSource",
     model_vocab_size: int | None = None,
     identity: Mapping[str, Any] | None = None,
     *,

@@ -5,9 +5,10 @@ JAX.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mmfree_jax.data.dataset import TokenDataset
+from mmfree_jax.data.row_source import RowSource
 from mmfree_jax.data.shards import BucketShards
 from mmfree_jax.errors import MMFreeError
 
@@ -16,7 +17,7 @@ AT_ONCE = 4
 
 
 def fetch_ahead(
-    datasets: Sequence[TokenDataset], rows: Iterable[tuple[int, int]], seq_len: int
+    datasets: Sequence[RowSource], rows: Iterable[tuple[int, int]], seq_len: int
 ) -> threading.Event:
     """Begins to fetch the shards of rows that lie in buckets, until the cache is full.
 
@@ -31,10 +32,14 @@ def fetch_ahead(
       Ends it when it is set.
     """
     stop = threading.Event()
-    remote = [isinstance(dataset.open_shard, BucketShards) for dataset in datasets]
-    if not any(remote):
+    remote = {
+        k: dataset
+        for k, dataset in enumerate(datasets)
+        if isinstance(dataset, TokenDataset) and isinstance(dataset.open_shard, BucketShards)
+    }
+    if not remote:
         return stop
-    shards, turn = _in_order(datasets, remote, rows, seq_len), threading.Lock()
+    shards, turn = _in_order(remote, rows, seq_len), threading.Lock()
 
     def work() -> None:
         while not stop.is_set():
@@ -43,7 +48,7 @@ def fetch_ahead(
             if found is None:
                 return
             try:
-                with datasets[found[0]].open_shard(found[1]):
+                with remote[found[0]].open_shard(found[1]):
                     pass
             except MMFreeError:
                 stop.set()
@@ -54,26 +59,23 @@ def fetch_ahead(
 
 
 def _in_order(
-    datasets: Sequence[TokenDataset],
-    remote: Sequence[bool],
+    remote: Mapping[int, TokenDataset],
     rows: Iterable[tuple[int, int]],
     seq_len: int,
 ) -> Iterator[tuple[int, int]]:
     """(index into `datasets`, shard), each once, while they fit into the cache together."""
-    left = sum(
-        len(dataset.shards) for dataset, there in zip(datasets, remote, strict=True) if there
-    )
+    left = sum(len(dataset.shards) for dataset in remote.values())
     seen: set[tuple[int, int]] = set()
     taken = 0
     for k, row in rows:
         if not left:
             return
-        for shard in datasets[k].shards_of_row(row, seq_len) if remote[k] else ():
+        for shard in remote[k].shards_of_row(row, seq_len) if k in remote else ():
             if (k, shard) in seen:
                 continue
             seen.add((k, shard))
             left -= 1
-            source = datasets[k].open_shard
+            source = remote[k].open_shard
             assert isinstance(source, BucketShards)
             taken += source.size(shard)
             if taken > source.cache.limit:

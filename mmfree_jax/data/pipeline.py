@@ -24,21 +24,19 @@ from mmfree_jax.data.dataset import (
     HELDOUT,
     TRAIN,
     Row,
-    TokenDataset,
     check_compatible,
-    load_index,
-    open_dataset,
     pad_row,
 )
 from mmfree_jax.data.fetch_ahead import fetch_ahead
+from mmfree_jax.data.row_source import RowSource, has_split, open_rows
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.object_cache import shared_cache
 
 Batch = dict[str, np.ndarray]
 
 
-def open_mixture(config: DataConfig, split: str = TRAIN) -> list[TokenDataset]:
-    """Opens `split` of every folder in `config.paths`.
+def open_mixture(config: DataConfig, split: str = TRAIN) -> list[RowSource]:
+    """Opens `split` of every folder and task in `config.paths`.
 
     Raises:
       DataError: no paths, a folder cannot be opened, or tokenizers differ.
@@ -48,7 +46,7 @@ def open_mixture(config: DataConfig, split: str = TRAIN) -> list[TokenDataset]:
             "data.paths is empty: give --data.paths FOLDER, made by `mmfree data prepare`"
         )
     cache = shared_cache(config.cache_gib, "data.cache_gib")
-    datasets = [open_dataset(path, split, cache) for path in config.paths]
+    datasets = [open_rows(path, split, cache) for path in config.paths]
     for dataset in datasets[1:]:
         check_compatible(
             dataset, identity=datasets[0].identity, owner=f"data folder {datasets[0].path}"
@@ -111,7 +109,7 @@ def make_train_iterator(
     return batches
 
 
-def check_length(dataset: TokenDataset, seq_len: int) -> None:
+def check_length(dataset: RowSource, seq_len: int) -> None:
     """Refuses a data set that has not one row of `seq_len` tokens.
 
     Raises:
@@ -138,7 +136,7 @@ def _check_rows(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def _shuffled_rows(datasets: Sequence[TokenDataset], config: DataConfig) -> grain.MapDataset:
+def _shuffled_rows(datasets: Sequence[RowSource], config: DataConfig) -> grain.MapDataset:
     """An endless map from row number to (index into `datasets`, row)."""
     counts = []
     for dataset in datasets:
@@ -211,7 +209,7 @@ class EvalBatches:
     identity: dict
     batch_size: int
     rows: tuple[int, ...]
-    _datasets: tuple[TokenDataset, ...]
+    _datasets: tuple[RowSource, ...]
     _picks: tuple[tuple[int, int], ...]
     _seq_len: int
 
@@ -267,7 +265,7 @@ def make_eval_batches(
     mine = _check_rows(batch_size, rows)
     if num_batches is not None and num_batches <= 0:
         raise ConfigError(f"num_batches is {num_batches}: set 1 or more")
-    having = [i for i, p in enumerate(config.paths) if load_index(p).splits.get(split)]
+    having = [i for i, path in enumerate(config.paths) if has_split(path, split)]
     chosen = having or list(range(len(config.paths)))  # none: let open_mixture say so
     paths = tuple(config.paths[i] for i in chosen)
     opened = open_mixture(dataclasses.replace(config, paths=paths, weights=()), split)

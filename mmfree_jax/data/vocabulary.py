@@ -11,6 +11,7 @@ from typing import Any
 
 from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.data.dataset import INDEX_NAME, load_index
+from mmfree_jax.data.mqar import is_mqar, parse_mqar
 from mmfree_jax.places import locate
 from mmfree_jax.storage import Url
 
@@ -22,14 +23,17 @@ def gives_vocabulary(values: Mapping[Any, Any]) -> bool:
 
 
 def data_vocabulary(paths: Sequence[str]) -> int | None:
-    """The largest vocabulary of some prepared folders (tokens); None where one is not there.
+    """The largest vocabulary of some `data.paths` (tokens); None where a folder is not there.
 
     Raises:
       DataError: a folder is damaged.
-      ConfigError: one is a URL of what is no bucket.
+      ConfigError: one is a URL of what is no bucket, or a malformed task.
       StorageError: a bucket cannot be read.
     """
-    sizes = [_vocabulary(locate(path, "data folder")) for path in paths]
+    sizes = [
+        parse_mqar(path).vocab if is_mqar(path) else _vocabulary(locate(path, "data folder"))
+        for path in paths
+    ]
     return max((size or 0 for size in sizes), default=None) if all(sizes) else None
 
 

@@ -285,15 +285,17 @@ class Loop:
 
     def _sample(self, state: TrainState, done: int) -> None:
         """A sample text, unless this step has one already."""
-        options, last = self._run.config.eval, self._recorder.last.get("sample")
-        if not options.sample_tokens or (last is not None and last["step"] == done):
+        run, last = self._run, self._recorder.last.get("sample")
+        options = run.config.eval
+        is_asked = options.sample_tokens and run.tokenizer is not None
+        if not is_asked or (last is not None and last["step"] == done):
             return
         self._read_metrics()
         with self._recorder.watch.section("eval"), self._recorder.progress.during("sampling"):
             text = self._sampler(
-                LanguageModel(self._run.config.model),
+                LanguageModel(run.config.model),
                 state.params,
-                self._run.tokenizer,
+                run.tokenizer,
                 options.sample_prompt,
                 max_new_tokens=options.sample_tokens,
                 temperature=options.sample_temperature,

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.data.dataset import HELDOUT, TokenDataset, check_compatible
 from mmfree_jax.data.pipeline import EvalBatches, check_length, make_eval_batches, open_mixture
+from mmfree_jax.data.row_source import RowSource
 from mmfree_jax.data.tokenizer import load_tokenizer, tokenizer_folder
-from mmfree_jax.errors import DataError
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import copy_folder, folder_atomically
 from mmfree_jax.installed import versions
 from mmfree_jax.model.kernel_choice import check_kernels
@@ -51,11 +53,12 @@ class Run:
     """Of this machine; of a run in a bucket a copy of its small files there."""
     mesh: Mesh
     optimizer: Optimizer
-    data: tuple[TokenDataset, ...]
+    data: tuple[RowSource, ...]
     eval_batches: EvalBatches | None
     """None when `eval.batches` is 0."""
     tokenizer: Any
-    """None when `eval.sample_tokens` is 0 and there are no `eval.tasks`."""
+    """None when `eval.sample_tokens` is 0 and there are no `eval.tasks`, and of data without
+    text."""
     tasks: "TaskScores | None" = None
     """None without `eval.tasks`."""
     origin: Origin = FROM_NOTHING
@@ -143,9 +146,9 @@ def open_run(config: TrainConfig, planned: int | None = None) -> Run:
 
 
 def datasets_read(run: Run) -> tuple[TokenDataset, ...]:
-    """The splits that a run reads: what it trains on, and is evaluated on."""
+    """The splits of prepared folders that a run reads: to train on, and to be evaluated on."""
     held_out = open_mixture(run.config.data, HELDOUT) if run.eval_batches else []
-    return (*run.data, *held_out)
+    return tuple(d for d in (*run.data, *held_out) if isinstance(d, TokenDataset))
 
 
 def _arrangement(mesh: Mesh) -> dict[str, Any]:
@@ -177,9 +180,14 @@ def _open_run(config: TrainConfig, planned: int | None) -> Run:
             rows=process_rows(mesh, (at_once, config.data.seq_len)),
         )
     sources = [] if eval_batches is None else [source.name for source in eval_batches.sources]
-    tokenizer = None
-    if config.eval.sample_tokens or config.eval.tasks:
-        folder = tokenizer_folder(data[0].path)
+    tokenizer, has_text = None, isinstance(data[0].path, Path | Url)
+    if config.eval.tasks and not has_text:
+        raise ConfigError(
+            f"eval.tasks is {list(config.eval.tasks)}, but data.paths ({data[0].path}) has no "
+            "text: leave them out"
+        )
+    if has_text and (config.eval.sample_tokens or config.eval.tasks):
+        folder = _tokenizer_folder(data)
         tokenizer = load_tokenizer(config.data.paths[0] if folder is None else folder)
     tasks = open_tasks(config, tokenizer)
     config = with_direction(config, sources, {} if tasks is None else tasks.numbers)
@@ -261,7 +269,13 @@ def copy_tokenizer(run: Run) -> None:
       OutputError: it cannot be copied.
     """
     target = run.run_dir / TOKENIZER
-    if target.exists() or (source := tokenizer_folder(run.data[0].path)) is None:
+    if target.exists() or (source := _tokenizer_folder(run.data)) is None:
         return
     with folder_atomically(target) as folder:
         copy_folder(source, folder)
+
+
+def _tokenizer_folder(data: Sequence[RowSource]) -> Path | None:
+    """Of the data's tokenizer; None: they hold none."""
+    place = data[0].path
+    return None if isinstance(place, str) else tokenizer_folder(place)
