@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mmfree_jax.mixer_pattern import MixerName, pattern_text, period_of
 from mmfree_jax.ranges import (
     AboveZero,
     Count,
@@ -19,7 +20,6 @@ MatmulKernel = Literal[
 ]
 RecurrenceKernel = Literal["xla", "pallas_gpu", "pallas_tpu"]
 AttentionKernel = Literal["xla", "cudnn"]
-MixerName = Literal["mlgru", "attention", "rwkv4", "mingru", "rglru"]
 OutputGate = Literal["authors", "text", "figure", "none"]
 Candidate = Literal["silu", "linear", "tanh"]
 
@@ -47,10 +47,11 @@ class ModelConfig:
     docs/models.md has what they compute.
     """
 
-    mixer: MixerName = "mlgru"
+    mixer: str = "mlgru"
     """Token mixer. mlgru: the MatMul-free gated linear recurrence; attention: causal, with RoPE;
     rwkv4: the paper's other one, an average of values that fades with a learnt decay; mingru:
-    minGRU; rglru: Griffin's RG-LRU."""
+    minGRU; rglru: Griffin's RG-LRU. Or a pattern of layers that repeats over the depth:
+    mlgru:3,attention is three of the one and then one of the other."""
     vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
     preset other than a rung says it, commands take the vocabulary of data.paths."""
@@ -94,6 +95,9 @@ class ModelConfig:
     """Stretching of these angles for longer rows (attention only)."""
     mixer_linear: LinearConfig = BITLINEAR
     """The mixer's projections."""
+    float_attention: bool = False
+    """Patterns: projections of attention layers in float, without a norm of their own, whatever
+    mixer_linear makes of the other layers'."""
     glu_linear: LinearConfig = BITLINEAR
     """The GLU's projections."""
     head_linear: LinearConfig = BITLINEAR
@@ -143,34 +147,50 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "model.")
+        # One text for one model: runs, sessions and sweeps compare it.
+        object.__setattr__(self, "mixer", pattern_text(period_of(self.mixer)))
+        length, attends = len(period_of(self.mixer)), "attention" in self.period
+        require(
+            self.num_layers >= length,
+            "model.num_layers",
+            self.num_layers,
+            f"mixer {self.mixer} has {length} layers; set as many or more",
+        )
         for name, default in _OF_MLGRU.items():
             value = getattr(self, name)
             require(
-                self.mixer == "mlgru" or value == default,
+                "mlgru" in self.period or value == default,
                 f"model.{name}",
                 value,
                 f"it is the MLGRU's; leave it out ({default}) with mixer {self.mixer}",
             )
         require(
-            not self.short_conv or self.mixer in ("mlgru", "attention"),
+            not self.short_conv or "mlgru" in self.period or self.mixer == "attention",
             "model.short_conv",
             self.short_conv,
             f"it is the MLGRU's; leave it out (0) with mixer {self.mixer}",
         )
         require(
-            not self.ternary_qk or self.mixer == "attention",
+            not self.ternary_qk or attends,
             "model.ternary_qk",
             self.ternary_qk,
             f"mixer {self.mixer} has no queries and keys; set --model.mixer attention, or "
             "--model.no-ternary-qk",
         )
         require(
-            self.expand_ratio == 1 or self.mixer != "mlgru" or not self.use_lower_bound,
+            not self.float_attention or (attends and length > 1),
+            "model.float_attention",
+            self.float_attention,
+            f"mixer {self.mixer} is no pattern with attention; set --model.no-float-attention, and "
+            "mixer_linear where all layers attend",
+        )
+        require(
+            self.expand_ratio == 1 or "mlgru" not in self.period or not self.use_lower_bound,
             "model.expand_ratio",
             self.expand_ratio,
             "set --model.no-use-lower-bound: the bounds have one channel for each of hidden_size",
         )
-        if self.mixer == "attention":
+        if attends:
             heads = self.attention_heads
             require(
                 self.head_dim is not None or self.hidden_size % (2 * heads) == 0,
@@ -192,6 +212,25 @@ class ModelConfig:
                 kv_heads,
                 f"set --model.num-kv-heads to a divisor of num_heads ({heads})",
             )
+
+    @property
+    def period(self) -> tuple[MixerName, ...]:
+        """Token mixers of the layers that repeat over the depth; one where all are alike.
+
+        Where a pattern does not fill the depth a whole number of times, these are all layers.
+        """
+        period = period_of(self.mixer)
+        return period if self.num_layers % len(period) == 0 else self.layer_mixers
+
+    @property
+    def layer_mixers(self) -> tuple[MixerName, ...]:
+        """The token mixer of each layer."""
+        period = period_of(self.mixer)
+        return (period * -(-self.num_layers // len(period)))[: self.num_layers]
+
+    def linear_of(self, mixer: MixerName) -> LinearConfig:
+        """What the projections of this mixer's layers compute."""
+        return DENSE if mixer == "attention" and self.float_attention else self.mixer_linear
 
     @property
     def glu_size(self) -> int:
@@ -233,8 +272,8 @@ class ModelConfig:
 
     @property
     def recurrent(self) -> bool:
-        """Whether what is carried from token to token has a size of its own, and is no cache."""
-        return self.mixer != "attention"
+        """Whether what is carried from token to token has a size of its own, and no cache in it."""
+        return "attention" not in self.period
 
     @property
     def as_released(self) -> bool:
@@ -243,8 +282,8 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
-        """Name of the architecture, for tables: "matmulfree" (of the MLGRU; of another recurrent
-        mixer "matmulfree-rwkv4" and the like), "transformer" or "hybrid"."""
+        """Name of the architecture, for tables: "matmulfree" (of the MLGRU; of other recurrent
+        mixers "matmulfree-rwkv4" and the like), "transformer" or "hybrid"."""
         groups = (self.mixer_linear, self.glu_linear, self.head_linear)
         if self.recurrent and all(g == BITLINEAR for g in groups):
             return "matmulfree" if self.mixer == "mlgru" else f"matmulfree-{self.mixer}"

@@ -20,6 +20,7 @@ ROOMS = (
         "model_config",
         "progress",
         "rope_scaling",
+        "mixer_pattern",
         "signals",
     ),
     ("presets",),

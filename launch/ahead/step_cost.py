@@ -51,8 +51,8 @@ def executed_flops(config: TrainConfig, topology: Topology) -> float:
     again = 0.0 if model.remat in ("none", "dots") else 1.0
     # i, f and g are kept, or g: three or one of the mixer's four products.
     if share := {"gates": 0.75, "gated": 0.25}.get(model.remat):
-        weights = mixer_weights(model)
-        again = 1 - share * weights / (weights + 3 * model.hidden_size * model.glu_size)
+        weights, glu = mixer_weights(model), 3 * model.hidden_size * model.glu_size
+        again = 1 - share * weights / (weights + model.num_layers * glu)
     faster = device.int8_over_bf16 if device else 1.0
 
     def forward(work: float, quantised: bool) -> float:

@@ -14,6 +14,7 @@ from mmfree_jax.infer import decode
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.state import cache_places, with_places
 from mmfree_jax.model.weights import DecodingWeights, Params, Unstacked, as_weights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import KERNELS_VARIABLE
@@ -252,11 +253,8 @@ def _make_room(
     places = -(-longest // _CACHE_STEP) * _CACHE_STEP
     if session is None:
         return decode.init_session(config, len(prompts), places)
-    extra = max(0, places - session.state.layers["k"].shape[2])
-    layers = {
-        name: jnp.pad(cache, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
-        for name, cache in session.state.layers.items()
-    }
+    there = cache_places(session.state.layers, config) or 0
+    layers = with_places(session.state.layers, config, max(there, places))
     state = dataclasses.replace(session.state, layers=layers)
     session = dataclasses.replace(session, state=state)
     return jax.tree.map(jnp.copy, session)
@@ -302,7 +300,7 @@ def _read_prompts(
 
 def _snapshot(config: ModelConfig, session: Session) -> Session:
     """Enough of a session to come back to it after the next chunk."""
-    if config.recurrent:
+    if config.mixer != "attention":
         return jax.tree.map(jnp.copy, session)
     # An attention cache only grows: coming back needs the positions alone.
     state = dataclasses.replace(session.state, position_B=jnp.copy(session.state.position_B))
@@ -318,7 +316,7 @@ def _rewind(
 ) -> Session:
     """`session` with the rows in `cut` as they were before the chunk plus the tokens kept."""
     rows = jnp.asarray(sorted(cut))
-    if not config.recurrent:
+    if config.mixer == "attention":
         layers = session.state.layers
         before = dataclasses.replace(
             before,

@@ -216,7 +216,7 @@ def generate_chunk(
 
     apart = isinstance(weights, Unstacked)
     if apart:
-        session = Session(unstack_state(session.state), session.logits_BV, session.seen_BV)
+        session = Session(unstack_state(session.state, config), session.logits_BV, session.seen_BV)
     carry = (
         jnp.int32(0),
         session,
@@ -230,7 +230,7 @@ def generate_chunk(
         carry = jax.lax.fori_loop(0, steps, lambda _, carry: body(carry), carry)
     _, session, tokens_BN, stopped_B, _ = carry
     if apart:
-        session = Session(stack_state(session.state), session.logits_BV, session.seen_BV)
+        session = Session(stack_state(session.state, config), session.logits_BV, session.seen_BV)
     if not filters.repetition_penalty:
         session = see(session, tokens_BN)
     return session, tokens_BN, stopped_B

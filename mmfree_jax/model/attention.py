@@ -42,13 +42,14 @@ class Attention(nn.Module):
         c = self.config
         B, T, D = x_BTD.shape
         kv_heads, channels = c.kv_heads, c.head_channels
+        options = c.linear_of("attention")
         deviation = c.initializer_range * mup.hidden_scale(c)
         scales = {"q_proj": mup.query_scale(c)}
         widths = {"q_proj": c.query_size, "k_proj": c.key_size, "v_proj": c.key_size}
         projections = [
             Linear(
                 width,
-                c.mixer_linear,
+                options,
                 c.param_dtype,
                 nn.initializers.normal(deviation * scales.get(name, 1.0)),
                 c.attention_bias != "none",
@@ -86,7 +87,12 @@ class Attention(nn.Module):
             state = {"k": k_cache, "v": v_cache}
         out_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
         o_proj = Linear(
-            D, c.mixer_linear, c.param_dtype, out_init, c.attention_bias == "qkvo", name="o_proj"
+            D,
+            options,
+            c.param_dtype,
+            out_init,
+            c.attention_bias == "qkvo",
+            name="o_proj",
         )
         _, (out_BTD,) = linears(c, [o_proj(c.query_size)], out_BTHK.reshape(B, T, c.query_size))
         return x_BTD, out_BTD, state
@@ -130,10 +136,11 @@ def _biases(config: ModelConfig) -> int:
     return config.query_size + 2 * config.key_size + of_output
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
     """Causal: the token at position t (from 1) attends to t keys, on average (seq_len + 1) / 2,
     at 2 operations a channel of all heads each for the score and for the sum."""
-    return config.num_layers * 4 * config.query_size * (seq_len + 1) / 2
+    del number
+    return 4 * config.query_size * (seq_len + 1) / 2
 
 
 def _kept(config: ModelConfig) -> Kept:

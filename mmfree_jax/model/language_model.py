@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.model import functional, mup, packed_model, remat
-from mmfree_jax.model.block import Block
+from mmfree_jax.model import depth, functional, mup, packed_model
+from mmfree_jax.model.block import Block, Period, rematted
 from mmfree_jax.model.linear import Linear, NormScale, linears
 from mmfree_jax.model.lookup import lookup
 from mmfree_jax.model.mixer import OfLayer
@@ -84,25 +84,25 @@ class LanguageModel(nn.Module):
         """Names the parts; the layer loop is a scan over stacked parameters."""
         c = self.config
         self.embedding = Embedding(c)
-        if c.mixer == "mlgru" and c.use_lower_bound:
+        if "mlgru" in c.period and c.use_lower_bound:
             self.lower_bounds = self.param(
                 "lower_bounds",
                 nn.initializers.zeros,
-                (c.num_layers, c.hidden_size),
+                (c.layer_mixers.count("mlgru"), c.hidden_size),
                 jnp.dtype(c.param_dtype),
             )
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=remat.policy(c.remat))
-        self.blocks = nn.scan(
-            block,
+        periods = c.num_layers // len(c.period)
+        alike = len(c.period) == 1
+        scan = functools.partial(
+            nn.scan,
             variable_axes={"params": 0, "ternary": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),  # type: ignore[arg-type]
             out_axes=0,
-            length=c.num_layers,
-            unroll=1 if c.scan_layers else c.num_layers,
-        )(c)
+            length=periods,
+            unroll=1 if c.scan_layers else periods,
+        )
+        self.blocks = scan(rematted(c))(c, c.period[0]) if alike else scan(Period)(c)
         self.final_norm = NormScale(c.param_dtype)
         self.head = Linear(
             c.vocab_size,
@@ -145,20 +145,24 @@ class LanguageModel(nn.Module):
         reset_BT = padding_BT = None
         if segment_ids_BT is not None:
             reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
-        lower_bounds_LD = None
-        if c.mixer == "mlgru":
-            lower_bounds_LD = (
+        lower_bounds_ME = None
+        if "mlgru" in c.period:
+            lower_bounds_ME = (
                 functional.forget_gate_lower_bounds(self.lower_bounds)
                 if c.use_lower_bound
-                else jnp.zeros((c.num_layers, c.state_size))
+                else jnp.zeros((c.layer_mixers.count("mlgru"), c.state_size))
             )
-        run = self.blocks
+        of_layers = depth.of_layers(c, lower_bounds_ME)
+        run: Any = self.blocks
+        given: Any = of_layers
         if self.has_variable("layers", "blocks"):
             run = functools.partial(_one_by_one, c, self.get_variable("layers", "blocks"))
+        elif len(c.period) == 1:
+            (given,) = of_layers
         x_BTD, layers = run(
             constrain_batch(self.embedding(tokens_BT)),
             Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT),
-            OfLayer(lower_bounds_LD, jnp.arange(c.num_layers, dtype=jnp.int32)),
+            given,
             None if state is None else state.layers,
         )
         if state is None:
@@ -196,27 +200,26 @@ def _one_by_one(
     blocks: Sequence[Master | Ternary],
     x_BTD: jax.Array,
     rows: Rows,
-    of_layers: OfLayer,
+    of_layers: tuple[OfLayer, ...],
     states: Any,
 ) -> tuple[jax.Array, Any]:
     """The scan over blocks on `Unstacked` weights; states are a tuple, a stack or None."""
     stacked = isinstance(states, dict)
     if stacked:
-        leaves, tree = jax.tree.flatten(states)
-        states = [tree.unflatten(of_one) for of_one in zip(*leaves, strict=True)]
-    new = []
-    for layer, weights in enumerate(blocks):
-        x_BTD, state = Block(config, parent=None).apply(  # type: ignore[misc]
+        states = depth.unstack(states, config)
+    length, new = len(config.period), []
+    for layer, (mixer, weights) in enumerate(zip(config.layer_mixers, blocks, strict=True)):
+        x_BTD, state = Block(config, mixer, parent=None).apply(  # type: ignore[misc]
             collections(weights),
             x_BTD,
             rows,
-            jax.tree.map(operator.itemgetter(layer), of_layers),
+            jax.tree.map(operator.itemgetter(layer // length), of_layers[layer % length]),
             None if states is None else states[layer],
         )
         new.append(state)
     if states is None:
         return x_BTD, None
-    return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *new) if stacked else tuple(new)
+    return x_BTD, depth.stack(new, config) if stacked else tuple(new)
 
 
 # What `apply` runs for packed weights, whose arrays are no Flax variables.

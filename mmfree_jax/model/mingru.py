@@ -87,10 +87,10 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return {"z_proj": (inner, width), "h_proj": (inner, width), "o_proj": (width, inner)}
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
     """An elementary function counting one: z and 1 - z 2, candidate 2, product 1, recurrence 2."""
-    del seq_len
-    return 7.0 * config.num_layers * config.state_size
+    del seq_len, number
+    return 7.0 * config.state_size
 
 
 def _kept(config: ModelConfig) -> Kept:

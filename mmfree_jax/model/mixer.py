@@ -72,8 +72,8 @@ class Mixer(NamedTuple):
       matrices: each matrix of a layer by its name, (outputs, inputs).
       norms: parameters of a layer in norms that are not the linear layers' own.
       vectors: other parameters of a layer that are no matrices.
-      mixing_flops: (config, length of a row) -> operations a token between tokens and
-        element-wise, over all layers.
+      mixing_flops: (config, length of a row, which of the layers with this mixer, from 0) ->
+        operations a token of the layer, between tokens and element-wise.
       kept: what the backward pass keeps.
       packed: None: it has no packed form.
     """
@@ -83,7 +83,7 @@ class Mixer(NamedTuple):
     matrices: Callable[[ModelConfig], dict[str, tuple[int, int]]]
     norms: Callable[[ModelConfig], int]
     vectors: Callable[[ModelConfig], int]
-    mixing_flops: Callable[[ModelConfig, int], float]
+    mixing_flops: Callable[[ModelConfig, int, int], float]
     kept: Callable[[ModelConfig], Kept]
     packed: PackedForm | None = None
 

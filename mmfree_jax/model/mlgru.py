@@ -168,16 +168,11 @@ def elementwise_flops(config: ModelConfig, *, bounded: bool) -> int:
     return 5 + candidate + gate + (2 if bounded else 0)
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
     del seq_len
-    layers = config.num_layers
-    # The first layer has no lower bound.
-    bounded = layers - 1 if config.use_lower_bound else 0
-    return float(
-        config.state_size * bounded * elementwise_flops(config, bounded=True)
-        + config.state_size * (layers - bounded) * elementwise_flops(config, bounded=False)
-        + layers * 2 * _convolution_weights(config)
-    )
+    bounded = config.use_lower_bound and number > 0  # The first has no lower bound.
+    elementwise = config.state_size * elementwise_flops(config, bounded=bounded)
+    return float(elementwise + 2 * _convolution_weights(config))
 
 
 def _kept(config: ModelConfig) -> Kept:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.model import functional, layer
 from mmfree_jax.model.linear import LinearWeights, linears
-from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.operations import recurrence, whole
 from mmfree_jax.model.state import State, init_state
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
@@ -126,7 +126,7 @@ def _layers(
         reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
         length_B = jnp.sum(~padding_BT, axis=1, dtype=jnp.int32)
     kernels = _by_kernels(packed, kernels)
-    form = mixer_of(config).packed
+    form = MIXERS[config.period[0]].packed
     assert form is not None  # `can_pack`
     steps = layer.Steps(reset_BT, padding_BT, whole)
     recur = recurrence(config, steps)

@@ -147,15 +147,15 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return inputs | {"o_proj": (width, inner)}
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
     """An elementary function counting one.
 
     Each of three mixes of tokens 3 a channel of the stream. A channel of the state: s - w and
     s - w - k 2, both shares 2, the logarithm of the sum 4, (1 - f) v 1, recurrence 2,
     s - u - k 2, its shares 2, out 3, sigmoid(r) 1, gate 1.
     """
-    del seq_len
-    return float(config.num_layers * (9 * config.hidden_size + 20 * config.state_size))
+    del seq_len, number
+    return float(9 * config.hidden_size + 20 * config.state_size)
 
 
 def _kept(config: ModelConfig) -> Kept:

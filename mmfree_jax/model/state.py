@@ -5,8 +5,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model import depth
+from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model_config import ModelConfig
 
 
@@ -19,8 +21,9 @@ class State:
       layers: pytree with a leading layer axis. MLGRU: {"h": [L, B, E] float32}, of constant
         size, and with short convolutions the last inputs of each, {"conv"} or {"i_conv",
         "f_conv": [L, B, W - 1, channels] float32}. Attention: {"k", "v": [L, B, S, G, K] in the
-        compute dtype}, S places. Within a loop on `Unstacked` weights a tuple of such trees, one a
-        layer, without that axis.
+        compute dtype}, S places. A pattern has such a tree for each place of its period
+        (`depth.py`). Within a loop on `Unstacked` weights a tuple of such trees, one a layer,
+        without that axis.
     """
 
     position_B: jax.Array
@@ -48,11 +51,39 @@ def init_state(config: ModelConfig, batch_size: int, max_length: int | None = No
     Args:
       config: of the model.
       batch_size: rows.
-      max_length: attention only: most tokens, prompt included, that a row can hold.
+      max_length: with attention only: most tokens, prompt included, that a row can hold.
 
     Raises:
       ValueError: attention without a max_length.
     """
-    rows = (config.num_layers, batch_size)
-    layers = mixer_of(config).state(config, rows, max_length)
-    return State(jnp.zeros((batch_size,), jnp.int32), layers)
+    rows = (config.num_layers // len(config.period), batch_size)
+    places = [MIXERS[mixer].state(config, rows, max_length) for mixer in config.period]
+    return State(jnp.zeros((batch_size,), jnp.int32), depth.join(places, config))
+
+
+def cache_places(layers: dict[str, Any], config: ModelConfig) -> int | None:
+    """S, the places of the caches in `State.layers`; None where no layer attends."""
+    for mixer, place in zip(config.period, depth.split(layers, config), strict=True):
+        if mixer == "attention":
+            return place["k"].shape[2]
+    return None
+
+
+def with_places(layers: dict[str, Any], config: ModelConfig, places: int) -> dict[str, Any]:
+    """`State.layers` with caches of `places` places: what is beyond is cut off, what lacks is 0."""
+
+    def resize(cache: Any) -> Any:
+        pad = jnp.pad if isinstance(cache, jax.Array) else np.pad
+        extra = max(0, places - cache.shape[2])
+        return pad(cache[:, :, :places], ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
+
+    of_places = zip(config.period, depth.split(layers, config), strict=True)
+    return depth.join(
+        [
+            {name: resize(cache) for name, cache in place.items()}
+            if mixer == "attention"
+            else place
+            for mixer, place in of_places
+        ],
+        config,
+    )

@@ -9,6 +9,7 @@ own are read in place, and so are the caches of keys and values, which a scan wr
 import jax
 import jax.numpy as jnp
 
+from mmfree_jax.model import depth
 from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import (
     DecodingWeights,
@@ -55,30 +56,25 @@ def unstack(weights: Master | Ternary, config: ModelConfig) -> Unstacked:
                 out[name] = value
         return out
 
-    def pick(tree: Params, layer: int) -> Params:
-        return jax.tree.map(lambda x: x[layer], tree.get("blocks", {}))
-
     def without(tree: Params) -> Params:
         return {name: value for name, value in tree.items() if name != "blocks"}
 
     params = narrow(weights.params, ())
-    layers = range(config.num_layers)
+    layers = depth.unstack(params["blocks"], config)
     if isinstance(weights, Master):
-        blocks = tuple(Master(pick(params, layer)) for layer in layers)
-        return Unstacked(Master(without(params)), blocks)
+        return Unstacked(Master(without(params)), tuple(map(Master, layers)))
+    trits = depth.unstack(weights.ternary.get("blocks", {}), config)
     return Unstacked(
         Ternary(without(params), without(weights.ternary)),
-        tuple(Ternary(pick(params, n), pick(weights.ternary, n)) for n in layers),
+        tuple(Ternary(*of_one) for of_one in zip(layers, trits, strict=True)),
     )
 
 
-def unstack_state(state: State) -> State:
+def unstack_state(state: State, config: ModelConfig) -> State:
     """The carried state with a tree a layer: a loop then writes each in place."""
-    leaves, tree = jax.tree.flatten(state.layers)
-    layers = tuple(tree.unflatten(of_one) for of_one in zip(*leaves, strict=True))
-    return State(state.position_B, layers)
+    return State(state.position_B, depth.unstack(state.layers, config))
 
 
-def stack_state(state: State) -> State:
+def stack_state(state: State, config: ModelConfig) -> State:
     """The carried state as `State` holds it between calls."""
-    return State(state.position_B, jax.tree.map(lambda *x: jnp.stack(x), *state.layers))
+    return State(state.position_B, depth.stack(state.layers, config))

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model import depth
 from mmfree_jax.model.functional import forget_gate_lower_bounds
 from mmfree_jax.model.layer import GLUWeights
-from mmfree_jax.model.mixer import OfLayer
-from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model_config import BITLINEAR, LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
@@ -164,14 +164,11 @@ def collections(weights: Master | Ternary) -> dict[str, Any]:
 
 def linear_options(config: ModelConfig, path: tuple[str, ...]) -> LinearConfig | None:
     """The options of the linear layer whose parameter lies at `path`; None for other leaves."""
-    groups = {
-        "mixer": config.mixer_linear,
-        "glu": config.glu_linear,
-        "head": config.head_linear,
-    }
     if path[-1] != "weight" or path[0] == "embedding":
         return None
-    return groups[next(name for name in path if name in groups)]
+    if "mixer" in path:
+        return config.linear_of(depth.mixer_at(path, config))
+    return config.glu_linear if "glu" in path else config.head_linear
 
 
 def is_ternary(config: ModelConfig, path: tuple[str, ...]) -> bool:
@@ -184,7 +181,8 @@ def can_pack(config: ModelConfig) -> bool:
     """Whether the model can run packed: all layers BitLinear, a mixer that can, no convolution."""
     groups = (config.mixer_linear, config.glu_linear, config.head_linear)
     ternary = all(group == BITLINEAR for group in groups)
-    return ternary and mixer_of(config).packed is not None and not config.short_conv
+    alike = len(config.period) == 1 and MIXERS[config.period[0]].packed is not None
+    return ternary and alike and not config.short_conv
 
 
 def ternarise_matrix(master: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -303,11 +301,12 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
     """A model of its linear layers, which `linear` makes by their paths, and its other leaves."""
     blocks = tree["blocks"]
     mixer, glu = (functools.partial(linear, "blocks", name) for name in ("mixer", "glu"))
-    form = mixer_of(config).packed
+    form = MIXERS[config.period[0]].packed
     assert form is not None  # `can_pack`
+    (of_layers,) = depth.of_layers(config, lower_bounds(tree.get("lower_bounds"), config))
     return Packed(
         EmbeddingTable(tree["embedding"]["weight"], tree["embedding"].get("scale")),
-        form.weights(blocks, mixer, OfLayer(lower_bounds(tree.get("lower_bounds"), config))),
+        form.weights(blocks, mixer, of_layers),
         GLUWeights(
             norm=blocks["glu_norm"]["scale"],
             gate_up_proj=glu("gate_up_proj"),
@@ -319,15 +318,16 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
     )
 
 
-def lower_bounds(raw_LD: jax.Array | None, config: ModelConfig) -> jax.Array:
-    """The forget gates' lower bounds [L, E] of the learned logits; zero without them.
+def lower_bounds(raw_MD: jax.Array | None, config: ModelConfig) -> jax.Array:
+    """The forget gates' lower bounds of all MLGRUs, [M, E], of the learned logits; else zero.
 
     A program of its own, as in `ternarise_matrix`: fused with others its sums have other last
     bits, and a model packed in memory parts from its packed file after some greedy tokens.
     """
-    if raw_LD is None:
-        return jnp.zeros((config.num_layers, config.state_size), jnp.float32)
-    return _lower_bounds(raw_LD.astype(jnp.float32))
+    if raw_MD is None:
+        layers = config.layer_mixers.count("mlgru")
+        return jnp.zeros((layers, config.state_size), jnp.float32)
+    return _lower_bounds(raw_MD.astype(jnp.float32))
 
 
 _lower_bounds = jax.jit(forget_gate_lower_bounds)

@@ -24,22 +24,23 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 _ROWS = ("data", "fsdp")
 BATCH = P(_ROWS, "sequence")
 
-# Parameter path -> layout. Matrices are [out, in], those of blocks with a leading layer axis.
+# Parameter path -> layout. Matrices are [out, in], those of blocks with a leading layer axis; of a
+# pattern of mixers each layer of its period has a name.
 # Tensor parallelism splits the outputs of the projections that read the residual stream and
 # the inputs of those that write it, so that each pair needs one reduction.
 _TABLE: tuple[tuple[str, P], ...] = (
     (r"embedding/weight", P("tensor", "fsdp")),
     (r"lower_bounds", P()),
-    (r"blocks/(mixer|glu)_norm/scale", P()),
-    (r"blocks/mixer/(gate|q|k)_norm/scale", P()),
-    (r"blocks/mixer/(conv|i_conv|f_conv)/kernel", P()),
-    (r"blocks/mixer/([rkv]_mix|[ri]_bias|decay|bonus)", P()),
-    (r"blocks/mixer/[ifgqkvrzhx]_proj/weight", P(None, "tensor", "fsdp")),
-    (r"blocks/mixer/o_proj/weight", P(None, "fsdp", "tensor")),
-    (r"blocks/mixer/[qkvo]_proj/bias", P()),
-    (r"blocks/glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
-    (r"blocks/glu/down_proj/weight", P(None, "fsdp", "tensor")),
-    (r"blocks/(mixer|glu)/\w+_proj/norm_scale", P()),
+    (r"blocks/(layer\d+/)?(mixer|glu)_norm/scale", P()),
+    (r"blocks/(layer\d+/)?mixer/(gate|q|k)_norm/scale", P()),
+    (r"blocks/(layer\d+/)?mixer/(conv|i_conv|f_conv)/kernel", P()),
+    (r"blocks/(layer\d+/)?mixer/([rkv]_mix|[ri]_bias|decay|bonus)", P()),
+    (r"blocks/(layer\d+/)?mixer/[ifgqkvrzhx]_proj/weight", P(None, "tensor", "fsdp")),
+    (r"blocks/(layer\d+/)?mixer/o_proj/weight", P(None, "fsdp", "tensor")),
+    (r"blocks/(layer\d+/)?mixer/[qkvo]_proj/bias", P()),
+    (r"blocks/(layer\d+/)?glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
+    (r"blocks/(layer\d+/)?glu/down_proj/weight", P(None, "fsdp", "tensor")),
+    (r"blocks/(layer\d+/)?(mixer|glu)/\w+_proj/norm_scale", P()),
     (r"final_norm/scale", P()),
     (r"head/weight", P("tensor", "fsdp")),
     (r"head/norm_scale", P()),
@@ -150,7 +151,7 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
                     f"{name} is {size}: set --mesh.{axis} to a divisor of it "
                     f"({mesh.shape[axis]} is none)"
                 )
-    if model.mixer == "attention" and model.kv_heads % mesh.shape["tensor"]:
+    if "attention" in model.period and model.kv_heads % mesh.shape["tensor"]:
         name = "num_heads" if model.num_kv_heads is None else "num_kv_heads"
         raise ConfigError(
             f"model.{name} is {model.kv_heads}: set --mesh.tensor to a divisor of it "

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import (
     Packed,
@@ -81,7 +81,7 @@ def fingerprint(weights: Weights, config: ModelConfig) -> Fingerprint:
         assert isinstance(weights, Ternary)
         matrices, others = _parts_of_ternary(weights)
         raw = others.pop("lower_bounds", None)
-        bounds = lower_bounds(raw, config) if config.mixer == "mlgru" else jnp.zeros(0)
+        bounds = lower_bounds(raw, config) if "mlgru" in config.period else jnp.zeros(0)
     scales = [scale for _, scale in (matrices[name] for name in sorted(matrices))] + [bounds]
     sums, slack = [np.zeros((0, _SUMS), np.int32)], []
     for name in sorted(matrices):
@@ -131,7 +131,7 @@ def _parts_of_packed(weights: Packed, config: ModelConfig) -> tuple[_Matrices, P
         "final_norm/scale": weights.final_norm_D,
         "head/norm_scale": weights.head.norm_scale,
     }
-    form = mixer_of(config).packed
+    form = MIXERS[config.period[0]].packed
     assert form is not None  # it is packed
     vectors = {path: getattr(mixer, name) for name, path in form.vectors.items()}
     others |= {path: vector for path, vector in vectors.items() if vector is not None}

@@ -19,6 +19,7 @@ import numpy as np
 from mmfree_jax.config_io import model_identity
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State, init_state
+from mmfree_jax.model.parameters import flatten, unflatten
 from mmfree_jax.model.weights import Packed, Weights, as_weights, matrix_scales
 from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.fingerprint import Fingerprint, fingerprint
@@ -58,7 +59,7 @@ def save_session(
         "position": np.asarray(session.state.position_B, np.int32),
         "logits": np.asarray(session.logits_BV, np.float32),
         "seen": np.packbits(np.asarray(session.seen_BV), axis=1),
-        **{f"layers/{name}": np.asarray(x) for name, x in session.state.layers.items()},
+        **{f"layers/{name}": np.asarray(x) for name, x in flatten(session.state.layers).items()},
     }
     found = (known or fingerprint(weights, config)).tensors()
     arrays |= {f"weights/{name}": x for name, x in found.items()}
@@ -141,10 +142,10 @@ def _read_session(path: str | os.PathLike[str], reader: Reader, config: ModelCon
         for name in reader.names()
         if name.startswith("layers/")
     }
-    keys = layers.get("k")
-    places = keys.shape[2] if keys is not None and keys.ndim == 5 else 1
+    caches = [x for name, x in layers.items() if name.split("/")[-1] == "k" and x.ndim == 5]
+    places = caches[0].shape[2] if caches else 1
     rows = position_B.size
-    wanted = jax.eval_shape(lambda: init_state(config, rows, places)).layers
+    wanted = flatten(jax.eval_shape(lambda: init_state(config, rows, places)).layers)
     shapes = {name: x.shape for name, x in layers.items()}
     right = shapes == {name: x.shape for name, x in wanted.items()}
     if not right or position_B.shape != (rows,) or (position_B < 0).any():
@@ -155,7 +156,7 @@ def _read_session(path: str | os.PathLike[str], reader: Reader, config: ModelCon
     seen = reader.read("seen", (rows, -(-config.vocab_size // 8)))
     seen_BV = np.unpackbits(seen, axis=1, count=config.vocab_size)
     return Session(
-        State(jnp.asarray(position_B), {name: jnp.asarray(x) for name, x in layers.items()}),
+        State(jnp.asarray(position_B), jax.tree.map(jnp.asarray, unflatten(layers))),
         jnp.asarray(reader.read("logits", (rows, config.vocab_size))),
         jnp.asarray(seen_BV.astype(bool)),
     )

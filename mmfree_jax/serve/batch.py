@@ -1,7 +1,7 @@
 """The batch on the device: every slot, and the programs that read and write them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 
 from mmfree_jax.infer import decode
 from mmfree_jax.model import Session
+from mmfree_jax.model.state import with_places
 from mmfree_jax.model.weights import Weights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.serve import programs
@@ -70,6 +71,13 @@ class Batch:
     def clear(self, slot: int) -> None:
         """A slot that has read nothing."""
         self.put(slot, self.fresh)
+
+    def sized(self, session: Session) -> Session:
+        """A session as a slot holds it: an attention cache with all its places."""
+        if self._plan.max_length is None:
+            return session
+        layers = with_places(session.state.layers, self._config, self._plan.max_length)
+        return replace(session, state=replace(session.state, layers=layers))
 
     def put(self, slot: int, session: Session) -> None:
         """Puts a session of one row into a slot."""

@@ -1,7 +1,6 @@
 """A request on its way through the engine, and what is counted of all of them."""
 
 import asyncio
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -163,15 +162,3 @@ def prompt_scores(job: Job) -> PromptScores:
         logprobs, ids, values = (np.asarray(x)[:count] for x in arrays)
         found += token_scores(logprobs, ids, values, job.request.logprobs or 0)
     return PromptScores(tuple(found[: len(job.request.prompt)]))
-
-
-def on_device_size(session: Session, places: int | None) -> Session:
-    """A kept session as a slot holds it: an attention cache with all its places."""
-    layers = session.state.layers
-    if "k" not in layers or places is None:
-        return session
-    extra = places - layers["k"].shape[2]
-    padded = {
-        name: np.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))) for name, x in layers.items()
-    }
-    return dataclasses.replace(session, state=dataclasses.replace(session.state, layers=padded))

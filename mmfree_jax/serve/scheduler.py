@@ -12,7 +12,7 @@ import jax
 
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.serve.batch import Batch, Piece
-from mmfree_jax.serve.job import Job, Outbox, on_device_size, prompt_scores, token_scores
+from mmfree_jax.serve.job import Job, Outbox, prompt_scores, token_scores
 from mmfree_jax.serve.plan import Plan
 from mmfree_jax.serve.prefix_cache import PrefixCache
 from mmfree_jax.serve.programs import Given
@@ -75,7 +75,7 @@ class Scheduler:
         job.slot = self._free.pop()
         prompt = job.request.prompt
         self.prompt_tokens += len(prompt)
-        found = job.start and on_device_size(job.start, self._plan.max_length)
+        found = job.start and self._batch.sized(job.start)
         if job.caches and not job.request.echo_logprobs:
             job.cached, found = self._cache.find(prompt)
         if found is None:

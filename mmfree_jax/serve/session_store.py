@@ -18,6 +18,7 @@ import numpy as np
 from mmfree_jax.errors import CheckpointError, ConfigError, MMFreeError, OutputError
 from mmfree_jax.files import disk_errors, take_lock
 from mmfree_jax.model import Session
+from mmfree_jax.model.state import with_places
 from mmfree_jax.model.weights import Weights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.saved.fingerprint import fingerprint
@@ -130,7 +131,7 @@ class SessionStore:
           SessionsFull: there is no room.
           CheckpointError: its logits are not finite.
         """
-        session = _on_host(session)
+        session = _on_host(session, self._config)
         if not np.isfinite(session.logits_BV).all():
             raise CheckpointError(f"session {name!r} is not saved: its logits are not finite")
         with self._mutex:
@@ -224,7 +225,9 @@ class SessionStore:
         return None if self._folder is None else self._folder / f"{name}{_SUFFIX}"
 
     def _load(self, path: Path) -> SessionInfo:
-        session = _on_host(load_session(path, self._weights, self._config, known=self._known))
+        session = _on_host(
+            load_session(path, self._weights, self._config, known=self._known), self._config
+        )
         if len(session.logits_BV) != 1:
             raise CheckpointError(
                 f"session file {path} has {len(session.logits_BV)} rows: serving takes those of one"
@@ -243,14 +246,13 @@ class SessionStore:
         return info
 
 
-def _on_host(session: Session) -> Session:
+def _on_host(session: Session, config: ModelConfig) -> Session:
     """A session of one row in arrays of the host, an attention cache without its empty places."""
     session = jax.tree.map(np.asarray, session)
-    layers = session.state.layers
-    if "k" not in layers:
+    if config.recurrent:
         return session
     held = int(session.state.position_B.max())
-    layers = {name: np.ascontiguousarray(cache[:, :, :held]) for name, cache in layers.items()}
+    layers = with_places(session.state.layers, config, held)
     state = dataclasses.replace(session.state, layers=layers)
     return dataclasses.replace(session, state=state)
 

@@ -7,8 +7,10 @@ program's; int8 and ternary products count as the bfloat16 products they stand f
 """
 
 import dataclasses
+from collections import Counter
 
-from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.mixer_pattern import MixerName
+from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 
 
@@ -45,11 +47,16 @@ def count_parameters(config: ModelConfig) -> Parameters:
         config.num_layers,
         config.vocab_size,
     )
-    of_mixer = mixer_of(config)
-    mixer, glu, head = layers * mixer_weights(config), layers * 3 * d * m, vocab * d
-    norms = layers * (2 * d + of_mixer.norms(config)) + d
-    if config.mixer_linear.input_norm:
-        norms += layers * sum(columns for _, columns in of_mixer.matrices(config).values())
+    glu, head, norms = layers * 3 * d * m, vocab * d, layers * 2 * d + d
+    mixer = vectors = ternary_mixer = 0
+    for name in config.layer_mixers:
+        of_mixer, matrices = MIXERS[name], _matrix_weights(config, name)
+        mixer, vectors = mixer + matrices, vectors + of_mixer.vectors(config)
+        norms += of_mixer.norms(config)
+        if config.linear_of(name).input_norm:
+            norms += sum(columns for _, columns in of_mixer.matrices(config).values())
+        if config.linear_of(name).ternary_weights:
+            ternary_mixer += matrices
     if config.glu_linear.input_norm:
         norms += layers * (d + m)
     if config.head_linear.input_norm:
@@ -60,19 +67,22 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
     return Parameters(
         embedding=vocab * d,
-        mixer=mixer + layers * of_mixer.vectors(config),
+        mixer=mixer + vectors,
         glu=glu,
         head=head,
         norms=norms,
-        ternary=ternary(config.mixer_linear, mixer)
-        + ternary(config.glu_linear, glu)
-        + ternary(config.head_linear, head),
+        ternary=ternary_mixer + ternary(config.glu_linear, glu) + ternary(config.head_linear, head),
     )
 
 
 def mixer_weights(config: ModelConfig) -> int:
-    """Weights of one layer's token mixer: its matrices."""
-    return sum(rows * columns for rows, columns in mixer_of(config).matrices(config).values())
+    """Weights of the token mixers of all layers: their matrices."""
+    return sum(_matrix_weights(config, name) for name in config.layer_mixers)
+
+
+def _matrix_weights(config: ModelConfig, name: MixerName) -> int:
+    """Of one layer."""
+    return sum(rows * columns for rows, columns in MIXERS[name].matrices(config).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +114,13 @@ def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     Attention is counted as causal. Rows that pack several documents do less.
     """
     d, layers = config.hidden_size, config.num_layers
+    mixing, seen = 0.0, Counter[MixerName]()
+    for name in config.layer_mixers:
+        mixing += MIXERS[name].mixing_flops(config, seq_len, seen[name])
+        seen[name] += 1
     return TokenFlops(
-        mixer=2 * layers * mixer_weights(config),
-        mixing=mixer_of(config).mixing_flops(config, seq_len),
+        mixer=2 * mixer_weights(config),
+        mixing=mixing,
         glu=2 * layers * 3 * d * config.glu_size,
         head=2 * d * config.vocab_size,
     )

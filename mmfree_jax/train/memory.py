@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.mixer_pattern import MixerName
+from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.flops import count_parameters
@@ -47,12 +48,12 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def _block_bytes_per_token(config: ModelConfig) -> dict[str, float]:
-    """What one block keeps for its backward pass, in bytes a token, by remat policy."""
+def _block_bytes_per_token(config: ModelConfig, name: MixerName) -> dict[str, float]:
+    """What a block of this mixer keeps for its backward pass, in bytes a token, by remat policy."""
     d, m = config.hidden_size, config.glu_size
     c = jnp.dtype(config.compute_dtype).itemsize
     residuals = d * c  # the block's input
-    mixer = mixer_of(config)
+    mixer = MIXERS[name]
     kept = mixer.kept(config)
     # Outputs of all products, and what they read.
     products = (sum(rows for rows, _ in mixer.matrices(config).values()) + 2 * m + d) * c
@@ -92,13 +93,13 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     shards = mesh.fsdp * mesh.tensor
     size = jnp.dtype(model.param_dtype).itemsize
     tokens = rows // copies * config.data.seq_len // mesh.sequence
-    kept = _block_bytes_per_token(model)
-    activations = model.num_layers * kept[model.remat] * tokens
+    kept = {name: _block_bytes_per_token(model, name) for name in model.period}
+    activations = sum(kept[name][model.remat] for name in model.layer_mixers) * tokens
     gradients = parameters.total * size / shards
     if not model.scan_layers:
         activations = max(0.0, activations - gradients)
     if model.remat != "none":
-        activations += kept["none"] * tokens
+        activations += max(of_block["none"] for of_block in kept.values()) * tokens
     chunk = min(tokens, config.loss_chunk)
     compute = jnp.dtype(model.compute_dtype).itemsize
     accumulated = 2 if config.grad_accum > 1 else 1

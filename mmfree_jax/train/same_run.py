@@ -58,9 +58,9 @@ def other_model(old: ModelConfig, new: ModelConfig) -> list[str]:
         there, here = getattr(old, field.name), getattr(new, field.name)
         if field.name == "intermediate_size":
             there, here = old.glu_size, new.glu_size
-        elif field.name == "num_heads" and new.mixer == "attention":
+        elif field.name == "num_heads" and "attention" in new.period:
             there, here = old.attention_heads, new.attention_heads
-        elif field.name == "head_dim" and new.mixer == "attention":
+        elif field.name == "head_dim" and "attention" in new.period:
             there, here = old.head_channels, new.head_channels
         if field.name not in RUN_SETTINGS and there != here:
             differing.append(f"model.{field.name} is {here!r}, there {there!r}")

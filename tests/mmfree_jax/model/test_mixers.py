@@ -36,6 +36,14 @@ CONFIGS = {
     "mingru": dataclasses.replace(BASE, mixer="mingru"),
     "rglru": dataclasses.replace(BASE, mixer="rglru"),
     "ternary-qk": dataclasses.replace(BASE, mixer="attention", num_heads=2, ternary_qk=True),
+    "hybrid": dataclasses.replace(
+        BASE,
+        mixer="mlgru,attention",
+        num_layers=4,
+        num_heads=2,
+        output_gate="figure",
+        candidate="tanh",
+    ),
 }
 
 
@@ -71,7 +79,7 @@ def test_tokens_one_by_one_give_what_whole_rows_give(config, params):
     forms = [as_weights(params, config)]
     if can_pack(config):
         forms.append(pack(forms[0], config))
-    assert len(forms) == (1 if config.mixer == "attention" else 2)
+    assert len(forms) == (2 if config.recurrent else 1)
     for weights in forms:
         decode = jax.jit(lambda w, t, s, i=None: model.apply(w, t, s, i, method="decode"))
         # The first row reads four tokens and the second two; what pads it must leave no trace.
@@ -101,7 +109,7 @@ def test_documents_of_a_row_do_not_see_each_other(config, params):
     assert np.abs(logits[0, :4] - logits[1, :4]).max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["figure-tanh", "rwkv4", "rglru"])
+@pytest.mark.parametrize("name", ["rwkv4", "rglru", "hybrid"])
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name):
     """Rows over data and fsdp, matrices over fsdp and tensor, documents that end within a row."""
     config = dataclasses.replace(CONFIGS[name], remat="states")
