@@ -209,7 +209,8 @@ def _rounded(weights: Weights) -> Weights:
             lambda x: bf16(x) if x.dtype == jnp.float32 and x.shape[-1] > 1 else x, weights
         )
         mixer = rounded.mixer._replace(lower_bound=bounds)
-        return dataclasses.replace(rounded, mixer=mixer, embedding=table)
+        blocks = (dataclasses.replace(rounded.blocks[0], mixer=mixer),)
+        return dataclasses.replace(rounded, blocks=blocks, embedding=table)
     assert isinstance(weights, Ternary)
     params = dict(weights.params)
     kept = {name: params.pop(name) for name in ("embedding", "lower_bounds") if name in params}

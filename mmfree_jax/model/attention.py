@@ -1,19 +1,38 @@
 """Causal multi-head attention with rotary positions: the Transformer++ token mixer."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import functional, mup, quantize, rope
-from mmfree_jax.model.linear import Linear, NormScale, linears
-from mmfree_jax.model.mixer import Kept, Mixer, OfLayer
-from mmfree_jax.model.operations import Rows
+from mmfree_jax.model.layer import LinearT, Operations, VectorT
+from mmfree_jax.model.linear import Linear, NormScale
+from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
+from mmfree_jax.model.operations import Rows, run_mixer
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
-from mmfree_jax.parallel.sharding import channel_partition
+
+
+class AttentionWeights(NamedTuple, Generic[LinearT, VectorT]):
+    """What the token mixer of a layer reads, or of a stack of layers.
+
+    Attributes:
+      norm: scale of the RMSNorm in front, [D].
+      q_proj, k_proj, v_proj, o_proj: linear layers.
+      q_norm, k_norm: scales of the RMSNorms over heads, [K]; None without `qk_norm`.
+    """
+
+    norm: VectorT
+    q_proj: LinearT
+    k_proj: LinearT
+    v_proj: LinearT
+    o_proj: LinearT
+    q_norm: VectorT | None
+    k_norm: VectorT | None
 
 
 class Attention(nn.Module):
@@ -40,62 +59,77 @@ class Attention(nn.Module):
         """
         del of_layer
         c = self.config
-        B, T, D = x_BTD.shape
-        kv_heads, channels = c.kv_heads, c.head_channels
-        options = c.linear_of("attention")
+        matrices, linear = _matrices(c), c.linear_of("attention")
         deviation = c.initializer_range * mup.hidden_scale(c)
-        scales = {"q_proj": mup.query_scale(c)}
-        widths = {"q_proj": c.query_size, "k_proj": c.key_size, "v_proj": c.key_size}
-        projections = [
-            Linear(
-                width,
-                options,
+        deviations = dict.fromkeys(matrices, deviation) | {
+            "q_proj": deviation * mup.query_scale(c),
+            "o_proj": deviation / math.sqrt(2 * c.num_layers),
+        }
+        biased = {"none": (), "qkv": ("q_proj", "k_proj", "v_proj"), "qkvo": tuple(matrices)}
+        projections = {
+            name: Linear(
+                outputs,
+                linear,
                 c.param_dtype,
-                nn.initializers.normal(deviation * scales.get(name, 1.0)),
-                c.attention_bias != "none",
+                nn.initializers.normal(deviations[name]),
+                name in biased[c.attention_bias],
                 name=name,
-            )(D)
-            for name, width in widths.items()
-        ]
-        _, (q_BTHK, k_BTGK, v_BTGK) = linears(
-            c, projections, x_BTD, outer_norm=norm_scale_D, name="q_k_v"
+            )(inputs)
+            for name, (outputs, inputs) in matrices.items()
+        }
+        norms = {
+            name: NormScale(c.param_dtype, name=name)(c.head_channels) if c.qk_norm else None
+            for name in ("q_norm", "k_norm")
+        }
+        weights = AttentionWeights(norm=norm_scale_D, **projections, **norms)
+        return run_mixer(_mix, weights, x_BTD, rows, state, c)
+
+
+def _mix(
+    ops: Operations,
+    weights: AttentionWeights[Any, Any],
+    x_BTD: jax.Array,
+    update_BTD: jax.Array | None,
+    state: dict[str, Any] | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """As `PackedForm.mix`; without a state it attends within x, and gives none."""
+    c, steps = config, ops.steps
+    assert steps is not None
+    x_BTD, (q_BTE, k_BTF, v_BTF) = ops.linears(
+        [weights.q_proj, weights.k_proj, weights.v_proj],
+        x_BTD,
+        residual=update_BTD,
+        outer_norm=weights.norm,
+        name="q_k_v",
+    )
+    B, T, _ = x_BTD.shape
+    q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, c.head_channels) for y in (q_BTE, k_BTF, v_BTF))
+    if c.qk_norm:
+        q_norm_K, k_norm_K = ops.vector(weights.q_norm), ops.vector(weights.k_norm)
+        q_BTHK = rms_norm(q_BTHK, q_norm_K, eps=c.norm_eps).astype(q_BTHK.dtype)
+        k_BTGK = rms_norm(k_BTGK, k_norm_K, eps=c.norm_eps).astype(k_BTGK.dtype)
+    frequency_F = rope.frequencies(c.head_channels, theta=c.rope_theta, scaling=c.rope_scaling)
+    q_BTHK = rope.rotate(q_BTHK, steps.positions_BT, frequency_F)
+    k_BTGK = rope.rotate(k_BTGK, steps.positions_BT, frequency_F)
+    if c.ternary_qk:
+        q_BTHK, k_BTGK = (_ternary_heads(x) for x in (q_BTHK, k_BTGK))
+    new_state: dict[str, Any] = {}
+    if state is None:
+        out_BTHK = functional.causal_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            steps.segment_ids_BT,
+            partition=steps.partition((B, T, c.kv_heads)),
+            implementation=c.attention_kernel,
         )
-        q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, channels) for y in (q_BTHK, k_BTGK, v_BTGK))
-        if c.qk_norm:
-            q_norm_K = NormScale(c.param_dtype, name="q_norm")(channels)
-            k_norm_K = NormScale(c.param_dtype, name="k_norm")(channels)
-            q_BTHK = rms_norm(q_BTHK, q_norm_K, eps=c.norm_eps).astype(q_BTHK.dtype)
-            k_BTGK = rms_norm(k_BTGK, k_norm_K, eps=c.norm_eps).astype(k_BTGK.dtype)
-        frequency_F = rope.frequencies(channels, theta=c.rope_theta, scaling=c.rope_scaling)
-        q_BTHK = rope.rotate(q_BTHK, rows.positions_BT, frequency_F)
-        k_BTGK = rope.rotate(k_BTGK, rows.positions_BT, frequency_F)
-        if c.ternary_qk:
-            q_BTHK, k_BTGK = (_ternary_heads(x) for x in (q_BTHK, k_BTGK))
-        if state is None:
-            out_BTHK = functional.causal_attention(
-                q_BTHK,
-                k_BTGK,
-                v_BTGK,
-                rows.segment_ids_BT,
-                partition=channel_partition((B, T, kv_heads)),
-                implementation=c.attention_kernel,
-            )
-        else:
-            out_BTHK, k_cache, v_cache = functional.cached_attention(
-                q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], rows.positions_BT
-            )
-            state = {"k": k_cache, "v": v_cache}
-        out_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
-        o_proj = Linear(
-            D,
-            options,
-            c.param_dtype,
-            out_init,
-            c.attention_bias == "qkvo",
-            name="o_proj",
+    else:
+        out_BTHK, new_state["k"], new_state["v"] = functional.cached_attention(
+            q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], steps.positions_BT
         )
-        _, (out_BTD,) = linears(c, [o_proj(c.query_size)], out_BTHK.reshape(B, T, c.query_size))
-        return x_BTD, out_BTD, state
+    _, (out_BTD,) = ops.linears([weights.o_proj], out_BTHK.reshape(B, T, c.query_size))
+    return x_BTD, out_BTD, new_state
 
 
 def _ternary_heads(x_BTHK: jax.Array) -> jax.Array:
@@ -156,6 +190,15 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
+def _packed_weights(
+    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
+) -> AttentionWeights[Any, Any]:
+    del of_layer
+    norms = {name: blocks["mixer"].get(name, {}).get("scale") for name in ("q_norm", "k_norm")}
+    projections = {name: linear(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    return AttentionWeights(norm=blocks["mixer_norm"]["scale"], **projections, **norms)
+
+
 MIXER = Mixer(
     module=Attention,
     state=_state,
@@ -164,4 +207,13 @@ MIXER = Mixer(
     vectors=_biases,
     mixing_flops=_mixing_flops,
     kept=_kept,
+    packed=PackedForm(
+        _packed_weights,
+        _mix,
+        {
+            "norm": "mixer_norm/scale",
+            "q_norm": "mixer/q_norm/scale",
+            "k_norm": "mixer/k_norm/scale",
+        },
+    ),
 )

@@ -22,6 +22,11 @@ def place_names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(f"layer{place}" for place in range(len(config.period)))
 
 
+def place_path(place: int, config: ModelConfig) -> tuple[str, ...]:
+    """Where the parameters of a place lie."""
+    return ("blocks",) if len(config.period) == 1 else ("blocks", place_names(config)[place])
+
+
 def mixer_at(path: Sequence[str], config: ModelConfig) -> MixerName:
     """The mixer of the layers whose parameter lies at `path`, which begins with "blocks"."""
     if len(config.period) == 1:

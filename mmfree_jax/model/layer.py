@@ -73,17 +73,21 @@ class GLUWeights(NamedTuple, Generic[LinearT, VectorT]):
 
 
 class Steps(NamedTuple):
-    """What element-wise mixers are told of the steps they go through, in JAX.
+    """What mixers are told of the steps they go through, in JAX.
 
     Attributes:
       reset_BT: True where what came before is dropped; None: nowhere.
       padding_BT: True where the state is held; None: nowhere, or nobody reads the last state.
       partition: how [B, T, D] lies on the mesh, None for any that the compiler chooses.
+      positions_BT: int32, of rotary positions.
+      segment_ids_BT: int32 documents, 0 for padding; None: one document a row.
     """
 
     reset_BT: Any
     padding_BT: Any
     partition: Callable[[tuple[int, ...]], Any]
+    positions_BT: Any
+    segment_ids_BT: Any
 
 
 def _itself(x: Value) -> Value:

@@ -126,5 +126,5 @@ MIXER = Mixer(
     vectors=lambda config: 0,
     mixing_flops=_mixing_flops,
     kept=_kept,
-    packed=PackedForm(_packed_weights, _mix, {"norm": "blocks/mixer_norm/scale"}),
+    packed=PackedForm(_packed_weights, _mix, {"norm": "mixer_norm/scale"}),
 )

@@ -48,11 +48,11 @@ class PackedForm(NamedTuple):
     """How a mixer runs on packed weights.
 
     Attributes:
-      weights: (parameters of the blocks, linear layer by its name, `OfLayer` stacked) -> what
+      weights: (stacked parameters of blocks, linear layer by its name, `OfLayer` stacked) -> what
         `mix` reads, a NamedTuple whose linear layers have the names of the parameter tree.
       mix: (operations, weights, x, update, state, config) -> x + update, the mixer's update of
         it, and the new state.
-      vectors: the paths in the parameter tree of those weights that are no linear layers, by
+      vectors: the paths in a block's parameters of those weights that are no linear layers, by
         their names.
     """
 

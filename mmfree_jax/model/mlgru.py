@@ -214,6 +214,6 @@ MIXER = Mixer(
     packed=PackedForm(
         _packed_weights,
         layer.mlgru_from_state,
-        {"norm": "blocks/mixer_norm/scale", "gate_norm": "blocks/mixer/gate_norm/scale"},
+        {"norm": "mixer_norm/scale", "gate_norm": "mixer/gate_norm/scale"},
     ),
 )

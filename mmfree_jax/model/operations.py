@@ -41,7 +41,9 @@ def operations(config: ModelConfig, rows: Rows, *, holds: bool) -> layer.Operati
         be held there.
     """
     padding_BT = rows.padding_BT if holds else None
-    steps = layer.Steps(rows.reset_BT, padding_BT, channel_partition)
+    steps = layer.Steps(
+        rows.reset_BT, padding_BT, channel_partition, rows.positions_BT, rows.segment_ids_BT
+    )
     return layer.Operations(
         functools.partial(linears, config), recurrence(config, steps), steps=steps
     )

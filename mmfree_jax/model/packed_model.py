@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.model import functional, layer
+from mmfree_jax.model import depth, functional, layer
 from mmfree_jax.model.linear import LinearWeights, linears
 from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.operations import recurrence, whole
-from mmfree_jax.model.state import State, init_state
+from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
 from mmfree_jax.model_config import BITLINEAR, ModelConfig
 from mmfree_jax.pallas_kernels.decode import api as decode_op
@@ -55,9 +55,8 @@ def hidden(
     state: State | None = None,
 ) -> tuple[jax.Array, State | None]:
     """As `LanguageModel.hidden`."""
-    start = init_state(config, tokens_BT.shape[0]) if state is None else state
-    x_BTD, update_BTD, after = _layers(packed, config, tokens_BT, start, segment_ids_BT)
-    return x_BTD + update_BTD.astype(x_BTD.dtype), None if state is None else after
+    x_BTD, update_BTD, after = _layers(packed, config, tokens_BT, state, segment_ids_BT)
+    return x_BTD + update_BTD.astype(x_BTD.dtype), after
 
 
 def logits(packed: Packed, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
@@ -88,8 +87,8 @@ def decode(
       segment_ids_BT: 0 marks padding on the right; None: there is none.
       kernels: compute the linear layers by the GPU kernels; None: on a GPU, or all in the decode
         op where it serves the call.
-      unroll: layers in one round of the loop over layers; None: all with the kernels, so that
-        a GPU gets the whole program as one graph, and one at a time without.
+      unroll: periods of layers in one round of the loop over them; None: all with the kernels, so
+        that a GPU gets the whole program as one graph, and one at a time without.
       interpret: run those as JAX programs.
 
     Returns:
@@ -102,6 +101,7 @@ def decode(
     x_BTD, update_BTD, after = _layers(
         packed, config, tokens_BT, state, segment_ids_BT, unroll=unroll, **how
     )
+    assert after is not None  # a state went in
     last_B11 = (after.position_B - state.position_B - 1)[:, None, None]
     x_B1D, update_B1D = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BTD, update_BTD))
     return _head(packed, config, x_B1D, update_B1D, **how)[:, 0], after
@@ -111,13 +111,13 @@ def _layers(
     packed: Packed,
     config: ModelConfig,
     tokens_BT: jax.Array,
-    state: State,
+    state: State | None,
     segment_ids_BT: jax.Array | None,
     *,
     kernels: bool | None = None,
     unroll: int | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, State]:
+) -> tuple[jax.Array, jax.Array, State | None]:
     """The residual stream in two parts, before the last update and the update, and the state."""
     B, T = tokens_BT.shape
     reset_BT = padding_BT = None
@@ -126,14 +126,15 @@ def _layers(
         reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
         length_B = jnp.sum(~padding_BT, axis=1, dtype=jnp.int32)
     kernels = _by_kernels(packed, kernels)
-    form = MIXERS[config.period[0]].packed
-    assert form is not None  # `can_pack`
-    steps = layer.Steps(reset_BT, padding_BT, whole)
+    start_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
+    positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+    steps = layer.Steps(reset_BT, padding_BT, whole, positions_BT, segment_ids_BT)
     recur = recurrence(config, steps)
 
-    def block(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Any]) -> Any:
+    def period(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Any]) -> Any:
         x_BTD, update_BTD = carry
         index, before = inputs
+        after = []
 
         def vector(stack: jax.Array) -> jax.Array:
             return stack[index]
@@ -146,18 +147,30 @@ def _layers(
         ops = layer.Operations(
             _linears(config, index, kernels, interpret), recurrence_here, vector, steps
         )
-        x_BTD, update_BTD, after = form.mix(ops, packed.mixer, x_BTD, update_BTD, before, config)
-        return layer.glu(ops, packed.glu, x_BTD, update_BTD), after
+        for mixer, blocks, state in zip(config.period, packed.blocks, before, strict=True):
+            form = MIXERS[mixer].packed
+            assert form is not None  # `can_pack`
+            x_BTD, update_BTD, new = form.mix(ops, blocks.mixer, x_BTD, update_BTD, state, config)
+            x_BTD, update_BTD = layer.glu(ops, blocks.glu, x_BTD, update_BTD)
+            after.append(new)
+        return (x_BTD, update_BTD), tuple(after)
 
     x_BTD = embed(packed.embedding, tokens_BT, config)
     nothing_BTD = jnp.zeros(x_BTD.shape, jnp.dtype(config.compute_dtype))
-    (x_BTD, update_BTD), layers = jax.lax.scan(
-        block,
+    periods = config.num_layers // len(config.period)
+    none = (None,) * len(config.period)
+    (x_BTD, update_BTD), places = jax.lax.scan(
+        period,
         (x_BTD, nothing_BTD),
-        (jnp.arange(config.num_layers, dtype=jnp.int32), state.layers),
-        unroll=(config.num_layers if kernels else 1) if unroll is None else unroll,
+        (
+            jnp.arange(periods, dtype=jnp.int32),
+            none if state is None else depth.split(state.layers, config),
+        ),
+        unroll=(periods if kernels else 1) if unroll is None else unroll,
     )
-    return x_BTD, update_BTD, State(state.position_B + length_B, layers)
+    if state is None:
+        return x_BTD, update_BTD, None
+    return x_BTD, update_BTD, State(start_B + length_B, depth.join(places, config))
 
 
 def _head(

@@ -194,6 +194,6 @@ MIXER = Mixer(
     packed=PackedForm(
         _packed_weights,
         _mix,
-        {"norm": "blocks/mixer_norm/scale"} | {n: f"blocks/mixer/{n}" for n in _VECTORS},
+        {"norm": "mixer_norm/scale"} | {n: f"mixer/{n}" for n in _VECTORS},
     ),
 )

@@ -112,24 +112,47 @@ class EmbeddingTable:
 
 
 @flax.struct.dataclass
+class PackedBlocks:
+    """The blocks of one place of the period (`depth.py`), stacked.
+
+    Attributes:
+      mixer: what its `PackedForm.mix` reads.
+      glu: what `layer.glu` reads.
+    """
+
+    mixer: Any
+    glu: GLUWeights[PackedLinear, jax.Array]
+
+
+@flax.struct.dataclass
 class Packed:
-    """A model that is MatMul-free throughout, its trits at 2 bits.
+    """A model whose linear layers are BitLinears throughout, its trits at 2 bits.
 
     Attributes:
       embedding: the table.
-      mixer: what its `PackedForm.mix` reads, stacked over the layers.
-      glu: stacked over the layers.
+      blocks: of each place of the period.
       final_norm_D: scale of the last RMSNorm.
       head: one BitLinear, not a stack.
       decode_op: static; the kernels of `pallas_kernels/decode` compute this model.
     """
 
     embedding: EmbeddingTable
-    mixer: Any
-    glu: GLUWeights[PackedLinear, jax.Array]
+    blocks: tuple[PackedBlocks, ...]
     final_norm_D: jax.Array
     head: PackedLinear
     decode_op: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @property
+    def mixer(self) -> Any:
+        """Of a model whose layers are all alike."""
+        (blocks,) = self.blocks
+        return blocks.mixer
+
+    @property
+    def glu(self) -> GLUWeights[PackedLinear, jax.Array]:
+        """Of a model whose layers are all alike."""
+        (blocks,) = self.blocks
+        return blocks.glu
 
     def head_stack(self) -> PackedLinear:
         """The head as a stack of one layer, for kernels that take stacks."""
@@ -178,11 +201,34 @@ def is_ternary(config: ModelConfig, path: tuple[str, ...]) -> bool:
 
 
 def can_pack(config: ModelConfig) -> bool:
-    """Whether the model can run packed: all layers BitLinear, a mixer that can, no convolution."""
-    groups = (config.mixer_linear, config.glu_linear, config.head_linear)
-    ternary = all(group == BITLINEAR for group in groups)
-    alike = len(config.period) == 1 and MIXERS[config.period[0]].packed is not None
-    return ternary and alike and not config.short_conv
+    """Whether the model can run packed."""
+    return not not_packed(config)
+
+
+def not_packed(config: ModelConfig) -> list[str]:
+    """The settings for which a model cannot run packed, as model.NAME; none where it can."""
+    groups = ("mixer_linear", "glu_linear", "head_linear")
+    wrong = [name for name in groups if getattr(config, name) != BITLINEAR]
+    wrong += ["float_attention"] * config.float_attention
+    wrong += ["short_conv"] * bool(config.short_conv)
+    if "attention" in config.period and config.attention_bias != "none":
+        wrong.append("attention_bias")
+    if not all(MIXERS[name].packed for name in config.period):
+        wrong.append("mixer")
+    return [f"model.{name}" for name in wrong]
+
+
+def refuse_unpackable(config: ModelConfig) -> None:
+    """Refuses a model that cannot run packed.
+
+    Raises:
+      ConfigError: names the settings.
+    """
+    if wrong := not_packed(config):
+        raise ConfigError(
+            f"the model is a {config.family} that cannot run packed for its {', '.join(wrong)}: "
+            "load it ternary"
+        )
 
 
 def ternarise_matrix(master: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -258,10 +304,9 @@ def pack(weights: Ternary, config: ModelConfig) -> Packed:
     """The trits at 2 bits, in the layout that this backend's kernels read.
 
     Raises:
-      ConfigError: the model is not MatMul-free throughout.
+      ConfigError: it cannot run packed.
     """
-    if not can_pack(config):
-        raise ConfigError(f"the model is a {config.family}: only MatMul-free models run packed")
+    refuse_unpackable(config)
 
     def linear(*path: str) -> PackedLinear:
         own, params = _at(weights.ternary, path), _at(weights.params, path)
@@ -299,19 +344,25 @@ def _at(tree: Params, path: tuple[str, ...]) -> Params:
 
 def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelConfig) -> Packed:
     """A model of its linear layers, which `linear` makes by their paths, and its other leaves."""
-    blocks = tree["blocks"]
-    mixer, glu = (functools.partial(linear, "blocks", name) for name in ("mixer", "glu"))
-    form = MIXERS[config.period[0]].packed
-    assert form is not None  # `can_pack`
-    (of_layers,) = depth.of_layers(config, lower_bounds(tree.get("lower_bounds"), config))
+    of_layers = depth.of_layers(config, lower_bounds(tree.get("lower_bounds"), config))
+
+    def of_place(place: int) -> PackedBlocks:
+        path = depth.place_path(place, config)
+        mixer, glu = (functools.partial(linear, *path, name) for name in ("mixer", "glu"))
+        form, blocks = MIXERS[config.period[place]].packed, _at(tree, path)
+        assert form is not None  # `can_pack`
+        return PackedBlocks(
+            form.weights(blocks, mixer, of_layers[place]),
+            GLUWeights(
+                norm=blocks["glu_norm"]["scale"],
+                gate_up_proj=glu("gate_up_proj"),
+                down_proj=glu("down_proj"),
+            ),
+        )
+
     return Packed(
         EmbeddingTable(tree["embedding"]["weight"], tree["embedding"].get("scale")),
-        form.weights(blocks, mixer, of_layers),
-        GLUWeights(
-            norm=blocks["glu_norm"]["scale"],
-            gate_up_proj=glu("gate_up_proj"),
-            down_proj=glu("down_proj"),
-        ),
+        tuple(map(of_place, range(len(config.period)))),
         tree["final_norm"]["scale"],
         linear("head"),
         decode_op=config.as_released,
@@ -336,7 +387,7 @@ _lower_bounds = jax.jit(forget_gate_lower_bounds)
 def matrix_scales(weights: Weights) -> list[jax.Array]:
     """The scales of all ternary matrices, in the order of the parameters' names."""
     if isinstance(weights, Packed):
-        parts = (weights.glu, weights.mixer)
+        parts = [part for blocks in weights.blocks for part in (blocks.glu, blocks.mixer)]
         linears = [getattr(part, name) for part in parts for name in sorted(part._fields)]
         stacks = [x for x in (*linears, weights.head) if isinstance(x, PackedLinear)]
         return [stack.scale for stack in stacks]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmfree_jax.model import depth
 from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import (
@@ -76,7 +77,7 @@ def fingerprint(weights: Weights, config: ModelConfig) -> Fingerprint:
     weights = as_weights(weights, dataclasses.replace(config, bitlinear="fused"))
     if isinstance(weights, Packed):
         matrices, others = _parts_of_packed(weights, config)
-        bounds = weights.mixer.lower_bound if config.mixer == "mlgru" else jnp.zeros(0)
+        bounds = _bounds_of_packed(weights, config)
     else:
         assert isinstance(weights, Ternary)
         matrices, others = _parts_of_ternary(weights)
@@ -118,26 +119,37 @@ def _parts_of_ternary(weights: Ternary) -> tuple[_Matrices, Params]:
 
 
 def _parts_of_packed(weights: Packed, config: ModelConfig) -> tuple[_Matrices, Params]:
-    mixer, glu = weights.mixer, weights.glu
-    linears = {f"blocks/mixer/{name}": getattr(mixer, name) for name in mixer._fields}
-    linears |= {f"blocks/glu/{name}": getattr(glu, name) for name in glu._fields}
-    linears = {name: x for name, x in linears.items() if isinstance(x, PackedLinear)}
     embedding = weights.embedding.table_VD
     if weights.embedding.row_scale_V1 is not None:
         embedding = embedding.astype(jnp.float32) * weights.embedding.row_scale_V1
     others: dict[str, Any] = {
         "embedding/weight": embedding,
-        "blocks/glu_norm/scale": glu.norm,
         "final_norm/scale": weights.final_norm_D,
         "head/norm_scale": weights.head.norm_scale,
     }
-    form = MIXERS[config.period[0]].packed
-    assert form is not None  # it is packed
-    vectors = {path: getattr(mixer, name) for name, path in form.vectors.items()}
-    others |= {path: vector for path, vector in vectors.items() if vector is not None}
+    linears: dict[str, PackedLinear] = {}
+    for place, (name, blocks) in enumerate(zip(config.period, weights.blocks, strict=True)):
+        path = "/".join(depth.place_path(place, config))
+        form = MIXERS[name].packed
+        assert form is not None  # it is packed
+        for part, group in (("mixer", blocks.mixer), ("glu", blocks.glu)):
+            for field, linear in zip(group._fields, group, strict=True):
+                if isinstance(linear, PackedLinear):
+                    linears[f"{path}/{part}/{field}"] = linear
+        others[f"{path}/glu_norm/scale"] = blocks.glu.norm
+        for field, own in form.vectors.items():
+            if (vector := getattr(blocks.mixer, field)) is not None:
+                others[f"{path}/{own}"] = vector
     others |= {f"{name}/norm_scale": linear.norm_scale for name, linear in linears.items()}
     linears["head"] = weights.head_stack()
     return {name: (linear, linear.scale) for name, linear in linears.items()}, others
+
+
+def _bounds_of_packed(weights: Packed, config: ModelConfig) -> jax.Array:
+    """The forget gates' lower bounds of all MLGRUs, in their order."""
+    places = zip(config.period, weights.blocks, strict=True)
+    bounds = [blocks.mixer.lower_bound for name, blocks in places if name == "mlgru"]
+    return jnp.stack(bounds, axis=1) if bounds else jnp.zeros(0)
 
 
 def _shape(stack: jax.Array | PackedLinear) -> tuple[int, ...]:

@@ -146,7 +146,9 @@ class SavedModel:
         """
         file = self._packed
         if form is None:
-            packs = can_pack(self.config) and self.config.bitlinear == "fused" and mesh is None
+            # On packed weights a scan writes caches of keys and values whole for each token.
+            packs = can_pack(self.config) and self.config.recurrent
+            packs = packs and self.config.bitlinear == "fused" and mesh is None
             form = "packed" if packs and jax.default_backend() != "cpu" else "ternary"
         if form == "packed":
             return self._at_two_bits(mesh)

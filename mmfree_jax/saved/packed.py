@@ -30,10 +30,10 @@ from mmfree_jax.model.weights import (
     Packed,
     Params,
     Ternary,
-    can_pack,
     for_this_device,
     is_ternary,
     packed_from_tree,
+    refuse_unpackable,
 )
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
@@ -186,13 +186,9 @@ def read_packed(file: PackedFile) -> Packed:
 
     Raises:
       CheckpointError: as `PackedFile.matrix`.
-      ConfigError: the model is not MatMul-free throughout.
+      ConfigError: it cannot run packed.
     """
-    if not can_pack(file.config):
-        raise ConfigError(
-            f"the model is a {file.config.family}: only models that are MatMul-free throughout "
-            "run packed"
-        )
+    refuse_unpackable(file.config)
     tensors: dict[str, Any] = {}
     for name, shape in param_shapes(file.config).items():
         layer = name.rpartition("/")[0]

@@ -13,7 +13,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel, as_weights, init_state
 from mmfree_jax.model.parameters import param_shapes
-from mmfree_jax.model.weights import can_pack, pack
+from mmfree_jax.model.weights import pack
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_shardings, param_spec
 from mmfree_jax.saved.open_model import open_model
@@ -77,9 +77,7 @@ def test_tokens_one_by_one_give_what_whole_rows_give(config, params):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 62, (2, 9)), jnp.int32)
     expected = jax.jit(model.apply)({"params": params}, tokens)
     forms = [as_weights(params, config)]
-    if can_pack(config):
-        forms.append(pack(forms[0], config))
-    assert len(forms) == (2 if config.recurrent else 1)
+    forms.append(pack(forms[0], config))
     for weights in forms:
         decode = jax.jit(lambda w, t, s, i=None: model.apply(w, t, s, i, method="decode"))
         # The first row reads four tokens and the second two; what pads it must leave no trace.
