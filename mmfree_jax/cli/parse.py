@@ -19,7 +19,7 @@ from mmfree_jax.cli.parse_errors import one_line
 from mmfree_jax.cli.synonyms import find_option
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
-from mmfree_jax.ranges import Count, check_values
+from mmfree_jax.ranges import Count, Share, check_values
 
 
 def parse(
@@ -169,4 +169,5 @@ def _list_of(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveCo
 # Types of fields and parameters: A,B on the command line is ("A", "B").
 Names = Annotated[tuple[str, ...], _list_of(str, "A,B,...", "names")]
 Folders = Annotated[tuple[Place, ...], _list_of(str, "A,B,...", "folders")]
+Shares = Annotated[tuple[Share, ...], _list_of(float, "X,X,...", "numbers")]
 Counts = Annotated[tuple[Count, ...], _list_of(int, "N,N,...", "whole numbers")]

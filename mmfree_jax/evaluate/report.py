@@ -1,11 +1,14 @@
 """Tables for people: task scores beside the paper's, and held-out loss by position."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
+from mmfree_jax.evaluate.needle import NeedleScore
 from mmfree_jax.evaluate.perplexity import HeldOut, Interval
+from mmfree_jax.evaluate.recall import MqarScore, RightShare
 from mmfree_jax.evaluate.tasks import PAPER_TASKS
 
 # Zero-shot accuracy (%), arXiv 2406.02528, Table 1, in the order of `PAPER_TASKS` below. The
@@ -98,4 +101,47 @@ def held_out_table(result: HeldOut) -> Table:
     table.add_section()
     for first, end, interval in result.by_position:
         row(f"{first:,}+" if end is None else f"{first:,} - {end - 1:,}", interval)
+    return table
+
+
+def _percent(x: RightShare) -> tuple[str, str]:
+    return f"{100 * x.share:.1f}", f"{100 * x.low:.1f} - {100 * x.high:.1f}"
+
+
+def mqar_table(scores: Sequence[MqarScore]) -> Table:
+    """Accuracy by length and number of pairs, beside what guessing gets."""
+    table = Table(title="multi-query associative recall, %; intervals: 95 %", title_justify="left")
+    for name in (
+        "length", "pairs", "right", "interval", "nats/answer", "chance", "a value of the row",
+        "answers", "rows",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for x in scores:
+        pairs = x.task.pairs
+        table.add_row(
+            f"{x.length:,}", f"{pairs:,}", *_percent(x.accuracy), f"{x.nats:.4f}",
+            f"{100 / x.task.vocab:.2g}", f"{100 / pairs:.3g}",
+            f"{x.accuracy.asked:,}", f"{x.accuracy.rows:,}",
+        )  # fmt: skip
+    return table
+
+
+def needle_table(scores: Sequence[NeedleScore], candidates: int) -> Table:
+    """Answers chosen and written, by length and depth."""
+    table = Table(
+        title=f"needle in a haystack, %; intervals: 95 %; chance of chosen: {100 / candidates:.3g}",
+        title_justify="left",
+    )
+    for name in (
+        "length", "depth", "chosen", "interval", "written", "interval", "nats/answer", "trials",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for k, x in enumerate(scores):
+        if k and x.length != scores[k - 1].length:
+            table.add_section()
+        depth = "no fact" if x.depth is None else f"{100 * x.depth:g} %"
+        table.add_row(
+            f"{x.length:,}", depth, *_percent(x.chosen), *_percent(x.written),
+            f"{x.nats:.3f}", f"{x.chosen.asked:,}",
+        )  # fmt: skip
     return table

@@ -108,6 +108,7 @@ def write_report(
         "train_loss": last_train.get("loss"),
         "eval_loss": last_eval.get("loss"),
         "eval_bits_per_byte": last_eval.get("bits_per_byte"),
+        "eval_accuracy": last_eval.get("accuracy"),
         "eval_loss_by_source": dict(losses_by_source(last_eval)),
         "tasks": scores_of(recorder.last.get("tasks", {})),
         "best": None if best is None else _best_checkpoint(run.place, best),

@@ -33,6 +33,12 @@ def traced_once(monkeypatch):
     _share_traces(monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def share_traces():
+    """As `traced_once`, for fixtures that outlast a test."""
+    return _share_traces
+
+
 def _share_traces(patch: pytest.MonkeyPatch) -> None:
     for name in ("jit_train_step", "jit_eval_step"):
         patch.setattr(loop, name, functools.partial(_traced, name))

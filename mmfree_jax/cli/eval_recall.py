@@ -1,0 +1,298 @@
+"""`mmfree eval mqar` and `mmfree eval needle`."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from mmfree_jax.cli.parse import Counts, Shares
+from mmfree_jax.config import MeshConfig
+from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.files import check_file, write_bytes, write_text
+from mmfree_jax.installed import own_version, versions
+from mmfree_jax.places import PlaceOrUrl, locate
+from mmfree_jax.progress import show_progress
+from mmfree_jax.ranges import Count, NotNegative, Seed, Step, TwoOrMore
+from mmfree_jax.storage import Url, check_bucket
+from mmfree_jax.text_files import read_text
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model to score, where its weights lie, and where its records go."""
+
+    task: str
+    saved: Any
+    model: Any
+    params: Any
+    mesh: Any
+    folder: Path | Url
+    is_writer: bool
+    progress: bool
+
+    def about(self) -> dict[str, Any]:
+        """What a record says of the model and of what computed it."""
+        import jax
+
+        checkpoint, device = self.saved.checkpoint(), jax.devices()[0]
+        return {
+            "task": self.task,
+            "model": str(self.saved.place),
+            "step": None if checkpoint is None else int(checkpoint.name),
+            "compute_dtype": self.model.config.compute_dtype,
+            "device": {"kind": device.device_kind, "count": jax.device_count()},
+            "versions": {"mmfree-jax": own_version(), **versions("jax", "jaxlib", "numpy")},
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def show(self, table: Any) -> None:
+        """Prints a table, once."""
+        from rich.console import Console
+
+        if self.is_writer:
+            Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+    def write(self, values: dict[str, Any], png: bytes | None = None) -> None:
+        """Writes the record, a figure beside it, and says where."""
+        if not self.is_writer:
+            return
+        record, figure = (self.folder / f"{self.task}.{kind}" for kind in ("json", "png"))
+        write_text(record, json.dumps(values, indent=2) + "\n")
+        print(f"results: {record}")
+        if png is not None:
+            write_bytes(figure, png)
+            print(f"figure: {figure}")
+
+
+def _open(
+    task: str,
+    place: str,
+    step: Any,
+    compute_dtype: str | None,
+    mesh: MeshConfig,
+    output: str,
+    progress: bool,
+) -> _Opened:
+    results_in = locate(output, "output")
+    if isinstance(results_in, Url):
+        check_bucket(results_in)  # now, and not after hours
+    with show_progress("starting JAX", is_shown=progress):
+        import jax
+
+        from mmfree_jax.parallel.sharding import make_mesh
+        from mmfree_jax.saved.open_model import open_model
+
+    devices = make_mesh(mesh) if jax.device_count() > 1 or mesh != MeshConfig() else None
+    saved = open_model(place, step=step)
+    # A packed model's trits are what scoring reads; over a mesh all are laid out as master weights.
+    form = "ternary" if saved.kind == "packed" and devices is None else "master"
+    is_writer = jax.process_index() == 0
+    with show_progress("reading the model", is_shown=progress and is_writer):
+        params = saved.weights(form, devices)
+    folder = results_in / (saved.path.resolve().name or "model")
+    beside = [folder / f"{task}.png"] if task == "needle" else []
+    check_file(folder / f"{task}.json", rf'\{{\s*"task": "{task}"', beside=beside)
+    model = saved.model(compute_dtype)
+    return _Opened(task, saved, model, params, devices, folder, is_writer, progress and is_writer)
+
+
+def mqar(
+    model: PlaceOrUrl,
+    step: Step | None = None,
+    pairs: Counts = (4, 8, 16, 32, 64),
+    lengths: Counts = (),
+    vocab: TwoOrMore | None = None,
+    power: NotNegative = 0.01,
+    rows: Count = 256,
+    batch_tokens: Count | None = None,
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
+    output: PlaceOrUrl = "eval",
+    progress: bool = True,
+) -> int:
+    """Score a model on held-out rows of multi-query associative recall (train: --data.paths mqar:).
+
+    Args:
+      model: Run directory, model folder, packed model or Hugging Face folder, or its URL.
+      step: Checkpoint of a training run: its step, or best; default: the newest.
+      pairs: Numbers of pairs of a key and a value in a row, where they fit: 4 tokens a pair.
+      lengths: Lengths of a row (tokens); default: that of the model's training rows, else 256.
+      vocab: Tokens of the task; default: the model's.
+      power: Of the gaps between pairs and questions: weight (1 + gap)^(power - 1).
+      rows: Rows of each number of pairs and length, at most 4096.
+      batch_tokens: Tokens in one batch; default: by the device's memory.
+      compute_dtype: Dtype of activations; default: the model's own.
+      mesh: How to arrange several devices.
+      output: Folder, or its URL, that receives mqar.json, in one named after the model.
+      progress: Show what is happening, on standard error.
+    """
+    opened = _open("mqar", model, step, compute_dtype, mesh, output, progress)
+    from mmfree_jax.data.mqar import Mqar
+    from mmfree_jax.evaluate.recall import evaluate_mqar
+    from mmfree_jax.evaluate.report import mqar_table
+
+    lengths = lengths or (opened.saved.trained_length or 256,)
+    tokens = vocab or opened.model.config.vocab_size
+    cells = [(n, length) for length in lengths for n in pairs if 4 * n <= length]
+    if not cells:
+        raise ConfigError(
+            f"--pairs is {','.join(map(str, pairs))}, --lengths {','.join(map(str, lengths))}: a "
+            "row takes 4 tokens a pair; give fewer pairs, or longer rows"
+        )
+    tasks = [(Mqar(n, tokens, power), length) for n, length in cells]
+    scores, done = [], 0
+    with show_progress("asking", is_shown=opened.progress) as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show.update(done, rows * len(tasks), f"{done:,} rows")
+
+        for task, length in tasks:
+            scores.append(
+                evaluate_mqar(
+                    opened.model, opened.params, task, length, rows,
+                    mesh=opened.mesh, batch_tokens=batch_tokens, progress=advance,
+                )
+            )  # fmt: skip
+    opened.show(mqar_table(scores))
+    settings = {"vocab": tokens, "power": power, "rows": rows}
+    opened.write(opened.about() | settings | {"cells": [x.to_dict() for x in scores]})
+    return 0
+
+
+def needle(
+    model: PlaceOrUrl,
+    step: Step | None = None,
+    text: Path | None = None,
+    data: PlaceOrUrl | None = None,
+    lengths: Counts = (256, 512, 1024),
+    depths: Shares = (0.0, 0.25, 0.5, 0.75, 1.0),
+    trials: Count = 20,
+    candidates: TwoOrMore = 10,
+    fact: str = "The secret number of {name} is {answer}.",
+    add_bos: bool = False,
+    seed: Seed = 0,
+    batch_tokens: Count | None = None,
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
+    output: PlaceOrUrl = "eval",
+    plot: bool = True,
+    progress: bool = True,
+) -> int:
+    """Put a fact at several depths of your text and ask a model for it at the end.
+
+    Args:
+      model: Run directory, model folder, packed model or Hugging Face folder, or its URL.
+      step: Checkpoint of a training run: its step, or best; default: the newest.
+      text: Text file that the model was not trained on.
+      data: Prepared data set, or its URL: the text of its held-out documents, in place of --text.
+      lengths: Most tokens before the answer.
+      depths: Shares of the text before the fact.
+      trials: Questions at each depth of each length, with texts, names and answers of their own.
+      candidates: Answers whose likelihoods are compared, the right one among them.
+      fact: A sentence with {answer}, which is a number, and {name} before it or not.
+      add_bos: Put the start-of-text token before each text.
+      seed: Of texts, names and answers.
+      batch_tokens: Tokens in one batch; default: by the device's memory.
+      compute_dtype: Dtype of activations; default: the model's own.
+      mesh: How to arrange several devices.
+      output: Folder, or its URL, that receives needle.json and needle.png, in one named after the
+        model.
+      plot: Draw needle.png.
+      progress: Show what is happening, on standard error.
+    """
+    if (text is None) == (data is None):
+        raise ConfigError("give either --text (a file) or --data (a prepared data set)")
+    if not lengths or not depths:
+        raise ConfigError("give --lengths and --depths one number each, or more")
+    opened = _open("needle", model, step, compute_dtype, mesh, output, progress)
+    from mmfree_jax.evaluate.needle import evaluate_needle
+    from mmfree_jax.evaluate.report import needle_table
+    from mmfree_jax.evaluate.scoring import Scorer
+    from mmfree_jax.infer.text import check_tokenizer
+
+    tokenizer = opened.saved.tokenizer()
+    if tokenizer is None:
+        raise DataError(
+            f"model {opened.saved.place} has no tokenizer: put tokenizer.json into its folder"
+        )
+    check_tokenizer(opened.model, tokenizer)
+    if add_bos and tokenizer.bos_id is None:
+        raise ConfigError("the tokenizer has no start-of-text token: leave out --add-bos")
+    if text is not None:
+        source, haystack = str(text), _read(text)
+    else:
+        assert data is not None
+        source = str(locate(data, "data"))
+        haystack = _held_out_text(data, 16 * max(lengths) * trials)
+    scorer = Scorer(
+        opened.model, opened.params,
+        mesh=opened.mesh, batch_tokens=batch_tokens, max_length=max(lengths),
+    )  # fmt: skip
+    total, done = len(lengths) * (len(depths) + 1) * trials * candidates, 0
+    with show_progress("asking", is_shown=opened.progress) as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show.update(done, total, f"{done:,} of {total:,}")
+
+        scores = evaluate_needle(
+            lambda queries: scorer.score(queries, progress=advance),
+            tokenizer,
+            haystack,
+            lengths=lengths,
+            depths=depths,
+            trials=trials,
+            candidates=candidates,
+            fact=fact,
+            first=[tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else [],
+            seed=seed,
+        )
+    opened.show(needle_table(scores, candidates))
+    png = None
+    if plot and opened.is_writer:
+        from mmfree_jax.evaluate.recall_figure import needle_png
+
+        png = needle_png(scores, candidates)
+    settings = {
+        "text": source,
+        "text_sha256": hashlib.sha256(haystack.encode()).hexdigest(),
+        "fact": fact, "trials": trials, "candidates": candidates, "add_bos": add_bos, "seed": seed,
+    }  # fmt: skip
+    values = opened.about() | settings | {"cells": [x.to_dict() for x in scores]}
+    opened.write(values, png)
+    return 0
+
+
+def _read(file: Path) -> str:
+    try:
+        return read_text(file)
+    except OSError as e:
+        raise DataError(f"--text {file}: {e.strerror}; give a readable text file") from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"--text {file} is no text in UTF-8 ({e}): convert it") from e
+
+
+def _held_out_text(data: str, most: int) -> str:
+    """The text of held-out documents, from the first on, of at least `most` characters or all."""
+    from mmfree_jax.data.dataset import HELDOUT, open_dataset
+    from mmfree_jax.data.tokenizer import load_tokenizer, tokenizer_folder
+
+    dataset = open_dataset(data, HELDOUT)
+    folder = tokenizer_folder(dataset.path)
+    tokenizer = load_tokenizer(data if folder is None else folder)
+    texts: list[str] = []
+    characters = 0
+    for number in range(dataset.num_documents):
+        ids = [int(i) for i in dataset.document(number)]
+        ends = (tokenizer.bos_id, tokenizer.eos_id)
+        texts.append(tokenizer.decode([i for i in ids if i not in ends]))
+        characters += len(texts[-1])
+        if characters >= most:
+            break
+    return "\n\n".join(texts)
