@@ -63,6 +63,7 @@ def _device_counts(text: str) -> list[int]:
 
 def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
     """What `mmfree info` shows, as plain values; memory in bytes a device."""
+    from mmfree_jax.model.state import state_bytes
     from mmfree_jax.train.flops import count_flops, count_parameters
     from mmfree_jax.train.memory import estimate_memory
 
@@ -82,9 +83,11 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
                 row["error"] = str(e)
             memory.append(row)
     tokens = tokens_per_step(config)
+    constant, a_token = state_bytes(config.model)
     return {
         "model": {
             "family": config.model.family,
+            "mixer": config.model.mixer,
             "num_layers": config.model.num_layers,
             "hidden_size": config.model.hidden_size,
             "glu_size": config.model.glu_size,
@@ -97,6 +100,8 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
         },
         # Ternary weights at two bits; the rest in bfloat16.
         "packed_bytes": parameters.ternary / 4 + (parameters.total - parameters.ternary) * 2,
+        # What a row carries while it generates.
+        "state_bytes": {"constant": constant, "per_token": a_token},
         "flops_per_token": {
             **dataclasses.asdict(flops),
             "forward": flops.forward,
@@ -114,9 +119,10 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
 
 def _print_tables(report: dict[str, Any], console: Console) -> None:
     model, parameters, flops = report["model"], report["parameters"], report["flops_per_token"]
+    state = report["state_bytes"]
     console.print(
-        f"{model['family']}: {model['num_layers']} layers, width {model['hidden_size']}, "
-        f"GLU {model['glu_size']}, vocabulary {model['vocab_size']}",
+        f"{model['family']}: {model['num_layers']} layers ({model['mixer']}), "
+        f"width {model['hidden_size']}, GLU {model['glu_size']}, vocabulary {model['vocab_size']}",
         highlight=False,
     )
     table = Table("parameters", title_justify="left")
@@ -148,7 +154,9 @@ def _print_tables(report: dict[str, Any], console: Console) -> None:
         f"training: {report['tokens_per_step']:,} tokens and "
         f"{report['training_flops_per_step']:.3g} FLOPs a step, "
         f"{report['training_flops']:.3g} FLOPs in {report['steps']:,} steps; "
-        f"inference weights packed: {report['packed_bytes'] / 2**30:.2f} GiB",
+        f"inference weights packed: {report['packed_bytes'] / 2**30:.2f} GiB; "
+        f"state of a row: {state['constant'] / 1024:,.1f} KiB"
+        + (f" and {state['per_token'] / 1024:,.1f} KiB a token" if state["per_token"] else ""),
         highlight=False,
     )
 

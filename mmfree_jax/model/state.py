@@ -61,6 +61,17 @@ def init_state(config: ModelConfig, batch_size: int, max_length: int | None = No
     return State(jnp.zeros((batch_size,), jnp.int32), depth.join(places, config))
 
 
+def state_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Bytes carried for a row: those of a constant size, and what each token adds to caches."""
+
+    def size(places: int) -> int:
+        layers = jax.eval_shape(lambda: init_state(config, 1, places)).layers
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
+
+    a_token = size(2) - size(1)
+    return size(1) - a_token, a_token
+
+
 def cache_places(layers: dict[str, Any], config: ModelConfig) -> int | None:
     """S, the places of the caches in `State.layers`; None where no layer attends."""
     for mixer, place in zip(config.period, depth.split(layers, config), strict=True):

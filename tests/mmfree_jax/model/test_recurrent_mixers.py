@@ -92,6 +92,8 @@ def test_a_mixer_is_its_equations(name):
     module = mixer.module(config)
     of_layer = OfLayer(None, jnp.int32(1))
     params = jax.jit(module.init)(jax.random.key(0), x, norm, rows, of_layer, start)["params"]
+    if name == "rwkv4":
+        np.testing.assert_allclose(params["decay"][jnp.asarray([0, -1])], [-5, 3], atol=1e-6)
     params = jax.tree.map(
         lambda a: a * 3 if a.ndim == 2 else a + jnp.asarray(rng.normal(size=a.shape) / 4), params
     )
