@@ -318,17 +318,17 @@ def test_closing_at_once_ends_every_request_as_cancelled() -> None:
 
 
 @functools.cache
-def attention() -> tuple[LanguageModel, dict[str, object]]:
+def hybrid() -> tuple[LanguageModel, dict[str, object]]:
     config = dataclasses.replace(
-        BASE, hidden_size=32, mixer="attention", num_heads=2, mixer_linear=DENSE,
+        BASE, hidden_size=32, mixer="mingru,attention", num_heads=2, mixer_linear=DENSE,
         glu_linear=DENSE, head_linear=DENSE,
     )  # fmt: skip
     model = LanguageModel(config)
     return model, jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
-def test_attention_models_are_served_within_their_length() -> None:
-    model, params = attention()
+def test_models_with_attention_are_served_within_their_length() -> None:
+    model, params = hybrid()
     prompts = [prompt(5), prompt(33, 1), prompt(45, 2)]
     wanted = [
         generate(model, params, [ids], max_new_tokens=9, temperature=0).tokens[0] for ids in prompts
