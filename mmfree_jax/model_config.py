@@ -22,6 +22,7 @@ RecurrenceKernel = Literal["xla", "pallas_gpu", "pallas_tpu"]
 AttentionKernel = Literal["xla", "cudnn"]
 OutputGate = Literal["authors", "text", "figure", "none"]
 Candidate = Literal["silu", "linear", "tanh"]
+GLUActivation = Literal["silu", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class ModelConfig:
     mixer_linear makes of the other layers'."""
     glu_linear: LinearConfig = BITLINEAR
     """The GLU's projections."""
+    glu_activation: GLUActivation = "silu"
+    """What the GLU's gate goes through. silu: the paper's and LLaMA's; relu2: the square of ReLU,
+    as in BitNet b1.58 2B4T (docs/models.md)."""
     head_linear: LinearConfig = BITLINEAR
     """The projection onto the vocabulary."""
     use_lower_bound: bool = True
@@ -277,8 +281,14 @@ class ModelConfig:
 
     @property
     def as_released(self) -> bool:
-        """Whether the token mixer is the MLGRU of the released models, and no other form of it."""
-        return self.mixer == "mlgru" and all(getattr(self, n) == v for n, v in _OF_MLGRU.items())
+        """Whether mixer and GLU are those of the released models, and no other form of them."""
+        return self.mixer == "mlgru" and not self.unreleased
+
+    @property
+    def unreleased(self) -> list[str]:
+        """The settings by which layers have another form than the released models', with values."""
+        values = {name: getattr(self, name) for name in _RELEASED}
+        return [f"model.{n} is {v!r}" for n, v in values.items() if v != _RELEASED[n]]
 
     @property
     def family(self) -> str:
@@ -294,6 +304,9 @@ class ModelConfig:
 
 # Forms of the MLGRU that the released models do not have, with what they do have.
 _OF_MLGRU = {"output_gate": "authors", "candidate": "silu"}
+
+# The same of all their layers.
+_RELEASED = {**_OF_MLGRU, "glu_activation": "silu"}
 
 # How a model is initialised and run: the same weights compute the same function, up to rounding.
 RUN_SETTINGS = (

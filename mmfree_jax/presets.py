@@ -52,6 +52,9 @@ _SMALL = {
 }
 
 _TRANSFORMER_SUFFIX = "-transformer"
+# A head of float weights and inputs behind ternary layers, as BitNet b1.58 has it (arXiv
+# 2402.17764); the rate is the ternary head's, which nobody has tuned for it.
+_FLOAT_HEAD_SUFFIX = "-float-head"
 
 
 def _train_config(layers: int, width: int, rate: float, *, transformer: bool) -> TrainConfig:
@@ -92,7 +95,12 @@ def _build() -> dict[str, TrainConfig]:
     # bfloat16's (experiments/results/backward8). At 370M it gains nothing.
     for name in ("1.3B", "2.7B", "7B", "13B"):
         presets[name] = replace_model(presets[name], backward="int8_dx")
-    return presets
+    float_heads = {
+        name + _FLOAT_HEAD_SUFFIX: replace_model(config, head_linear=DENSE)
+        for name, config in presets.items()
+        if not name.endswith(_TRANSFORMER_SUFFIX)
+    }
+    return presets | float_heads
 
 
 PRESETS: dict[str, TrainConfig] = _build()
@@ -100,7 +108,9 @@ PRESETS: dict[str, TrainConfig] = _build()
 
 def names_vocabulary(name: str) -> bool:
     """Whether a preset is of a certain vocabulary, as all are but the ladder's rungs."""
-    return name.removesuffix(_TRANSFORMER_SUFFIX) not in _LADDER
+    for suffix in (_TRANSFORMER_SUFFIX, _FLOAT_HEAD_SUFFIX):
+        name = name.removesuffix(suffix)
+    return name not in _LADDER
 
 
 def preset(name: str) -> TrainConfig:

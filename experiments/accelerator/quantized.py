@@ -55,6 +55,11 @@ class Quantized:
 
 def check_supported(config: ModelConfig) -> None:
     """Raises ConfigError unless the model is one that the hardware runs."""
+    if config.unreleased:
+        raise ConfigError(
+            f"{' and '.join(config.unreleased)}: fixed-point numerics need layers as released; "
+            "train a model without this setting"
+        )
     if not can_pack(config) or not config.as_released or config.expand_ratio != 1:
         raise ConfigError(
             f"the model is a {config.family}: fixed-point numerics need an MLGRU as released, with "

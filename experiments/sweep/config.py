@@ -344,7 +344,7 @@ def check_size(size: str) -> None:
     """
     if _SHAPE.fullmatch(size):
         return
-    known = [name for name in PRESETS if not name.endswith("-transformer")]
+    known = [name for name in PRESETS if not name.endswith(("-transformer", "-float-head"))]
     _require(size in known, "sizes", size,
              f"give LAYERSxWIDTH, such as 8x256, or one of {', '.join(known)}")  # fmt: skip
 

@@ -18,9 +18,8 @@ def check_supported(config: ModelConfig) -> None:
         )
     if not config.as_released:
         raise ConfigError(
-            f"model.output_gate is {config.output_gate!r} and model.candidate "
-            f"{config.candidate!r}: only the MLGRU of the released models is exported; train one "
-            "without these"
+            f"{' and '.join(config.unreleased)}: only the MLGRU of the released models, and its "
+            "GLU, is exported; train one without this setting"
         )
     if config.short_conv:
         raise ConfigError(

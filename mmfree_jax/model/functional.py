@@ -120,6 +120,12 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
 
+def relu2_glu(gate_up: jax.Array) -> jax.Array:
+    """relu(gate)^2 * up for [..., 2m], as `swiglu` (So et al., arXiv 2109.08668)."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (jnp.square(jax.nn.relu(gate)) * up).astype(gate_up.dtype)
+
+
 def causal_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,

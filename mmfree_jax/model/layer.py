@@ -179,9 +179,19 @@ def mlgru_from_state(
 
 
 def glu(
-    ops: Operations, weights: GLUWeights[Any, Any], x: Value, update: Value
+    ops: Operations,
+    weights: GLUWeights[Any, Any],
+    x: Value,
+    update: Value,
+    activation: str = "silu",
 ) -> tuple[Value, Value]:
     """The channel mixer on the stream x + update (arXiv 2406.02528, section 3.4).
+
+    Args:
+      ops: what it is computed by.
+      weights: of the layer.
+      x, update: the stream, in two parts.
+      activation: a `ModelConfig.glu_activation`; what is not silu needs arrays.
 
     Returns:
       x + update, and this mixer's update of it.
@@ -192,10 +202,13 @@ def glu(
         residual=update,
         outer_norm=weights.norm,
         skip=True,
-        to_gate=True,
+        to_gate=activation == "silu",
         name="gate_up",
     )
-    _, (update,) = ops.linears([weights.down_proj], gate_up, gated=True, name="down")
+    if activation == "silu":
+        _, (update,) = ops.linears([weights.down_proj], gate_up, gated=True, name="down")
+    else:
+        _, (update,) = ops.linears([weights.down_proj], functional.relu2_glu(gate_up), name="down")
     return x, update
 
 
@@ -216,4 +229,5 @@ class GLU(nn.Module):
         down_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
         gate_up = Linear(2 * inner, c.glu_linear, c.param_dtype, init, name="gate_up_proj")
         down = Linear(width, c.glu_linear, c.param_dtype, down_init, name="down_proj")
-        return glu(ops, GLUWeights(norm_scale_D, gate_up(width), down(inner)), x, update)
+        weights = GLUWeights(norm_scale_D, gate_up(width), down(inner))
+        return glu(ops, weights, x, update, c.glu_activation)

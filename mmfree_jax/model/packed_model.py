@@ -151,7 +151,7 @@ def _layers(
             form = MIXERS[mixer].packed
             assert form is not None  # `can_pack`
             x_BTD, update_BTD, new = form.mix(ops, blocks.mixer, x_BTD, update_BTD, state, config)
-            x_BTD, update_BTD = layer.glu(ops, blocks.glu, x_BTD, update_BTD)
+            x_BTD, update_BTD = layer.glu(ops, blocks.glu, x_BTD, update_BTD, config.glu_activation)
             after.append(new)
         return (x_BTD, update_BTD), tuple(after)
 

@@ -175,10 +175,10 @@ def write_config(
         "vocab_size": config.vocab_size,
     }
     ratio = config.expand_ratio
-    if config.mixer == "mlgru" and not config.as_released:
+    if config.unreleased:
         raise ConfigError(
-            f"model.output_gate is {config.output_gate!r} and model.candidate "
-            f"{config.candidate!r}: {HGRN_BIT} folders hold the MLGRU of the released models alone"
+            f"{' and '.join(config.unreleased)}: {HGRN_BIT} folders, and those of Transformers, "
+            "hold the released models' layers alone"
         )
     if config.mixer == "mlgru" and groups == {BITLINEAR}:
         fields = common | {

@@ -33,7 +33,7 @@ BASE = ModelConfig(
 )
 CONFIGS = {
     "rwkv4": dataclasses.replace(BASE, mixer="rwkv4"),
-    "mingru": dataclasses.replace(BASE, mixer="mingru"),
+    "mingru": dataclasses.replace(BASE, mixer="mingru", glu_activation="relu2"),
     "rglru": dataclasses.replace(BASE, mixer="rglru"),
     # With other forms of both mixers.
     "hybrid": dataclasses.replace(
