@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SPREAD := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit quick fuzz load torch aot aot-tpu wheel image clean
+.PHONY: help train sample test lint format typecheck unit quick fuzz load torch aot aot-tpu wheel docs docs-serve linkcheck image clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,13 +65,25 @@ aot-tpu: $(VENV)/.tpu ## Compile for a TPU v5e alone (installs 0.7 GB)
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
+# An environment of its own, so that what Sphinx needs stays out of the tests'.
+SPHINX := $(VENV)/docs/bin/python -m sphinx --fail-on-warning --keep-going
+docs: $(VENV)/.docs ## Build the documentation site into docs/_build/html; warnings are errors
+	$(SPHINX) -b html docs docs/_build/html
+	@echo "The site is in docs/_build/html/index.html"
+
+docs-serve: $(VENV)/.docs ## Show the site at http://127.0.0.1:8001 and rebuild it as pages change
+	$(VENV)/docs/bin/sphinx-autobuild --port 8001 --ignore '*/docs/generated/*' docs docs/_build/html
+
+linkcheck: $(VENV)/.docs ## Check the site's links to other sites (needs the network)
+	$(SPHINX) -b linkcheck docs docs/_build/linkcheck
+
 image: ## Build a container image from the wheel (DEVICE=cpu, cuda12, cuda13 or tpu; TAG=)
 	rm -f dist/mmfree_jax-*.whl
 	$(MAKE) wheel
 	docker build --build-arg DEVICE=$(DEVICE) --tag $(TAG) .
 
 clean: ## Remove the environment and build outputs (runs/ and data/ stay)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build docs/generated .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -85,6 +97,11 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[corpus,eval,notebooks,dev]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 # Of PyTorch the build for CPUs, where its own index can be reached.

@@ -1,37 +1,40 @@
 """MatMul-free language models in JAX. Names are imported when they are first used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmfree_jax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from mmfree_jax.config import TrainConfig
+    from mmfree_jax.config import (
+        CheckpointConfig,
+        DataConfig,
+        EvalConfig,
+        LogConfig,
+        MeshConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
     from mmfree_jax.data.tokenizer import load_tokenizer
     from mmfree_jax.errors import MMFreeError
     from mmfree_jax.infer import generate, generate_text
     from mmfree_jax.model import LanguageModel
-    from mmfree_jax.model_config import ModelConfig
+    from mmfree_jax.model_config import LinearConfig, ModelConfig
     from mmfree_jax.presets import preset
     from mmfree_jax.saved.convert import export_hf, import_hf
-    from mmfree_jax.saved.pretrained import load_pretrained
-
-_NAMES = {
-    "LanguageModel": "mmfree_jax.model",
-    "MMFreeError": "mmfree_jax.errors",
-    "ModelConfig": "mmfree_jax.model_config",
-    "TrainConfig": "mmfree_jax.config",
-    "export_hf": "mmfree_jax.saved.convert",
-    "generate": "mmfree_jax.infer",
-    "generate_text": "mmfree_jax.infer",
-    "import_hf": "mmfree_jax.saved.convert",
-    "load_pretrained": "mmfree_jax.saved.pretrained",
-    "load_tokenizer": "mmfree_jax.data.tokenizer",
-    "preset": "mmfree_jax.presets",
-}
+    from mmfree_jax.saved.open_model import open_model
+    from mmfree_jax.saved.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
     "LanguageModel",
+    "LinearConfig",
+    "LogConfig",
     "MMFreeError",
+    "MeshConfig",
     "ModelConfig",
+    "OptimizerConfig",
     "TrainConfig",
     "export_hf",
     "generate",
@@ -39,17 +42,23 @@ __all__ = [
     "import_hf",
     "load_pretrained",
     "load_tokenizer",
+    "open_model",
     "preset",
+    "save_pretrained",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'mmfree_jax' has no attribute {name!r}")
-    value = getattr(import_module(_NAMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+_NAMES = {
+    "mmfree_jax.config": (
+        "CheckpointConfig DataConfig EvalConfig LogConfig MeshConfig OptimizerConfig TrainConfig"
+    ),
+    "mmfree_jax.data.tokenizer": "load_tokenizer",
+    "mmfree_jax.errors": "MMFreeError",
+    "mmfree_jax.infer": "generate generate_text",
+    "mmfree_jax.model": "LanguageModel",
+    "mmfree_jax.model_config": "LinearConfig ModelConfig",
+    "mmfree_jax.presets": "preset",
+    "mmfree_jax.saved.convert": "export_hf import_hf",
+    "mmfree_jax.saved.open_model": "open_model",
+    "mmfree_jax.saved.pretrained": "load_pretrained save_pretrained",
+}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -9,7 +9,7 @@ PACKAGES = ("pallas_kernels", "mmfree_jax", "experiments", "launch")  # from the
 
 # From the bottom; rooms of one row may import each other as long as there is no circle.
 ROOMS = (
-    ("errors", "figures", "guard", "installed", "notices", "readable", "text_files"),
+    ("errors", "figures", "guard", "installed", "lazy_names", "notices", "readable", "text_files"),
     ("environment",),
     ("storage",),
     ("leases", "places", "prefixes", "ranges"),

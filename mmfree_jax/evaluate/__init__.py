@@ -1,1 +1,27 @@
-"""How good a model is: held-out loss, and accuracy on tasks."""
+"""How good a model is: held-out loss, and accuracy on tasks.
+
+Names are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from mmfree_jax.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from mmfree_jax.evaluate.perplexity import HeldOut, Interval, evaluate_held_out
+    from mmfree_jax.evaluate.scoring import Query, Score, Scorer
+
+__all__ = [
+    "HeldOut",
+    "Interval",
+    "Query",
+    "Score",
+    "Scorer",
+    "evaluate_held_out",
+]
+
+_NAMES = {
+    "mmfree_jax.evaluate.perplexity": "HeldOut Interval evaluate_held_out",
+    "mmfree_jax.evaluate.scoring": "Query Score Scorer",
+}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -1,4 +1,4 @@
-"""A model from any folder in one call; `open_model` gives more.
+"""A model from any folder in one call, and into a folder of ours; `open_model` gives more.
 
 The call decides the form of the weights, not the folder: `load_pretrained` gives parameters to
 train or to study, `load_model` what decoding reads.
@@ -9,9 +9,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from mmfree_jax.data.tokenizer import tokenizer_copy
+from mmfree_jax.errors import CheckpointError
+from mmfree_jax.files import copy_folder
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import flatten, param_shapes
 from mmfree_jax.model.weights import Master, Weights
+from mmfree_jax.outputs import new_folder
+from mmfree_jax.saved.kinds import MODEL_CONFIG
+from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.saved.open_model import open_model
+from mmfree_jax.saved.run_directory import TOKENIZER
 
 
 def load_pretrained(
@@ -54,3 +62,42 @@ def load_model(
     """
     saved = open_model(path)
     return saved.model(), saved.weights(None, mesh)
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    model: LanguageModel,
+    params: dict[str, Any],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder, which `load_pretrained` and every command open, whole or not at all.
+
+    Args:
+      path: new folder, or its URL.
+      model: whose config is written.
+      params: its float parameters, written in float32.
+      tokenizer: folder of its tokenizer, to be copied; None: the model gets none.
+      overwrite: replace an earlier folder of this function.
+
+    Raises:
+      CheckpointError: the parameters are not those of the model.
+      OutputError: `path` exists and may not be replaced, or cannot be written.
+      StorageError: the bucket refuses, or cannot be reached.
+    """
+    shapes = {name: leaf.shape for name, leaf in param_shapes(model.config).items()}
+    given = {name: leaf.shape for name, leaf in flatten(params).items()}
+    if wrong := sorted({name for name, _ in shapes.items() ^ given.items()}):
+        name = wrong[0]
+        raise CheckpointError(
+            f"params: {name} is {given.get(name, 'missing')}, the model's is "
+            f"{shapes.get(name, 'none')}: give the parameters of this model"
+        )
+    sources = [] if tokenizer is None else [tokenizer]
+    with new_folder(
+        path, command="save_pretrained", sources=sources, overwrite=overwrite, last=MODEL_CONFIG
+    ) as folder:
+        write_model(folder, model.config, params)
+        if tokenizer is not None:
+            copy_folder(tokenizer_copy(tokenizer), folder / TOKENIZER)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from . import int8_backward
+from . import int8_backward as int8_backward
 from .vjp import Options, bitlinears
 
-__all__ = ["BACKWARDS", "bitlinear", "bitlinear_many", "int8_backward"]
+__all__ = ["BACKWARDS", "bitlinear", "bitlinear_many"]
 
-# Operands of the backward products: x's dtype in both; int8 in dX; int8 in dX and dW.
 BACKWARDS = ("bf16", "int8_dx", "int8")
+"""Operands of the backward products: x's dtype in both; int8 in dX; int8 in dX and dW."""
 
 
 def bitlinear(

@@ -16,6 +16,14 @@ from .. import triton
 from ..over_tokens import covers_mesh, total
 from . import pallas_gpu, xla
 
+__all__ = [
+    "CrossEntropy",
+    "linear_cross_entropy",
+    "linear_cross_entropy_sum",
+    "ternary_linear_cross_entropy",
+    "ternary_linear_cross_entropy_sum",
+]
+
 _IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu}
 # Devices where the kernels were measured to win: see `benchmark.py`.
 _MEASURED = ("NVIDIA H100", "NVIDIA H200")

@@ -34,9 +34,10 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = ("xla", "pallas_fused_gpu", "pallas_token_gpu")
+"""Names that `implementation` takes."""
 
-# Environment variable: "layers" keeps the kernel of whole tokens off.
 KERNELS_VARIABLE = "MMFREE_DECODE_KERNELS"
+"""Environment variable: "layers" keeps the kernel of whole tokens off."""
 
 
 def measured_best(rows: int, *, width: int, state_size: int, glu_size: int) -> str | None:

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "pallas_tpu")
+"""Names that `implementation` takes."""
 _KERNELS = {"pallas_triton": pallas_triton, "pallas_tpu": pallas_tpu}
 _WIDEST = 8192  # Columns; wider rows stop fitting in a program's registers.
 

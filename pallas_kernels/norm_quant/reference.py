@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from ..keep_nan import largest_along
 
-# The absmax below which a token counts as zero; it bounds the quantiser's gain.
 MIN_ABSMAX = 1e-5
+"""The absmax below which a token counts as zero; it bounds the quantiser's gain."""
 
 
 def inverse_rms(x: jax.Array, *, eps: float) -> jax.Array:

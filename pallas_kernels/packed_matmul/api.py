@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+"""Names that `implementation` takes."""
 
 
 def kernels_serve() -> bool:

@@ -10,8 +10,8 @@ byte k of the packed row holds column k of every plane, so unpacking needs no in
 import jax
 import jax.numpy as jnp
 
-# bits a weight, as the user names them -> (planes, base of the digits)
 FORMATS = {"2": (4, 4), "1.6": (5, 3)}
+"""Bits a weight, as the user names them -> (planes, base of the digits)."""
 
 
 def packed_columns(columns: int, bits: str = "2") -> int:

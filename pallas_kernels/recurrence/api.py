@@ -19,6 +19,11 @@ from ..dispatch import measured_best
 from . import pallas_gpu, pallas_tpu, sharded, xla
 from .gates import gate_values
 
+__all__ = [
+    "linear_recurrence",
+    "mlgru_recurrence",
+]
+
 _IMPLEMENTATIONS: dict[str, Any] = {
     "xla": xla,
     "pallas_gpu": pallas_gpu,

@@ -23,9 +23,22 @@ from . import (
     xla,
 )
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MAX_INT8_COLUMNS",
+    "available_implementations",
+    "default_implementation",
+    "gated_ternary_matmul",
+    "mosaic_config",
+    "mosaic_gated_config",
+    "ternarize",
+    "ternary_matmul",
+]
+
 IMPLEMENTATIONS = (*xla.OPERAND_DTYPES, "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
-# Products of int8 values that an int32 sum can hold, whatever they are.
+"""Names that `implementation` takes."""
 MAX_INT8_COLUMNS = 2**31 // 128**2 - 1
+"""Products of int8 values that an int32 sum can hold, whatever they are."""
 # Tiles from which a Hopper's 132 multiprocessors count as busy. With fewer, part of the chip
 # idles, and nobody has measured who wins.
 _FULL_CHIP = 128

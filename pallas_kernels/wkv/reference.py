@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-# The logarithm of no weight at all: finite, so that nothing becomes NaN.
 NOTHING = -1e30
+"""The logarithm of no weight at all: finite, so that nothing becomes NaN."""
 
 
 def wkv(

@@ -42,6 +42,7 @@ VALUES: dict[str, Callable[[str], object]] = {
 def documents() -> list[Path]:
     """The Markdown files, the Makefile, notebooks, and what has comments and docstrings."""
     found = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile"]
+    found += (ROOT / "docs" / "api").glob("*.md")
     for package in PACKAGES:
         for kind in ("*.py", "*.yaml", "*.md", "*.ipynb"):
             found += (p for p in (ROOT / package).rglob(kind) if "node_modules" not in p.parts)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mmfree_jax", "pallas_kernels", "experiments", "launch")
 DOCUMENTS = sorted(
     path
-    for folder in (".", "docs", *PACKAGES)
+    for folder in (".", "docs", "docs/api", *PACKAGES)
     for path in (ROOT / folder).glob("**/*.md" if folder in PACKAGES else "*.md")
     if not {"node_modules", "results"} & set(path.relative_to(ROOT).parts)
 )

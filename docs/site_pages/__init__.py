@@ -1,0 +1,63 @@
+"""Sphinx extension: what the site has beside the Markdown files of docs/.
+
+A comment `<!-- site: NAME ARGUMENTS -->` in a page, which the forge does not show, is replaced by
+what `MADE` makes of it. A page of `SECTIONS` gets a table of contents of the pages in its lists.
+Links to files outside of docs/ lead to their copies here (`repository_files.py`).
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from site_pages import api, commands, repository_files, settings
+
+DOCS = Path(__file__).resolve().parents[1]
+SECTIONS = ("index", "tutorials", "how-to", "explanations", "reference", "api/index")
+MADE = {"api": api.markdown, "commands": commands.markdown, "settings": settings.markdown}
+
+_COMMENT = re.compile(r"^<!-- site: (\w+)(?: (.*?))? -->$", re.M)
+_LISTED = re.compile(r"^- \[[^\]]*\]\(([^)#\s]+\.(?:md|ipynb))\)", re.M)
+
+
+def _read(app: Any, name: str, source: list[str]) -> None:
+    """Completes the text of the page `name`."""
+    if not (DOCS / f"{name}.md").is_file():
+        return  # a notebook
+    page = DOCS / f"{name}.md"
+    text = repository_files.with_links(source[0], page, app.config.repository)
+    if name in SECTIONS:
+        text += contents(text)
+    source[0] = _COMMENT.sub(lambda found: MADE[found[1]](*(found[2] or "").split()), text)
+
+
+def _plain(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Makes of a docstring's lines what reStructuredText and napoleon take for the same text.
+
+    A product, a norm or `*args` is no markup; an indented paragraph is set as it is; a colon in
+    the text under a field does not end a type.
+    """
+    for i, line in enumerate(lines):
+        parts = line.split("`")  # every other one is in backticks
+        parts[::2] = [re.sub(r"(?<!^)([*|])", r"\\\1", part) for part in parts[::2]]
+        lines[i] = "`".join(parts)
+    for i in range(len(lines) - 1, 1, -1):
+        before = next((line for line in lines[i - 1 :: -1] if line), " ")
+        if lines[i].startswith(" ") and not lines[i - 1] and not before.startswith(" "):
+            lines[i:i] = ["::", ""]
+    if what in ("attribute", "property", "data"):
+        lines[:0] = ["..", ""]  # an empty comment, which napoleon takes for all before the colon
+
+
+def contents(text: str) -> str:
+    """A hidden table of contents of the pages that lists in `text` begin with."""
+    pages = "\n".join(re.sub(r"\.\w+$", "", page) for page in _LISTED.findall(text))
+    return f"\n\n```{{toctree}}\n:hidden:\n:maxdepth: 2\n\n{pages}\n```\n"
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.add_config_value("repository", "", "env")
+    app.connect("config-inited", lambda *_: repository_files.copy_all())
+    app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _plain, priority=400)  # before napoleon
+    return {"parallel_read_safe": True}
