@@ -136,11 +136,13 @@ def mqar(
 
     lengths = lengths or (opened.saved.trained_length or 256,)
     tokens = vocab or opened.model.config.vocab_size
-    cells = [(n, length) for length in lengths for n in pairs if 4 * n <= length]
+    fitting = [n for n in pairs if n < tokens // 2]
+    cells = [(n, length) for length in lengths for n in fitting if 4 * n <= length]
     if not cells:
         raise ConfigError(
             f"--pairs is {','.join(map(str, pairs))}, --lengths {','.join(map(str, lengths))}: a "
-            "row takes 4 tokens a pair; give fewer pairs, or longer rows"
+            f"row takes 4 tokens a pair, and a vocab of {tokens} has {tokens // 2 - 1} keys; give "
+            "fewer pairs, or longer rows"
         )
     tasks = [(Mqar(n, tokens, power), length) for n, length in cells]
     scores, done = [], 0

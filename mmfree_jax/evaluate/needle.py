@@ -1,7 +1,7 @@
 """Needle in a haystack: a fact put into a stretch of text, asked for at its end.
 
-"The secret number of Kelmora is 4817." stands between two sentences of the user's text, at a given
-share of its tokens, and the text ends in "The secret number of Kelmora is". The answer counts as
+"The secret number of Kaseti is 4817." stands between two sentences of the user's text, at a given
+share of its tokens, and the text ends in "The secret number of Kaseti is". The answer counts as
 chosen where it is likelier than as many others of its kind, none of which stands in the text, and
 as written where greedy decoding says it. Each trial has its own stretch, name and numbers, the
 same at every depth. Without the fact the same question measures what guessing gets.
