@@ -458,7 +458,8 @@ def test_a_packed_model_keeps_the_tokens_that_begin_and_end_a_text(tmp_path):
     own.save(tmp_path / "hf")
     config = tmp_path / "hf/tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": None}))
-    assert main(["pack", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "packed")]) == 0
+    pack = ["--model", str(tmp_path / "hf"), "--out", str(tmp_path / "packed")]
+    assert main(["pack", *pack, "--agreement-prompts", "0"]) == 0
     assert end_ids(tmp_path / "packed") == (2, 5)
     tokenizer = load_tokenizer(tmp_path / "packed")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)

@@ -95,7 +95,8 @@ def folders(byte_data, tmp_path_factory):
         *("--log.no-tensorboard", "--log.progress", "none", "--optimizer.warmup-steps", "0"),
     ]
     assert main(["train", *train, "--run-dir", str(root / "run")]) == 0
-    assert main(["pack", "--model", str(root / "run"), "--out", str(root / "packed")]) == 0
+    pack = ["--model", str(root / "run"), "--out", str(root / "packed")]
+    assert main(["pack", *pack, "--agreement-prompts", "0"]) == 0
     assert main(["export-hf", str(root / "run"), str(root / "hf")]) == 0
     return root, train
 

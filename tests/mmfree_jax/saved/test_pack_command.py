@@ -17,7 +17,7 @@ def run(tmp_path):
 
 
 def pack(*arguments):
-    return main(["pack", *map(str, arguments)])
+    return main(["pack", *map(str, arguments), "--agreement-prompts", "0"])
 
 
 @pytest.mark.parametrize("out", [".", "packed", "..", "../../runs"])

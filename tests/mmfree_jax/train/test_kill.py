@@ -38,7 +38,7 @@ def start(small_run, tmp_path_factory):
         **quick_compilation.cached_in(str(folder / "compiled")),
     }
     flags = (
-        f"--config {config} --steps {STEPS} --mesh.fsdp 1 --checkpoint.every-steps 3 "
+        f"--config {config} --steps {STEPS} --mesh.fsdp 1 --checkpoint.every-steps 5 "
         "--eval.every-steps 50 --log.ternary-every-steps 0 --eval.batches 1"
     ).split()
     processes = []
