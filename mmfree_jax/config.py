@@ -12,12 +12,14 @@ from typing import Annotated, Literal
 
 from mmfree_jax.model_config import Dtype, ModelConfig
 from mmfree_jax.places import Place, PlaceOrUrl
+from mmfree_jax.quantizer_config import QuantizerConfig
 from mmfree_jax.ranges import (
     MOST,
     AboveZero,
     Count,
     CountOrZero,
     NotNegative,
+    PositiveShare,
     Range,
     Seed,
     Share,
@@ -77,6 +79,11 @@ class OptimizerConfig:
     """wsd: share of all steps spent decaying."""
     min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak (paper always ends at zero)."""
+    second_stage_at: PositiveShare = 1.0
+    """Share of all steps after which the rate is second_stage_rate of what the schedule says, as in
+    BitNet b1.58's two stages (docs/recipes.md); 1: it never is."""
+    second_stage_rate: PositiveShare = 0.5
+    """Factor of the rate in the second stage."""
     b1: ShareBelowOne = 0.9
     """Decay of the first moment (muon, adafactor: momentum; schedule_free: the share of the average
     in the weights that gradients are taken at)."""
@@ -86,6 +93,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on weight matrices only (no norms, biases, bounds, embedding)."""
+    weight_decay_until: PositiveShare = 1.0
+    """Share of all steps after which there is no weight decay (docs/recipes.md)."""
     clip_norm: AboveZero | None = 1.0
     """Largest global gradient norm; None: no clipping."""
     moment_dtype: Dtype = "float32"
@@ -132,12 +141,37 @@ class OptimizerConfig:
             self.b1,
             "set --optimizer.b1 above 0 for schedule_free",
         )
+        _check_stages(self)
         require(
             self.second_moment_dtype == "float32" or (self.name, self.factory) == ("adamw", None),
             "optimizer.second_moment_dtype",
             self.second_moment_dtype,
             "set --optimizer.second-moment-dtype float32: only adamw keeps it in another",
         )
+
+
+def _check_stages(config: OptimizerConfig) -> None:
+    """Refuses stages of the rate and of the decay that have nothing to change."""
+    staged = config.second_stage_at < 1
+    require(
+        not staged or config.schedule != "paper",
+        "optimizer.second_stage_at",
+        config.second_stage_at,
+        "leave it out: schedule paper halves the rate at the midpoint by itself; or set "
+        "--optimizer.schedule cosine, linear, wsd or constant",
+    )
+    require(
+        not staged or config.name != "schedule_free",
+        "optimizer.second_stage_at",
+        config.second_stage_at,
+        "leave it out for schedule_free, which averages in place of a schedule",
+    )
+    require(
+        config.weight_decay_until == 1 or config.weight_decay > 0,
+        "optimizer.weight_decay_until",
+        config.weight_decay_until,
+        "leave it out, or set --optimizer.weight-decay above 0, for it to end",
+    )
 
 
 @dataclass(frozen=True)
@@ -298,6 +332,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -323,6 +358,23 @@ class TrainConfig:
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"set --optimizer.warmup-steps below steps ({self.steps})",
+        )
+        self._check_quantizer()
+
+    def _check_quantizer(self) -> None:
+        quantizer = self.quantizer
+        name = "float_fraction" if quantizer.float_fraction else "warmup_fraction"
+        require(
+            quantizer.is_immediate or self.model.quantizes,
+            f"quantizer.{name}",
+            getattr(quantizer, name),
+            "leave it out: the model rounds neither weights nor activations",
+        )
+        require(
+            quantizer.ternary_from(self.steps) < self.steps,
+            f"quantizer.{name}",
+            getattr(quantizer, name),
+            f"set it lower: of {self.steps} steps none is left to the ternary form",
         )
 
 

@@ -45,6 +45,7 @@ _NEWER = (
 )  # fmt: skip
 _NEWER_OF_OPTIMIZER = (
     "name", "factory", "embedding_rate", "head_rate", "matrix_rate", "vector_rate",
+    "second_stage_at", "second_stage_rate", "weight_decay_until",
 )  # fmt: skip
 
 

@@ -280,6 +280,13 @@ class ModelConfig:
         return "attention" not in self.period
 
     @property
+    def quantizes(self) -> bool:
+        """Whether any weight or activation is rounded."""
+        groups = (self.mixer_linear, self.glu_linear, self.head_linear)
+        rounded = any(group.ternary_weights or group.int8_activations for group in groups)
+        return rounded or self.ternary_qk
+
+    @property
     def as_released(self) -> bool:
         """Whether mixer and GLU are those of the released models, and no other form of them."""
         return self.mixer == "mlgru" and not self.unreleased

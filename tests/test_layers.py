@@ -19,6 +19,7 @@ ROOMS = (
         "config",
         "model_config",
         "progress",
+        "quantizer_config",
         "rope_scaling",
         "mixer_pattern",
         "signals",

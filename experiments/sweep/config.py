@@ -377,7 +377,22 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
         _require(0 < optimizer.decay_fraction < 1 - warmup, "train.optimizer.decay_fraction",
                  optimizer.decay_fraction,
                  "use one above 0 that leaves steps between warm-up and decay")  # fmt: skip
+        _check_shared(config)
     return with_data_vocabulary(config) if leaves_vocabulary(sweep, family, size) else config
+
+
+def _check_shared(config: TrainConfig) -> None:
+    """Refuses what would come at another step in each of the budgets that share a trunk."""
+    optimizer, quantizer = config.optimizer, config.quantizer
+    for name, value, default in (
+        ("optimizer.second_stage_at", optimizer.second_stage_at, 1),
+        ("optimizer.weight_decay_until", optimizer.weight_decay_until, 1),
+        ("quantizer.float_fraction", quantizer.float_fraction, 0),
+        ("quantizer.warmup_fraction", quantizer.warmup_fraction, 0),
+    ):
+        _require(value == default, f"train.{name}", value,
+                 "leave it out, or set schedule: train: it is a share of each run's own steps, and "
+                 "wsd-branched makes those before the decay once for all budgets")  # fmt: skip
 
 
 def leaves_vocabulary(sweep: SweepConfig, family: FamilyConfig, size: str) -> bool:

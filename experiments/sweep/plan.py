@@ -144,6 +144,8 @@ def config_hash(config: TrainConfig) -> str:
     values = {k: v for k, v in to_dict(config).items() if k not in _NOT_IN_HASH}
     values["model"] = model_identity(config.model)
     values["optimizer"] = optimizer_identity(config.optimizer)
+    if config.quantizer.is_immediate:  # as in all tables from before there was another way
+        del values["quantizer"]
     values["eval"] = {k: v for k, v in values["eval"].items() if not k.startswith("tasks")}
     elsewhere = ("paths", "prefetch", "cache_gib")
     values["data"] = {k: v for k, v in values["data"].items() if k not in elsewhere}

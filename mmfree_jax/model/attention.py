@@ -113,7 +113,7 @@ def _mix(
     q_BTHK = rope.rotate(q_BTHK, steps.positions_BT, frequency_F)
     k_BTGK = rope.rotate(k_BTGK, steps.positions_BT, frequency_F)
     if c.ternary_qk:
-        q_BTHK, k_BTGK = (_ternary_heads(x) for x in (q_BTHK, k_BTGK))
+        q_BTHK, k_BTGK = (_ternary_heads(x, steps.strength) for x in (q_BTHK, k_BTGK))
     new_state: dict[str, Any] = {}
     if state is None:
         out_BTHK = functional.causal_attention(
@@ -132,9 +132,9 @@ def _mix(
     return x_BTD, out_BTD, new_state
 
 
-def _ternary_heads(x_BTHK: jax.Array) -> jax.Array:
+def _ternary_heads(x_BTHK: jax.Array, strength: jax.Array | None) -> jax.Array:
     """Each token's heads rounded to {-s, 0, s}, s of the head alone; gradient straight through."""
-    return quantize.fake_ternarize(x_BTHK[..., None, :])[..., 0, :]
+    return quantize.fake_ternarize(x_BTHK[..., None, :], strength)[..., 0, :]
 
 
 def _state(

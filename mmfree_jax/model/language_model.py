@@ -17,6 +17,7 @@ from mmfree_jax.model.mixer import OfLayer
 from mmfree_jax.model.operations import Rows
 from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import (
+    Blended,
     DecodingWeights,
     Master,
     Packed,
@@ -58,7 +59,7 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def apply(
         self,
-        weights: DecodingWeights | dict[str, Any],
+        weights: DecodingWeights | Blended | dict[str, Any],
         *args: Any,
         method: Callable[..., Any] | str | None = None,
         **kwargs: Any,
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
             return _OF_PACKED[name](weights, self.config, *args, **kwargs)
         if isinstance(weights, Unstacked):
             weights = collections(weights.rest) | {"layers": {"blocks": weights.blocks}}
-        elif isinstance(weights, Master | Ternary):
+        elif isinstance(weights, Master | Blended | Ternary):
             weights = collections(weights)
         return super().apply(weights, *args, method=method, **kwargs)
 
@@ -161,7 +162,7 @@ class LanguageModel(nn.Module):
             (given,) = of_layers
         x_BTD, layers = run(
             constrain_batch(self.embedding(tokens_BT)),
-            Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT),
+            Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT, self._strength()),
             given,
             None if state is None else state.layers,
         )
@@ -174,8 +175,15 @@ class LanguageModel(nn.Module):
         """Final norm and head on the residual stream: [..., V] float32."""
         c = self.config
         head, norm_scale_D = self.head(c.hidden_size), self.final_norm(c.hidden_size)
-        _, (logits_BTV,) = linears(c, [head], x_BTD, outer_norm=norm_scale_D)
+        _, (logits_BTV,) = linears(
+            c, [head], x_BTD, outer_norm=norm_scale_D, strength=self._strength()
+        )
         return logits_BTV.astype(jnp.float32)
+
+    def _strength(self) -> jax.Array | None:
+        """Of the activations' quantisers where it is given; None: 1."""
+        given = self.has_variable("quantizers", "strength")
+        return self.get_variable("quantizers", "strength") if given else None
 
     def decode(
         self, tokens_BT: jax.Array, state: State, segment_ids_BT: jax.Array | None = None

@@ -81,6 +81,7 @@ class Steps(NamedTuple):
       partition: how [B, T, D] lies on the mesh, None for any that the compiler chooses.
       positions_BT: int32, of rotary positions.
       segment_ids_BT: int32 documents, 0 for padding; None: one document a row.
+      strength: of the quantisers of activations; None: 1.
     """
 
     reset_BT: Any
@@ -88,6 +89,7 @@ class Steps(NamedTuple):
     partition: Callable[[tuple[int, ...]], Any]
     positions_BT: Any
     segment_ids_BT: Any
+    strength: Any = None
 
 
 def _itself(x: Value) -> Value:

@@ -117,6 +117,7 @@ def linears(
     gated: bool = False,
     to_gate: bool = False,
     name: str = "linear",
+    strength: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Linear layers that read one input, behind an optional norm that they share.
 
@@ -131,6 +132,7 @@ def linears(
       gated: the input is silu(gate) * up, of the two halves of x.
       to_gate: not needed here.
       name: of the outputs, for the policies of `ModelConfig.remat`.
+      strength: of the activations' quantiser, where the weights are not ternary; None: 1.
 
     Returns:
       x + residual, and [..., N_j] in the compute dtype for each layer.
@@ -181,6 +183,7 @@ def linears(
             eps=config.linear_norm_eps,
             ternary_weights=options.ternary_weights,
             int8_activations=options.int8_activations,
+            strength=strength,
         )
         for layer in layers
     )

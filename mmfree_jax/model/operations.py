@@ -23,12 +23,14 @@ class Rows(NamedTuple):
       segment_ids_BT: int32 documents, 0 for padding; None: one document a row.
       reset_BT: True where the recurrent state is dropped.
       padding_BT: True where the recurrent state is held.
+      strength: of the activations' quantisers; None: 1.
     """
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array | None
     reset_BT: jax.Array | None
     padding_BT: jax.Array | None
+    strength: jax.Array | None = None
 
 
 def operations(config: ModelConfig, rows: Rows, *, holds: bool) -> layer.Operations:
@@ -42,10 +44,17 @@ def operations(config: ModelConfig, rows: Rows, *, holds: bool) -> layer.Operati
     """
     padding_BT = rows.padding_BT if holds else None
     steps = layer.Steps(
-        rows.reset_BT, padding_BT, channel_partition, rows.positions_BT, rows.segment_ids_BT
+        rows.reset_BT,
+        padding_BT,
+        channel_partition,
+        rows.positions_BT,
+        rows.segment_ids_BT,
+        rows.strength,
     )
     return layer.Operations(
-        functools.partial(linears, config), recurrence(config, steps), steps=steps
+        functools.partial(linears, config, strength=rows.strength),
+        recurrence(config, steps),
+        steps=steps,
     )
 
 

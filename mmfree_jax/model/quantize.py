@@ -28,16 +28,32 @@ def _straight_through_jvp(
     return quantized, x_dot.astype(quantized.dtype)
 
 
-def fake_quantize_int8(x: jax.Array) -> jax.Array:
-    """[..., K] rounded to each token's int8 grid, in x's dtype; gradient straight through."""
+def fake_quantize_int8(x: jax.Array, strength: jax.Array | None = None) -> jax.Array:
+    """[..., K] rounded to each token's int8 grid, in x's dtype; gradient straight through.
+
+    Args:
+      x: what is rounded.
+      strength: how far, from 0 (not at all) to 1, as by None.
+    """
     q, scale = quantize_int8(jax.lax.stop_gradient(x))
-    return straight_through(x, (q.astype(jnp.float32) * scale).astype(x.dtype))
+    return _towards(x, q.astype(jnp.float32) * scale, strength)
 
 
-def fake_ternarize(w: jax.Array) -> jax.Array:
-    """[..., N, K] rounded to {-s, 0, s}, s one number a matrix; gradient straight through."""
+def fake_ternarize(w: jax.Array, strength: jax.Array | None = None) -> jax.Array:
+    """[..., N, K] rounded to {-s, 0, s}, s one number a matrix; gradient straight through.
+
+    `strength` as in `fake_quantize_int8`.
+    """
     trits, scale = ternarize(jax.lax.stop_gradient(w))
-    return straight_through(w, (trits.astype(jnp.float32) * scale).astype(w.dtype))
+    return _towards(w, trits.astype(jnp.float32) * scale, strength)
+
+
+def _towards(x: jax.Array, quantized: jax.Array, strength: jax.Array | None) -> jax.Array:
+    """x + strength (quantized - x), in x's dtype; gradient straight through."""
+    if strength is not None:
+        wide = x.astype(jnp.float32)
+        quantized = wide + strength * (quantized - wide)
+    return straight_through(x, quantized.astype(x.dtype))
 
 
 def linear(
@@ -48,6 +64,7 @@ def linear(
     eps: float,
     ternary_weights: bool,
     int8_activations: bool,
+    strength: jax.Array | None = None,
 ) -> jax.Array:
     """Q8(RMSNorm(x)) @ T(W)^T (arXiv 2406.02528, section 3.2), each part optional.
 
@@ -57,7 +74,8 @@ def linear(
       norm_scale: [K], the layer's own RMSNorm; None leaves the norm out.
       eps: of that norm.
       ternary_weights: round the weights.
-      int8_activations: round the input.
+      int8_activations: round the input,
+      strength: so far, see `fake_quantize_int8`; weights are rounded wholly.
 
     Returns:
       [..., N] in x's dtype.
@@ -66,7 +84,7 @@ def linear(
     if norm_scale is not None:
         x = rms_norm(x, norm_scale, eps=eps)
     if int8_activations:
-        x = fake_quantize_int8(x)
+        x = fake_quantize_int8(x, strength)
     if ternary_weights:
         weight = fake_ternarize(weight)
     return product(x.astype(dtype), weight)

@@ -4,6 +4,7 @@
   Ternary    trits and one scale for each ternary matrix, beside the other parameters
   Packed     a MatMul-free model for decoding, its trits at 2 bits
   Unstacked  either of the first two with each layer by itself, for decoding (`unstacked.py`)
+  Blended    in training alone: parameters that are rounded in part (`training_forms.py`)
 
 Each is a pytree; `LanguageModel.apply` and everything in `infer/` takes any of them. They are made
 downwards only, `Master` to `Ternary` to `Packed`: ternarising again would change the trits.
@@ -43,6 +44,19 @@ class Master:
     """
 
     params: Params
+
+
+@flax.struct.dataclass
+class Blended:
+    """Float parameters on their way to trits; see `training_forms.py`.
+
+    Attributes:
+      params: w + strength (T(w) - w) for each weight w of a ternary layer; others as trained.
+      strength: float32 scalar, from 0 to 1, of the activations' quantisers too.
+    """
+
+    params: Params
+    strength: jax.Array
 
 
 @flax.struct.dataclass
@@ -178,10 +192,12 @@ Weights = Master | Ternary | Packed
 DecodingWeights = Weights | Unstacked
 
 
-def collections(weights: Master | Ternary) -> dict[str, Any]:
+def collections(weights: Master | Blended | Ternary) -> dict[str, Any]:
     """The weights as Flax's collections of variables."""
     if isinstance(weights, Master):
         return {"params": weights.params}
+    if isinstance(weights, Blended):
+        return {"params": weights.params, "quantizers": {"strength": weights.strength}}
     return {"params": weights.params, "ternary": weights.ternary}
 
 

@@ -15,7 +15,7 @@ import optax
 from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.parameter_rules import StepRule, step_rules
-from mmfree_jax.train.schedule import ScheduleValues, learning_rate
+from mmfree_jax.train.schedule import ScheduleValues, learning_rate, weight_decay
 
 
 def init(config: OptimizerConfig, params: Any) -> tuple[Any, ...]:
@@ -84,7 +84,7 @@ def update(
 
     leaves, tree = jax.tree.flatten(params)
     rest = (tree.flatten_up_to(t) for t in (adam.mu, adam.nu, grads))
-    rules = step_rules(config, model, params)
+    rules = step_rules(config, model, params, weight_decay(config, values, adam.count))
     results = [one(*each) for each in zip(leaves, *rest, rules, strict=True)]
     params, mu, nu = (tree.unflatten(column) for column in zip(*results, strict=True))
     count = jnp.where(apply, count, adam.count)

@@ -5,6 +5,7 @@ device always has a step queued while the host reads, logs and fetches the next 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from mmfree_jax.errors import TrainingError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import place_batch, process_rows
 from mmfree_jax.parallel.watchdog import Watchdog
+from mmfree_jax.quantizer_config import Form
 from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.local_copies import LocalCopies
 from mmfree_jax.train.best import BestSteps
@@ -95,14 +97,15 @@ class Loop:
                 start_row=self._run.origin.row_at(start, config.batch_size),
             )
             batch = self._next_batch()
-            step_fn = self._compile(state, batch)
+            step_of = self._compile(state, batch, start)
             recorder.start()
             recorder.progress.stage(TRAINING)
             recorder.progress.step(start)
         while done < end and stopped_by is None:
             self._profiler.before(done + 1)
             with watch.section("step"):
-                state, metrics = step_fn(state, batch)
+                form = self._form(done)
+                state, metrics = step_of[form](state, batch)
                 done += 1
                 self._read_metrics()
                 self._pending = (done, metrics)
@@ -137,25 +140,43 @@ class Loop:
                 self._run, recorder, done, stopped_by, self.compile_seconds, self._best
             )
 
+    def _form(self, done: int) -> Form:
+        """What the next step trains; the change from one form to another is an event."""
+        quantizer, steps = self._run.config.quantizer, self._run.config.steps
+        form = quantizer.form_at(done, steps)
+        if done and form != quantizer.form_at(done - 1, steps):
+            self._recorder.event(done, f"the layers that are trained are {form} from here on")
+        return form
+
     def _next_batch(self) -> dict[str, jax.Array]:
         size = self._run.step_config.batch_size
         return place_batch(self._run.mesh, next(self._iterator), self._rows, size)
 
-    def _compile(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
-        """Compiles the step ahead of its first call, so that its time is known."""
+    def _compile(
+        self, state: TrainState, batch: dict[str, jax.Array], start: int
+    ) -> dict[Form, Callable[..., Any]]:
+        """Compiles a step for each form that this session trains, ahead of the first call.
+
+        So that the time is known, and what cannot be compiled does not end a run in its middle.
+        """
         run, begin = self._run, self._clock()
         self._recorder.progress.stage("compiling the training step")
+        forms = run.config.quantizer.forms(start, self._end, run.config.steps)
+        steps: dict[Form, Callable[..., Any]] = {}
         with self._recorder.watch.section("compile"), jax.set_mesh(run.mesh):
-            step_fn = jit_train_step(run.step_config, run.optimizer, run.mesh)
-            schedule = jax.device_put(
-                schedule_values(run.config.optimizer, run.config.steps),
-                NamedSharding(run.mesh, P()),
-            )
-            compiled = step_fn.lower(state, batch, schedule).compile()
+            values = schedule_values(run.config.optimizer, run.config.steps, run.config.quantizer)
+            schedule = jax.device_put(values, NamedSharding(run.mesh, P()))
+            for form in forms:
+                step_fn = jit_train_step(run.step_config, run.optimizer, run.mesh, form)
+                compiled = step_fn.lower(state, batch, schedule).compile()
+                steps[form] = functools.partial(_with_schedule, compiled, schedule)
+                self._beat("compiling")
         self.compile_seconds = self._clock() - begin
-        self._beat("compiling")
-        self._recorder.message(f"compiled the training step in {self.compile_seconds:.1f} s")
-        return lambda state, batch: compiled(state, batch, schedule)
+        of_forms = "" if forms == ("ternary",) else f" ({', '.join(forms)})"
+        self._recorder.message(
+            f"compiled the training step{of_forms} in {self.compile_seconds:.1f} s"
+        )
+        return steps
 
     def _read_metrics(self) -> None:
         """Reads the metrics of the step before, and records them when they are due."""
@@ -309,6 +330,10 @@ class Loop:
             self._profiler.stop()
         if self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
+
+
+def _with_schedule(compiled: Any, schedule: Any, state: TrainState, batch: Any) -> Any:
+    return compiled(state, batch, schedule)
 
 
 def _is_due(every: int, done: int) -> bool:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.model import LanguageModel, Master, Ternary
 from mmfree_jax.model.quantize import fake_quantize_int8, fake_ternarize
+from mmfree_jax.model.weights import Blended
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.cross_entropy.api import (
     CrossEntropy,
@@ -53,7 +54,7 @@ class TokenLosses(NamedTuple):
 def head_cross_entropy(
     x_ND: jax.Array,
     targets_N: jax.Array,
-    weights: Master | Ternary,
+    weights: Master | Blended | Ternary,
     config: ModelConfig,
     *,
     z_loss: float,
@@ -94,7 +95,7 @@ def head_cross_entropy(
             token_axes=flat_token_axes(targets_N.shape),
         )
     if options.int8_activations:
-        x_ND = fake_quantize_int8(x_ND)
+        x_ND = fake_quantize_int8(x_ND, weights.strength if isinstance(weights, Blended) else None)
     if options.ternary_weights:
         weight_VD = fake_ternarize(weight_VD)
     return linear_cross_entropy_sum(
@@ -108,7 +109,7 @@ def head_cross_entropy(
 
 
 def loss_sums(
-    weights: Master | Ternary,
+    weights: Master | Blended | Ternary,
     batch: Batch,
     *,
     model: LanguageModel,
@@ -118,7 +119,7 @@ def loss_sums(
     """Sums of the loss over a batch.
 
     Args:
-      weights: of the model (`training_weights`).
+      weights: of the model (`weights_of_form`).
       batch: "tokens", "targets", "segment_ids", int32 [B, T] each.
       model: the model.
       z_loss: weight of the squared log-partition in the objective.

@@ -34,7 +34,8 @@ class Memory:
     gradients: float
     optimizer: float
     ternary: float
-    """The int8 copies of the ternary weights that a step works with."""
+    """The int8 copies of the ternary weights that a step works with; blended ones are in their
+    own dtype."""
     activations: float
     """Kept for the backward pass, and the working set of the block being recomputed. Where layers
     are unrolled, only what exceeds their gradients: as the backward pass goes through the layers,
@@ -107,7 +108,7 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
         parameters=parameters.total * size / shards,
         gradients=gradients * accumulated,
         optimizer=_optimizer_bytes(config) / shards,
-        ternary=parameters.ternary / shards,
+        ternary=parameters.ternary * (size if config.quantizer.warmup_fraction else 1) / shards,
         activations=activations,
         logits=chunk * model.vocab_size * (4 + compute) / mesh.tensor,
     )

@@ -11,10 +11,10 @@ from optax import contrib
 from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.parameter_rules import step_rules
-from mmfree_jax.train.schedule import ScheduleValues, learning_rate
+from mmfree_jax.train.schedule import ScheduleValues, learning_rate, weight_decay
 
-Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
-"""Of gradients, optax's state, weights and the rate: the new weights and state."""
+Step = Callable[[Any, Any, Any, jax.Array, Any], tuple[Any, Any]]
+"""Of gradients, optax's state, weights, rate and weight decay: the new weights and state."""
 
 
 class OptaxState(NamedTuple):
@@ -51,7 +51,7 @@ def update(
     """
     rate = learning_rate(config.schedule, values, state.count)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
-    new, own = step(grads, state.own, params, rate)
+    new, own = step(grads, state.own, params, rate, weight_decay(config, values, state.count))
     after = OptaxState(optax.safe_increment(state.count), own)
     return jax.tree.map(
         lambda a, b: jnp.where(apply, a.astype(b.dtype), b), (new, after), (params, state)
@@ -66,19 +66,20 @@ def along(
     own: Any,
     params: Any,
     rate: jax.Array,
+    decay: Any,
 ) -> tuple[Any, Any]:
     """Subtracts `rate * rule(direction, w)`."""
     directions, own = direction.update(grads, own, params)
-    return optax.apply_updates(params, _steps(config, model, directions, params, -rate)), own
+    return optax.apply_updates(params, _steps(config, model, directions, params, -rate, decay)), own
 
 
 def averaging(
-    config: OptimizerConfig, model: ModelConfig | None, direction: Any, rate: Any
+    config: OptimizerConfig, model: ModelConfig | None, direction: Any, rate: Any, decay: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """schedule_free (Defazio et al., arXiv 2405.15682) at a rate that is known."""
+    """schedule_free (Defazio et al., arXiv 2405.15682) at a rate and decay that are known."""
 
     def steps(directions: Any, params: Any) -> Any:
-        return _steps(config, model, directions, params, -rate)
+        return _steps(config, model, directions, params, -rate, decay)
 
     base = optax.chain(direction, optax.stateless(steps))
     return contrib.schedule_free(base, rate, config.b1)
@@ -102,13 +103,14 @@ def average(
     own: Any,
     params: Any,
     rate: jax.Array,
+    decay: Any,
 ) -> tuple[Any, Any]:
     """A step of schedule_free; the parameters are the average, which is what is evaluated.
 
     Optax keeps the weights between instead, from which the average follows.
     """
     at = _between(config, params, own)
-    updates, own = averaging(config, model, direction, rate).update(grads, own, at)
+    updates, own = averaging(config, model, direction, rate, decay).update(grads, own, at)
     return contrib.schedule_free_eval_params(own, optax.apply_updates(at, updates)), own
 
 
@@ -127,11 +129,19 @@ def rearranged(config: OptimizerConfig, state: OptaxState, wanted: OptaxState) -
 
 
 def _steps(
-    config: OptimizerConfig, model: ModelConfig | None, directions: Any, params: Any, rate: Any
+    config: OptimizerConfig,
+    model: ModelConfig | None,
+    directions: Any,
+    params: Any,
+    rate: Any,
+    decay: Any,
 ) -> Any:
     """`rate` times the steps of all weights."""
     leaves, tree = jax.tree.flatten(params)
     columns = zip(
-        tree.flatten_up_to(directions), leaves, step_rules(config, model, params), strict=True
+        tree.flatten_up_to(directions),
+        leaves,
+        step_rules(config, model, params, decay),
+        strict=True,
     )
     return tree.unflatten([rate * rule(direction, w) for direction, w, rule in columns])

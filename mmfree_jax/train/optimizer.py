@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig | None = None) ->
         )
     direction = make_direction(config, model)
     if config.name == "schedule_free":
-        free = optax_steps.averaging(config, model, direction, 0.0)
+        free = optax_steps.averaging(config, model, direction, 0.0, 0.0)
         init = functools.partial(optax_steps.init, free)
         step = functools.partial(optax_steps.average, config, model, direction)
         point: Callable[[Any, Any], Any] = functools.partial(optax_steps.point, config)

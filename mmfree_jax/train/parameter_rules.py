@@ -46,23 +46,25 @@ def _decays(path: tuple[Any, ...]) -> bool:
     return group_of(path) in ("matrix", "head")
 
 
-def step_rules(config: OptimizerConfig, model: ModelConfig | None, params: Any) -> list[StepRule]:
-    """The rule of each leaf of `params`, in their order."""
+def step_rules(
+    config: OptimizerConfig, model: ModelConfig | None, params: Any, weight_decay: Any
+) -> list[StepRule]:
+    """The rule of each leaf of `params`, in their order, with the weight decay of the step."""
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [_step_rule(config, model, path) for path, _ in paths]
+    return [_step_rule(config, model, path, weight_decay) for path, _ in paths]
 
 
 def _step_rule(
-    config: OptimizerConfig, model: ModelConfig | None, path: tuple[Any, ...]
+    config: OptimizerConfig, model: ModelConfig | None, path: tuple[Any, ...], weight_decay: Any
 ) -> StepRule:
     rate: float = getattr(config, f"{group_of(path)}_rate")
     scale = 1.0 if model is None else rate_scale(model, path_names(path))
-    decay = config.weight_decay if _decays(path) else 0.0
+    decays = bool(config.weight_decay) and _decays(path)
 
     def rule(direction: jax.Array, w: jax.Array) -> jax.Array:
         step = direction if scale == 1 else direction * scale
-        if decay:
-            step = step + decay * w
+        if decays:
+            step = step + weight_decay * w
         return step if rate == 1 else step * rate
 
     return rule

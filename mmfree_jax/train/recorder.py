@@ -175,6 +175,8 @@ class Recorder:
         record: Record = self._window.take()
         # The optimiser counts the updates it made; skipped ones are not among them.
         record["learning_rate"] = float(self._schedule(max(0, step - 1 - self._skipped)))
+        if not config.quantizer.is_immediate:
+            record["quantizer_strength"] = config.quantizer.strength(step - 1, config.steps)
         record["tokens_per_s"] = rate
         record["mfu"] = self.utilisation(rate)
         for name in SECTIONS:

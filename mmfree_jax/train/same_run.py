@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config
 from mmfree_jax.storage import Url
 from mmfree_jax.train.branch_source import same_source
-from mmfree_jax.train.schedule import make_schedule
+from mmfree_jax.train.schedule import make_schedule, schedule_values, weight_decay
 
 # What a resumed run may change: where and how it runs and reports, never what it computes.
-# `steps` is checked apart (`_past_differs`); data.paths by the data's identity.
+# `steps` is checked apart (`_differing_past`); data.paths by the data's identity.
 _MAY_CHANGE = (
     "run_dir",
     "steps",
@@ -86,11 +87,27 @@ def cannot_branch(parent: TrainConfig, config: TrainConfig) -> list[str]:
     ]
 
 
-def _past_differs(old: TrainConfig, new: TrainConfig, step: int) -> bool:
-    """Whether the steps already made would have had another learning rate under `new`."""
+def _differing_past(old: TrainConfig, new: TrainConfig, step: int) -> str | None:
+    """What the steps already made would have had otherwise under `new`, in words."""
     counts = np.arange(step)
-    rates = [np.asarray(make_schedule(c.optimizer, c.steps)(counts)) for c in (old, new)]
-    return not np.allclose(*rates, rtol=1e-6, atol=0)
+
+    def alike(planned: Callable[[TrainConfig], Any]) -> bool:
+        return np.allclose(*(np.asarray(planned(c)) for c in (old, new)), rtol=1e-6, atol=0)
+
+    def decay(config: TrainConfig) -> Any:
+        values = schedule_values(config.optimizer, config.steps)
+        return weight_decay(config.optimizer, values, counts)
+
+    def strength(config: TrainConfig) -> Any:
+        return [config.quantizer.strength(done, config.steps) for done in range(step)]
+
+    if not alike(lambda c: make_schedule(c.optimizer, c.steps)(counts)):
+        return f"the {new.optimizer.schedule!r} schedule would have had other rates"
+    if not alike(decay):
+        return "optimizer.weight_decay_until would have ended the decay elsewhere"
+    if not alike(strength):
+        return "quantizer would have set in elsewhere"
+    return None
 
 
 def check_same_run(
@@ -126,10 +143,10 @@ def check_same_run(
                 f"set --steps above {step}, give another --run-dir, or go on from an earlier "
                 f"checkpoint there: --branch-from {run_dir}@STEP --run-dir NEW"
             )
-        if _past_differs(from_dict(TrainConfig, saved), config, step):
+        if otherwise := _differing_past(from_dict(TrainConfig, saved), config, step):
             differing = [
-                f"steps {was.get('steps')} -> {config.steps} (the {config.optimizer.schedule!r} "
-                f"schedule would have had other rates in the {step} steps already made)"
+                f"steps {was.get('steps')} -> {config.steps} ({otherwise} in the {step} steps "
+                "already made)"
             ]
     if differing:
         ways_out = [f"its settings, --config {run_dir / CONFIG}"]

@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.model import LanguageModel, Master, Ternary, training_weights
 from mmfree_jax.model.parameters import param_shapes, unflatten
-from mmfree_jax.model.weights import is_ternary
+from mmfree_jax.model.training_forms import config_of_form, weights_of_form
+from mmfree_jax.model.weights import Blended, is_ternary
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import batch_sharding, param_shardings, state_shardings
+from mmfree_jax.quantizer_config import Form, strength_at
 from mmfree_jax.train.loss import Batch, LossSums, TokenLosses, loss_sums, token_losses
 from mmfree_jax.train.optimizer import Optimizer
 from mmfree_jax.train.schedule import ScheduleValues
@@ -56,6 +58,7 @@ def train_step(
     *,
     config: TrainConfig,
     optimizer: Optimizer,
+    form: Form = "ternary",
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step on the mean loss over the batch's predicted tokens.
 
@@ -65,16 +68,20 @@ def train_step(
     Args:
       state: before the step.
       batch: "tokens", "targets", "segment_ids", int32 [B, T] each.
-      schedule: numbers of the learning rate's schedule; no compiled program depends on them.
+      schedule: numbers of what changes over the run; no compiled program depends on them.
       config: of the run.
       optimizer: whose state is in `state`.
+      form: of the layers that are to be ternary, which those numbers give this step.
 
     Returns:
       The state after it, and float32 scalars: loss (nats a token), z_loss, accuracy,
       grad_norm (before clipping), tokens (predicted), finite (1 or 0).
     """
-    model = LanguageModel(config.model)
-    weights = training_weights(optimizer.point(state.params, state.opt_state), config.model)
+    model = LanguageModel(config_of_form(form, config.model))
+    strength = strength_at(state.step, schedule.float_steps, schedule.ternary_from)
+    weights = weights_of_form(
+        form, optimizer.point(state.params, state.opt_state), config.model, strength
+    )
 
     def objective(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, LossSums]:
         own = dataclasses.replace(weights, params=params)
@@ -124,7 +131,9 @@ def train_step(
     return new_state, metrics
 
 
-def _exchanging_in(dtype: str, weights: Master | Ternary, config: ModelConfig) -> dict[str, Any]:
+def _exchanging_in(
+    dtype: str, weights: Master | Blended | Ternary, config: ModelConfig
+) -> dict[str, Any]:
     """The parameters, the matrices cast: in their dtype the sum of their gradients is exchanged.
 
     A cast changes no value of the forward pass: the fused program reads a ternary weight's trits
@@ -132,7 +141,7 @@ def _exchanging_in(dtype: str, weights: Master | Ternary, config: ModelConfig) -
     must be as short. Nothing is cast on one device, which exchanges nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if isinstance(weights, Master) or mesh.empty or mesh.size == 1:
+    if not isinstance(weights, Ternary) or mesh.empty or mesh.size == 1:
         return weights.params
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -195,12 +204,12 @@ def jit_init(
 
 
 def jit_train_step(
-    config: TrainConfig, optimizer: Optimizer, mesh: Mesh
+    config: TrainConfig, optimizer: Optimizer, mesh: Mesh, form: Form = "ternary"
 ) -> Callable[[TrainState, Batch, ScheduleValues], tuple[TrainState, Metrics]]:
-    """`train_step` compiled for the mesh; the state is donated."""
+    """`train_step` of one form compiled for the mesh; the state is donated."""
     shardings = state_shardings(mesh, state_shapes(config, optimizer))
     return jax.jit(
-        functools.partial(train_step, config=config, optimizer=optimizer),
+        functools.partial(train_step, config=config, optimizer=optimizer, form=form),
         in_shardings=(shardings, batch_sharding(mesh), NamedSharding(mesh, P())),
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,

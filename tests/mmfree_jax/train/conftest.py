@@ -24,7 +24,7 @@ _SETTINGS_OF_THE_LOOP = (
     "stop_at",
     "on_nonfinite",
 )
-_TRACED: dict[tuple[str, TrainConfig], Any] = {}
+_TRACED: dict[tuple[Any, ...], Any] = {}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def _traced(name: str, config: TrainConfig, *args: Any) -> Any:
     default = TrainConfig()
     same = {field: getattr(default, field) for field in _SETTINGS_OF_THE_LOOP}
     same["data"] = DataConfig(seq_len=config.data.seq_len)
-    key = (name, dataclasses.replace(config, **same))
+    key = (name, dataclasses.replace(config, **same), *args[2:])  # the form of the step
     if key not in _TRACED:
         _TRACED[key] = getattr(step_module, name)(config, *args)
     return _TRACED[key]
