@@ -29,6 +29,8 @@ extensions = [
     "sphinxcontrib.mermaid",
     "site_pages",
 ]
+# Names under "Attributes:" are references too, and several classes have a `tokens`.
+suppress_warnings = ["ref.python"]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = f"mmfree_jax {release}"

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from mmfree_jax.data.pipeline import EvalBatches, make_eval_batches, make_train_iterator
     from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
     from mmfree_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-    from mmfree_jax.data.train_bpe import train_bpe
 
 __all__ = [
     "ByteTokenizer",
@@ -22,7 +21,6 @@ __all__ = [
     "make_train_iterator",
     "open_dataset",
     "prepare_dataset",
-    "train_bpe",
 ]
 
 _NAMES = {
@@ -30,6 +28,5 @@ _NAMES = {
     "mmfree_jax.data.pipeline": "EvalBatches make_eval_batches make_train_iterator",
     "mmfree_jax.data.prepare": "PrepareConfig prepare_dataset",
     "mmfree_jax.data.tokenizer": "ByteTokenizer Tokenizer load_tokenizer",
-    "mmfree_jax.data.train_bpe": "train_bpe",
 }
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -96,6 +96,8 @@ def test_lazy_names_are_declared_alike(package):
     assert lazy == typed
     assert sorted(lazy) == sorted(module.__all__)
     assert set(module.__all__) <= set(dir(module))
+    submodules = {path.stem for path in Path(str(module.__file__)).parent.iterdir()}
+    assert submodules & set(lazy) == set(), "importing the submodule would take the name's place"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         module.nothing  # noqa: B018
 

@@ -32,6 +32,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     ),
     "pack": ("--model run --out new",),
     "plot": ("curve --output new.png",),
+    "completion": ("bash",),
     "info": ("--preset tiny --devices 1,2", "--run run --json"),
     "import-hf": ("hf new",),
     "export-hf": ("run new",),
