@@ -42,6 +42,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 _NEWER = (
     "head_dim", "attention_bias", "qk_norm", "rope_scaling", "mup", "mup_base_width",
     "output_gate", "candidate", "ternary_qk", "float_attention", "glu_activation",
+    "state_expansion",
 )  # fmt: skip
 _NEWER_OF_OPTIMIZER = (
     "name", "factory", "embedding_rate", "head_rate", "matrix_rate", "vector_rate",

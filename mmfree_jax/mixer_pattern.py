@@ -14,7 +14,10 @@ from typing import Literal, cast, get_args
 
 from mmfree_jax.errors import ConfigError
 
-MixerName = Literal["mlgru", "attention", "rwkv4", "mingru", "rglru"]
+MixerName = Literal["mlgru", "attention", "rwkv4", "mingru", "rglru", "hgrn2"]
+
+BOUNDED: tuple[MixerName, ...] = ("mlgru", "hgrn2")
+"""Mixers whose forget gates have lower bounds, which rise from one such layer to the next."""
 
 _LONGEST = 10_000
 """Layers of a model (`ranges.Layers`)."""

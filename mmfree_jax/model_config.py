@@ -1,9 +1,10 @@
 """What a model is: its sizes, its kinds of layer, and how it is initialised and run."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfree_jax.mixer_pattern import MixerName, pattern_text, period_of
+from mmfree_jax.mixer_pattern import BOUNDED, MixerName, pattern_text, period_of
 from mmfree_jax.ranges import (
     AboveZero,
     Count,
@@ -51,8 +52,9 @@ class ModelConfig:
     mixer: str = "mlgru"
     """Token mixer. mlgru: the MatMul-free gated linear recurrence; attention: causal, with RoPE;
     rwkv4: the paper's other one, an average of values that fades with a learnt decay; mingru:
-    minGRU; rglru: Griffin's RG-LRU. Or a pattern of layers that repeats over the depth:
-    mlgru:3,attention is three of the one and then one of the other."""
+    minGRU; rglru: Griffin's RG-LRU; hgrn2: HGRN2, whose state is a matrix a head. Or a
+    pattern of layers that repeats over the depth: mlgru:3,attention is three of the one and then
+    one of the other."""
     vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
     preset other than a rung says it, commands take the vocabulary of data.paths."""
@@ -79,6 +81,9 @@ class ModelConfig:
     Transformer++ that did not converge (docs/models.md)."""
     expand_ratio: AboveZero = 1.0
     """Channels of the recurrent state for each of the residual stream."""
+    state_expansion: Count | None = None
+    """HGRN2: channels of a head, and how many numbers its state holds for each of them; None: 128,
+    or what it and the state's channels have as greatest common divisor."""
     short_conv: CountOrZero = 0
     """MLGRU: length of a causal convolution over each channel (tokens); 0: none."""
     share_short_conv: bool = True
@@ -107,7 +112,7 @@ class ModelConfig:
     head_linear: LinearConfig = BITLINEAR
     """The projection onto the vocabulary."""
     use_lower_bound: bool = True
-    """MLGRU: bound each layer's forget gate from below, more tightly the deeper the layer."""
+    """MLGRU and HGRN2: bound each layer's forget gate from below, more tightly the deeper it is."""
     norm_eps: AboveZero = 1e-6
     """Added to the mean square in the block, gate and final RMSNorms."""
     linear_norm_eps: AboveZero = 1e-6
@@ -189,10 +194,22 @@ class ModelConfig:
             "mixer_linear where all layers attend",
         )
         require(
-            self.expand_ratio == 1 or "mlgru" not in self.period or not self.use_lower_bound,
+            self.expand_ratio == 1 or not self.bounded_layers or not self.use_lower_bound,
             "model.expand_ratio",
             self.expand_ratio,
             "set --model.no-use-lower-bound: the bounds have one channel for each of hidden_size",
+        )
+        require(
+            self.state_expansion is None or "hgrn2" in self.period,
+            "model.state_expansion",
+            self.state_expansion,
+            f"it is HGRN2's; leave it out with mixer {self.mixer}",
+        )
+        require(
+            self.state_size % self.head_expansion == 0,
+            "model.state_expansion",
+            self.state_expansion,
+            f"set --model.state-expansion to a divisor of the state's channels ({self.state_size})",
         )
         if attends:
             heads = self.attention_heads
@@ -275,6 +292,23 @@ class ModelConfig:
         return int(self.hidden_size * self.expand_ratio)
 
     @property
+    def head_expansion(self) -> int:
+        """Channels of an HGRN2's head; its state has as many rows."""
+        if self.state_expansion is not None:
+            return self.state_expansion
+        return math.gcd(self.state_size, 128)
+
+    @property
+    def state_heads(self) -> int:
+        """Heads of an HGRN2."""
+        return self.state_size // self.head_expansion
+
+    @property
+    def bounded_layers(self) -> int:
+        """Layers whose forget gates have lower bounds, with `use_lower_bound` learnt ones."""
+        return sum(name in BOUNDED for name in self.layer_mixers)
+
+    @property
     def recurrent(self) -> bool:
         """Whether what is carried from token to token has a size of its own, and no cache in it."""
         return "attention" not in self.period
@@ -300,10 +334,12 @@ class ModelConfig:
     @property
     def family(self) -> str:
         """Name of the architecture, for tables: "matmulfree" (of the MLGRU; of other recurrent
-        mixers "matmulfree-rwkv4" and the like), "transformer" or "hybrid"."""
+        mixers "matmulfree-rwkv4" and the like, with HGRN2, whose states are read by products,
+        "ternary-hgrn2"), "transformer" or "hybrid"."""
         groups = (self.mixer_linear, self.glu_linear, self.head_linear)
         if self.recurrent and all(g == BITLINEAR for g in groups):
-            return "matmulfree" if self.mixer == "mlgru" else f"matmulfree-{self.mixer}"
+            kind = "ternary" if "hgrn2" in self.period else "matmulfree"
+            return kind if self.mixer == "mlgru" else f"{kind}-{self.mixer}"
         if self.mixer == "attention" and all(g == DENSE for g in groups) and not self.ternary_qk:
             return "transformer"
         return "hybrid"

@@ -170,10 +170,10 @@ def _biases(config: ModelConfig) -> int:
     return config.query_size + 2 * config.key_size + of_output
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> float:
     """Causal: the token at position t (from 1) attends to t keys, on average (seq_len + 1) / 2,
     at 2 operations a channel of all heads each for the score and for the sum."""
-    del number
+    del bounded_before
     return 4 * config.query_size * (seq_len + 1) / 2
 
 

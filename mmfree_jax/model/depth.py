@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.mixer_pattern import MixerName
+from mmfree_jax.mixer_pattern import BOUNDED, MixerName
 from mmfree_jax.model.mixer import OfLayer
 from mmfree_jax.model_config import ModelConfig
 
@@ -71,12 +71,13 @@ def of_layers(config: ModelConfig, lower_bounds_ME: jax.Array | None) -> tuple[O
 
     Args:
       config: of the model.
-      lower_bounds_ME: of all MLGRUs, in their order; None where there are none.
+      lower_bounds_ME: of all layers whose mixer is `BOUNDED`, in their order; None where there are
+        none.
     """
     length = len(config.period)
     index_NP = jnp.arange(config.num_layers, dtype=jnp.int32).reshape(-1, length)
-    mlgrus = [place for place, mixer in enumerate(config.period) if mixer == "mlgru"]
+    bounded = [place for place, mixer in enumerate(config.period) if mixer in BOUNDED]
     bounds: dict[int, jax.Array] = {}
     if lower_bounds_ME is not None:
-        bounds = {at: lower_bounds_ME[n :: len(mlgrus)] for n, at in enumerate(mlgrus)}
+        bounds = {at: lower_bounds_ME[n :: len(bounded)] for n, at in enumerate(bounded)}
     return tuple(OfLayer(bounds.get(place), index_NP[:, place]) for place in range(length))

@@ -85,11 +85,11 @@ class LanguageModel(nn.Module):
         """Names the parts; the layer loop is a scan over stacked parameters."""
         c = self.config
         self.embedding = Embedding(c)
-        if "mlgru" in c.period and c.use_lower_bound:
+        if c.bounded_layers and c.use_lower_bound:
             self.lower_bounds = self.param(
                 "lower_bounds",
                 nn.initializers.zeros,
-                (c.layer_mixers.count("mlgru"), c.hidden_size),
+                (c.bounded_layers, c.hidden_size),
                 jnp.dtype(c.param_dtype),
             )
         periods = c.num_layers // len(c.period)
@@ -147,11 +147,11 @@ class LanguageModel(nn.Module):
         if segment_ids_BT is not None:
             reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
         lower_bounds_ME = None
-        if "mlgru" in c.period:
+        if c.bounded_layers:
             lower_bounds_ME = (
                 functional.forget_gate_lower_bounds(self.lower_bounds)
                 if c.use_lower_bound
-                else jnp.zeros((c.layer_mixers.count("mlgru"), c.state_size))
+                else jnp.zeros((c.bounded_layers, c.state_size))
             )
         of_layers = depth.of_layers(c, lower_bounds_ME)
         run: Any = self.blocks

@@ -87,9 +87,9 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return {"z_proj": (inner, width), "h_proj": (inner, width), "o_proj": (width, inner)}
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> float:
     """An elementary function counting one: z and 1 - z 2, candidate 2, product 1, recurrence 2."""
-    del seq_len, number
+    del seq_len, bounded_before
     return 7.0 * config.state_size
 
 

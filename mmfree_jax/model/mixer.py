@@ -72,7 +72,7 @@ class Mixer(NamedTuple):
       matrices: each matrix of a layer by its name, (outputs, inputs).
       norms: parameters of a layer in norms that are not the linear layers' own.
       vectors: other parameters of a layer that are no matrices.
-      mixing_flops: (config, length of a row, which of the layers with this mixer, from 0) ->
+      mixing_flops: (config, length of a row, layers with lower bounds before this one) ->
         operations a token of the layer, between tokens and element-wise.
       kept: what the backward pass keeps.
       packed: None: it has no packed form.

@@ -1,7 +1,7 @@
 """The token mixers by their names."""
 
 from mmfree_jax.mixer_pattern import MixerName
-from mmfree_jax.model import attention, mingru, mlgru, rglru, rwkv4
+from mmfree_jax.model import attention, hgrn2, mingru, mlgru, rglru, rwkv4
 from mmfree_jax.model.mixer import Mixer
 
 MIXERS: dict[MixerName, Mixer] = {
@@ -10,4 +10,5 @@ MIXERS: dict[MixerName, Mixer] = {
     "rwkv4": rwkv4.MIXER,
     "mingru": mingru.MIXER,
     "rglru": rglru.MIXER,
+    "hgrn2": hgrn2.MIXER,
 }

@@ -168,9 +168,9 @@ def elementwise_flops(config: ModelConfig, *, bounded: bool) -> int:
     return 5 + candidate + gate + (2 if bounded else 0)
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> float:
     del seq_len
-    bounded = config.use_lower_bound and number > 0  # The first has no lower bound.
+    bounded = config.use_lower_bound and bounded_before > 0  # The first has no lower bound.
     elementwise = config.state_size * elementwise_flops(config, bounded=bounded)
     return float(elementwise + 2 * _convolution_weights(config))
 

@@ -125,10 +125,10 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> float:
     """An elementary function counting one: biases 2, gates 2, log a 1, a 1, its root 4, the input
     2, recurrence 2, gelu 2, gate 1."""
-    del seq_len, number
+    del seq_len, bounded_before
     return 17.0 * config.state_size
 
 

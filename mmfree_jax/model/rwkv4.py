@@ -147,14 +147,14 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return inputs | {"o_proj": (width, inner)}
 
 
-def _mixing_flops(config: ModelConfig, seq_len: int, number: int) -> float:
+def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> float:
     """An elementary function counting one.
 
     Each of three mixes of tokens 3 a channel of the stream. A channel of the state: s - w and
     s - w - k 2, both shares 2, the logarithm of the sum 4, (1 - f) v 1, recurrence 2,
     s - u - k 2, its shares 2, out 3, sigmoid(r) 1, gate 1.
     """
-    del seq_len, number
+    del seq_len, bounded_before
     return float(9 * config.hidden_size + 20 * config.state_size)
 
 

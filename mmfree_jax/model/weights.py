@@ -386,14 +386,13 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
 
 
 def lower_bounds(raw_MD: jax.Array | None, config: ModelConfig) -> jax.Array:
-    """The forget gates' lower bounds of all MLGRUs, [M, E], of the learned logits; else zero.
+    """The lower bounds of all forget gates that have them, [M, E], of the logits; else zero.
 
     A program of its own, as in `ternarise_matrix`: fused with others its sums have other last
     bits, and a model packed in memory parts from its packed file after some greedy tokens.
     """
     if raw_MD is None:
-        layers = config.layer_mixers.count("mlgru")
-        return jnp.zeros((layers, config.state_size), jnp.float32)
+        return jnp.zeros((config.bounded_layers, config.state_size), jnp.float32)
     return _lower_bounds(raw_MD.astype(jnp.float32))
 
 

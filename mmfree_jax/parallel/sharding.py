@@ -32,7 +32,7 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"embedding/weight", P("tensor", "fsdp")),
     (r"lower_bounds", P()),
     (r"blocks/(layer\d+/)?(mixer|glu)_norm/scale", P()),
-    (r"blocks/(layer\d+/)?mixer/(gate|q|k)_norm/scale", P()),
+    (r"blocks/(layer\d+/)?mixer/(gate|out|q|k)_norm/scale", P()),
     (r"blocks/(layer\d+/)?mixer/(conv|i_conv|f_conv)/kernel", P()),
     (r"blocks/(layer\d+/)?mixer/([rkv]_mix|[ri]_bias|decay|bonus)", P()),
     (r"blocks/(layer\d+/)?mixer/[ifgqkvrzhx]_proj/weight", P(None, "tensor", "fsdp")),
@@ -156,6 +156,11 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"model.{name} is {model.kv_heads}: set --mesh.tensor to a divisor of it "
             f"({mesh.shape['tensor']} is none)"
+        )
+    if "hgrn2" in model.period and model.state_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"model.state_expansion is {model.head_expansion}, which makes {model.state_heads} "
+            f"heads: set --mesh.tensor to a divisor of that ({mesh.shape['tensor']} is none)"
         )
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmfree_jax.mixer_pattern import BOUNDED
 from mmfree_jax.model import depth
 from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.parameters import flatten
@@ -82,7 +83,7 @@ def fingerprint(weights: Weights, config: ModelConfig) -> Fingerprint:
         assert isinstance(weights, Ternary)
         matrices, others = _parts_of_ternary(weights)
         raw = others.pop("lower_bounds", None)
-        bounds = lower_bounds(raw, config) if "mlgru" in config.period else jnp.zeros(0)
+        bounds = lower_bounds(raw, config) if config.bounded_layers else jnp.zeros(0)
     scales = [scale for _, scale in (matrices[name] for name in sorted(matrices))] + [bounds]
     sums, slack = [np.zeros((0, _SUMS), np.int32)], []
     for name in sorted(matrices):
@@ -146,9 +147,9 @@ def _parts_of_packed(weights: Packed, config: ModelConfig) -> tuple[_Matrices, P
 
 
 def _bounds_of_packed(weights: Packed, config: ModelConfig) -> jax.Array:
-    """The forget gates' lower bounds of all MLGRUs, in their order."""
+    """The forget gates' lower bounds of all layers that have them, in order."""
     places = zip(config.period, weights.blocks, strict=True)
-    bounds = [blocks.mixer.lower_bound for name, blocks in places if name == "mlgru"]
+    bounds = [blocks.mixer.lower_bound for name, blocks in places if name in BOUNDED]
     return jnp.stack(bounds, axis=1) if bounds else jnp.zeros(0)
 
 

@@ -7,9 +7,8 @@ program's; int8 and ternary products count as the bfloat16 products they stand f
 """
 
 import dataclasses
-from collections import Counter
 
-from mmfree_jax.mixer_pattern import MixerName
+from mmfree_jax.mixer_pattern import BOUNDED, MixerName
 from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 
@@ -114,10 +113,10 @@ def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     Attention is counted as causal. Rows that pack several documents do less.
     """
     d, layers = config.hidden_size, config.num_layers
-    mixing, seen = 0.0, Counter[MixerName]()
+    mixing, bounded = 0.0, 0
     for name in config.layer_mixers:
-        mixing += MIXERS[name].mixing_flops(config, seq_len, seen[name])
-        seen[name] += 1
+        mixing += MIXERS[name].mixing_flops(config, seq_len, bounded)
+        bounded += name in BOUNDED
     return TokenFlops(
         mixer=2 * mixer_weights(config),
         mixing=mixing,

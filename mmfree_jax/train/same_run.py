@@ -63,6 +63,8 @@ def other_model(old: ModelConfig, new: ModelConfig) -> list[str]:
             there, here = old.attention_heads, new.attention_heads
         elif field.name == "head_dim" and "attention" in new.period:
             there, here = old.head_channels, new.head_channels
+        elif field.name == "state_expansion" and "hgrn2" in new.period:
+            there, here = old.head_expansion, new.head_expansion
         if field.name not in RUN_SETTINGS and there != here:
             differing.append(f"model.{field.name} is {here!r}, there {there!r}")
     return differing

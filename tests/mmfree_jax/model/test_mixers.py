@@ -34,7 +34,7 @@ BASE = ModelConfig(
 CONFIGS = {
     "rwkv4": dataclasses.replace(BASE, mixer="rwkv4"),
     "mingru": dataclasses.replace(BASE, mixer="mingru", glu_activation="relu2"),
-    "rglru": dataclasses.replace(BASE, mixer="rglru"),
+    "rglru-hgrn2": dataclasses.replace(BASE, mixer="rglru,hgrn2", num_layers=4, state_expansion=8),
     # With other forms of both mixers.
     "hybrid": dataclasses.replace(
         BASE,
@@ -136,7 +136,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name):
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_its_model_generates_packed(small_run, tmp_path):
-    model = dataclasses.replace(small_run.model, mixer="mingru,attention", num_layers=2)
+    model = dataclasses.replace(small_run.model, mixer="hgrn2,attention", num_layers=2)
     config = dataclasses.replace(
         small_run,
         run_dir=str(tmp_path / "run"),
@@ -167,8 +167,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_its_model_generates_packed(small_
     cut = generate(module, weights[1], prompts, max_new_tokens=6, temperature=0, on_tokens=end)
     (found, expected) = (output.session.state for output in (cut, begun))
     np.testing.assert_array_equal(found.position_B, expected.position_B)
-    h, expected_h = (state.layers["layer0"]["h"] for state in (found, expected))
-    np.testing.assert_allclose(h, expected_h, atol=1e-4)
+    outer, expected_outer = (state.layers["layer0"]["outer"] for state in (found, expected))
+    np.testing.assert_allclose(outer, expected_outer, atol=1e-4)
 
 
 def test_a_sequence_cannot_be_split_for_mixers_without_it():
