@@ -20,7 +20,7 @@ from mmfree_jax.model.linear import NormScale, projections
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
 from mmfree_jax.model.operations import Rows, run_mixer
 from mmfree_jax.model_config import ModelConfig
-from mmfree_jax.pallas_kernels.gla.api import gla
+from mmfree_jax.pallas_kernels.gla.api import CHUNK, gla
 
 # The least z: a gate of e^-60 is shut in float32, and its logarithm is still finite.
 _SHUT = -60.0
@@ -149,8 +149,11 @@ def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> flo
 
 
 def _kept(config: ModelConfig) -> Kept:
-    """In float32 the query, the gate's sigmoids, forget gate, key and its logarithm, and of the
-    op, while its backward pass runs, about twenty arrays of a layer and the chunks' states."""
+    """In float32 the query, the gate's two sigmoids, itself, the key and its logarithm.
+
+    The op's backward pass computes all its pieces again: 27 arrays by the plan of XLA's compiler
+    for an H100 (8 x 2048 tokens, 8 heads of 128), among them the chunks' states, which grow with n.
+    """
     inner, width = config.state_size, config.hidden_size
     return Kept(
         states=inner,
@@ -159,6 +162,7 @@ def _kept(config: ModelConfig) -> Kept:
         inputs=width + inner,
         float32=6 * inner,
         compute=inner,
+        working=inner * (21 + 3 * config.head_expansion // CHUNK),
     )
 
 

@@ -34,6 +34,7 @@ class Kept(NamedTuple):
       inputs: read by its linear layers, under "none".
       float32: under "none", in float32.
       compute: under "none", in the compute dtype.
+      working: in float32, of one layer alone and only while its backward pass runs.
     """
 
     states: int
@@ -42,6 +43,7 @@ class Kept(NamedTuple):
     inputs: int
     float32: int
     compute: int
+    working: int = 0
 
 
 class PackedForm(NamedTuple):

@@ -101,6 +101,7 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
         activations = max(0.0, activations - gradients)
     if model.remat != "none":
         activations += max(of_block["none"] for of_block in kept.values()) * tokens
+    activations += max(MIXERS[name].kept(model).working for name in model.period) * 4 * tokens
     chunk = min(tokens, config.loss_chunk)
     compute = jnp.dtype(model.compute_dtype).itemsize
     accumulated = 2 if config.grad_accum > 1 else 1

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from . import xla
+from .xla import CHUNK
+
+__all__ = ["CHUNK", "gla"]
 
 
 def gla(

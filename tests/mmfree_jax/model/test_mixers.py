@@ -108,7 +108,7 @@ def test_documents_of_a_row_do_not_see_each_other(config, params):
     assert np.abs(logits[0, :4] - logits[1, :4]).max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["rwkv4", "rglru", "hybrid"])
+@pytest.mark.parametrize("name", ["rwkv4", "rglru-hgrn2", "hybrid"])
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name):
     """Rows over data and fsdp, matrices over fsdp and tensor, documents that end within a row."""
     config = dataclasses.replace(CONFIGS[name], remat="states")
