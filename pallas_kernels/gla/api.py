@@ -81,8 +81,8 @@ def _one_step(
     log_decay_B1HK: jax.Array,
     state_BHKV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    operands = (x[:, 0] for x in (q_B1HK, k_B1HK, v_B1HV, log_decay_B1HK))
-    out_BHV, state_BHKV = xla.step(*operands, state_BHKV)
+    q, k, v, log_decay = (x[:, 0] for x in (q_B1HK, k_B1HK, v_B1HV, log_decay_B1HK))
+    out_BHV, state_BHKV = xla.step(q, k, v, log_decay, state_BHKV)
     return out_BHV[:, None], state_BHKV
 
 
