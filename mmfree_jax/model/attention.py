@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import functional, mup, quantize, rope
-from mmfree_jax.model.layer import LinearT, Operations, VectorT
+from mmfree_jax.model.layer import LinearT, Operations, Steps, VectorT
 from mmfree_jax.model.linear import Linear, NormScale
 from mmfree_jax.model.mixer import Kept, Mixer, OfLayer, PackedForm
 from mmfree_jax.model.operations import Rows, run_mixer
@@ -54,8 +54,9 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, jax.Array, dict[str, Any] | None]:
         """As `Mixer.module` says.
 
-        The state is {"k", "v": [B, S, G, K]}, the cache to read and extend. Without one it
-        attends within x, and within its documents.
+        The state is {"k", "v": [B, S, G, K]}, the cache to read and extend, and {"start": [B]
+        int32}, the place where the row's document begins. Without one it attends within x, and
+        within its documents.
         """
         del of_layer
         c = self.config
@@ -125,11 +126,26 @@ def _mix(
             implementation=c.attention_kernel,
         )
     else:
+        start_BT, new_state["start"] = _document_starts(steps, state["start"])
         out_BTHK, new_state["k"], new_state["v"] = functional.cached_attention(
-            q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], steps.positions_BT
+            q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], steps.positions_BT, start_BT
         )
     _, (out_BTD,) = ops.linears([weights.o_proj], out_BTHK.reshape(B, T, c.query_size))
     return x_BTD, out_BTD, new_state
+
+
+def _document_starts(steps: Steps, start_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The place at which each token's document begins, and that of each row's last token.
+
+    Args:
+      steps: of the tokens.
+      start_B: int32, of the document that the row is in before them.
+    """
+    if steps.reset_BT is None:
+        return jnp.broadcast_to(start_B[:, None], steps.positions_BT.shape), start_B
+    begun_BT = jnp.where(steps.reset_BT, steps.positions_BT, start_B[:, None])
+    start_BT = jax.lax.cummax(begun_BT, axis=1)
+    return start_BT, start_BT[:, -1]  # None begins in the padding behind.
 
 
 def _ternary_heads(x_BTHK: jax.Array, strength: jax.Array | None) -> jax.Array:
@@ -140,7 +156,7 @@ def _ternary_heads(x_BTHK: jax.Array, strength: jax.Array | None) -> jax.Array:
 def _state(
     config: ModelConfig, rows: tuple[int, int], max_length: int | None
 ) -> dict[str, jax.Array]:
-    """{"k", "v": [L, B, S, G, K] in the compute dtype}, S = max_length places.
+    """{"k", "v": [L, B, S, G, K] in the compute dtype}, S = max_length places, {"start": [L, B]}.
 
     Raises:
       ValueError: max_length is None.
@@ -149,7 +165,8 @@ def _state(
         raise ValueError("max_length is None: attention needs room for its keys and values")
     shape = (*rows, max_length, config.kv_heads, config.head_channels)
     dtype = jnp.dtype(config.compute_dtype)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    start_LB = jnp.zeros(rows, jnp.int32)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "start": start_LB}
 
 
 def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:

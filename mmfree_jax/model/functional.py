@@ -219,11 +219,13 @@ def cached_attention(
     k_cache_BSGK: jax.Array,
     v_cache_BSGK: jax.Array,
     positions_BT: jax.Array,
+    start_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention over a key-value cache, after this call's keys and values are written to it.
 
     Each row stands at positions of its own, so that prompts of different lengths share a
-    batch: padding on the right is overwritten by the tokens that follow.
+    batch: padding on the right is overwritten by the tokens that follow. `start_BT` is the place
+    of the first token of each one's document, before which it does not see.
 
     Returns:
       The output [B, T, H, K] and the updated caches [B, S, H, K].
@@ -235,8 +237,9 @@ def cached_attention(
     v_cache_BSGK = v_cache_BSGK.at[rows, positions_BT].set(
         v_BTGK.astype(v_cache_BSGK.dtype), mode="drop"
     )
-    key_places = jnp.arange(k_cache_BSGK.shape[1])
-    mask = key_places[None, None, None, :] <= positions_BT[:, None, :, None]
+    key_places = jnp.arange(k_cache_BSGK.shape[1])[None, None, None, :]
+    mask = key_places <= positions_BT[:, None, :, None]
+    mask &= key_places >= start_BT[:, None, :, None]
     out = jax.nn.dot_product_attention(
         q_BTHK,
         k_cache_BSGK.astype(q_BTHK.dtype),

@@ -21,7 +21,8 @@ class State:
       layers: pytree with a leading layer axis. MLGRU: {"h": [L, B, E] float32}, of constant
         size, and with short convolutions the last inputs of each, {"conv"} or {"i_conv",
         "f_conv": [L, B, W - 1, channels] float32}. Attention: {"k", "v": [L, B, S, G, K] in the
-        compute dtype}, S places. A pattern has such a tree for each place of its period
+        compute dtype}, S places, and {"start": [L, B] int32}, the place where the row's document
+        begins. A pattern has such a tree for each place of its period
         (`depth.py`). Within a loop on `Unstacked` weights a tuple of such trees, one a layer,
         without that axis.
     """
@@ -88,13 +89,8 @@ def with_places(layers: dict[str, Any], config: ModelConfig, places: int) -> dic
         extra = max(0, places - cache.shape[2])
         return pad(cache[:, :, :places], ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
 
-    of_places = zip(config.period, depth.split(layers, config), strict=True)
-    return depth.join(
-        [
-            {name: resize(cache) for name, cache in place.items()}
-            if mixer == "attention"
-            else place
-            for mixer, place in of_places
-        ],
-        config,
-    )
+    resized = []
+    for mixer, place in zip(config.period, depth.split(layers, config), strict=True):
+        caches = ("k", "v") if mixer == "attention" else ()
+        resized.append(place | {name: resize(place[name]) for name in caches})
+    return depth.join(resized, config)

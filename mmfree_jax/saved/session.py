@@ -146,6 +146,10 @@ def _read_session(path: str | os.PathLike[str], reader: Reader, config: ModelCon
     places = caches[0].shape[2] if caches else 1
     rows = position_B.size
     wanted = flatten(jax.eval_shape(lambda: init_state(config, rows, places)).layers)
+    for name, x in wanted.items():
+        if name.split("/")[-1] == "start" and name not in layers:
+            # Files of before: none began a document within a row.
+            layers[name] = np.zeros(x.shape, x.dtype)
     shapes = {name: x.shape for name, x in layers.items()}
     right = shapes == {name: x.shape for name, x in wanted.items()}
     if not right or position_B.shape != (rows,) or (position_B < 0).any():

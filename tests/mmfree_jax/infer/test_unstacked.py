@@ -76,12 +76,12 @@ def test_weights_are_unstacked_for_decoding_off_the_cpu(monkeypatch):
 
 def test_states_go_apart_and_together():
     state = decode.init_session(TRANSFORMER, 2, 16).state
-    state = state.replace(layers=jax.tree.map(lambda x: x + jnp.arange(2.0).reshape(2, 1, 1, 1, 1),
-                                              state.layers))  # fmt: skip
+    numbered = jax.tree.map(lambda x: (x.T + jnp.arange(2, dtype=x.dtype)).T, state.layers)
+    state = state.replace(layers=numbered)
     apart = unstack_state(state, TRANSFORMER)
     assert [float(layer["k"].max()) for layer in apart.layers] == [0.0, 1.0]
     again = stack_state(apart, TRANSFORMER)
-    for name in ("k", "v"):
+    for name in ("k", "v", "start"):
         np.testing.assert_array_equal(again.layers[name], state.layers[name])
 
 

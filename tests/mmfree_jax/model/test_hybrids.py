@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from mmfree_jax.cli.main import main
+from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.export.supported import check_supported
 from mmfree_jax.mixer_pattern import period_of
 from mmfree_jax.model import LanguageModel, init_state
 from mmfree_jax.model.parameters import param_shapes, unflatten
@@ -16,7 +19,10 @@ from mmfree_jax.model.state import cache_places, state_bytes, with_places
 from mmfree_jax.model.unstacked import unstack
 from mmfree_jax.model.weights import as_weights, not_packed, pack
 from mmfree_jax.model_config import DENSE, ModelConfig
+from mmfree_jax.parallel.sharding import AXES, check_divisible
+from mmfree_jax.saved import huggingface
 from mmfree_jax.train.flops import count_flops, count_parameters
+from mmfree_jax.train.memory import estimate_memory
 from mmfree_jax.train.same_run import other_model
 
 M, A = "mlgru", "attention"
@@ -123,8 +129,8 @@ def loss_by_equations(p, tokens, ids):
 def test_a_hybrid_is_its_equations_with_all_gradients():
     """Scanned with blocks that are made again, and unrolled with all kept."""
     rng = np.random.default_rng(2)
-    tokens = rng.integers(0, 41, (2, 7))
-    ids = np.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 3, 3, 3, 3]])
+    tokens = rng.integers(0, 41, (2, 7), dtype=np.int32)
+    ids = np.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 3, 3, 3, 3]], np.int32)
     p = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3 + (x.ndim < 3), jnp.float32),
         unflatten(param_shapes(FLOAT)),
@@ -183,10 +189,33 @@ def test_parameters_operations_and_state_by_hand():
     assert flops.mixer == 2 * 8 * 4 * 256
     # The first MLGRU has no lower bound; attention reads five keys of nine on average.
     assert flops.mixing == 16 * (10 + 5 * 12) + 2 * 4 * 16 * 5
-    # Six states in float32; keys and values of two layers in bfloat16.
-    assert state_bytes(config) == (6 * 16 * 4, 2 * 2 * 16 * 2)
+    # Six states in float32; of two layers where a document begins, keys and values in bfloat16.
+    assert state_bytes(config) == (6 * 16 * 4 + 2 * 4, 2 * 2 * 16 * 2)
     assert state_bytes(dataclasses.replace(config, mixer="mlgru", float_attention=False))[1] == 0
     assert config.family == "hybrid"
+
+
+def test_memory_of_what_is_kept_is_each_layers_own():
+    def kept(mixer):
+        model = ModelConfig(mixer=mixer, num_layers=8, hidden_size=64, remat="none")
+        config = TrainConfig(model=model, batch_size=8)
+        return estimate_memory(config, MeshConfig(data=1)).activations
+
+    assert kept("mlgru") != kept("attention")
+    assert kept("mlgru:3,attention") == 0.75 * kept("mlgru") + 0.25 * kept("attention")
+
+
+def test_what_takes_no_pattern_says_so(tmp_path):
+    model = ModelConfig(mixer="mlgru:3,attention", num_layers=4)
+    config = TrainConfig(model=model, batch_size=8)
+    with pytest.raises(ConfigError, match=r"num_heads is 16: set --mesh\.tensor to a divisor"):
+        check_divisible(config, AbstractMesh((1, 1, 1, 64), AXES))
+    with pytest.raises(ConfigError, match=r"mlgru:3,attention needs whole rows; set --mesh\.s"):
+        check_divisible(config, AbstractMesh((1, 1, 8, 1), AXES))
+    with pytest.raises(ConfigError, match=r"model\.mixer is 'mlgru:3,attention': only MatMul-"):
+        check_supported(model)
+    with pytest.raises(ConfigError, match=r"hybrid \(mixer 'mlgru:3,attention'"):
+        huggingface.write_config(model, dtype="float32")
 
 
 def test_another_text_of_the_same_model_is_no_other_model():
@@ -203,6 +232,6 @@ def test_info_tells_the_pattern_and_the_state(capsys):
     assert main(argv) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "hybrid: 2 layers (mlgru,attention)" in shown
-    assert "state of a row: 0.2 KiB and 0.5 KiB a token" in shown
+    assert "state of a row: 0.3 KiB and 0.5 KiB a token" in shown
     assert main([*argv[:3], "--model.mixer", "mlgru:9,attention"]) == 2
     assert "model.num_layers is 2: mixer mlgru:9,attention has 10 layers" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_tokens_one_by_one_give_what_whole_rows_give(config, params):
 
 
 def test_documents_of_a_row_do_not_see_each_other(config, params):
-    apply = jax.jit(LanguageModel(config).apply)
+    apply = jax.jit(LanguageModel(config).apply, static_argnames="method")
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 62, (2, 10)), jnp.int32)
     tokens = tokens.at[1, 4:].set(tokens[0, 4:])  # other first documents, the same second
     ids = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0]] * 2)
@@ -104,6 +104,12 @@ def test_documents_of_a_row_do_not_see_each_other(config, params):
     if config.recurrent:  # attention sees positions, which go on
         alone = apply({"params": params}, tokens[:1, 4:9])
         np.testing.assert_allclose(logits[0, 4:9], alone[0], atol=0.02)
+    else:  # and keeps what the second document, begun within the first call, must not see
+        state = init_state(config, 2, 10)
+        for start, last in ((0, 4), (5, 8)):
+            piece = (tokens[:, start : start + 5], state, ids[:, start : start + 5])
+            found, state = apply({"params": params}, *piece, method="decode")
+            np.testing.assert_allclose(found, logits[:, last], atol=0.02)
     np.testing.assert_array_equal(logits[0, 4:9], logits[1, 4:9])
     assert np.abs(logits[0, :4] - logits[1, :4]).max() > 0.05
 

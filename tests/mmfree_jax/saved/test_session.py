@@ -1,5 +1,6 @@
 """Saved sessions: bound to all weights of their model, in any form, and refused when damaged."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.infer import api
+from mmfree_jax.infer.decode import init_session
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.parameters import flatten, unflatten
+from mmfree_jax.model.parameters import flatten, param_shapes, unflatten
 from mmfree_jax.model.weights import as_weights
-from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.saved.pack import pack
 from mmfree_jax.saved.session import load_session, save_session
@@ -137,13 +139,13 @@ def test_an_old_session_loads_with_a_warning():
         load_session(OLD / "session.safetensors", other, run.config)
 
 
-def rewrite(source, target, **changes):
+def rewrite(source, target, without="", **changes):
     """A copy of a session file with other tensors, each with its right checksum."""
     from safetensors import safe_open
 
     with safe_open(source, "np") as file:
         metadata = file.metadata()
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118
     arrays |= {name.replace("__", "/"): array for name, array in changes.items()}
     architecture = {"architecture": metadata["architecture"]}
     with tensor_writer(
@@ -155,6 +157,19 @@ def rewrite(source, target, **changes):
     ) as write:
         for name, array in arrays.items():
             write(name, array)
+
+
+def test_a_cache_of_before_documents_began_within_rows_loads(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, mixer="attention", mixer_linear=DENSE, glu_linear=DENSE, head_linear=DENSE
+    )
+    tree = unflatten({name: jnp.ones(x.shape) for name, x in param_shapes(config).items()})
+    weights = as_weights(tree, config)
+    session = init_session(config, 2, 3)
+    save_session(tmp_path / "new", session, weights, config)
+    rewrite(tmp_path / "new", tmp_path / "old", without="layers/start")
+    found = load_session(tmp_path / "old", weights, config)
+    jax.tree.map(np.testing.assert_array_equal, found, session)
 
 
 @pytest.mark.parametrize(
