@@ -43,6 +43,7 @@ _NEWER = (
     "head_dim", "attention_bias", "qk_norm", "rope_scaling", "mup", "mup_base_width",
     "output_gate", "candidate", "ternary_qk", "float_attention", "glu_activation",
     "state_expansion",
+    "weight_scale",
 )  # fmt: skip
 _NEWER_OF_OPTIMIZER = (
     "name", "factory", "embedding_rate", "head_rate", "matrix_rate", "vector_rate",

@@ -24,6 +24,9 @@ AttentionKernel = Literal["xla", "cudnn"]
 OutputGate = Literal["authors", "text", "figure", "none"]
 Candidate = Literal["silu", "linear", "tanh"]
 GLUActivation = Literal["silu", "relu2"]
+WeightScale = Literal["matrix", "groups", "learned"]
+GROUP = 128
+"""Inputs that share a scale with weight_scale "groups"."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ class ModelConfig:
     as in BitNet b1.58 2B4T (docs/models.md)."""
     head_linear: LinearConfig = BITLINEAR
     """The projection onto the vocabulary."""
+    weight_scale: WeightScale = "matrix"
+    """Scale of ternary weights. matrix: one a matrix, its mean magnitude; groups: one for each 128
+    inputs of each output, theirs; learned: one a matrix, a learnt multiple of its mean magnitude
+    (docs/models.md)."""
     use_lower_bound: bool = True
     """MLGRU and HGRN2: bound each layer's forget gate from below, more tightly the deeper it is."""
     norm_eps: AboveZero = 1e-6
@@ -234,6 +241,52 @@ class ModelConfig:
                 f"set --model.num-kv-heads to a divisor of num_heads ({heads})",
             )
 
+        groups = {"mixer_linear": self.mixer_linear, "glu_linear": self.glu_linear}
+        groups["head_linear"] = self.head_linear
+        ternary = {name for name, options in groups.items() if options.ternary_weights}
+        if self.weight_scale != "matrix":
+            require(
+                bool(ternary),
+                "model.weight_scale",
+                self.weight_scale,
+                "no layer is ternary; set --model.weight-scale matrix",
+            )
+        if self.weight_scale == "groups":
+            self._check_groups(ternary)
+
+    def _check_groups(self, ternary: set[str]) -> None:
+        """Refuses what needs one scale a matrix, and widths that are no whole groups."""
+        one_scale = {
+            "backward": (self.backward, ("int8_dx", "int8"), "bf16"),
+            "matmul_kernel": (
+                self.matmul_kernel,
+                ("pallas_mosaic_gpu", "pallas_triton", "pallas_tpu"),
+                "xla_int8",
+            ),
+        }
+        for name, (value, refused, instead) in one_scale.items():
+            require(
+                value not in refused,
+                "model.weight_scale",
+                self.weight_scale,
+                f"{name} {value} needs one scale a matrix; set --model.{name.replace('_', '-')} "
+                f"{instead}, or --model.weight-scale matrix",
+            )
+        widths = {"hidden_size": self.hidden_size}
+        if "glu_linear" in ternary:
+            widths["intermediate_size"] = self.glu_size
+        if "mixer_linear" in ternary and self.period != ("attention",):
+            widths["expand_ratio * hidden_size"] = self.state_size
+        if "mixer_linear" in ternary and "attention" in self.period and not self.float_attention:
+            widths["num_heads * head_dim"] = self.query_size
+        for name, size in widths.items():
+            require(
+                size % GROUP == 0,
+                "model.weight_scale",
+                self.weight_scale,
+                f"{name} is {size}; set a multiple of {GROUP}, or --model.weight-scale matrix",
+            )
+
     @property
     def period(self) -> tuple[MixerName, ...]:
         """Token mixers of the layers that repeat over the depth; one where all are alike.
@@ -349,7 +402,7 @@ class ModelConfig:
 _OF_MLGRU = {"output_gate": "authors", "candidate": "silu"}
 
 # The same of all their layers.
-_RELEASED = {**_OF_MLGRU, "glu_activation": "silu"}
+_RELEASED = {**_OF_MLGRU, "glu_activation": "silu", "weight_scale": "matrix"}
 
 # How a model is initialised and run: the same weights compute the same function, up to rounding.
 RUN_SETTINGS = (

@@ -13,6 +13,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import GROUP
 from mmfree_jax.places import PlaceOrUrl
 
 _DESCRIPTION = """Parameters by component, floating-point operations a token, and an estimate of the
@@ -82,7 +83,7 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
             except ConfigError as e:
                 row["error"] = str(e)
             memory.append(row)
-    tokens = tokens_per_step(config)
+    tokens, groups = tokens_per_step(config), config.model.weight_scale == "groups"
     constant, a_token = state_bytes(config.model)
     return {
         "model": {
@@ -98,8 +99,9 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
             "total": parameters.total,
             "non_embedding": parameters.non_embedding,
         },
-        # Ternary weights at two bits; the rest in bfloat16.
-        "packed_bytes": parameters.ternary / 4 + (parameters.total - parameters.ternary) * 2,
+        # Ternary weights at two bits, scales of groups in float32; the rest in bfloat16.
+        "packed_bytes": parameters.ternary * (1 / 4 + (4 / GROUP) * groups)
+        + (parameters.total - parameters.ternary) * 2,
         # What a row carries while it generates.
         "state_bytes": {"constant": constant, "per_token": a_token},
         "flops_per_token": {

@@ -74,6 +74,7 @@ class Attention(nn.Module):
                 c.param_dtype,
                 nn.initializers.normal(deviations[name]),
                 name in biased[c.attention_bias],
+                weight_scale=c.weight_scale,
                 name=name,
             )(inputs)
             for name, (outputs, inputs) in matrices.items()
@@ -150,7 +151,7 @@ def _document_starts(steps: Steps, start_B: jax.Array) -> tuple[jax.Array, jax.A
 
 def _ternary_heads(x_BTHK: jax.Array, strength: jax.Array | None) -> jax.Array:
     """Each token's heads rounded to {-s, 0, s}, s of the head alone; gradient straight through."""
-    return quantize.fake_ternarize(x_BTHK[..., None, :], strength)[..., 0, :]
+    return quantize.fake_ternarize(x_BTHK[..., None, :], strength=strength)[..., 0, :]
 
 
 def _state(

@@ -110,6 +110,7 @@ class LanguageModel(nn.Module):
             c.head_linear,
             c.param_dtype,
             nn.initializers.normal(c.initializer_range * mup.head_scale(c)),
+            weight_scale=c.weight_scale,
         )
 
     def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:

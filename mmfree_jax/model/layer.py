@@ -229,7 +229,21 @@ class GLU(nn.Module):
         deviation = c.initializer_range * mup.hidden_scale(c)
         init = nn.initializers.normal(deviation)
         down_init = nn.initializers.normal(deviation / math.sqrt(2 * c.num_layers))
-        gate_up = Linear(2 * inner, c.glu_linear, c.param_dtype, init, name="gate_up_proj")
-        down = Linear(width, c.glu_linear, c.param_dtype, down_init, name="down_proj")
+        gate_up = Linear(
+            2 * inner,
+            c.glu_linear,
+            c.param_dtype,
+            init,
+            weight_scale=c.weight_scale,
+            name="gate_up_proj",
+        )
+        down = Linear(
+            width,
+            c.glu_linear,
+            c.param_dtype,
+            down_init,
+            weight_scale=c.weight_scale,
+            name="down_proj",
+        )
         weights = GLUWeights(norm_scale_D, gate_up(width), down(inner))
         return glu(ops, weights, x, update, c.glu_activation)

@@ -11,10 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.model import quantize
 from mmfree_jax.model.functional import gated_output, swiglu
-from mmfree_jax.model_config import LinearConfig, ModelConfig
+from mmfree_jax.model_config import LinearConfig, ModelConfig, WeightScale
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
-from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import constrain_batch, token_axes
 
 
@@ -26,10 +25,11 @@ class LinearWeights:
       weight: [N, K] master weight; None where there are only trits.
       norm_scale: [K] of the layer's own RMSNorm; None where it has none.
       trits: [N, K] int8 and
-      scale: [1, 1] float32, the weight ternarised once for the whole step; None where that
-        was not done.
+      scale: float32 [1, 1] or, of groups, [N, K / 128]: the weight ternarised once for the whole
+        step; None where that was not done.
       options: what the layer computes.
       bias: [N], added to the outputs; None where it has none.
+      log_scale: [1, 1], of a learnt scale over the mean magnitude; None where there is none.
     """
 
     weight: jax.Array | None
@@ -38,12 +38,14 @@ class LinearWeights:
     scale: jax.Array | None
     options: LinearConfig
     bias: jax.Array | None = None
+    log_scale: jax.Array | None = None
 
 
 class Linear(nn.Module):
     """Owns the parameters of one linear layer.
 
-    Parameters `weight` [N, K], with `input_norm` `norm_scale` [K], and with `use_bias` `bias` [N].
+    Parameters `weight` [N, K], with `input_norm` `norm_scale` [K], with `use_bias` `bias` [N], and
+    with a learnt scale `log_scale` [1, 1].
     A variable collection `ternary` may carry `trits` and `scale` (see `Ternary`).
     """
 
@@ -52,12 +54,13 @@ class Linear(nn.Module):
     param_dtype: str
     weight_init: jax.nn.initializers.Initializer
     use_bias: bool = False
+    weight_scale: WeightScale = "matrix"
 
     @nn.compact
     def __call__(self, in_features: int) -> LinearWeights:
         """Returns the parameters of a layer with `in_features` inputs."""
         dtype = jnp.dtype(self.param_dtype)
-        trits = scale = weight = norm_scale = bias = None
+        trits = scale = weight = norm_scale = bias = log_scale = None
         if self.has_variable("ternary", "trits"):
             trits = self.get_variable("ternary", "trits")
             scale = self.get_variable("ternary", "scale")
@@ -67,7 +70,9 @@ class Linear(nn.Module):
             norm_scale = self.param("norm_scale", nn.initializers.ones, (in_features,), dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        return LinearWeights(weight, norm_scale, trits, scale, self.options, bias)
+        if weight is not None and self.weight_scale == "learned" and self.options.ternary_weights:
+            log_scale = self.param("log_scale", nn.initializers.zeros, (1, 1), dtype)
+        return LinearWeights(weight, norm_scale, trits, scale, self.options, bias, log_scale)
 
 
 # Xavier uniform with gain 2^-2.5, as the authors initialise a mixer's projections: the variance
@@ -88,7 +93,14 @@ def projections(
     """
     c = config
     return {
-        name: Linear(rows, c.mixer_linear, c.param_dtype, _PROJECTION_INIT, name=name)(columns)
+        name: Linear(
+            rows,
+            c.mixer_linear,
+            c.param_dtype,
+            _PROJECTION_INIT,
+            weight_scale=c.weight_scale,
+            name=name,
+        )(columns)
         for name, (rows, columns) in matrices.items()
     }
 
@@ -146,11 +158,13 @@ def linears(
         x = checkpoint_name(x, "g")
     packed = any(layer.weight is None for layer in layers)
     if options.ternary_weights and (packed or config.bitlinear == "fused"):
-        ternary = [_ternary(layer) for layer in layers]
+        ternary = [_ternary(layer, config) for layer in layers]
         outputs = bitlinear_many(
             x,
             tuple(layer.norm_scale for layer in layers) if options.input_norm else None,
-            tuple(layer.weight for layer in layers),
+            tuple(
+                _handing_on(layer, scale) for layer, (_, scale) in zip(layers, ternary, strict=True)
+            ),
             tuple(trits for trits, _ in ternary),
             tuple(scale for _, scale in ternary),
             eps=config.linear_norm_eps,
@@ -184,6 +198,8 @@ def linears(
             ternary_weights=options.ternary_weights,
             int8_activations=options.int8_activations,
             strength=strength,
+            weight_scale=config.weight_scale,
+            log_scale=layer.log_scale,
         )
         for layer in layers
     )
@@ -199,11 +215,19 @@ def _with_biases(
     )
 
 
-def _ternary(layer: LinearWeights) -> tuple[jax.Array, jax.Array]:
+def _handing_on(layer: LinearWeights, scale: jax.Array) -> jax.Array | None:
+    """The master weight, whose gradient goes to a learnt scale too."""
+    if layer.weight is None or layer.log_scale is None:
+        return layer.weight
+    return quantize.hand_to_scale(layer.weight, layer.log_scale, scale)
+
+
+def _ternary(layer: LinearWeights, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The layer's trits and scale, made here unless they were made for the whole step."""
     if layer.trits is not None and layer.scale is not None:
         return layer.trits, layer.scale
-    return ternarize(_master(layer))
+    master = jax.lax.stop_gradient(_master(layer))
+    return quantize.ternarise(master, config.weight_scale, layer.log_scale)
 
 
 def _master(layer: LinearWeights) -> jax.Array:

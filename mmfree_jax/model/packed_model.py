@@ -196,7 +196,8 @@ def _by_kernels(packed: Packed, kernels: bool | None) -> bool:
 
 def runs_kernels(packed: Packed) -> bool:
     """Whether the linear layers' kernels read these weights here."""
-    return packed.head.layout == "words" and kernels_serve()
+    one_scale = packed.head.scale.size == 1
+    return packed.head.layout == "words" and one_scale and kernels_serve()
 
 
 def _linears(

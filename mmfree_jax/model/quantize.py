@@ -8,8 +8,9 @@ and is tested against this one.
 import jax
 import jax.numpy as jnp
 
+from mmfree_jax.model_config import WeightScale
 from mmfree_jax.pallas_kernels.norm_quant.api import quantize_int8, rms_norm
-from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+from mmfree_jax.pallas_kernels.ternary_matmul.api import scaled, ternarize, ternarize_groups
 
 
 @jax.custom_jvp
@@ -39,13 +40,20 @@ def fake_quantize_int8(x: jax.Array, strength: jax.Array | None = None) -> jax.A
     return _towards(x, q.astype(jnp.float32) * scale, strength)
 
 
-def fake_ternarize(w: jax.Array, strength: jax.Array | None = None) -> jax.Array:
-    """[..., N, K] rounded to {-s, 0, s}, s one number a matrix; gradient straight through.
+def fake_ternarize(
+    w: jax.Array,
+    weight_scale: WeightScale = "matrix",
+    log_scale: jax.Array | None = None,
+    strength: jax.Array | None = None,
+) -> jax.Array:
+    """[..., N, K] rounded to {-s, 0, s}, s by `ternarise`; gradient straight through.
 
     `strength` as in `fake_quantize_int8`.
     """
-    trits, scale = ternarize(jax.lax.stop_gradient(w))
-    return _towards(w, trits.astype(jnp.float32) * scale, strength)
+    trits, scale = ternarise(jax.lax.stop_gradient(w), weight_scale, log_scale)
+    if log_scale is not None:
+        w = hand_to_scale(w, log_scale, scale)
+    return _towards(w, scaled(trits, scale), strength)
 
 
 def _towards(x: jax.Array, quantized: jax.Array, strength: jax.Array | None) -> jax.Array:
@@ -54,6 +62,62 @@ def _towards(x: jax.Array, quantized: jax.Array, strength: jax.Array | None) -> 
         wide = x.astype(jnp.float32)
         quantized = wide + strength * (quantized - wide)
     return straight_through(x, quantized.astype(x.dtype))
+
+
+def ternarise(
+    w: jax.Array, weight_scale: WeightScale, log_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Trits and scales of a float weight, without a gradient.
+
+    Args:
+      w: [..., N, K].
+      weight_scale: see `ModelConfig`.
+      log_scale: [..., 1, 1], the logarithm of a learnt scale over the mean magnitude; None: 0.
+
+    Returns:
+      [..., N, K] int8, and float32 [..., 1, 1], or [..., N, K / 128] for groups.
+    """
+    if weight_scale == "groups":
+        return ternarize_groups(w)
+    return ternarize(w, None if log_scale is None else jax.lax.stop_gradient(log_scale))
+
+
+@jax.custom_vjp
+def hand_to_scale(w: jax.Array, log_scale: jax.Array, scale: jax.Array) -> jax.Array:
+    """w, whose gradient, that of the rounded weight, is handed to its learnt scale too.
+
+    Learned step size quantisation (Esser et al., arXiv 1902.08153, equation 3): with u = w / s the
+    rounded weight moves with s by round(u) - u where |u| < 1, and by the sign of u beyond. Its
+    factor of the gradient is left out, as AdamW's steps do not depend on it, and the weight's own
+    gradient stays straight through everywhere, as with the other scales. The mean magnitude that
+    s is a multiple of counts as a constant.
+
+    Args:
+      w: [..., N, K].
+      log_scale: [..., 1, 1], of s over the mean magnitude.
+      scale: [..., 1, 1], s.
+    """
+    del log_scale, scale
+    return w
+
+
+def _hand_to_scale_forward(
+    w: jax.Array, log_scale: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return w, (w, log_scale, scale)
+
+
+def _hand_to_scale_backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], d: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    w, log_scale, scale = residuals
+    u = w.astype(jnp.float32) / scale
+    slope = jnp.where(jnp.abs(u) < 1, jnp.round(u) - u, jnp.sign(u))
+    d_scale = jnp.sum(d.astype(jnp.float32) * slope, axis=(-2, -1), keepdims=True)
+    return d, (d_scale * scale).astype(log_scale.dtype), jnp.zeros_like(scale)
+
+
+hand_to_scale.defvjp(_hand_to_scale_forward, _hand_to_scale_backward)
 
 
 def linear(
@@ -65,6 +129,8 @@ def linear(
     ternary_weights: bool,
     int8_activations: bool,
     strength: jax.Array | None = None,
+    weight_scale: WeightScale = "matrix",
+    log_scale: jax.Array | None = None,
 ) -> jax.Array:
     """Q8(RMSNorm(x)) @ T(W)^T (arXiv 2406.02528, section 3.2), each part optional.
 
@@ -76,6 +142,7 @@ def linear(
       ternary_weights: round the weights.
       int8_activations: round the input,
       strength: so far, see `fake_quantize_int8`; weights are rounded wholly.
+      weight_scale, log_scale: of the rounded weights, see `ternarise`.
 
     Returns:
       [..., N] in x's dtype.
@@ -86,7 +153,7 @@ def linear(
     if int8_activations:
         x = fake_quantize_int8(x, strength)
     if ternary_weights:
-        weight = fake_ternarize(weight)
+        weight = fake_ternarize(weight, weight_scale, log_scale)
     return product(x.astype(dtype), weight)
 
 

@@ -8,6 +8,8 @@ trits for `ModelConfig.backward` and `matmul_kernel` to act on.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ def config_of_form(form: Form, config: ModelConfig) -> ModelConfig:
         mixer_linear=changed(config.mixer_linear),
         glu_linear=changed(config.glu_linear),
         head_linear=changed(config.head_linear),
+        weight_scale="matrix",
         ternary_qk=config.ternary_qk and form == "blended",
     )
 
@@ -57,6 +60,9 @@ def weights_of_form(
 
     def blended(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = tuple(str(key.key) for key in path)
-        return fake_ternarize(leaf, strength) if is_ternary(config, names) else leaf
+        if not is_ternary(config, names):
+            return leaf
+        layer = functools.reduce(operator.getitem, names[:-1], params)
+        return fake_ternarize(leaf, config.weight_scale, layer.get("log_scale"), strength)
 
     return Blended(jax.tree_util.tree_map_with_path(blended, params), strength)

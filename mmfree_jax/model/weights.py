@@ -13,6 +13,7 @@ Shapes: L layers, N outputs and K inputs of a matrix, Q bytes of a packed row, D
 E state channels, M GLU width, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,13 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.model import depth
+from mmfree_jax.model import depth, quantize
 from mmfree_jax.model.functional import forget_gate_lower_bounds
 from mmfree_jax.model.layer import GLUWeights
 from mmfree_jax.model.mixers import MIXERS
-from mmfree_jax.model_config import BITLINEAR, LinearConfig, ModelConfig
+from mmfree_jax.model_config import BITLINEAR, GROUP, LinearConfig, ModelConfig, WeightScale
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
-from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import constrain_parameter
 
 # A nested dict of arrays, whose keys are those of ARCHITECTURE.md.
@@ -67,7 +67,7 @@ class Ternary:
       params: the other parameters, in the tree of ARCHITECTURE.md. In training the master weights
         too, which get the gradient.
       ternary: a tree that mirrors it, with {"trits": [.., N, K] int8, "scale": [.., 1, 1] float32}
-        for each ternary matrix and nothing else.
+        for each ternary matrix and nothing else; the scale [.., N, K / 128] with groups.
     """
 
     params: Params
@@ -81,7 +81,7 @@ class PackedLinear:
     Attributes:
       matrix: trits at 2 bits; layout "bytes": [.., N, Q] uint8 (`packed_matmul/reference.py`),
         "words": [.., N, Q / 4] int32, which GPU kernels read (`packed_matmul/words.py`).
-      scale: [.., 1, 1] float32, of the matrix.
+      scale: float32 [.., 1, 1], of the matrix, or [.., N, K / 128], of groups of its inputs.
       norm_scale: [.., K], of the layer's own RMSNorm.
       layout: static.
     """
@@ -170,7 +170,7 @@ class Packed:
 
     def head_stack(self) -> PackedLinear:
         """The head as a stack of one layer, for kernels that take stacks."""
-        scale = self.head.scale.reshape(1, 1, 1)
+        scale = self.head.scale[None]
         norm_scale = self.head.norm_scale[None]
         return PackedLinear(self.head.matrix[None], scale, norm_scale, self.head.layout)
 
@@ -247,17 +247,33 @@ def refuse_unpackable(config: ModelConfig) -> None:
         )
 
 
-def ternarise_matrix(master: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`ternarize`, as a program of its own wherever weights are made for decoding or a file.
+def ternarise_matrix(
+    master: jax.Array, weight_scale: WeightScale = "matrix", log_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize.ternarise`, as a program of its own wherever decoding or a file gets weights.
 
     A scale is a float32 sum, whose order a compiler chooses for each program. One program for each
     shape gives one scale on one kind of device; inside a larger program (training) it is part of
     that.
     """
-    return _ternarise_matrix(master.astype(jnp.float32))
+    return _ternarise_matrix(master.astype(jnp.float32), weight_scale, log_scale)
 
 
-_ternarise_matrix = jax.jit(lambda master: ternarize(master), inline=True)
+_ternarise_matrix = jax.jit(quantize.ternarise, static_argnums=1, inline=True)
+
+
+def scale_shape(shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Of the scales of a ternary weight [.., N, K]."""
+    if config.weight_scale == "groups":
+        return (*shape[:-1], shape[-1] // GROUP)
+    return (*shape[:-2], 1, 1)
+
+
+def with_plain_scale(config: ModelConfig) -> ModelConfig:
+    """The config of a model's trits and scales: a learnt scale is one a matrix like any other."""
+    if config.weight_scale != "learned":
+        return config
+    return dataclasses.replace(config, weight_scale="matrix")
 
 
 def ternary_weights(params: Params, config: ModelConfig) -> Params:
@@ -274,9 +290,13 @@ def ternary_weights(params: Params, config: ModelConfig) -> Params:
                 if inner := visit(value, (*path, name)):
                     out[name] = inner
             elif is_ternary(config, (*path, name)):
-                trits, scale = ternarise_matrix(jax.lax.stop_gradient(value))
+                trits, scale = ternarise_matrix(
+                    jax.lax.stop_gradient(value), config.weight_scale, tree.get("log_scale")
+                )
                 # Trits are to travel, not the weights that they are made of.
                 trits = constrain_parameter("/".join((*path, name)), trits)
+                if config.weight_scale == "groups":
+                    scale = constrain_parameter("/".join((*path, name)), scale)
                 out |= {"trits": trits, "scale": scale}
         return out
 
@@ -300,7 +320,7 @@ def ternarise(params: Params, config: ModelConfig) -> Master | Ternary:
         return {
             name: visit(value, (*path, name)) if isinstance(value, dict) else value
             for name, value in tree.items()
-            if not is_ternary(config, (*path, name))
+            if not (is_ternary(config, (*path, name)) or name == "log_scale")
         }
 
     weights = training_weights(params, config)
@@ -381,7 +401,7 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
         tuple(map(of_place, range(len(config.period)))),
         tree["final_norm"]["scale"],
         linear("head"),
-        decode_op=config.as_released,
+        decode_op=with_plain_scale(config).as_released,
     )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model_config import GROUP
 
 # Outermost first: what lies further out may cross a slower network. Between slices or hosts
 # only the data axis should, then fsdp; a row's pieces and a matrix's are exchanged in every
@@ -40,10 +41,10 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"blocks/(layer\d+/)?mixer/[qkvo]_proj/bias", P()),
     (r"blocks/(layer\d+/)?glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/(layer\d+/)?glu/down_proj/weight", P(None, "fsdp", "tensor")),
-    (r"blocks/(layer\d+/)?(mixer|glu)/\w+_proj/norm_scale", P()),
+    (r"blocks/(layer\d+/)?(mixer|glu)/\w+_proj/(norm|log)_scale", P()),
     (r"final_norm/scale", P()),
     (r"head/weight", P("tensor", "fsdp")),
-    (r"head/norm_scale", P()),
+    (r"head/(norm|log)_scale", P()),
 )
 
 
@@ -142,6 +143,19 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
         "model.intermediate_size": model.glu_size,
         "model.expand_ratio * hidden_size": model.state_size,
     }
+    if model.weight_scale == "groups":
+        # A group lies on the device that holds its weights: whole groups on each.
+        split = {"fsdp": {"hidden_size": model.hidden_size}}
+        split["tensor"] = {"intermediate_size": model.glu_size}
+        split["tensor"]["expand_ratio * hidden_size"] = model.state_size
+        for axis, widths in split.items():
+            for name, size in widths.items():
+                if size // GROUP % mesh.shape[axis]:
+                    raise ConfigError(
+                        f"model.{name} is {size}, {size // GROUP} groups of {GROUP} inputs that "
+                        f"share a scale: set --mesh.{axis} to a divisor of these "
+                        f"({mesh.shape[axis]} is none), or --model.weight-scale matrix"
+                    )
     for axis in ("fsdp", "tensor"):
         for name, size in sizes.items():
             if name == "model.vocab_size" and axis == "fsdp":

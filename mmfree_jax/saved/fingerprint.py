@@ -114,7 +114,7 @@ def _parts_of_ternary(weights: Ternary) -> tuple[_Matrices, Params]:
         trits = ternary[f"{layer}/trits"]
         matrices[layer] = trits.reshape(-1, *trits.shape[-2:]), ternary[f"{layer}/scale"]
     # In training the master weights are there too.
-    masters = {f"{layer}/weight" for layer in layers}
+    masters = {f"{layer}/{name}" for layer in layers for name in ("weight", "log_scale")}
     others = {name: x for name, x in flatten(weights.params).items() if name not in masters}
     return matrices, others
 

@@ -124,7 +124,11 @@ class SavedModel:
         """
         if self._packed is not None:
             return self._packed.ternary(name, param_shapes(self.config)[name].shape)
-        trits, scale = ternarise_matrix(jnp.asarray(self.leaf(name)))
+        own = None
+        if self.config.weight_scale == "learned":
+            own = jnp.asarray(self.leaf(f"{name.rpartition('/')[0]}/log_scale"))
+        master = jnp.asarray(self.leaf(name))
+        trits, scale = ternarise_matrix(master, self.config.weight_scale, own)
         return np.asarray(trits), np.asarray(scale)
 
     def weights(self, form: Form | None = None, mesh: Mesh | None = None) -> Weights:

@@ -19,7 +19,7 @@ from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.files import copy_folder
 from mmfree_jax.model.parameters import param_shapes
-from mmfree_jax.model.weights import is_ternary, ternarise_matrix
+from mmfree_jax.model.weights import is_ternary, ternarise_matrix, with_plain_scale
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.outputs import new_folder
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
@@ -142,6 +142,8 @@ def write_packed(
     """
     if bits not in packed_matmul.FORMATS:
         raise ConfigError(f"bits is {bits!r}: choose one of {', '.join(packed_matmul.FORMATS)}")
+    learnt, weight_scale = config.weight_scale == "learned", config.weight_scale
+    config = with_plain_scale(config)
     shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
     ternary = {name for name in shapes if is_ternary(config, tuple(name.split("/")))}
     if not ternary:
@@ -152,7 +154,8 @@ def write_packed(
         """The tensors that stand for a parameter."""
         layer = name.rpartition("/")[0]
         if name in ternary:
-            trits, scale = ternarise_matrix(master)
+            own = jnp.asarray(leaf(f"{layer}/log_scale")) if learnt else None
+            trits, scale = ternarise_matrix(master, weight_scale, own)
             return {f"{layer}/packed": _pack(trits, bits=bits), f"{layer}/scale": scale}
         if name == EMBEDDING and kept == "int8":
             values, scale = quantize_rows(master)

@@ -4,7 +4,9 @@ A packed model is a folder with `packed.safetensors` and, if the model has one, 
 `tokenizer/`. The tensors are named by their parameter's path:
 
     blocks/mixer/i_proj/packed  [L, N, Q] uint8     the format of `packed_matmul/reference.py`
-    blocks/mixer/i_proj/scale   [L, 1, 1] float32   W is about trits * scale
+    blocks/mixer/i_proj/scale   [L, 1, 1] float32   W is about trits * scale; with
+                                model.weight_scale "groups" [L, N, K / 128], one for each 128
+                                inputs of each output
     embedding/weight            [V, D] float32, bfloat16, or int8 with
     embedding/scale             [V, 1] float32
     all others                  float32: they are few; in bfloat16, as earlier versions kept
@@ -34,9 +36,11 @@ from mmfree_jax.model.weights import (
     is_ternary,
     packed_from_tree,
     refuse_unpackable,
+    scale_shape,
 )
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
+from mmfree_jax.pallas_kernels.ternary_matmul.api import scaled
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
 from mmfree_jax.text_files import parse_json
@@ -109,7 +113,7 @@ class PackedFile:
         size = packed_matmul.packed_columns(shape[-1], self.bits)
         return (
             self.reader.read(f"{layer}/packed", (*shape[:-1], size)),
-            self.reader.read(f"{layer}/scale", (*shape[:-2], 1, 1)),
+            self.reader.read(f"{layer}/scale", scale_shape(shape, self.config)),
         )
 
     def ternary(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,5 +234,9 @@ def read_master(file: PackedFile) -> Params:
 @jax.jit
 def _unternarize(trits: jax.Array, scale: jax.Array) -> jax.Array:
     """Weights whose absmean is `scale` and which round to `trits`: s t / (share that is not 0)."""
+    if scale.shape[-2:] != (1, 1):
+        groups = trits.reshape(*scale.shape, -1)
+        filled = jnp.mean(jnp.abs(groups.astype(jnp.float32)), axis=-1)
+        return scaled(trits, scale / jnp.maximum(filled, 1e-9))
     filled = jnp.mean(jnp.abs(trits.astype(jnp.float32)), axis=(-2, -1), keepdims=True)
     return trits * (scale / jnp.maximum(filled, 1e-9))

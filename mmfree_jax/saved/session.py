@@ -20,7 +20,13 @@ from mmfree_jax.config_io import model_identity
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model import Session, State, init_state
 from mmfree_jax.model.parameters import flatten, unflatten
-from mmfree_jax.model.weights import Packed, Weights, as_weights, matrix_scales
+from mmfree_jax.model.weights import (
+    Packed,
+    Weights,
+    as_weights,
+    matrix_scales,
+    with_plain_scale,
+)
 from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.fingerprint import Fingerprint, fingerprint
 from mmfree_jax.saved.tensor_file import Reader, tensor_writer
@@ -31,7 +37,9 @@ VERSION = 2
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    values = {k: v for k, v in model_identity(config).items() if k not in RUN_SETTINGS}
+    values = {
+        k: v for k, v in model_identity(with_plain_scale(config)).items() if k not in RUN_SETTINGS
+    }
     return values | {"intermediate_size": config.glu_size}
 
 

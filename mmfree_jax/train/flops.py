@@ -61,6 +61,16 @@ def count_parameters(config: ModelConfig) -> Parameters:
     if config.head_linear.input_norm:
         norms += d
 
+    learnt = config.weight_scale == "learned"
+    if learnt:  # a scale a ternary matrix
+        mixer += sum(
+            len(MIXERS[name].matrices(config))
+            for name in config.layer_mixers
+            if config.linear_of(name).ternary_weights
+        )
+        glu += 2 * layers * config.glu_linear.ternary_weights
+        head += config.head_linear.ternary_weights
+
     def ternary(group: LinearConfig, size: int) -> int:
         return size if group.ternary_weights else 0
 
@@ -70,7 +80,9 @@ def count_parameters(config: ModelConfig) -> Parameters:
         glu=glu,
         head=head,
         norms=norms,
-        ternary=ternary_mixer + ternary(config.glu_linear, glu) + ternary(config.head_linear, head),
+        ternary=ternary_mixer
+        + ternary(config.glu_linear, layers * 3 * d * m)
+        + ternary(config.head_linear, vocab * d),
     )
 
 

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model import LanguageModel, Master, Ternary
-from mmfree_jax.model.quantize import fake_quantize_int8, fake_ternarize
+from mmfree_jax.model.quantize import (
+    fake_quantize_int8,
+    fake_ternarize,
+    hand_to_scale,
+    ternarise,
+)
 from mmfree_jax.model.weights import Blended
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.cross_entropy.api import (
@@ -15,7 +20,6 @@ from mmfree_jax.pallas_kernels.cross_entropy.api import (
     ternary_linear_cross_entropy_sum,
 )
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
-from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
 from mmfree_jax.parallel.sharding import flat_token_axes, flatten_tokens, unflatten_tokens
 
 Batch = dict[str, jax.Array]
@@ -78,12 +82,15 @@ def head_cross_entropy(
     if options.input_norm:
         x_ND = rms_norm(x_ND, head["norm_scale"], eps=config.linear_norm_eps)
     dtype = jnp.dtype(config.compute_dtype)
-    weight_VD = head["weight"]
+    weight_VD, log_scale = head["weight"], head.get("log_scale")
     if config.bitlinear == "fused" and options.ternary_weights and options.int8_activations:
         if isinstance(weights, Ternary):
             trits_VD, scale = weights.ternary["head"]["trits"], weights.ternary["head"]["scale"]
         else:
-            trits_VD, scale = ternarize(weight_VD)
+            master_VD = jax.lax.stop_gradient(weight_VD)
+            trits_VD, scale = ternarise(master_VD, config.weight_scale, log_scale)
+        if log_scale is not None:
+            weight_VD = hand_to_scale(weight_VD, log_scale, scale)
         return ternary_linear_cross_entropy_sum(
             x_ND.astype(dtype),
             weight_VD,
@@ -97,7 +104,7 @@ def head_cross_entropy(
     if options.int8_activations:
         x_ND = fake_quantize_int8(x_ND, weights.strength if isinstance(weights, Blended) else None)
     if options.ternary_weights:
-        weight_VD = fake_ternarize(weight_VD)
+        weight_VD = fake_ternarize(weight_VD, config.weight_scale, log_scale)
     return linear_cross_entropy_sum(
         x_ND.astype(dtype),
         weight_VD.astype(dtype),

@@ -21,7 +21,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.mixer_pattern import MixerName
 from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model.parameters import param_shapes, unflatten
-from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.model_config import GROUP, ModelConfig
 from mmfree_jax.train.flops import count_parameters
 from mmfree_jax.train.optimizer import make_optimizer
 
@@ -105,11 +105,14 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     chunk = min(tokens, config.loss_chunk)
     compute = jnp.dtype(model.compute_dtype).itemsize
     accumulated = 2 if config.grad_accum > 1 else 1
+    groups = model.weight_scale == "groups"
     return Memory(
         parameters=parameters.total * size / shards,
         gradients=gradients * accumulated,
         optimizer=_optimizer_bytes(config) / shards,
-        ternary=parameters.ternary * (size if config.quantizer.warmup_fraction else 1) / shards,
+        ternary=parameters.ternary
+        * (size if config.quantizer.warmup_fraction else 1 + (4 / GROUP) * groups)
+        / shards,
         activations=activations,
         logits=chunk * model.vocab_size * (4 + compute) / mesh.tensor,
     )

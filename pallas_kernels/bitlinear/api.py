@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from ..ternary_matmul.api import check_scale
 from . import int8_backward as int8_backward
 from .vjp import Options, bitlinears
 
@@ -106,7 +107,7 @@ def bitlinear_many(
         and the quantised input is then shared.
       ws: float master weights [N_j, K], read for nothing but their gradients, or None each.
       trits: [N_j, K] int8 each.
-      w_scales: one float32 each.
+      w_scales: one float32 each; or [N_j, K / GROUP] each, with backward "bf16".
       eps: the own norms'.
       outer_norm_weight: [K], the block's norm in front of all; None leaves it out.
       outer_eps: the outer norm's.
@@ -166,8 +167,9 @@ def bitlinear_many(
             raise ValueError(f"trits must be [N, {columns}] for x {x.shape}, got {t.shape}")
         if w is not None and w.shape != t.shape:
             raise ValueError(f"w must be {t.shape} as its trits, got {w.shape}")
-        if s.size != 1:
-            raise ValueError(f"w_scale must hold one element, got shape {s.shape}")
+        check_scale(s, t)
+        if s.size > 1 and backward != "bf16":
+            raise ValueError(f"backward={backward!r} needs one scale a matrix, got {s.shape}")
     options = Options(
         eps=float(eps),
         outer_eps=float(outer_eps),

@@ -70,7 +70,10 @@ def _forward(
 ) -> tuple[tuple[jax.Array, ...], Any]:
     del ws  # The forward sees only the trits.
     distinct = _distinct(norm_weights)
+    grouped = any(s.size > 1 for s in w_scales)
     if options.int8_activations and options.implementation == "pallas_tpu":
+        if grouped:
+            raise ValueError("implementation='pallas_tpu' takes one scale a matrix")
         outputs, stats = _forward_tpu(
             options, x, times_silu, outer_weight, norm_weights, trits, w_scales
         )
@@ -111,7 +114,7 @@ def _forward(
             times_silu=times_silu,
         )
         outputs = tuple(
-            (_dot(n, t, 1, jnp.float32) * s.reshape(())).astype(options.out_dtype)
+            _unquantized_product(n, t, s).astype(options.out_dtype)
             for n, t, s in zip(
                 _each(_unquantized(h, distinct, outer_weight, stats, times_silu), trits),
                 trits,
@@ -180,9 +183,13 @@ def _backward(
     # The products are stored in x's dtype, which halves the traffic of a bf16 backward; the
     # weights' scales go on afterwards, in float32.
     x_scales = [a / 127.0 for a in stats.absmaxes] if options.backward == "int8" else [None]
+    w_scales_given = w_scales
+    wide, w_scales = zip(
+        *(_without_groups(t, s, x.dtype) for t, s in zip(trits, w_scales, strict=True)), strict=True
+    )
     products = tuple(
         _input_gradient(options, d, t, scale if any_weight else None)
-        for d, t, scale in zip(d_outputs, trits, _each(x_scales, trits), strict=True)
+        for d, t, scale in zip(d_outputs, wide, _each(x_scales, trits), strict=True)
     )
     d_inputs, largest = (tuple(a) for a in zip(*products, strict=True))
     d_scales = w_scales
@@ -236,11 +243,29 @@ def _backward(
         tuple(_as(b, d) for b, d in zip(norm_weights, d_norm_weights, strict=True)),
         tuple(d_ws),
         tuple(np.zeros(t.shape, jax.dtypes.float0) for t in trits),
-        tuple(jnp.zeros_like(s) for s in w_scales),
+        tuple(jnp.zeros_like(s) for s in w_scales_given),
     )
 
 
 bitlinears.defvjp(_forward, _backward)
+
+
+def _without_groups(
+    trits: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """A matrix and the one scale that is still to be multiplied by.
+
+    Scales of groups cannot go on behind a sum over outputs: they go into the matrix, in x's dtype.
+    """
+    if scale.size == 1:
+        return trits, scale
+    return ternary_matmul.scaled(trits, scale).astype(dtype), jnp.ones((1, 1), jnp.float32)
+
+
+def _unquantized_product(n: jax.Array, trits: jax.Array, scale: jax.Array) -> jax.Array:
+    """n @ (trits * scale)^T in float32, for inputs without the quantiser."""
+    matrix, scale = _without_groups(trits, scale, n.dtype)
+    return _dot(n, matrix, 1, jnp.float32) * scale.reshape(())
 
 
 def _as(weight: jax.Array | None, gradient: Any) -> jax.Array | None:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from .. import triton
 from ..over_tokens import covers_mesh, total
+from ..ternary_matmul.api import check_scale
 from . import pallas_gpu, xla
 
 __all__ = [
@@ -123,7 +124,7 @@ def ternary_linear_cross_entropy(
       x_ND: normalised activations, N tokens.
       w_VD: float master weights; never read, they only receive the gradient dW.
       trits_VD: int8 in {-1, 0, 1}, the ternarised w_VD.
-      w_scale: one float32 number, so that w is about trits * w_scale.
+      w_scale: one float32 number, so that w is about trits * w_scale; or [V, D / GROUP] of them.
       targets_N, z_loss, chunk_size, token_axes, implementation: as in `linear_cross_entropy`.
 
     Raises:
@@ -201,9 +202,8 @@ def _check_ternary(
     if trits_VD.dtype != jnp.int8:
         raise TypeError(f"trits_VD has dtype {trits_VD.dtype}; it must be int8")
     w_scale = jnp.asarray(w_scale, jnp.float32)
-    if w_scale.size != 1:
-        raise ValueError(f"w_scale has shape {w_scale.shape}; it must be one number")
-    return w_scale.reshape(())
+    check_scale(w_scale, trits_VD)
+    return w_scale if w_scale.size > 1 else w_scale.reshape(())
 
 
 class _How(NamedTuple):

@@ -48,7 +48,7 @@ def _logits(
     if w_scale is None:
         return xla._logits(left_PD, scale_P1, weights_VD, w_scale)
     return ternary_matmul(
-        left_PD, scale_P1, weights_VD, w_scale.reshape(1, 1), out_dtype=jnp.float32
+        left_PD, scale_P1, weights_VD, jnp.atleast_2d(w_scale), out_dtype=jnp.float32
     )
 
 

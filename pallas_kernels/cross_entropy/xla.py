@@ -8,6 +8,7 @@ which operands make the logits, what the gradient of w multiplies, and dx's fact
 `pallas_gpu` puts kernels in place of `_logits` and `_rows`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from jax import lax
 
 from ..integer_products import int8_dot
 from ..norm_quant.reference import quantize_int8
+from ..ternary_matmul.reference import scaled
+from ..ternary_matmul.xla import scaled_sums
 
 # Logits of one chunk take at most this many bytes in float32 unless the caller says otherwise.
 _LOGIT_BYTES = 2**28
@@ -73,7 +76,7 @@ def forward_with_gradients(
     logits, rows = logits or _logits, rows or _rows
     operands = _operands(x_ND, w_scale)
     chunks, (*operands_PC, targets_PC) = _split(weights_VD, chunk_size, *operands, targets_N)
-    wide_VD = weights_VD.astype(x_ND.dtype)  # once, not once a chunk
+    wide_VD = _wide(weights_VD, w_scale, x_ND.dtype)  # once, not once a chunk
 
     def one(dw_VD: jax.Array, c: Any) -> tuple[Any, Any]:
         left, scale, right = (y_PC[:, c] for y_PC in operands_PC)
@@ -103,7 +106,7 @@ def backward(
     """(dx_ND in x's dtype, dw_VD in float32), the logits computed anew chunk by chunk."""
     per_token_N = (*_operands(x_ND, w_scale), targets_N, lse_N, dloss_N, dlse_N)
     chunks, per_token_PC = _split(weights_VD, chunk_size, *per_token_N)
-    wide_VD = weights_VD.astype(x_ND.dtype)
+    wide_VD = _wide(weights_VD, w_scale, x_ND.dtype)
 
     def one(dw_VD: jax.Array, c: Any) -> tuple[Any, Any]:
         left, scale, right, targets_P, *cotangents = (y_PC[:, c] for y_PC in per_token_PC)
@@ -128,9 +131,18 @@ def _operands(x_ND: jax.Array, w_scale: jax.Array | None) -> tuple[jax.Array, ja
 
 def _scaled(dx_ND: jax.Array, w_scale: jax.Array | None) -> jax.Array:
     """The ternary head's dx still lacks the weights' scale."""
-    if w_scale is None:
+    if w_scale is None or w_scale.ndim:
         return dx_ND
     return (dx_ND.astype(_accumulator(dx_ND)) * w_scale).astype(dx_ND.dtype)
+
+
+def _wide(
+    weights_VD: jax.Array, w_scale: jax.Array | None, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """What dx multiplies, in its dtype: with the scales of groups, which no sum leaves behind."""
+    if w_scale is None or not w_scale.ndim:
+        return weights_VD.astype(dtype)
+    return scaled(weights_VD, w_scale).astype(dtype)
 
 
 def _accumulator(x: jax.Array) -> jnp.dtype:
@@ -172,6 +184,14 @@ def _logits(
     """logits_PV in float32."""
     if w_scale is None:
         return _dot(left_PD, weights_VD.astype(left_PD.dtype), (1, 1), _accumulator(left_PD))
+    if w_scale.ndim:
+        return scale_P1 * lax.platform_dependent(
+            left_PD,
+            weights_VD,
+            w_scale,
+            cpu=functools.partial(scaled_sums, implementation="xla_f32"),
+            default=functools.partial(scaled_sums, implementation="xla_int8"),
+        )
     # XLA's int8 product on the CPU is slow; float32 holds these integers exactly (< 2^24).
     sums_PV = lax.platform_dependent(
         left_PD,

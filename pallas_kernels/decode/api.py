@@ -106,7 +106,7 @@ def decode_token(
       ValueError: an unknown implementation, more rows than it takes, operands that do not fit.
     """
     implementation = implementation or _best(model, token_B.shape[0]) or "xla"
-    _check(implementation, IMPLEMENTATIONS)
+    _check(implementation, IMPLEMENTATIONS, model)
     if implementation == "pallas_token_gpu":
         limit_1 = jnp.ones(1, jnp.int32) if held_B is None else (~held_B).astype(jnp.int32)
         _, logits_BV, new_LBE = token_gpu.decode_tokens(
@@ -166,7 +166,7 @@ def decode_greedy(
     if implementation is None:
         best = _best(model, 1)
         implementation = best if best == "pallas_token_gpu" else "xla"
-    _check(implementation, ("xla", "pallas_token_gpu"))
+    _check(implementation, ("xla", "pallas_token_gpu"), model)
     if implementation == "xla":
         return reference.decode_greedy(
             model, h_L1E, logits_1V, limit_1, stop_ids_S, steps=steps, arithmetic=arithmetic
@@ -179,16 +179,28 @@ def decode_greedy(
 
 
 def _best(model: Model, rows: int) -> str | None:
+    if not _one_scale(model):
+        return None
     state_size, glu_size = (
         linears.norms[0].shape[-1] for linears in (model.mixer_out, model.glu_out)
     )
     return measured_best(rows, width=model.width, state_size=state_size, glu_size=glu_size)
 
 
+def _one_scale(model: Model) -> bool:
+    """Whether each matrix has one scale, which is what the kernels read."""
+    return model.head.scales[0].size == 1
+
+
 def _vocabulary(model: Model) -> int:
     return model.head.words[0].shape[1]
 
 
-def _check(implementation: str, known: tuple[str, ...]) -> None:
+def _check(implementation: str, known: tuple[str, ...], model: Model) -> None:
     if implementation not in known:
         raise ValueError(f"implementation={implementation!r} is unknown: choose one of {known}")
+    if implementation != "xla" and not _one_scale(model):
+        raise ValueError(
+            f"implementation={implementation!r} takes one scale a matrix, and these weights have "
+            "one a group of inputs: choose 'xla'"
+        )

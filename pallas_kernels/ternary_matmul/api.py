@@ -24,17 +24,22 @@ from . import (
 )
 
 __all__ = [
+    "GROUP",
     "IMPLEMENTATIONS",
     "MAX_INT8_COLUMNS",
     "available_implementations",
+    "check_scale",
     "default_implementation",
     "gated_ternary_matmul",
     "mosaic_config",
     "mosaic_gated_config",
+    "scaled",
     "ternarize",
+    "ternarize_groups",
     "ternary_matmul",
 ]
 
+GROUP, ternarize_groups, scaled = reference.GROUP, reference.ternarize_groups, reference.scaled
 IMPLEMENTATIONS = (*xla.OPERAND_DTYPES, "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
 """Names that `implementation` takes."""
 MAX_INT8_COLUMNS = 2**31 // 128**2 - 1
@@ -96,7 +101,8 @@ def ternary_matmul(
       x_q: [..., K] int8 activations.
       x_scale: [..., 1] float32, one scale a token.
       trits: [N, K] int8 in {-1, 0, +1}.
-      w_scale: float32 with one element.
+      w_scale: float32 with one element; or [N, K / GROUP], one for each GROUP inputs of each
+        output, which XLA's implementations take.
       out_dtype: dtype of the result.
       implementation: one of `IMPLEMENTATIONS`; None takes the measured best.
       token_axes: mesh axes over which x_q's leading axis is split, for the Pallas kernels.
@@ -119,14 +125,20 @@ def ternary_matmul(
         )
     if x_scale.shape != (*x_q.shape[:-1], 1):
         raise ValueError(f"x_scale must be {(*x_q.shape[:-1], 1)}, got {x_scale.shape}")
-    if w_scale.size != 1:
-        raise ValueError(f"w_scale must hold one element, got shape {w_scale.shape}")
+    check_scale(w_scale, trits)
     m = math.prod(x_q.shape[:-1])
     n, k = trits.shape
+    if w_scale.size > 1 and implementation is None:
+        implementation = "xla_int8"
     implementation = implementation or default_implementation(m, n, k, token_axes=token_axes)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown: choose one of {IMPLEMENTATIONS}"
+        )
+    if w_scale.size > 1 and implementation not in xla.OPERAND_DTYPES:
+        raise ValueError(
+            f"implementation={implementation!r} takes one scale a matrix, got {w_scale.shape}: "
+            f"choose one of {tuple(xla.OPERAND_DTYPES)}"
         )
     if implementation in xla.OPERAND_DTYPES:
         return xla.ternary_matmul(
@@ -190,9 +202,23 @@ def gated_ternary_matmul(
     return out.reshape(*x_q.shape[:-1], n)
 
 
-def ternarize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+def ternarize(w: jax.Array, log_factor: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """`reference.ternarize`: trits and one scale a matrix, from float weights [..., N, K]."""
-    return reference.ternarize(w)
+    return reference.ternarize(w, log_factor)
+
+
+def check_scale(w_scale: jax.Array, trits: jax.Array) -> None:
+    """Refuses scales that are not one a matrix and not one a group of its inputs.
+
+    Raises:
+      ValueError: their shape does not fit the trits [N, K].
+    """
+    n, k = trits.shape
+    if w_scale.size != 1 and (k % GROUP or w_scale.shape != (n, k // GROUP)):
+        raise ValueError(
+            f"w_scale must hold one element, or be [N, K / {GROUP}] for trits {trits.shape}, got "
+            f"shape {w_scale.shape}"
+        )
 
 
 def mosaic_config(m: int, n: int, k: int) -> pallas_mosaic_gpu.Config:

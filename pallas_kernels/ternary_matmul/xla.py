@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..integer_products import MAX_FLOAT_COLUMNS, int8_dot
+from .reference import GROUP
 
 OPERAND_DTYPES = {"xla_int8": jnp.int8, "xla_bf16": jnp.bfloat16, "xla_f32": jnp.float32}
 
@@ -36,6 +38,40 @@ def ternary_matmul(
     implementation: str,
 ) -> jax.Array:
     """See `api.ternary_matmul`."""
+    if w_scale.size > 1:
+        sums = scaled_sums(x_q, trits, w_scale, implementation=implementation)
+        return (sums * x_scale).astype(out_dtype)
     accumulator = integer_matmul(x_q, trits, implementation=implementation)
     scale = x_scale * w_scale.astype(jnp.float32).reshape(())
     return (accumulator.astype(jnp.float32) * scale).astype(out_dtype)
+
+
+def scaled_sums(
+    x_q: jax.Array, trits: jax.Array, w_scale: jax.Array, *, implementation: str
+) -> jax.Array:
+    """x_q @ (trits * scales)^T with a scale a group: integer sums within a group, float32 across.
+
+    Args:
+      x_q: [..., K] int8.
+      trits: [N, K] int8.
+      w_scale: [N, K / GROUP] float32.
+      implementation: of the integer sums.
+
+    Returns:
+      [..., N] float32.
+    """
+    n, groups = w_scale.shape
+    lead = x_q.shape[:-1]
+    operands = (
+        jnp.moveaxis(x_q.reshape(*lead, groups, GROUP), -2, 0),
+        jnp.moveaxis(trits.reshape(n, groups, GROUP), 1, 0),
+        w_scale.astype(jnp.float32).T,
+    )
+
+    def add(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, t, scale_N = group
+        sums = integer_matmul(x, t, implementation=implementation).astype(jnp.float32)
+        return total + sums * scale_N, None
+
+    # Unrolled as far as programs stay small: a loop would copy each group out of its stack.
+    return lax.scan(add, jnp.zeros((*lead, n), jnp.float32), operands, unroll=min(groups, 8))[0]
