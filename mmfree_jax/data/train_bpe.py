@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from mmfree_jax.data.json_tokenizer import JsonTokenizer
 from mmfree_jax.data.special_tokens import BOS_TOKEN, EOS_TOKEN
-from mmfree_jax.data.tokenizer import JsonTokenizer
 from mmfree_jax.errors import DataError
 
 _MOST_TOKENS = 2**24

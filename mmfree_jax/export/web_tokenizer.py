@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax.data.json_tokenizer import JsonTokenizer
 from mmfree_jax.data.pieces import byte_level_bytes
-from mmfree_jax.data.tokenizer import BYTE, JsonTokenizer, Tokenizer
+from mmfree_jax.data.tokenizer import BYTE, Tokenizer
 from mmfree_jax.errors import DataError
 from mmfree_jax.infer.text import start_tokens
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfree_jax.cli import tokenizer as tokenizer_cli
+from mmfree_jax.data import json_tokenizer, sentencepiece_tokenizer
 from mmfree_jax.data import tokenizer as tokenizer_lib
+from mmfree_jax.data.text_segments import segments
 from mmfree_jax.data.train_bpe import train_bpe
 from mmfree_jax.errors import ConfigError, DataError
 
@@ -106,18 +108,18 @@ def test_sentencepiece_round_trip(mistral, text):
 )
 def test_cuts_change_nothing(mistral, bpe, parts):
     text = " ".join(parts)
-    assert "".join(tokenizer_lib._segments(text, 3)) == text
+    assert "".join(segments(text, 3)) == text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_lib, "_SEGMENT", 3)
-        patch.setattr(tokenizer_lib, "_JSON_SEGMENT", 3)
+        patch.setattr(sentencepiece_tokenizer, "_SEGMENT", 3)
+        patch.setattr(json_tokenizer, "_SEGMENT", 3)
         for tokenizer in (mistral, bpe):
             assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_cuts_keep_runs_of_white_space(mistral, bpe, size, monkeypatch):
-    monkeypatch.setattr(tokenizer_lib, "_SEGMENT", size)
-    monkeypatch.setattr(tokenizer_lib, "_JSON_SEGMENT", size)
+    monkeypatch.setattr(sentencepiece_tokenizer, "_SEGMENT", size)
+    monkeypatch.setattr(json_tokenizer, "_SEGMENT", size)
     text = "the\n\nwe\n \n \nthe" * 20
     for tokenizer in (mistral, bpe):
         assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
@@ -127,8 +129,8 @@ def test_long_texts_are_cut(mistral, bpe):
     assert mistral._skip == 1
     assert bpe._can_cut
     text = "the people\n" * 1000
-    assert len(tokenizer_lib._segments(text, 100)) == 101
-    assert tokenizer_lib._segments("", 100) == [""]
+    assert len(segments(text, 100)) == 101
+    assert segments("", 100) == [""]
 
 
 def test_sentencepiece_cut_is_not_made_where_newlines_are_normalised(tmp_path):
