@@ -36,7 +36,7 @@ html_theme = "sphinx_book_theme"
 html_title = f"mmfree_jax {release}"
 html_static_path = ["_static"]
 html_css_files = ["pictures.css"]
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 if repository:
     html_theme_options |= {"repository_url": repository, "use_repository_button": True}
 

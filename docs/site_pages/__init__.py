@@ -13,7 +13,12 @@ from site_pages import api, commands, repository_files, settings
 
 DOCS = Path(__file__).resolve().parents[1]
 SECTIONS = ("index", "tutorials", "how-to", "explanations", "reference", "api/index")
-MADE = {"api": api.markdown, "commands": commands.markdown, "settings": settings.markdown}
+MADE = {
+    "api": api.markdown,
+    "commands": commands.markdown,
+    "kernels": api.kernels,
+    "settings": settings.markdown,
+}
 
 _COMMENT = re.compile(r"^<!-- site: (\w+)(?: (.*?))? -->$", re.M)
 _LISTED = re.compile(r"^- \[[^\]]*\]\(([^)#\s]+\.(?:md|ipynb))\)", re.M)

@@ -78,6 +78,12 @@ def markdown(module: str) -> str:
     return text if not elsewhere else f"{text}\n\nAlso here: {', '.join(elsewhere)}."
 
 
+def kernels() -> str:
+    """A heading for each op, and its names."""
+    doors = [module for module in PUBLIC if ".pallas_kernels." in module]
+    return "\n\n".join(f"## {door.split('.')[-2]}\n\n{markdown(door)}" for door in doors)
+
+
 def directive(module: str, name: str) -> list[str]:
     """The reStructuredText that documents one name."""
     value: Any = getattr(sys.modules[module], name)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 64
+"""Tokens that are worked on at once; between chunks goes the state."""
 # Pieces up to which the scores of two are summed element by element, and not by a product, which
 # would be one of very small matrices for each.
 _SMALL = 4
