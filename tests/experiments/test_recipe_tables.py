@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs" / "recipes"
 ARMS = {
     "absmean", "float-twin", "transformer", "ternary-transformer", "rwkv4", "attention", "mingru",
-    "rglru", "hybrid-3-1", "hybrid-6-1", "hybrid-3-1-float", "float-first-10", "float-first-30",
+    "rglru", "hgrn2", "hybrid-3-1", "hybrid-6-1", "hybrid-3-1-float", "float-first-10", "float-first-30",
     "float-first-60", "warmup-20", "warmup-50", "float-first-30-warmup-20", "decay-0.1",
     "decay-0.1-ends", "linear", "linear-two-stages", "bitnet-two-stages", "paper-schedule",
     "squared-relu", "float-head", "muon", "lion", "adafactor", "schedule-free",
