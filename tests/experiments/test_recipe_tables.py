@@ -11,11 +11,12 @@ from mmfree_jax.experiments.sweep.plan import config_hash, main_runs, parameters
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs" / "recipes"
 ARMS = {
-    "absmean", "float-twin", "transformer", "ternary-transformer", "rwkv4", "attention", "mingru",
-    "rglru", "hgrn2", "hybrid-3-1", "hybrid-6-1", "hybrid-3-1-float", "float-first-10", "float-first-30",
-    "float-first-60", "warmup-20", "warmup-50", "float-first-30-warmup-20", "decay-0.1",
-    "decay-0.1-ends", "linear", "linear-two-stages", "bitnet-two-stages", "paper-schedule",
-    "squared-relu", "float-head", "muon", "lion", "adafactor", "schedule-free",
+    "absmean", "float-twin", "transformer", "ternary-transformer", "rwkv4", "attention",
+    "mingru", "rglru", "hgrn2", "hybrid-3-1", "hybrid-6-1", "hybrid-3-1-float",
+    "float-first-10", "float-first-30", "float-first-60", "warmup-20", "warmup-50",
+    "float-first-30-warmup-20", "decay-0.1", "decay-0.1-ends", "linear", "linear-two-stages",
+    "bitnet-two-stages", "paper-schedule", "squared-relu", "float-head", "muon", "lion",
+    "adafactor", "schedule-free", "groups", "learnt-scale",
 }  # fmt: skip
 
 
