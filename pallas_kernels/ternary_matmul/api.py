@@ -22,6 +22,7 @@ from . import (
     reference,
     xla,
 )
+from .reference import GROUP, scaled, ternarize_groups
 
 __all__ = [
     "GROUP",
@@ -39,7 +40,6 @@ __all__ = [
     "ternary_matmul",
 ]
 
-GROUP, ternarize_groups, scaled = reference.GROUP, reference.ternarize_groups, reference.scaled
 IMPLEMENTATIONS = (*xla.OPERAND_DTYPES, "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
 """Names that `implementation` takes."""
 MAX_INT8_COLUMNS = 2**31 // 128**2 - 1

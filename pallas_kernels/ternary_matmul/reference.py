@@ -7,8 +7,8 @@ import jax.numpy as jnp
 MIN_ABSMEAN = 1e-5
 
 
-# Inputs of an output that share a scale where a matrix has more than one.
 GROUP = 128
+"""Inputs of an output that share a scale where a matrix has more than one."""
 
 
 def ternarize_groups(w: jax.Array) -> tuple[jax.Array, jax.Array]:
