@@ -11,3 +11,7 @@ class IntegerProductError(KernelError):
 
 class TritonError(KernelError):
     """A kernel was asked for by name, and Pallas-Triton cannot compile it."""
+
+
+class MosaicError(KernelError):
+    """A kernel in Pallas Mosaic GPU does not take these shapes."""

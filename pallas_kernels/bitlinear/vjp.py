@@ -284,7 +284,9 @@ def _norm_implementation(options: Options) -> str | None:
         return None
     if options.implementation.startswith("xla"):
         return "xla"
-    return "pallas_tpu" if options.implementation == "pallas_tpu" else "pallas_triton"
+    return {"pallas_tpu": "pallas_tpu", "pallas_mosaic_gpu": "mosaic_gpu"}.get(
+        options.implementation
+    )
 
 
 def _ungated(options: Options, x: jax.Array) -> jax.Array:

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from .. import triton
 from ..over_tokens import covers_mesh, total
 from ..ternary_matmul.api import check_scale
-from . import pallas_gpu, xla
+from . import mosaic_gpu, pallas_gpu, xla
 
 __all__ = [
     "CrossEntropy",
@@ -25,7 +24,7 @@ __all__ = [
     "ternary_linear_cross_entropy_sum",
 ]
 
-_IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu}
+_IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu, "mosaic_gpu": mosaic_gpu}
 # Devices where the kernels were measured to win: see `benchmark.py`.
 _MEASURED = ("NVIDIA H100", "NVIDIA H200")
 
@@ -71,7 +70,8 @@ def linear_cross_entropy(
         device then walks over its own tokens with the whole w, and the gradient of w is summed
         over devices once. With none named the compiler partitions the loop, which also allows w
         split over words, but sums the gradient of w once a chunk.
-      implementation: "xla"; "pallas_gpu", on NVIDIA GPUs; None for the best on this backend.
+      implementation: "xla"; "pallas_gpu", on NVIDIA GPUs; "mosaic_gpu", on a Hopper; None for the
+        best on this backend.
 
     Raises:
       ValueError: shapes disagree, or the implementation's name is unknown.
@@ -159,11 +159,11 @@ def ternary_linear_cross_entropy_sum(
     return results[0], jax.lax.stop_gradient(results[1])
 
 
-def _resolve(implementation: str | None, token_axes: Sequence[str]) -> str:
+def _resolve(implementation: str | None, words: int, token_axes: Sequence[str]) -> str:
     if implementation is None:
         measured = jax.devices()[0].device_kind.startswith(_MEASURED)
-        best = measured and covers_mesh(token_axes) and triton.serves()
-        return "pallas_gpu" if best else "xla"
+        best = measured and covers_mesh(token_axes) and mosaic_gpu.takes(words)
+        return "mosaic_gpu" if best else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "
@@ -190,7 +190,12 @@ def _how(
         raise TypeError(f"targets_N has dtype {targets_N.dtype}; it must be an integer type")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    return _How(_resolve(implementation, token_axes), float(z_loss), chunk_size, tuple(token_axes))
+    return _How(
+        _resolve(implementation, len(w_VD), token_axes),
+        float(z_loss),
+        chunk_size,
+        tuple(token_axes),
+    )
 
 
 def _check_ternary(

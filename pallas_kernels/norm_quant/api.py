@@ -6,14 +6,14 @@ write their own VJP (the op `bitlinear` does): neither is differentiable itself.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..dispatch import measured_best
 from ..over_tokens import TOKENS, WHOLE, covers_mesh, devices_in_mesh, over_tokens
-from . import pallas_tpu, pallas_triton, xla
+from . import mosaic_gpu, pallas_tpu, pallas_triton, xla
 from .reference import MIN_ABSMAX, norm_quantize, quantize_int8, rms_norm
 from .xla import Statistics
 
@@ -29,9 +29,10 @@ __all__ = [
     "rms_norm",
 ]
 
-IMPLEMENTATIONS = ("xla", "pallas_triton", "pallas_tpu")
+IMPLEMENTATIONS = ("xla", "pallas_triton", "mosaic_gpu", "pallas_tpu")
 """Names that `implementation` takes."""
-_KERNELS = {"pallas_triton": pallas_triton, "pallas_tpu": pallas_tpu}
+_KERNELS = {"pallas_triton": pallas_triton, "mosaic_gpu": mosaic_gpu, "pallas_tpu": pallas_tpu}
+_FUSED = ("pallas_triton", "mosaic_gpu")  # These take gated inputs and a gradient to be added.
 _WIDEST = 8192  # Columns; wider rows stop fitting in a program's registers.
 
 
@@ -88,12 +89,13 @@ def norm_quant(
       ValueError: an unknown implementation, or options that exclude each other.
     """
     k = x.shape[-1] // (2 if gated else 1)
-    implementation = _check(implementation, k, token_axes)
+    room = _Room((x, residual, times_silu), k * len(weights), (*weights, outer_weight))
+    implementation = _check(implementation, k, token_axes, room)
     if times_silu is not None and (outer_weight is None or gated or residual is not None):
         raise ValueError("times_silu needs outer_weight, and neither gated=True nor a residual")
     if gated and residual is not None:
         raise ValueError("gated=True takes no residual: add it to what x was made from")
-    if gated and implementation != "pallas_triton":
+    if gated and implementation not in _FUSED:
         h = xla.glu(x).astype(x.dtype)
         results = norm_quant(
             h, weights, outer_weight, eps=eps, outer_eps=outer_eps,
@@ -169,15 +171,19 @@ def norm_backward(
       (None where there is none); the dequantised inputs [..., K] in `input_dtype`, one for
       each absmax in stats; and the gradient of times_silu in its dtype, or None.
     """
-    implementation = _check(implementation, gradients[0].shape[-1], token_axes)
-    if d_skip is not None and (gated or implementation != "pallas_triton"):
+    k = gradients[0].shape[-1]
+    apart = [g for g in gradients if stats.absmaxes and g.dtype != (input_dtype or x.dtype)]
+    written = k * len(apart) * jnp.dtype(input_dtype or x.dtype).itemsize
+    room = _Room((x, times_silu, d_skip, *gradients), written, (*weights, outer_weight))
+    implementation = _check(implementation, k, token_axes, room)
+    if d_skip is not None and (gated or implementation not in _FUSED):
         d_x, d_weights, d_outer, inputs, d_s = norm_backward(
             x, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
             times_silu=times_silu, gated=gated, input_dtype=input_dtype,
             implementation=implementation, token_axes=token_axes, interpret=interpret,
         )  # fmt: skip
         return d_x + d_skip, d_weights, d_outer, inputs, d_s
-    if gated and implementation != "pallas_triton":
+    if gated and implementation not in _FUSED:
         h = xla.glu(x).astype(x.dtype)
         d_h, d_weights, d_outer, inputs, _ = norm_backward(
             h, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
@@ -243,8 +249,25 @@ def norm_backward(
     )  # fmt: skip
 
 
-def _check(implementation: str | None, k: int, token_axes: Sequence[str]) -> str:
-    implementation = implementation or default_implementation(k, token_axes=token_axes)
+class _Room(NamedTuple):
+    """What a token needs of shared memory."""
+
+    read: tuple[jax.Array | None, ...]  # arrays of tokens
+    written: int  # bytes that do not take the place of what was read
+    vectors: tuple[jax.Array | None, ...]
+
+    def serves(self, k: int) -> bool:
+        """Whether Mosaic GPU's kernels have it."""
+        read = sum(a.shape[-1] * a.dtype.itemsize for a in self.read if a is not None)
+        vectors = sum(a is not None for a in self.vectors)
+        return mosaic_gpu.takes(k, read + self.written, vectors)
+
+
+def _check(implementation: str | None, k: int, token_axes: Sequence[str], room: _Room) -> str:
+    if implementation is None:
+        implementation = default_implementation(k, token_axes=token_axes)
+        if implementation == "mosaic_gpu" and not room.serves(k):
+            implementation = "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown: choose one of {IMPLEMENTATIONS}"

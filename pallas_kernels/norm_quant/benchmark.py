@@ -36,8 +36,8 @@ COPIES = 6  # Input sets a call rotates through, so that none waits in the cache
 def variants(
     names: Iterable[str] | None = None,
 ) -> dict[str, tuple[Callable, Callable]]:
-    """name -> (forward, backward); by default XLA and the kernel of this backend."""
-    kernel = {"gpu": ("pallas_triton",), "tpu": ("pallas_tpu",)}
+    """name -> (forward, backward); by default XLA and the kernels of this backend."""
+    kernel = {"gpu": ("pallas_triton", "mosaic_gpu"), "tpu": ("pallas_tpu",)}
     names = names or ("xla", *kernel.get(jax.default_backend(), ()))
 
     def pair(name: str) -> tuple[Callable, Callable]:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..dispatch import measured_best
-from . import pallas_gpu, pallas_tpu, sharded, xla
+from . import mosaic_gpu, pallas_gpu, pallas_tpu, sharded, xla
 from .gates import gate_values
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
 _IMPLEMENTATIONS: dict[str, Any] = {
     "xla": xla,
     "pallas_gpu": pallas_gpu,
+    "mosaic_gpu": mosaic_gpu,
     "pallas_tpu": pallas_tpu,
 }
 
@@ -56,7 +57,7 @@ def linear_recurrence(
       mesh: devices to run on, each on its part; the one that `jax.set_mesh` set when None.
       partition: mesh axes of batch, time and channels. A time axis splits the sequence. None
         leaves the partitioning to the compiler.
-      implementation: "xla", "pallas_gpu", "pallas_tpu", or None for the best here.
+      implementation: "xla", "pallas_gpu", "mosaic_gpu", "pallas_tpu", or None for the best here.
 
     Returns:
       h_BTD in x's dtype, the state after every step, and h_last_BD in float32 (float64 for
@@ -69,7 +70,7 @@ def linear_recurrence(
     """
     _check("x_BTD", f_BTD, x_BTD, reset_BT, h0_BD)
     mesh = _mesh_for(mesh, partition, x_BTD.shape)
-    how = _How(_resolve(implementation, x_BTD, partition), mesh, partition)
+    how = _How(_resolve(implementation, x_BTD, mesh, partition), mesh, partition)
     return _linear(how, f_BTD, x_BTD, reset_BT, h0_BD)
 
 
@@ -111,7 +112,7 @@ def mlgru_recurrence(
             f"lower_bound_D has shape {lower_bound_D.shape}; it must be {i_BTD.shape[2:]}"
         )
     mesh = _mesh_for(mesh, partition, i_BTD.shape)
-    how = _How(_resolve(implementation, i_BTD, partition), mesh, partition)
+    how = _How(_resolve(implementation, i_BTD, mesh, partition), mesh, partition)
     if padding_BT is not None and not how.takes_held:
         f_BTD, padding_BT = _held_open(f_BTD, padding_BT), None
     return _mlgru(how, i_BTD, f_BTD, lower_bound_D, reset_BT, h0_BD, padding_BT)
@@ -139,7 +140,12 @@ class _How(NamedTuple):
         return self.mesh is None and getattr(self.module, "TAKES_HELD", False)
 
 
-def _resolve(implementation: str | None, x_BTD: jax.Array, partition: PartitionSpec | None) -> str:
+def _resolve(
+    implementation: str | None,
+    x_BTD: jax.Array,
+    mesh: Mesh | AbstractMesh | None,
+    partition: PartitionSpec | None,
+) -> str:
     if implementation is None:
         kind, dtype = jax.devices()[0].device_kind, x_BTD.dtype.name
         best = measured_best("recurrence", x_BTD.shape, device_kind=kind, dtype=dtype) or "xla"
@@ -148,6 +154,8 @@ def _resolve(implementation: str | None, x_BTD: jax.Array, partition: PartitionS
         ambient = jax.sharding.get_abstract_mesh()
         alone = jax.device_count() == 1 or (not ambient.empty and ambient.size == 1)
         worthwhile = x_BTD.shape[1] > 1 and x_BTD.dtype != jnp.float64
+        if best == "mosaic_gpu":
+            worthwhile &= _channels_of_a_part(x_BTD, mesh, partition) % mosaic_gpu.CHANNELS == 0
         return best if worthwhile and (alone or partition is not None) else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
@@ -155,6 +163,15 @@ def _resolve(implementation: str | None, x_BTD: jax.Array, partition: PartitionS
             f"{', '.join(sorted(_IMPLEMENTATIONS))} or None"
         )
     return implementation
+
+
+def _channels_of_a_part(
+    x_BTD: jax.Array, mesh: Mesh | AbstractMesh | None, partition: PartitionSpec | None
+) -> int:
+    """How many channels each device has."""
+    if mesh is None or partition is None:
+        return x_BTD.shape[2]
+    return x_BTD.shape[2] // sharded.size_of(mesh, sharded.axes_of(partition)[2])
 
 
 def _mesh_for(

@@ -10,10 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from ..timing import bandwidth, row_of
-from . import pallas_gpu, pallas_tpu, xla
+from . import mosaic_gpu, pallas_gpu, pallas_tpu, xla
 
 SHAPES = ((8, 2048, 2048), (8, 2048, 1024), (1, 2048, 2048), (1, 16384, 2048))
-MODULES = {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+MODULES = {
+    "xla": xla,
+    "pallas_gpu": pallas_gpu,
+    "mosaic_gpu": mosaic_gpu,
+    "pallas_tpu": pallas_tpu,
+}
 # Arrays [B, T, D] that each pass must read and write at least once.
 ARRAYS = {"forward": 3, "backward": 5, "mlgru_forward": 3, "mlgru_backward": 6}
 

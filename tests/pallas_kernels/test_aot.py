@@ -17,15 +17,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
+from mmfree_jax.pallas_kernels.cross_entropy import mosaic_gpu as mosaic_cross_entropy
 from mmfree_jax.pallas_kernels.cross_entropy.pallas_gpu import softmax_rows
 from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
 from mmfree_jax.pallas_kernels.decode.api import Arithmetic, Cut, Linears, Model
 from mmfree_jax.pallas_kernels.norm_quant import api as norm_quant
+from mmfree_jax.pallas_kernels.norm_quant.xla import Statistics
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
 from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows
 from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
-from mmfree_jax.pallas_kernels.recurrence import pallas_gpu, pallas_tpu
+from mmfree_jax.pallas_kernels.recurrence import mosaic_gpu, pallas_gpu, pallas_tpu
 from mmfree_jax.pallas_kernels.ternary_matmul import pallas_mosaic_gpu
 from mmfree_jax.pallas_kernels.ternary_matmul.api import (
     mosaic_config,
@@ -298,6 +300,69 @@ def test_the_recurrence_and_its_gradients(platform, module, channels):
     )
     for compiled in (forward, backward):
         assert marks(platform) in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("k", "count", "form"),
+    [
+        (1024, 3, "residual"),
+        (2048, 1, "times_silu"),
+        (2560, 3, "residual"),
+        (2816, 1, "gated"),
+        (6912, 1, "gated"),
+    ],
+)
+def test_the_norms_by_mosaic_gpu(k, count, form):
+    gated = form == "gated"
+
+    def both(x, beside, b, a, g, scalar):
+        options = {"eps": 1e-6, "implementation": "mosaic_gpu"}
+        weights, outer = (b,) * count, None if gated else a
+        times = {"gated": gated, "times_silu": beside if form == "times_silu" else None}
+        added = beside if form == "residual" else None
+        stats = Statistics(None if gated else scalar, scalar, (scalar,) * count)
+        return (
+            norm_quant.norm_quant(x, weights, outer, residual=added, **times, **options),
+            norm_quant.norm_backward(
+                x, weights, outer, stats, (g,) * count, (jnp.ones((1, 1)),) * count,
+                d_skip=added, **times, **options,
+            ),
+        )  # fmt: skip
+
+    rows, vector = ((16384, k), jnp.bfloat16), ((k,), jnp.float32)
+    x = ((16384, 2 * k), jnp.bfloat16) if gated else rows
+    compiled = compile_for("cuda", both, x, rows, vector, vector, rows, ((16384, 1), jnp.float32))
+    assert compiled.as_text().count("mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize("width", [1024, 2560])
+@pytest.mark.parametrize("resets", [False, True])
+def test_the_recurrence_by_mosaic_gpu(width, resets):
+    wide, lane = ((8, 2048, width), jnp.bfloat16), ((width,), jnp.float32)
+    state, reset = ((8, width), jnp.float32), ((8, 2048), jnp.bool_)
+
+    def forward(i, f, bound, reset, h0):
+        return mosaic_gpu.mlgru_forward(i, f, bound, reset if resets else None, h0)
+
+    def backward(i, f, bound, h, reset, h0, dh, dh_last):
+        given = reset if resets else None
+        return mosaic_gpu.mlgru_backward(i, f, bound, h, given, h0, dh, dh_last)
+
+    shapes = (wide, wide, lane, wide, reset, state, wide, state)
+    for compiled in (
+        compile_for("cuda", forward, wide, wide, lane, reset, state),
+        compile_for("cuda", backward, *shapes),
+    ):
+        assert "mosaic_gpu" in compiled.as_text()
+
+
+def test_rows_of_logits_by_mosaic_gpu():
+    compiled = compile_for(
+        "cuda",
+        lambda x, t: mosaic_cross_entropy.softmax_rows(x, t, 1e-4, jnp.bfloat16),
+        ((2048, 32000), jnp.float32), ((2048,), jnp.int32),
+    )  # fmt: skip
+    assert "mosaic_gpu" in compiled.as_text()
 
 
 @pytest.mark.parametrize(("platform", "module"), [("tpu", packed_tpu), ("cuda", packed_gpu)])
