@@ -16,7 +16,7 @@ from typing import Any
 from . import triton
 
 # The implementations that Pallas-Triton compiles.
-_BY_TRITON = ("pallas_triton", "pallas_gpu")
+_BY_TRITON = ("pallas_triton",)
 TABLE = Path(__file__).with_name("choices.json")
 
 

@@ -27,7 +27,7 @@ WARPGROUP = 128  # threads
 MULTIPROCESSORS = 132  # of an H100 and an H200, the only cards that these kernels were cut for
 SHARED_BYTES = 233472  # of a multiprocessor
 _BLOCK_BYTES = 3328  # of each block: reserved by CUDA, the scratch of reductions, and barriers
-_OLDEST_CAPABILITY = 9.0  # that copies in bulk
+_HOPPER = 9  # The first generation that copies in bulk; for the next these do not compile yet.
 _IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
 
@@ -43,13 +43,13 @@ def kernel(
     """`plgpu.kernel` of one warpgroup a program, which sets its barriers itself.
 
     Raises:
-      MosaicError: the first device is a GPU that has no bulk copies.
+      MosaicError: the first device is a GPU that is no Hopper.
     """
     capability = compute_capability()
-    if capability is not None and capability < _OLDEST_CAPABILITY:
+    if capability is not None and int(capability) != _HOPPER:
         raise MosaicError(
-            f"mosaic_gpu needs an NVIDIA GPU of compute capability {_OLDEST_CAPABILITY} or more, "
-            f"which {jax.devices()[0].device_kind} is not: take implementation='xla'"
+            f"the kernels need an NVIDIA GPU of compute capability {_HOPPER}.0, which "
+            f"{jax.devices()[0].device_kind} is not: take implementation='xla'"
         )
     options = {"interpret": _interpreter()} if interpret else {}
     return plgpu.kernel(

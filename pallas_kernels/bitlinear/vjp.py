@@ -284,7 +284,7 @@ def _norm_implementation(options: Options) -> str | None:
         return None
     if options.implementation.startswith("xla"):
         return "xla"
-    return {"pallas_tpu": "pallas_tpu", "pallas_mosaic_gpu": "mosaic_gpu"}.get(
+    return {"pallas_tpu": "pallas_tpu", "pallas_mosaic_gpu": "pallas_gpu"}.get(
         options.implementation
     )
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from ..over_tokens import covers_mesh, total
 from ..ternary_matmul.api import check_scale
-from . import mosaic_gpu, pallas_gpu, xla
+from . import pallas_gpu, xla
 
 __all__ = [
     "CrossEntropy",
@@ -24,7 +24,7 @@ __all__ = [
     "ternary_linear_cross_entropy_sum",
 ]
 
-_IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu, "mosaic_gpu": mosaic_gpu}
+_IMPLEMENTATIONS = {"xla": xla, "pallas_gpu": pallas_gpu}
 # Devices where the kernels were measured to win: see `benchmark.py`.
 _MEASURED = ("NVIDIA H100", "NVIDIA H200")
 
@@ -70,8 +70,7 @@ def linear_cross_entropy(
         device then walks over its own tokens with the whole w, and the gradient of w is summed
         over devices once. With none named the compiler partitions the loop, which also allows w
         split over words, but sums the gradient of w once a chunk.
-      implementation: "xla"; "pallas_gpu", on NVIDIA GPUs; "mosaic_gpu", on a Hopper; None for the
-        best on this backend.
+      implementation: "xla"; "pallas_gpu", on a Hopper; None for the best on this backend.
 
     Raises:
       ValueError: shapes disagree, or the implementation's name is unknown.
@@ -162,8 +161,8 @@ def ternary_linear_cross_entropy_sum(
 def _resolve(implementation: str | None, words: int, token_axes: Sequence[str]) -> str:
     if implementation is None:
         measured = jax.devices()[0].device_kind.startswith(_MEASURED)
-        best = measured and covers_mesh(token_axes) and mosaic_gpu.takes(words)
-        return "mosaic_gpu" if best else "xla"
+        best = measured and covers_mesh(token_axes) and pallas_gpu.takes(words)
+        return "pallas_gpu" if best else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose one of "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ..dispatch import measured_best
 from ..over_tokens import TOKENS, WHOLE, covers_mesh, devices_in_mesh, over_tokens
-from . import mosaic_gpu, pallas_tpu, pallas_triton, xla
+from . import pallas_gpu, pallas_tpu, xla
 from .reference import MIN_ABSMAX, norm_quantize, quantize_int8, rms_norm
 from .xla import Statistics
 
@@ -29,10 +29,9 @@ __all__ = [
     "rms_norm",
 ]
 
-IMPLEMENTATIONS = ("xla", "pallas_triton", "mosaic_gpu", "pallas_tpu")
+IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 """Names that `implementation` takes."""
-_KERNELS = {"pallas_triton": pallas_triton, "mosaic_gpu": mosaic_gpu, "pallas_tpu": pallas_tpu}
-_FUSED = ("pallas_triton", "mosaic_gpu")  # These take gated inputs and a gradient to be added.
+_KERNELS = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
 _WIDEST = 8192  # Columns; wider rows stop fitting in a program's registers.
 
 
@@ -95,7 +94,7 @@ def norm_quant(
         raise ValueError("times_silu needs outer_weight, and neither gated=True nor a residual")
     if gated and residual is not None:
         raise ValueError("gated=True takes no residual: add it to what x was made from")
-    if gated and implementation not in _FUSED:
+    if gated and implementation != "pallas_gpu":
         h = xla.glu(x).astype(x.dtype)
         results = norm_quant(
             h, weights, outer_weight, eps=eps, outer_eps=outer_eps,
@@ -176,14 +175,14 @@ def norm_backward(
     written = k * len(apart) * jnp.dtype(input_dtype or x.dtype).itemsize
     room = _Room((x, times_silu, d_skip, *gradients), written, (*weights, outer_weight))
     implementation = _check(implementation, k, token_axes, room)
-    if d_skip is not None and (gated or implementation not in _FUSED):
+    if d_skip is not None and (gated or implementation != "pallas_gpu"):
         d_x, d_weights, d_outer, inputs, d_s = norm_backward(
             x, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
             times_silu=times_silu, gated=gated, input_dtype=input_dtype,
             implementation=implementation, token_axes=token_axes, interpret=interpret,
         )  # fmt: skip
         return d_x + d_skip, d_weights, d_outer, inputs, d_s
-    if gated and implementation not in _FUSED:
+    if gated and implementation != "pallas_gpu":
         h = xla.glu(x).astype(x.dtype)
         d_h, d_weights, d_outer, inputs, _ = norm_backward(
             h, weights, outer_weight, stats, gradients, gradient_scales, eps=eps,
@@ -257,16 +256,16 @@ class _Room(NamedTuple):
     vectors: tuple[jax.Array | None, ...]
 
     def serves(self, k: int) -> bool:
-        """Whether Mosaic GPU's kernels have it."""
+        """Whether the GPU's kernels have it."""
         read = sum(a.shape[-1] * a.dtype.itemsize for a in self.read if a is not None)
         vectors = sum(a is not None for a in self.vectors)
-        return mosaic_gpu.takes(k, read + self.written, vectors)
+        return pallas_gpu.takes(k, read + self.written, vectors)
 
 
 def _check(implementation: str | None, k: int, token_axes: Sequence[str], room: _Room) -> str:
     if implementation is None:
         implementation = default_implementation(k, token_axes=token_axes)
-        if implementation == "mosaic_gpu" and not room.serves(k):
+        if implementation == "pallas_gpu" and not room.serves(k):
             implementation = "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(

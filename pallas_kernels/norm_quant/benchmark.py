@@ -37,7 +37,7 @@ def variants(
     names: Iterable[str] | None = None,
 ) -> dict[str, tuple[Callable, Callable]]:
     """name -> (forward, backward); by default XLA and the kernels of this backend."""
-    kernel = {"gpu": ("pallas_triton", "mosaic_gpu"), "tpu": ("pallas_tpu",)}
+    kernel = {"gpu": ("pallas_gpu",), "tpu": ("pallas_tpu",)}
     names = names or ("xla", *kernel.get(jax.default_backend(), ()))
 
     def pair(name: str) -> tuple[Callable, Callable]:

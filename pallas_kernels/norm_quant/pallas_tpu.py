@@ -93,7 +93,7 @@ def norm_backward(
     tuple[jax.Array, ...],
     jax.Array | None,
 ]:
-    """See `pallas_triton.norm_backward`; x is [M, K]."""
+    """See `pallas_gpu.norm_backward`; x is [M, K]."""
     del eps  # The kernel takes the outer norm's projection as it stands.
     m, k = x.shape
     count, requantized = len(weights), len(stats.absmaxes)

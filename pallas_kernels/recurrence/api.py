@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..dispatch import measured_best
-from . import mosaic_gpu, pallas_gpu, pallas_tpu, sharded, xla
+from . import pallas_gpu, pallas_tpu, sharded, xla
 from .gates import gate_values
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
 _IMPLEMENTATIONS: dict[str, Any] = {
     "xla": xla,
     "pallas_gpu": pallas_gpu,
-    "mosaic_gpu": mosaic_gpu,
     "pallas_tpu": pallas_tpu,
 }
 
@@ -57,7 +56,7 @@ def linear_recurrence(
       mesh: devices to run on, each on its part; the one that `jax.set_mesh` set when None.
       partition: mesh axes of batch, time and channels. A time axis splits the sequence. None
         leaves the partitioning to the compiler.
-      implementation: "xla", "pallas_gpu", "mosaic_gpu", "pallas_tpu", or None for the best here.
+      implementation: "xla", "pallas_gpu", "pallas_tpu", or None for the best here.
 
     Returns:
       h_BTD in x's dtype, the state after every step, and h_last_BD in float32 (float64 for
@@ -154,8 +153,8 @@ def _resolve(
         ambient = jax.sharding.get_abstract_mesh()
         alone = jax.device_count() == 1 or (not ambient.empty and ambient.size == 1)
         worthwhile = x_BTD.shape[1] > 1 and x_BTD.dtype != jnp.float64
-        if best == "mosaic_gpu":
-            worthwhile &= _channels_of_a_part(x_BTD, mesh, partition) % mosaic_gpu.CHANNELS == 0
+        if best == "pallas_gpu":
+            worthwhile &= _channels_of_a_part(x_BTD, mesh, partition) % pallas_gpu.CHANNELS == 0
         return best if worthwhile and (alone or partition is not None) else "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ..timing import bandwidth, row_of
-from . import mosaic_gpu, pallas_gpu, pallas_tpu, xla
+from . import pallas_gpu, pallas_tpu, xla
 
 SHAPES = ((8, 2048, 2048), (8, 2048, 1024), (1, 2048, 2048), (1, 16384, 2048))
 MODULES = {
     "xla": xla,
     "pallas_gpu": pallas_gpu,
-    "mosaic_gpu": mosaic_gpu,
     "pallas_tpu": pallas_tpu,
 }
 # Arrays [B, T, D] that each pass must read and write at least once.

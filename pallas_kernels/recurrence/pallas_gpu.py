@@ -1,7 +1,7 @@
-"""The linear recurrence, its reverse, and both with the MLGRU's gates fused, on NVIDIA GPUs.
+"""The linear recurrence, its reverse, and both with the MLGRU's gates fused, on a Hopper.
 
-The default cuts are the fastest of about fifteen each, measured on one H100 at [8, 2048, 2048]
-and [1, 16384, 2048] bfloat16 (`python -m mmfree_jax.pallas_kernels.recurrence.benchmark`).
+See `walked_gpu.py` for how. The cuts are the fastest of those measured on an H100 and an H200
+(`python -m mmfree_jax.pallas_kernels.recurrence.benchmark`, docs/kernels.md).
 """
 
 import functools
@@ -9,23 +9,24 @@ from typing import Any
 
 import jax
 
+from ..mosaic import MULTIPROCESSORS
 from . import steps
-from .chunked_gpu import Config, scan
 from .steps import Scan
+from .walked_gpu import Config, scan
 
-FORWARD = Config(unroll=32, block_d=64, num_warps=2)
-BACKWARD = Config(unroll=16, block_d=128, num_warps=2)
-MLGRU_FORWARD = Config(unroll=16, block_d=64)
-# With few rows and channels the chunks of a sequence wait on each other: fewer, longer chunks.
-MLGRU_FORWARD_NARROW = Config(unroll=8, blocks=8, block_d=64, reload=True)
-# A prompt has so few chunks that more of them, in larger groups, do not wait longer (the fastest
-# of sixteen at [1, 2048, 2560]: 36 against 46 us).
-MLGRU_FORWARD_PROMPT = Config(unroll=8, blocks=4, block_d=64, reload=True, group=30)
-MLGRU_BACKWARD = Config(unroll=8, blocks=4, block_d=64, reload=True)
+CHANNELS = 32  # of which D must be a multiple: lanes of a warp
+FORWARD = Config()
+BACKWARD = Config()
+MLGRU_FORWARD = Config()
+# Where a program has a multiprocessor to itself, longer stretches: a prompt of 2,048 tokens at
+# 2,560 channels takes 23 us rather than 25.
+MLGRU_FORWARD_FEW = Config(unroll=32)
+MLGRU_BACKWARD = Config(unroll=8)
+# With four stages of a tile a multiprocessor holds four programs: of more, some would wait for
+# others to end.
+MLGRU_BACKWARD_MANY = Config(unroll=8, stages=3)
 # `mlgru_forward` takes held_BT, where the state passes unchanged.
 TAKES_HELD = True
-_WIDE = 8192  # rows times channels from which a chunk fills the chip
-_PROMPT = 4096  # most tokens of a prompt
 
 
 def forward(
@@ -50,19 +51,22 @@ def mlgru_forward(
     **held: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """`steps.mlgru_forward` as one kernel."""
-    if config is None:
-        B, T, D = i_BTD.shape
-        config = MLGRU_FORWARD_PROMPT if T <= _PROMPT else MLGRU_FORWARD_NARROW
-        if B * D >= _WIDE:
-            config = MLGRU_FORWARD
+    few = _programs(i_BTD) <= MULTIPROCESSORS
+    config = config or (MLGRU_FORWARD_FEW if few else MLGRU_FORWARD)
     return steps.mlgru_forward(_bind(config, interpret), i_BTD, *args, **held)
 
 
 def mlgru_backward(
-    *args: Any, config: Config = MLGRU_BACKWARD, interpret: bool = False
+    i_BTD: jax.Array, *args: Any, config: Config | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """`steps.mlgru_backward` as one kernel and a small sum."""
-    return steps.mlgru_backward(_bind(config, interpret), *args)
+    many = _programs(i_BTD) > 4 * MULTIPROCESSORS
+    config = config or (MLGRU_BACKWARD_MANY if many else MLGRU_BACKWARD)
+    return steps.mlgru_backward(_bind(config, interpret), i_BTD, *args)
+
+
+def _programs(x_BTD: jax.Array) -> int:
+    return x_BTD.shape[0] * x_BTD.shape[2] // CHANNELS
 
 
 def _bind(config: Config, interpret: bool) -> Scan:

@@ -141,6 +141,31 @@ def test_recurrence(records, compare, fixed):
     compare("docs/kernels.md", lines)
 
 
+def test_off_triton(records, compare):
+    lines = []
+    for row in records["h100/mosaic.json"]["records"]:
+        if row["op"] == "norm":
+            label = f"norm, K = {row['k']}, {row['form']}, consumers: {row['count']}, {row['way']}"
+        elif row["op"] == "recurrence":
+            way = row["way"].removeprefix("mlgru_")
+            label = f"gates and recurrence, [8, 2048, {row['D']}], {way}"
+        else:
+            label = f"rows of logits, [{row['P']}, {row['V']}], with the gradient"
+        ms = [row[form]["device_ms"] for form in ("xla", "pallas_triton", "mosaic_gpu")]
+        lines.append(f"| {label} | {ms[0]:.3f} | {ms[1]:.3f} | {ms[2]:.3f} |")
+    for step in records["h200/mosaic.json"]["steps"]:
+        by, kernels = step["norms, recurrence and rows of logits by"], step["kernels"]
+        parts = [
+            f"{sum(k['ms'] for name, k in kernels.items() if name.startswith(group)):.1f}"
+            if kernels
+            else "-"
+            for group in ("norm_quant", "norm_backward", "linear_recurrence", "softmax_rows")
+        ]
+        first = f"| {step['preset']} | {by} | {step['step_ms']:.1f} | {step['peak_gib']:.1f} |"
+        lines.append(f"{first} {' | '.join(parts)} |")
+    compare("docs/kernels.md", lines)
+
+
 def test_several_gpus(records, compare):
     record = records["h100/scaling.json"]
     alone = {r["case"]["preset"]: r["tokens_per_s"] for r in record["records"] if r["devices"] == 1}

@@ -17,7 +17,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
-from mmfree_jax.pallas_kernels.cross_entropy import mosaic_gpu as mosaic_cross_entropy
 from mmfree_jax.pallas_kernels.cross_entropy.pallas_gpu import softmax_rows
 from mmfree_jax.pallas_kernels.decode import fused_gpu, token_gpu
 from mmfree_jax.pallas_kernels.decode.api import Arithmetic, Cut, Linears, Model
@@ -27,7 +26,7 @@ from mmfree_jax.pallas_kernels.packed_matmul import pallas_gpu as packed_gpu
 from mmfree_jax.pallas_kernels.packed_matmul import pallas_tpu as packed_tpu
 from mmfree_jax.pallas_kernels.packed_matmul.api import quantize_rows
 from mmfree_jax.pallas_kernels.packed_matmul.words import plane_columns
-from mmfree_jax.pallas_kernels.recurrence import mosaic_gpu, pallas_gpu, pallas_tpu
+from mmfree_jax.pallas_kernels.recurrence import pallas_gpu, pallas_tpu
 from mmfree_jax.pallas_kernels.ternary_matmul import pallas_mosaic_gpu
 from mmfree_jax.pallas_kernels.ternary_matmul.api import (
     mosaic_config,
@@ -221,38 +220,6 @@ def test_a_whole_token(width, glu, warps, copies):
     assert marks("cuda") in compile_whole_token(width, glu, cut, "h100").as_text()
 
 
-def _norm(card):
-    def both(x, a, g):
-        _, qs, _, stats = norm_quant.norm_quant(
-            x, (a,), a, eps=1e-6, residual=x, implementation="pallas_triton"
-        )
-        one = jnp.ones((1, 1))
-        return qs, norm_quant.norm_backward(
-            x, (a,), a, stats, (g,), (one,), eps=1e-6, implementation="pallas_triton"
-        )
-
-    rows = ((1024, 6912), jnp.bfloat16)
-    return compile_for("cuda", both, rows, ((6912,), jnp.float32), rows, card=card)
-
-
-def _recurrence(card):
-    wide, lane = ((2, 2048, 1024), jnp.bfloat16), ((1024,), jnp.float32)
-    state, reset = ((2, 1024), jnp.float32), ((2, 2048), jnp.bool_)
-    compile_for("cuda", pallas_gpu.mlgru_forward, wide, wide, lane, reset, state, card=card)
-    return compile_for(
-        "cuda", pallas_gpu.mlgru_backward, wide, wide, lane, wide, reset, state, wide, state,
-        card=card,
-    )  # fmt: skip
-
-
-def _cross_entropy(card):
-    call = functools.partial(softmax_rows, z_loss=0.0, dtype=jnp.bfloat16)
-    return compile_for(
-        "cuda", lambda logits, targets: call(logits, targets),
-        ((2048, 32000), jnp.float32), ((2048,), jnp.int32), card=card,
-    )  # fmt: skip
-
-
 def _packed(card):
     call = functools.partial(quantize_rows, eps=1e-6, outer_eps=1e-6)
     stack, rows = ((2, 1024), jnp.bfloat16), ((64, 1024), jnp.bfloat16)
@@ -281,25 +248,22 @@ def _one_row(card):
 
 
 @pytest.mark.parametrize("card", [card for card in _CARDS if card != "h100"])
-@pytest.mark.parametrize(
-    "compiled", [_norm, _recurrence, _cross_entropy, _packed, _few_rows, _one_row]
-)
+@pytest.mark.parametrize("compiled", [_packed, _few_rows, _one_row])
 def test_other_cards(compiled, card):
     assert marks("cuda") in compiled(card).as_text()
 
 
-@pytest.mark.parametrize(("platform", "module"), [("tpu", pallas_tpu), ("cuda", pallas_gpu)])
 @pytest.mark.parametrize("channels", [1024, 2560])
-def test_the_recurrence_and_its_gradients(platform, module, channels):
+def test_the_recurrence_and_its_gradients_on_a_tpu(channels):
     wide = ((2, 2048, channels), jnp.bfloat16)
     state, lane = ((2, channels), jnp.float32), ((channels,), jnp.float32)
     reset = ((2, 2048), jnp.bool_)
-    forward = compile_for(platform, module.mlgru_forward, wide, wide, lane, reset, state)
+    forward = compile_for("tpu", pallas_tpu.mlgru_forward, wide, wide, lane, reset, state)
     backward = compile_for(
-        platform, module.mlgru_backward, wide, wide, lane, wide, reset, state, wide, state
+        "tpu", pallas_tpu.mlgru_backward, wide, wide, lane, wide, reset, state, wide, state
     )
     for compiled in (forward, backward):
-        assert marks(platform) in compiled.as_text()
+        assert marks("tpu") in compiled.as_text()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +280,7 @@ def test_the_norms_by_mosaic_gpu(k, count, form):
     gated = form == "gated"
 
     def both(x, beside, b, a, g, scalar):
-        options = {"eps": 1e-6, "implementation": "mosaic_gpu"}
+        options = {"eps": 1e-6, "implementation": "pallas_gpu"}
         weights, outer = (b,) * count, None if gated else a
         times = {"gated": gated, "times_silu": beside if form == "times_silu" else None}
         added = beside if form == "residual" else None
@@ -342,11 +306,11 @@ def test_the_recurrence_by_mosaic_gpu(width, resets):
     state, reset = ((8, width), jnp.float32), ((8, 2048), jnp.bool_)
 
     def forward(i, f, bound, reset, h0):
-        return mosaic_gpu.mlgru_forward(i, f, bound, reset if resets else None, h0)
+        return pallas_gpu.mlgru_forward(i, f, bound, reset if resets else None, h0)
 
     def backward(i, f, bound, h, reset, h0, dh, dh_last):
         given = reset if resets else None
-        return mosaic_gpu.mlgru_backward(i, f, bound, h, given, h0, dh, dh_last)
+        return pallas_gpu.mlgru_backward(i, f, bound, h, given, h0, dh, dh_last)
 
     shapes = (wide, wide, lane, wide, reset, state, wide, state)
     for compiled in (
@@ -359,7 +323,7 @@ def test_the_recurrence_by_mosaic_gpu(width, resets):
 def test_rows_of_logits_by_mosaic_gpu():
     compiled = compile_for(
         "cuda",
-        lambda x, t: mosaic_cross_entropy.softmax_rows(x, t, 1e-4, jnp.bfloat16),
+        lambda x, t: softmax_rows(x, t, 1e-4, jnp.bfloat16),
         ((2048, 32000), jnp.float32), ((2048,), jnp.int32),
     )  # fmt: skip
     assert "mosaic_gpu" in compiled.as_text()

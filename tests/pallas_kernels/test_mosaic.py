@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mmfree_jax.pallas_kernels import mosaic
-from mmfree_jax.pallas_kernels.cross_entropy import mosaic_gpu as cross_entropy
+from mmfree_jax.pallas_kernels.cross_entropy import pallas_gpu as cross_entropy
 from mmfree_jax.pallas_kernels.cross_entropy import reference as softmax
 from mmfree_jax.pallas_kernels.errors import MosaicError
 from mmfree_jax.pallas_kernels.norm_quant import api as norm_quant
-from mmfree_jax.pallas_kernels.norm_quant import mosaic_gpu as norms
-from mmfree_jax.pallas_kernels.recurrence import mosaic_gpu as recurrence
+from mmfree_jax.pallas_kernels.norm_quant import pallas_gpu as norms
+from mmfree_jax.pallas_kernels.recurrence import pallas_gpu as recurrence
 from mmfree_jax.pallas_kernels.recurrence import reference
 from mmfree_jax.pallas_kernels.recurrence import xla as recurrence_xla
 
@@ -79,7 +79,7 @@ def test_norms_equal_xlas(form, consumers, rows, input_dtype, plan):
             d_skip=beside if added else None, input_dtype=input_dtype, **how,
         )  # fmt: skip
 
-    got, expected = both("mosaic_gpu", x), both("xla", x)
+    got, expected = both("pallas_gpu", x), both("xla", x)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert (g.shape, g.dtype) == (e.shape, e.dtype)
@@ -94,7 +94,7 @@ def test_a_nan_stays_in_its_row(rows, plan):
     x = normal(8, WIDE).at[3, 100].set(jnp.nan)
     weight = jnp.ones(WIDE)
     scales = norm_quant.norm_quant(
-        x, (weight,), weight, eps=1e-6, implementation="mosaic_gpu", interpret=True
+        x, (weight,), weight, eps=1e-6, implementation="pallas_gpu", interpret=True
     )[2][0]
     np.testing.assert_array_equal(jnp.flatnonzero(jnp.isnan(scales[:, 0])), [3])
 
@@ -162,14 +162,15 @@ def test_rows_of_logits_equal_the_definition(monkeypatch):
 def test_shapes_that_do_not_fit_are_named():
     x = jnp.ones((4, 100))
     with pytest.raises(MosaicError, match="100 columns are no multiple of 128"):
-        norm_quant.norm_quant(x, (jnp.ones(100),), eps=1e-6, implementation="mosaic_gpu")
+        norm_quant.norm_quant(x, (jnp.ones(100),), eps=1e-6, implementation="pallas_gpu")
     with pytest.raises(MosaicError, match="48 channels are no multiple of 32"):
         recurrence.forward(jnp.ones((1, 8, 48)), jnp.ones((1, 8, 48)), None, None)
     with pytest.raises(MosaicError, match="a row of 65536 logits does not fit"):
         cross_entropy.softmax_rows(jnp.ones((1, 65536)), jnp.zeros(1, jnp.int32), 0.0, None)
 
 
-def test_a_gpu_without_bulk_copies_is_refused(monkeypatch):
-    monkeypatch.setattr(mosaic, "compute_capability", lambda: 8.9)
-    with pytest.raises(MosaicError, match="mosaic_gpu needs an NVIDIA GPU of compute capability 9"):
+@pytest.mark.parametrize("capability", [8.9, 10.0])
+def test_a_gpu_that_is_no_hopper_is_refused(capability, monkeypatch):
+    monkeypatch.setattr(mosaic, "compute_capability", lambda: capability)
+    with pytest.raises(MosaicError, match=r"compute capability 9\.0, which cpu is not"):
         recurrence.forward(jnp.ones((1, 8, 64)), jnp.ones((1, 8, 64)), None, None)

@@ -1,9 +1,9 @@
 """The double RMSNorm and quantisation through Pallas Mosaic GPU: one pass each way.
 
-The arithmetic is that of `triton_kernels.py`. A program is a warpgroup that walks over groups of
-four rows, which copies bring into shared memory ahead of it: inputs are read again from there
-where they are needed again, so that registers hold few rows. The sum of x and its residual, the
-gradient of x and the dequantised inputs take the places of what they were made from.
+What runs for each group of rows is in `gpu_kernels.py`. A program is a warpgroup that walks over
+groups of four rows, which copies bring into shared memory ahead of it: inputs are read again from
+there where they are needed again, so that registers hold few rows. The sum of x and its residual,
+the gradient of x and the dequantised inputs take the places of what they were made from.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax import lax
 
 from .. import mosaic
 from ..refs import Ref
-from .mosaic_kernels import Backward, Forward
+from .gpu_kernels import Backward, Forward
 from .xla import Statistics
 
 _GROUP = 4  # rows whose scalars, 16 bytes, are copied together
@@ -113,7 +113,16 @@ def norm_backward(
     tuple[jax.Array, ...],
     jax.Array | None,
 ]:
-    """See `pallas_triton.norm_backward`; `plan` is for benchmarks and tests."""
+    """`xla.norm_backward` and `xla.requantize` in one pass, for x [M, K], or [M, 2K] gated.
+
+    Each gradient is multiplied by its scale, one float32, as it is read. `plan` is for benchmarks
+    and tests.
+
+    Returns:
+      The gradient of x in x's dtype, those of the norm weights and of the outer weight in
+      float32, the inputs in `input_dtype` as `api.norm_backward` says (none where stats holds no
+      absmax), and the gradient of times_silu in its dtype.
+    """
     m, k = gradients[0].shape
     input_dtype = jnp.dtype(input_dtype or x.dtype)
     count, own, outer = len(weights), weights[0] is not None, outer_weight is not None
@@ -175,7 +184,7 @@ def _walk(
     """Runs `body` over all rows.
 
     Args:
-      body: `body(values, refs, row_scalars, sums)`; see `mosaic_kernels.py`.
+      body: `body(values, refs, row_scalars, sums)`; see `gpu_kernels.py`.
       plan: how.
       rows: [M, K] or [M, 2, K] each, by name.
       vectors: [K], in float32 from here on.

@@ -1,4 +1,14 @@
-"""What a program of `mosaic_gpu.py` does with the rows at hand.
+"""What a program of `pallas_gpu.py` does with the rows at hand.
+
+With y_j = x a b_j, all of a row's reductions read x alone and none waits for another:
+
+    r_o = 1 / sqrt(mean(x^2) + eps_o)    r_i = 1 / sqrt(r_o^2 mean((x a)^2) + eps)
+    n_j = y_j r_o r_i                    max|n_j| = r_o r_i max|y_j|
+
+In the backward, with d = sum_j g_j b_j and c = mean(d v), the gradient of u is
+r_i (d - v c), and the outer norm's own projection is c eps r_i^2: again one reduction. With
+`times_silu`, x silu(s) takes x's place everywhere but in r_o. The norm weights' gradients are
+summed in registers as the program walks; the programs' partial sums are added outside.
 
 Each body is called with the form of rows in registers, values by name (numbers, row scalars
 [rows], and functions that read a norm weight), references to the tiles in shared memory, where
