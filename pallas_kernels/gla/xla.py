@@ -15,9 +15,6 @@ import jax.numpy as jnp
 
 CHUNK = 64
 """Tokens that are worked on at once; between chunks goes the state."""
-# Pieces up to which the scores of two are summed element by element, and not by a product, which
-# would be one of very small matrices for each.
-_SMALL = 4
 
 
 def step(
@@ -87,12 +84,9 @@ def _within(
             _halves(x, size) for x in (q, k, v, before, after)
         )
         queries, keys = q2 * jnp.exp(before2), k1 * jnp.exp(after1)
-        if size <= _SMALL:
-            scores = jnp.sum(queries[..., :, None, :] * keys[..., None, :, :], axis=-1)
-            read = jnp.sum(scores[..., None] * v1[..., None, :, :], axis=-2)
-        else:
-            scores = jnp.einsum("bhnptk,bhnpsk->bhnpts", queries, keys)
-            read = jnp.einsum("bhnpts,bhnpsv->bhnptv", scores, v1)
+        # Products at all sizes: XLA's CPU compiler has crashed on sums of small pieces.
+        scores = jnp.einsum("bhnptk,bhnpsk->bhnpts", queries, keys)
+        read = jnp.einsum("bhnpts,bhnpsv->bhnptv", scores, v1)
         out += _joined(jnp.zeros_like(read), read)
         before, after = (
             _joined(before1, before2 + before1[..., -1:, :]),
