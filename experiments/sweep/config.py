@@ -287,7 +287,7 @@ class SweepConfig:
                 for name in ("learning_rate", "warmup_steps"):
                     _require(not (isinstance(given, dict) and name in given),
                              f"{where}.optimizer.{name}", given,
-                             "use families.learning_rates and warmup_fraction")  # fmt: skip
+                             "families.learning_rates, warmup_fraction stand for it")  # fmt: skip
                 self._check_schedule(where, given)
             for size in named:
                 base_train_config(self, family, size)

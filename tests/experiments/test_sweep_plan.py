@@ -207,7 +207,10 @@ def test_a_rate_is_carried_to_other_sizes_by_a_power_law():
         ({"tokens": "many"}, "tokens is 'many': give a list"),
         ({"flop_budgets": [1e15]}, "budgets is"),
         ({"train": {"steps": 5}}, "train.steps is 5: leave it out"),
-        ({"train": {"optimizer": {"learning_rate": 1}}}, "use families.learning_rates"),
+        (
+            {"train": {"optimizer": {"learning_rate": 1}}},
+            "families.learning_rates, warmup_fraction stand for it",
+        ),
         ({"train": {"batchsize": 5}}, "train.batchsize"),
         ({"train": {"model": {"mixer": "x"}}}, "model.mixer is 'x': choose one of mlgru, at"),
         ({"train": {"model": {"remat": "x"}}}, "train.model.remat is 'x'"),
