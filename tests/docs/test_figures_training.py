@@ -141,6 +141,23 @@ def test_recurrence(records, compare, fixed):
     compare("docs/kernels.md", lines)
 
 
+def test_rounding_in_the_norm(records, compare):
+    rows, lines = records["h100/rounding_in_norm.json"]["rows"], []
+    for size in ("1.3B", "370M"):
+        for backward in ("int8_dx", "int8"):
+            cells = [
+                ", ".join(
+                    f"{row['step_ms']:.1f}"
+                    for row in rows
+                    if (row["preset"], row["backward"], row["gradient rounded"])
+                    == (size, backward, where)
+                )
+                for where in ("by a kernel of its own", "in the norm's backward")
+            ]
+            lines.append(f"| {size}, {backward} | {' | '.join(cells)} |")
+    compare("docs/kernels.md", lines)
+
+
 def test_off_triton(records, compare):
     lines = []
     for row in records["h100/mosaic.json"]["records"]:
