@@ -81,7 +81,7 @@ def test_the_definition_is_the_printed_sum():
     ("shape", "optional"),
     [
         ((2, 77, 2, 5, 3), True),  # two chunks, the second filled up
-        ((1, 128, 1, 1, 4), False),
+        ((2, 100, 1, 64, 64), True),  # crashed XLA's CPU compiler in another form of the sums
         ((2, 11, 3, 4, 1), True),  # a chunk of its own size
         ((2, 1, 2, 3, 5), True),  # the one-token form
     ],
