@@ -44,7 +44,8 @@ class Mqar:
         most = self.vocab // 2 - 1
         require(
             self.pairs <= most, f"{PREFIX}pairs", self.pairs,
-            f"set at most {most}, the keys in a vocab of {self.vocab}",
+            f"the vocab of {self.vocab} has {most} keys: set fewer pairs, or a vocab of "
+            f"{2 * self.pairs + 2} or more",
         )  # fmt: skip
 
     def __str__(self) -> str:

@@ -97,7 +97,7 @@ def test_held_out_rows_of_a_mixture_are_told_apart_and_counted():
         ("mqar:pairs=2,tokens=3", "has 'tokens=3'"),
         ("mqar:pairs=0", "mqar:pairs is 0"),
         ("mqar:pairs=2,power=nan", "mqar:power is nan"),
-        ("mqar:pairs=32,vocab=64", "mqar:pairs is 32: set at most 31"),
+        ("mqar:pairs=32,vocab=64", "has 31 keys: set fewer pairs, or a vocab of 66 or more"),
     ],
 )
 def test_what_is_no_task_is_refused_by_name(text, message):
