@@ -1,7 +1,6 @@
 """Causal multi-head attention with rotary positions: the Transformer++ token mixer."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
@@ -208,15 +207,6 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
-def _packed_weights(
-    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
-) -> AttentionWeights[Any, Any]:
-    del of_layer
-    norms = {name: blocks["mixer"].get(name, {}).get("scale") for name in ("q_norm", "k_norm")}
-    projections = {name: linear(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    return AttentionWeights(norm=blocks["mixer_norm"]["scale"], **projections, **norms)
-
-
 MIXER = Mixer(
     module=Attention,
     state=_state,
@@ -226,7 +216,7 @@ MIXER = Mixer(
     mixing_flops=_mixing_flops,
     kept=_kept,
     packed=PackedForm(
-        _packed_weights,
+        AttentionWeights,
         _mix,
         {
             "norm": "mixer_norm/scale",

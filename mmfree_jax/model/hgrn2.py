@@ -7,7 +7,6 @@ n times as many numbers as i has channels. The output is o_proj(RMSNorm(y)). The
 has sigmoid(q) and silu(i).
 """
 
-from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
@@ -166,20 +165,6 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
-def _packed_weights(
-    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
-) -> HGRN2Weights[Any, Any]:
-    return HGRN2Weights(
-        norm=blocks["mixer_norm"]["scale"],
-        q_proj=linear("q_proj"),
-        f_proj=linear("f_proj"),
-        i_proj=linear("i_proj"),
-        out_norm=blocks["mixer"]["out_norm"]["scale"],
-        o_proj=linear("o_proj"),
-        lower_bound=of_layer.lower_bound_E,
-    )
-
-
 MIXER = Mixer(
     module=HGRN2,
     state=_state,
@@ -189,7 +174,7 @@ MIXER = Mixer(
     mixing_flops=_mixing_flops,
     kept=_kept,
     packed=PackedForm(
-        _packed_weights,
+        HGRN2Weights,
         _mix,
         {"norm": "mixer_norm/scale", "out_norm": "mixer/out_norm/scale"},
     ),

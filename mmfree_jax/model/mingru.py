@@ -5,7 +5,6 @@ z_t c(h~_t), z and h~ projections of the token alone. Beside an MLGRU it has no 
 lower bound, and another candidate.
 """
 
-from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
@@ -106,18 +105,6 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
-def _packed_weights(
-    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
-) -> MinGRUWeights[Any, Any]:
-    del of_layer
-    return MinGRUWeights(
-        norm=blocks["mixer_norm"]["scale"],
-        z_proj=linear("z_proj"),
-        h_proj=linear("h_proj"),
-        o_proj=linear("o_proj"),
-    )
-
-
 MIXER = Mixer(
     module=MinGRU,
     state=one_vector,
@@ -126,5 +113,5 @@ MIXER = Mixer(
     vectors=lambda config: 0,
     mixing_flops=_mixing_flops,
     kept=_kept,
-    packed=PackedForm(_packed_weights, _mix, {"norm": "mixer_norm/scale"}),
+    packed=PackedForm(MinGRUWeights, _mix, {"norm": "mixer_norm/scale"}),
 )

@@ -50,15 +50,15 @@ class PackedForm(NamedTuple):
     """How a mixer runs on packed weights.
 
     Attributes:
-      weights: (stacked parameters of blocks, linear layer by its name, `OfLayer` stacked) -> what
-        `mix` reads, a NamedTuple whose linear layers have the names of the parameter tree.
+      weights: what `mix` reads, a NamedTuple whose linear layers have the names of the parameter
+        tree; "lower_bound" is what the layer is given.
       mix: (operations, weights, x, update, state, config) -> x + update, the mixer's update of
         it, and the new state.
-      vectors: the paths in a block's parameters of those weights that are no linear layers, by
-        their names.
+      vectors: the paths in a block's parameters of the others, by their names; what a config
+        leaves out is None.
     """
 
-    weights: Callable[[dict[str, Any], Callable[[str], Any], OfLayer], Any]
+    weights: type[Any]
     mix: Callable[..., tuple[Any, Any, dict[str, Any]]]
     vectors: dict[str, str]
 
@@ -96,3 +96,38 @@ def one_vector(
     """The state of mixers that keep no more, as `Mixer.state`: {"h": [L, B, E] float32}."""
     del max_length
     return {"h": jnp.zeros((*rows, config.state_size), jnp.float32)}
+
+
+def packed_weights(
+    mixer: Mixer,
+    config: ModelConfig,
+    blocks: dict[str, Any],
+    linear: Callable[[str], Any],
+    of_layer: OfLayer,
+) -> Any:
+    """What the packed form of a mixer reads.
+
+    Args:
+      mixer: one that has a packed form.
+      config: of the model.
+      blocks: stacked parameters of the blocks.
+      linear: a linear layer, stacked, by its name.
+      of_layer: stacked.
+    """
+    form, matrices = mixer.packed, mixer.matrices(config)
+    assert form is not None
+
+    def vector(path: str) -> Any:
+        node: Any = blocks
+        for key in path.split("/"):
+            node = None if node is None else node.get(key)
+        return node
+
+    def value(name: str) -> Any:
+        if name in matrices:
+            return linear(name)
+        if name in form.vectors:
+            return vector(form.vectors[name])
+        return of_layer.lower_bound_E if name == "lower_bound" else None
+
+    return form.weights(**{name: value(name) for name in form.weights._fields})

@@ -1,6 +1,5 @@
 """The MLGRU, the token mixer of the MatMul-free models (arXiv 2406.02528, section 3.3)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -189,20 +188,6 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
-def _packed_weights(
-    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
-) -> layer.MLGRUWeights[Any, Any]:
-    return layer.MLGRUWeights(
-        norm=blocks["mixer_norm"]["scale"],
-        i_proj=linear("i_proj"),
-        f_proj=linear("f_proj"),
-        g_proj=linear("g_proj") if "g_proj" in blocks["mixer"] else None,
-        gate_norm=blocks["mixer"]["gate_norm"]["scale"] if "gate_norm" in blocks["mixer"] else None,
-        o_proj=linear("o_proj"),
-        lower_bound=of_layer.lower_bound_E,
-    )
-
-
 MIXER = Mixer(
     module=MLGRU,
     state=_state,
@@ -212,7 +197,7 @@ MIXER = Mixer(
     mixing_flops=_mixing_flops,
     kept=_kept,
     packed=PackedForm(
-        _packed_weights,
+        layer.MLGRUWeights,
         layer.mlgru_from_state,
         {"norm": "mixer_norm/scale", "gate_norm": "mixer/gate_norm/scale"},
     ),

@@ -6,7 +6,6 @@ o_proj(gelu(g_proj(u)) h). Griffin's block also has a short convolution of y, an
 matrices for both gates; here the first is left out and the second are whole.
 """
 
-from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
@@ -145,17 +144,6 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
-def _packed_weights(
-    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
-) -> RGLRUWeights[Any, Any]:
-    del of_layer
-    return RGLRUWeights(
-        norm=blocks["mixer_norm"]["scale"],
-        **{name: linear(name) for name in ("g_proj", "x_proj", "r_proj", "i_proj", "o_proj")},
-        **{name: blocks["mixer"][name] for name in _VECTORS},
-    )
-
-
 _VECTORS = ("r_bias", "i_bias", "decay")
 
 MIXER = Mixer(
@@ -167,7 +155,7 @@ MIXER = Mixer(
     mixing_flops=_mixing_flops,
     kept=_kept,
     packed=PackedForm(
-        _packed_weights,
+        RGLRUWeights,
         _mix,
         {"norm": "mixer_norm/scale"} | {n: f"mixer/{n}" for n in _VECTORS},
     ),

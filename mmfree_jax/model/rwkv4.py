@@ -172,15 +172,6 @@ def _kept(config: ModelConfig) -> Kept:
     )
 
 
-def _packed_weights(
-    blocks: dict[str, Any], linear: Callable[[str], Any], of_layer: OfLayer
-) -> RWKV4Weights[Any, Any]:
-    del of_layer
-    linears = {name: linear(name) for name in ("r_proj", "k_proj", "v_proj", "o_proj")}
-    vectors = {name: blocks["mixer"][name] for name in _VECTORS}
-    return RWKV4Weights(norm=blocks["mixer_norm"]["scale"], **linears, **vectors)
-
-
 _VECTORS = ("r_mix", "k_mix", "v_mix", "decay", "bonus")
 
 MIXER = Mixer(
@@ -192,7 +183,7 @@ MIXER = Mixer(
     mixing_flops=_mixing_flops,
     kept=_kept,
     packed=PackedForm(
-        _packed_weights,
+        RWKV4Weights,
         _mix,
         {"norm": "mixer_norm/scale"} | {n: f"mixer/{n}" for n in _VECTORS},
     ),

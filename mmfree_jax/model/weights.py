@@ -26,6 +26,7 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import depth, quantize
 from mmfree_jax.model.functional import forget_gate_lower_bounds
 from mmfree_jax.model.layer import GLUWeights
+from mmfree_jax.model.mixer import packed_weights
 from mmfree_jax.model.mixers import MIXERS
 from mmfree_jax.model_config import BITLINEAR, GROUP, LinearConfig, ModelConfig, WeightScale
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
@@ -385,10 +386,9 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
     def of_place(place: int) -> PackedBlocks:
         path = depth.place_path(place, config)
         mixer, glu = (functools.partial(linear, *path, name) for name in ("mixer", "glu"))
-        form, blocks = MIXERS[config.period[place]].packed, _at(tree, path)
-        assert form is not None  # `can_pack`
+        blocks = _at(tree, path)
         return PackedBlocks(
-            form.weights(blocks, mixer, of_layers[place]),
+            packed_weights(MIXERS[config.period[place]], config, blocks, mixer, of_layers[place]),
             GLUWeights(
                 norm=blocks["glu_norm"]["scale"],
                 gate_up_proj=glu("gate_up_proj"),
