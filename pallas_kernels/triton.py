@@ -1,4 +1,4 @@
-"""Pallas-Triton, by which all kernels for NVIDIA GPUs are compiled but the Mosaic GPU product.
+"""Pallas-Triton, which compiles the kernels for NVIDIA GPUs that are not Mosaic GPU's.
 
 JAX has deprecated it and will remove it (docs/next-jax.md). The kernels take it from here, by the
 names of `jax.experimental.pallas.triton`, and the choosers ask `serves`. Where it has gone or

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from .. import triton as pltriton
 from ..keep_nan import at_least, from_magnitude, largest_magnitude, magnitude
 from ..refs import Ref
+from ..rounding import rounded
 from .int8_backward import LARGEST, TINY
-from .triton_rows import Columns, rounded, walk
+from .triton_rows import Columns, walk
 
 _TILE = (64, 128)  # Rows and columns that a program turns: about what an H100 did fastest.
 

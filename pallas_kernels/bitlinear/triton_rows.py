@@ -15,10 +15,6 @@ from jax import lax
 from .. import triton as pltriton
 from ..refs import Ref
 
-# Adding 1.5 * 2^23 rounds a small float32 to an integer, halves to even, which then stands
-# in two's complement in the sum's low bits.
-_ROUNDER = 12582912.0
-
 
 class Columns:
     """Loads and stores of whole rows, masked beyond K."""
@@ -75,8 +71,3 @@ def walk(
         return following, body(row, wide(loaded), carry)
 
     return lax.fori_loop(0, steps, step, (load(program), init))[1]
-
-
-def rounded(value: jax.Array) -> jax.Array:
-    """Halves to even, as an int32 whose low byte is the integer."""
-    return lax.bitcast_convert_type(value + _ROUNDER, jnp.int32)

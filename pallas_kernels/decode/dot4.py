@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import triton as pltriton
-
-# Adding 1.5 * 2^23 rounds a small float32 to an integer, halves to even.
-_ROUNDER = 12582912.0
+from ..rounding import ROUNDER
 
 
 def round_half_even(x: jax.Array, *, emulate: bool) -> jax.Array:
@@ -16,7 +14,7 @@ def round_half_even(x: jax.Array, *, emulate: bool) -> jax.Array:
 
     Triton has no such operation, and XLA would simplify the sum away.
     """
-    return jnp.round(x) if emulate else (x + _ROUNDER) - _ROUNDER
+    return jnp.round(x) if emulate else (x + ROUNDER) - ROUNDER
 
 
 def dot4(x: jax.Array, codes: jax.Array, sums: jax.Array, *, emulate: bool) -> jax.Array:

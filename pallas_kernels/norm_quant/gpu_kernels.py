@@ -27,23 +27,14 @@ from jax import lax
 from ..keep_nan import at_least
 from ..mosaic import Rows
 from ..refs import Ref
+from ..rounding import ROUNDER_BITS, rounded
 from .reference import MIN_ABSMAX
-
-# Adding 1.5 * 2^23 rounds a small float32 to an integer, halves to even, which then stands in two's
-# complement in the sum's low bits.
-_ROUNDER = 12582912.0
-_ROUNDER_BITS = 0x4B400000
 
 Values = dict[str, Any]
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
     return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _rounded(x: jax.Array) -> jax.Array:
-    """Halves to even, as an int32 whose low byte is the integer."""
-    return lax.bitcast_convert_type(x + _ROUNDER, jnp.int32)
 
 
 def _halves(ref: Ref) -> tuple[Ref, Ref]:
@@ -74,9 +65,9 @@ class Forward:
         if "residual" in refs:
             x = x + of.load(refs["residual"])
             # Rounded as it is stored, so that the backward sees the same sum.
-            rounded = x.astype(refs["sum"].dtype)
-            of.put(refs["sum"], rounded)
-            x = rounded.astype(jnp.float32)
+            stored = x.astype(refs["sum"].dtype)
+            of.put(refs["sum"], stored)
+            x = stored.astype(jnp.float32)
         gain = None
         if outer_weight is not None:
             gain = lax.rsqrt(of.total(x * x) / self.k + self.outer_eps)
@@ -100,7 +91,7 @@ class Forward:
             made[f"absmax{j}"], made[f"scale{j}"] = absmax, absmax / 127.0
             factor = 127.0 / absmax if gain is None else gain * (127.0 / absmax)
             # No magnitude exceeds 127, as none exceeds the row's largest.
-            of.put(refs[f"q{j}"], _rounded(y * of.long(factor)))
+            of.put(refs[f"q{j}"], rounded(y * of.long(factor)))
         return made, sums
 
 
@@ -184,8 +175,8 @@ class Backward:
         self, j: int, of: Rows, values: Values, refs: dict[str, Ref], n: jax.Array
     ) -> None:
         absmax, ref = values[f"absmax{j}"], refs[f"input{j}"]
-        q = _rounded(n * of.long(127.0 / absmax))
+        q = rounded(n * of.long(127.0 / absmax))
         if ref.dtype != jnp.int8:
             # Not the float sum less its summand, which XLA takes for the identity.
-            q = (q - _ROUNDER_BITS).astype(jnp.float32) * of.long(absmax / 127.0)
+            q = (q - ROUNDER_BITS).astype(jnp.float32) * of.long(absmax / 127.0)
         of.put(ref, q)

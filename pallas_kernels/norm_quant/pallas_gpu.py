@@ -48,8 +48,12 @@ def takes(k: int, row_bytes: int, vectors: int) -> bool:
       row_bytes: of a token, in all arrays read and all written to places of their own.
       vectors: norm weights.
     """
-    kept = 4 * k * vectors + _SCALAR_BYTES
-    return k % mosaic.WARPGROUP == 0 and mosaic.fits(_LEAST_STAGES * row_bytes + kept)
+    return k % mosaic.WARPGROUP == 0 and _fits(_LEAST_STAGES, k, row_bytes, vectors)
+
+
+def _fits(rows: int, k: int, row_bytes: int, vectors: int) -> bool:
+    """Whether shared memory holds so many rows at a time, and the norm weights."""
+    return mosaic.fits(rows * row_bytes + 4 * k * vectors + _SCALAR_BYTES)
 
 
 def norm_quant(
@@ -199,7 +203,6 @@ def _walk(
       The outputs [M, ...], the scalars [M, 1] and the sums [K], by name.
     """
     m, k = rows["x"].shape[0], rows["x"].shape[-1]
-    shape = mosaic.Rows(plan.rows, k, interpret)
     # A last group of less than four rows is filled up.
     padded = m + -m % _GROUP
     rows = {n: _filled(a, padded, 0) for n, a in rows.items()}
@@ -212,10 +215,10 @@ def _walk(
     tiles |= {n: ((k,), dtype) for n, dtype in written.items()}
     places = {**{name: name for name in written}, **{out: at for at, out in in_place.items()}}
 
-    tile_bytes = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in tiles.values())
-    if not mosaic.fits(plan.stages * plan.rows * tile_bytes + 4 * k * len(vectors) + _SCALAR_BYTES):
+    row_bytes = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in tiles.values())
+    if not _fits(plan.stages * plan.rows, k, row_bytes, len(vectors)):
         plan = plan._replace(rows=1, stages=_LEAST_STAGES)
-        shape = mosaic.Rows(plan.rows, k, interpret)
+    shape = mosaic.Rows(plan.rows, k, interpret)
     scratch: dict[str, Any] = {
         f"tile:{n}": plgpu.SMEM((plan.stages, plan.rows, *s), d) for n, (s, d) in tiles.items()
     }

@@ -15,6 +15,7 @@ from .. import triton as pltriton
 from ..keep_nan import at_least, from_magnitude, magnitude
 from ..norm_quant.reference import MIN_ABSMAX
 from ..refs import Ref
+from ..rounding import rounded
 
 
 def quantize_rows(
@@ -147,12 +148,8 @@ def quantize_rows(
 
 
 def nearest_int8(x: jax.Array) -> jax.Array:
-    """x to the nearest int8, halves to even, for |x| up to 127.
-
-    In the sum the integer stands in the low bits, so that neither a rounding nor a conversion
-    is left to do.
-    """
-    return jax.lax.bitcast_convert_type(x + 12582912.0, jnp.int32).astype(jnp.int8)
+    """x to the nearest int8, halves to even, for |x| up to 127: the low byte, as it stands."""
+    return rounded(x).astype(jnp.int8)
 
 
 def _silu(x: jax.Array) -> jax.Array:
