@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
@@ -75,6 +75,22 @@ class Display:
                 seconds = (time.monotonic() - state.began) * (1 - share) / share
                 values = (*values[:1], f"ETA {format_seconds(seconds)}", *values[1:])
         self.state = State(state.stage, state.began, count, share, values)
+
+    def counting(self, total: float | None, words: Callable[[int], str]) -> Callable[[int], None]:
+        """What to call with the amount done since its last call.
+
+        Args:
+          total: all of it; None where nobody knows.
+          words: the amount done so far, in words.
+        """
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.update(done, total, words(done))
+
+        return advance
 
     @contextlib.contextmanager
     def during(self, text: str) -> Iterator[None]:

@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from mmfree_jax.cli.scored_model import open_scored, results_folder
 from mmfree_jax.config import MeshConfig
-from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.files import write_text
 from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Seed, Step, TwoOrMore
 from mmfree_jax.readable import format_count
-from mmfree_jax.storage import Url, check_bucket
+from mmfree_jax.storage import Url
 
 
 def evaluate(
@@ -72,9 +73,7 @@ def evaluate(
         os.environ["TQDM_DISABLE"] = "1"  # lm-eval's own bars; read when tqdm is imported
         check_installed()
 
-    results_in = locate(output, "output")
-    if isinstance(results_in, Url):
-        check_bucket(results_in)  # now, and not after hours
+    results_in = results_folder(output)
     variants = None
     if numerics != "float":
         from mmfree_jax.evaluate.numerics import parse_numerics
@@ -85,21 +84,14 @@ def evaluate(
         import jax
         from rich.console import Console
 
-        from mmfree_jax.parallel.sharding import make_mesh
-        from mmfree_jax.saved.open_model import open_model
-
-    devices = None
     if variants is not None and mesh != MeshConfig():
         raise ConfigError(f"--numerics is {numerics}: integers are evaluated on one device only")
-    if variants is None and (jax.device_count() > 1 or mesh != MeshConfig()):
-        devices = make_mesh(mesh)
-    saved = open_model(model, step=step)
-    language_model = saved.model(compute_dtype)
-    # A packed model's trits are what scoring reads; over a mesh all are laid out as master weights.
-    form = "ternary" if saved.kind == "packed" and devices is None else "master"
-    with show_progress("reading the model", is_shown=progress and jax.process_index() == 0):
-        params = saved.weights(form, devices)
-    folder = results_in / (saved.path.resolve().name or "model")
+    scored = open_scored(
+        model, results_in, step=step, compute_dtype=compute_dtype, mesh=mesh, progress=progress,
+        on_one_device=variants is not None,
+    )  # fmt: skip
+    saved, language_model, params = scored.saved, scored.model, scored.params
+    devices, folder = scored.mesh, scored.folder
     # Tables are wider than what is assumed where there is no terminal.
     console = Console(width=None if sys.stdout.isatty() else 120)
     say = console.print if jax.process_index() == 0 else lambda *a, **k: None
@@ -141,7 +133,6 @@ def evaluate(
     from mmfree_jax.evaluate import harness, report
     from mmfree_jax.evaluate.encoding import default_length
     from mmfree_jax.evaluate.tasks import PAPER_TASKS, default_tasks_dir
-    from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.end_tokens import end_ids
 
     names = list(PAPER_TASKS) if tasks == "paper" else [t.strip() for t in tasks.split(",")]
@@ -151,10 +142,7 @@ def evaluate(
         tasks_dir = default_tasks_dir() if default_tasks_dir().is_dir() else None
     elif not tasks_dir.is_dir():
         raise ConfigError(f"--tasks-dir {tasks_dir} is no folder: run `mmfree eval fetch-tasks`")
-    tokenizer = saved.tokenizer()
-    if tokenizer is None:
-        raise DataError(f"model {saved.place} has no tokenizer: put tokenizer.json into its folder")
-    check_tokenizer(language_model, tokenizer)
+    tokenizer = scored.tokenizer()
     runs: list[tuple[str, Any, Any]] = [(compute_dtype or "trained", params, None)]
     if variants is not None:
         steps = variants(language_model, params, steps=bool(numerics_steps))
@@ -233,14 +221,7 @@ def _held_out(
     with show_progress("comparing the checksums of the data", is_shown=is_shown):
         processes.first(lambda: verify([dataset]))
     total = dataset.num_predicted if max_documents is None else None
-    read = 0
     with show_progress("evaluating", is_shown=is_shown) as show:
-
-        def advance(tokens: int) -> None:
-            nonlocal read
-            read += tokens
-            show.update(read, total, f"{format_count(read)} tokens")
-
         return evaluate_held_out(
             model,
             params,
@@ -251,7 +232,7 @@ def _held_out(
             context=context,
             max_documents=max_documents,
             seed=seed,
-            progress=advance,
+            progress=show.counting(total, lambda read: f"{format_count(read)} tokens"),
             forward=forward,
         )
 

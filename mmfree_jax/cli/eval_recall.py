@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmfree_jax.cli.parse import Counts, Shares
+from mmfree_jax.cli.scored_model import ScoredModel, open_scored, results_folder
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import check_file, write_bytes, write_text
@@ -16,20 +17,15 @@ from mmfree_jax.installed import own_version, versions
 from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, NotNegative, Seed, Step, TwoOrMore
-from mmfree_jax.storage import Url, check_bucket
 from mmfree_jax.text_files import read_text
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A model to score, where its weights lie, and where its records go."""
+class _Scoring:
+    """What is scored, and what is said and written of it."""
 
     task: str
-    saved: Any
-    model: Any
-    params: Any
-    mesh: Any
-    folder: Path | Url
+    of: ScoredModel
     is_writer: bool
     progress: bool
 
@@ -37,12 +33,12 @@ class _Opened:
         """What a record says of the model and of what computed it."""
         import jax
 
-        checkpoint, device = self.saved.checkpoint(), jax.devices()[0]
+        checkpoint, device = self.of.saved.checkpoint(), jax.devices()[0]
         return {
             "task": self.task,
-            "model": str(self.saved.place),
+            "model": str(self.of.saved.place),
             "step": None if checkpoint is None else int(checkpoint.name),
-            "compute_dtype": self.model.config.compute_dtype,
+            "compute_dtype": self.of.model.config.compute_dtype,
             "device": {"kind": device.device_kind, "count": jax.device_count()},
             "versions": {"mmfree-jax": own_version(), **versions("jax", "jaxlib", "numpy")},
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,7 +55,7 @@ class _Opened:
         """Writes the record, a figure beside it, and says where."""
         if not self.is_writer:
             return
-        record, figure = (self.folder / f"{self.task}.{kind}" for kind in ("json", "png"))
+        record, figure = (self.of.folder / f"{self.task}.{kind}" for kind in ("json", "png"))
         write_text(record, json.dumps(values, indent=2) + "\n")
         print(f"results: {record}")
         if png is not None:
@@ -75,28 +71,18 @@ def _open(
     mesh: MeshConfig,
     output: str,
     progress: bool,
-) -> _Opened:
-    results_in = locate(output, "output")
-    if isinstance(results_in, Url):
-        check_bucket(results_in)  # now, and not after hours
+) -> _Scoring:
+    results_in = results_folder(output)
     with show_progress("starting JAX", is_shown=progress):
         import jax
 
-        from mmfree_jax.parallel.sharding import make_mesh
-        from mmfree_jax.saved.open_model import open_model
-
-    devices = make_mesh(mesh) if jax.device_count() > 1 or mesh != MeshConfig() else None
-    saved = open_model(place, step=step)
-    # A packed model's trits are what scoring reads; over a mesh all are laid out as master weights.
-    form = "ternary" if saved.kind == "packed" and devices is None else "master"
+    scored = open_scored(
+        place, results_in, step=step, compute_dtype=compute_dtype, mesh=mesh, progress=progress
+    )
     is_writer = jax.process_index() == 0
-    with show_progress("reading the model", is_shown=progress and is_writer):
-        params = saved.weights(form, devices)
-    folder = results_in / (saved.path.resolve().name or "model")
-    beside = [folder / f"{task}.png"] if task == "needle" else []
-    check_file(folder / f"{task}.json", rf'\{{\s*"task": "{task}"', beside=beside)
-    model = saved.model(compute_dtype)
-    return _Opened(task, saved, model, params, devices, folder, is_writer, progress and is_writer)
+    beside = [scored.folder / f"{task}.png"] if task == "needle" else []
+    check_file(scored.folder / f"{task}.json", rf'\{{\s*"task": "{task}"', beside=beside)
+    return _Scoring(task, scored, is_writer, progress and is_writer)
 
 
 def mqar(
@@ -134,8 +120,8 @@ def mqar(
     from mmfree_jax.evaluate.recall import evaluate_mqar
     from mmfree_jax.evaluate.report import mqar_table
 
-    lengths = lengths or (opened.saved.trained_length or 256,)
-    tokens = vocab or opened.model.config.vocab_size
+    lengths = lengths or (opened.of.saved.trained_length or 256,)
+    tokens = vocab or opened.of.model.config.vocab_size
     fitting = [n for n in pairs if n < tokens // 2]
     cells = [(n, length) for length in lengths for n in fitting if 4 * n <= length]
     if not cells:
@@ -145,19 +131,14 @@ def mqar(
             "fewer pairs, or longer rows"
         )
     tasks = [(Mqar(n, tokens, power), length) for n, length in cells]
-    scores, done = [], 0
+    scores = []
     with show_progress("asking", is_shown=opened.progress) as show:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            show.update(done, rows * len(tasks), f"{done:,} rows")
-
+        advance = show.counting(rows * len(tasks), lambda done: f"{done:,} rows")
         for task, length in tasks:
             scores.append(
                 evaluate_mqar(
-                    opened.model, opened.params, task, length, rows,
-                    mesh=opened.mesh, batch_tokens=batch_tokens, progress=advance,
+                    opened.of.model, opened.of.params, task, length, rows,
+                    mesh=opened.of.mesh, batch_tokens=batch_tokens, progress=advance,
                 )
             )  # fmt: skip
     opened.show(mqar_table(scores))
@@ -215,14 +196,8 @@ def needle(
     from mmfree_jax.evaluate.needle import evaluate_needle
     from mmfree_jax.evaluate.report import needle_table
     from mmfree_jax.evaluate.scoring import Scorer
-    from mmfree_jax.infer.text import check_tokenizer
 
-    tokenizer = opened.saved.tokenizer()
-    if tokenizer is None:
-        raise DataError(
-            f"model {opened.saved.place} has no tokenizer: put tokenizer.json into its folder"
-        )
-    check_tokenizer(opened.model, tokenizer)
+    tokenizer = opened.of.tokenizer()
     if add_bos and tokenizer.bos_id is None:
         raise ConfigError("the tokenizer has no start-of-text token: leave out --add-bos")
     if text is not None:
@@ -232,17 +207,12 @@ def needle(
         source = str(locate(data, "data"))
         haystack = _held_out_text(data, 16 * max(lengths) * trials)
     scorer = Scorer(
-        opened.model, opened.params,
-        mesh=opened.mesh, batch_tokens=batch_tokens, max_length=max(lengths),
+        opened.of.model, opened.of.params,
+        mesh=opened.of.mesh, batch_tokens=batch_tokens, max_length=max(lengths),
     )  # fmt: skip
-    total, done = len(lengths) * (len(depths) + 1) * trials * candidates, 0
+    total = len(lengths) * (len(depths) + 1) * trials * candidates
     with show_progress("asking", is_shown=opened.progress) as show:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            show.update(done, total, f"{done:,} of {total:,}")
-
+        advance = show.counting(total, lambda done: f"{done:,} of {total:,}")
         scores = evaluate_needle(
             lambda queries: scorer.score(queries, progress=advance),
             tokenizer,

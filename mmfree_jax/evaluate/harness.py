@@ -270,13 +270,11 @@ class HarnessModel(TemplateLM):
     def _shown(self, total: int, what: str, disable: bool) -> Iterator[Callable[[int], None]]:
         """Shows how far the work is; what it gives is called with the number done since."""
         hidden = disable or not self._show or jax.process_index() != 0
-        done = 0
         with show_progress(what, is_shown=not hidden) as show:
+            add = show.counting(total, lambda done: f"{done:,} of {total:,}")
 
             def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                show.update(done, total, f"{done:,} of {total:,}")
+                add(count)
                 self._on_batch()
 
             yield advance
