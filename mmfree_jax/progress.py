@@ -202,6 +202,11 @@ class LiveLine(Display):
         self._console.show_cursor(True)  # a process that is killed cannot show it again
         _open.append(self)
 
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+        super().stage(text)
+        self._live.refresh()  # a stage shorter than the time between two drawings is seen too
+
     def _draw(self) -> Any:
         from rich.progress_bar import ProgressBar
         from rich.table import Table

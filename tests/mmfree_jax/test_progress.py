@@ -68,6 +68,20 @@ def test_an_end_leaves_the_cursor_visible_and_an_interrupt_no_line(number):
         assert "KeyboardInterrupt" in screen(terminal.output)[-2]
 
 
+def test_a_stage_shorter_than_the_time_between_two_drawings_is_seen():
+    program = """
+from mmfree_jax.progress import show_progress
+with show_progress("") as show:
+    for stage in ("opening", "reading", "closing"):
+        show.stage(stage)
+"""
+    terminal = Terminal([sys.executable, "-c", program])
+    terminal.read()
+    drawn = without_colours(terminal.output)
+    places = [drawn.index(stage) for stage in ("opening", "reading", "closing")]
+    assert places == sorted(places)
+
+
 def test_no_color_takes_colours_and_nothing_else():
     terminal = on_terminal(env={"NO_COLOR": "1"})
     terminal.read()
@@ -127,12 +141,13 @@ def test_a_run_interrupted_on_a_terminal_says_so_and_leaves_no_line(small_run, t
     command = [sys.executable, "-m", "mmfree_jax", "train", "--config", str(config), "--run-dir"]
     flags = "--steps 100000 --mesh.fsdp 1 --eval.batches 0 --checkpoint.every-steps 100000"
     terminal = Terminal([*command, str(tmp_path / "run"), *flags.split()], columns=100)
+    # Which steps are drawn depends on the machine: one whose number begins with 2 comes at last.
     terminal.read(until="training 2")
     terminal.send(signal.SIGINT)
     terminal.read()
     assert terminal.code == 130
     drawn = without_colours(terminal.output)
-    stages = ["starting JAX", "building the model", "compiling the training step", "training 1"]
+    stages = ["starting JAX", "building the model", "compiling the training step", "training 2"]
     places = [drawn.index(stage) for stage in stages]
     assert places == sorted(places)
     assert "SIGINT: saving after this step; a second one ends at once" in drawn
