@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from mmfree_jax.environment import cache_home
+from mmfree_jax.environment import own_cache
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _MOST = "JAX_COMPILATION_CACHE_MAX_SIZE"
@@ -24,8 +24,8 @@ _MOST_BYTES = 4 * 2**30
 
 def default_folder(environ: Mapping[str, str]) -> Path | None:
     """The folder of compiled programs where nobody names one; None without a home."""
-    cache = cache_home(environ)
-    return None if cache is None else cache / "mmfree_jax" / "compiled" / _processor()
+    cache = own_cache(environ)
+    return None if cache is None else cache / "compiled" / _processor()
 
 
 def keep_programs(environ: MutableMapping[str, str]) -> None:

@@ -24,8 +24,8 @@ def seconds_of(variable: str) -> float:
     raise ConfigError(f"{variable} is {text!r}: set a number of seconds from 0.1 to {LONGEST}")
 
 
-def cache_home(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The user's folder for caches: `$XDG_CACHE_HOME`, else `~/.cache`.
+def own_cache(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Our folder among the user's caches: `mmfree_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`.
 
     Returns:
       None where there is none: without a home, or if the variable holds no absolute path.
@@ -34,4 +34,4 @@ def cache_home(environ: Mapping[str, str] = os.environ) -> Path | None:
         found = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         return None
-    return found if found.is_absolute() else None
+    return found / "mmfree_jax" if found.is_absolute() else None

@@ -194,20 +194,30 @@ def _in_use(what: str, holder: str) -> InUseElsewhereError:
     )
 
 
+def read_lease(data: bytes) -> tuple[str, float]:
+    """Who holds a lease, by what its object holds, and the seconds that each write of it counts.
+
+    Returns:
+      The owner, "" after its release; "unknown", and the seconds of our own writes, where it is
+      none that anybody writes.
+    """
+    try:
+        values = json.loads(data)
+        seconds = float(values["seconds"])
+        if 0 <= seconds <= LONGEST:
+            return str(values["owner"]), seconds
+    except (ValueError, TypeError, KeyError):
+        pass
+    return "unknown", seconds_of(SECONDS)
+
+
 def _look(url: Url) -> tuple[str | None, str, float]:
     """Version, holder and seconds of a lease; None, "" and 0 where there is none."""
     while (found := find_object(url)) is not None:
         data = read_bytes(url)
         if find_object(url) != found:
             continue
-        try:
-            values = json.loads(data)
-            seconds = float(values["seconds"])
-            if not 0 <= seconds <= LONGEST:
-                raise ValueError("no time that anybody writes")
-            return found.version, str(values["owner"]), seconds
-        except (ValueError, TypeError, KeyError):
-            return found.version, "unknown", seconds_of(SECONDS)
+        return found.version, *read_lease(data)
     return None, "", 0.0
 
 

@@ -19,35 +19,35 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmfree_jax.environment import cache_home
+from mmfree_jax.environment import own_cache
 from mmfree_jax.errors import OutputError
 from mmfree_jax.files import disk_errors, lock
 
 FOLDER = "MMFREE_CACHE"
-"""Environment variable: the folder of the copies."""
+"""Environment variable: the folder of the copies, and of what else is fetched once."""
 DEFAULT_GIB = 100.0
 """Limit where no setting names another (GiB)."""
 _LOCK = ".lock"
 _WAY_OUT = f"make room there, or set {FOLDER} to a folder on another disk"
 
 
-def cache_folder() -> Path:
-    """Where copies are kept: $MMFREE_CACHE, else mmfree_jax/objects in ~/.cache.
+def cache_folder(name: str = "objects") -> Path:
+    """Where what is fetched is kept: `$MMFREE_CACHE`, else `name` in ~/.cache/mmfree_jax.
 
-    XDG_CACHE_HOME names another than ~/.cache.
+    `XDG_CACHE_HOME` names another than ~/.cache. Without a name it is the folder of all.
 
     Raises:
       OutputError: there is no home.
     """
     if named := os.environ.get(FOLDER):
         return Path(named).expanduser().absolute()
-    home = cache_home()
-    if home is None:
+    ours = own_cache()
+    if ours is None:
         raise OutputError(
-            "copies of what lies in buckets have no place, for there is no home (or "
+            "copies of what is fetched have no place, for there is no home (or "
             f"XDG_CACHE_HOME is no absolute path): set {FOLDER} to a folder"
         )
-    return home / "mmfree_jax" / "objects"
+    return ours / name
 
 
 @dataclass(frozen=True)

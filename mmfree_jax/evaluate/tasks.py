@@ -21,6 +21,7 @@ from mmfree_jax.errors import DataError
 from mmfree_jax.files import sha256_file, write_text
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.json_shape import fault
+from mmfree_jax.object_cache import FOLDER, cache_folder
 from mmfree_jax.text_files import read_json
 
 MANIFEST = "tasks.json"
@@ -95,9 +96,18 @@ PAPER_TASKS: dict[str, TaskInfo] = {
 
 
 def default_tasks_dir() -> Path:
-    """$MMFREE_CACHE/tasks, else ~/.cache/mmfree/tasks."""
-    cache = os.environ.get("MMFREE_CACHE")
-    return (Path(cache) if cache else Path.home() / ".cache" / "mmfree") / "tasks"
+    """`tasks` in $MMFREE_CACHE, else in ~/.cache/mmfree_jax.
+
+    If it is not there, but ~/.cache/mmfree/tasks is, where earlier versions fetched to: that.
+
+    Raises:
+      OutputError: there is no home.
+    """
+    folder = cache_folder("") / "tasks"
+    earlier = Path("~/.cache/mmfree/tasks").expanduser()
+    if os.environ.get(FOLDER) or folder.exists() or not earlier.is_dir():
+        return folder
+    return earlier
 
 
 def fetch_tasks(

@@ -7,13 +7,12 @@ from which `publish` uploads what has changed. Checkpoints go straight to the bu
 """
 
 import contextlib
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmfree_jax.files import disk_errors, is_leftover, owner
-from mmfree_jax.leases import Lease, lease
+from mmfree_jax.leases import LEASE, Lease, lease, read_lease
 from mmfree_jax.parallel import processes
 from mmfree_jax.saved.run_directory import see_holder
 from mmfree_jax.storage import (
@@ -25,8 +24,6 @@ from mmfree_jax.storage import (
     read_bytes,
     upload,
 )
-
-LEASE = ".lease.json"
 
 
 @dataclass
@@ -125,8 +122,8 @@ def open_bucket_run(
     found = processes.first(take)
 
     def held_by() -> str | None:
-        with contextlib.suppress(MissingError, ValueError):
-            return json.loads(read_bytes(url / LEASE)).get("owner")
+        with contextlib.suppress(MissingError):
+            return read_lease(read_bytes(url / LEASE))[0]
         return None
 
     see_holder(

@@ -245,6 +245,10 @@ def test_a_holder_counts_while_it_is_seen_to_live(make):
         assert status() == "pending"
         write(4)
         assert status() == "running"
+        write_bytes(lease, b"torn")  # somebody wrote it: whoever it is has 60 s
+        assert status() == "running"
+        now[0] += 61
+        assert status() == "pending"
         delete(lease)
     with open_folder(sweep, trusting=True) as folder:
         assert {snapshot(folder.sweep).status(r) for r in snapshot(folder.sweep).runs} == {

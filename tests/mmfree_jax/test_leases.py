@@ -7,7 +7,7 @@ from bucket_servers import Bucket
 from faulty_proxy import Fault
 
 from mmfree_jax.errors import ConfigError, StorageError
-from mmfree_jax.leases import InUseElsewhereError, LeaseLostError, take_lease
+from mmfree_jax.leases import InUseElsewhereError, LeaseLostError, read_lease, take_lease
 from mmfree_jax.storage import delete, list_names, parse_url, read_bytes
 
 
@@ -106,3 +106,20 @@ def test_how_long_a_lease_counts_is_a_number_of_seconds(monkeypatch, bucket: Buc
     monkeypatch.setenv("MMFREE_LEASE_SECONDS", "soon")
     with pytest.raises(ConfigError, match="MMFREE_LEASE_SECONDS is 'soon': set a number"):
         _take(bucket, "process 1 on a", Clock())
+
+
+@pytest.mark.parametrize(
+    ("data", "owner", "seconds"),
+    [
+        (b'{"owner": "process 1 on a", "seconds": 12.5, "beat": 3}', "process 1 on a", 12.5),
+        (b'{"owner": "", "seconds": 12.5}', "", 12.5),
+        (b'{"owner": "process 1 on a", "seconds": -1}', "unknown", 60.0),
+        (b'{"owner": "process 1 on a", "seconds": NaN}', "unknown", 60.0),
+        (b'{"seconds": 12.5}', "unknown", 60.0),
+        (b"[]", "unknown", 60.0),
+        (b'{"owner": "proc', "unknown", 60.0),
+        (b"\xff", "unknown", 60.0),
+    ],
+)
+def test_what_is_no_lease_is_held_by_somebody_unknown(data, owner, seconds):
+    assert read_lease(data) == (owner, seconds)

@@ -31,3 +31,21 @@ def test_a_damaged_manifest_is_none(tmp_path, damage):
     assert tasks._present(tmp_path) == {}
     tasks._add_to_manifest(tmp_path, NAME, 1, "here")
     assert tasks._present(tmp_path) == {NAME: 1}
+
+
+def test_fetched_data_lie_in_the_one_cache_and_are_found_where_they_lay(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MMFREE_CACHE", raising=False)
+    now, earlier = (tmp_path / ".cache" / name / "tasks" for name in ("mmfree_jax", "mmfree"))
+    assert tasks.default_tasks_dir() == now
+    earlier.mkdir(parents=True)
+    assert tasks.default_tasks_dir() == earlier
+    now.mkdir(parents=True)
+    assert tasks.default_tasks_dir() == now
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert tasks.default_tasks_dir() == earlier
+    (tmp_path / "caches" / "mmfree_jax" / "tasks").mkdir(parents=True)
+    assert tasks.default_tasks_dir() == tmp_path / "caches" / "mmfree_jax" / "tasks"
+    monkeypatch.setenv("MMFREE_CACHE", "~/elsewhere")
+    assert tasks.default_tasks_dir() == tmp_path / "elsewhere" / "tasks"
