@@ -33,22 +33,6 @@ def times(value):
     return f"{value:.{3 if value < 10 else 2}f}"
 
 
-def test_readme(records, compare):
-    peers = {"370M": "75, 1.1", "1.3B": "101, 3.1", "2.7B": "98, 5.9", "13B": "-"}
-    lines = []
-    for size, peer in peers.items():
-        packed, plus = (
-            (decode(records, size, form), peak(records, size, form))
-            for form in ("packed", "transformer-bf16")
-        )
-        lines.append(
-            f"| {size} | {packed[0]:.3f}, {packed[1]:.2f} | {plus[0]:.2f}, {plus[1]:.2f} | {peer} |"
-        )
-    one, many = (energy(records, batch)["mj_per_token"] for batch in (1, 64))
-    lines.append(f"370M takes {one:.1f} mJ a token at batch 1 and {many:.1f} mJ at batch 64")
-    compare("README.md", lines)
-
-
 def test_commands_are_those_that_were_run(records, compare):
     compare("docs/inference.md", ["\n".join(records[RECORD]["commands"])])
 

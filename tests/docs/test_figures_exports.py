@@ -100,17 +100,3 @@ def test_sizes(records, compare):
         f"At 370M a download is {fast:.0f} to {exact:.0f} MB.",
     ]
     compare("docs/edge.md", lines)
-
-
-def test_readme(records, compare):
-    ours = [decode(records, "370M", "onnx-fast", n) for n in CONTEXTS]
-    rates = [r["tokens_per_s"]["median"] for r in ours]
-    first, last = (decode(records, "370M", "llama-q4_0", n) for n in (32, 16384))
-    lines = [
-        f"decodes {min(rates):.0f} to {max(rates):.0f} tokens/s in "
-        f"{max(r['peak_mb'] for r in ours) / 1e3:.2f} GB at any context",
-        f"decodes {first['tokens_per_s']['median']:.0f} in {first['peak_mb'] / 1e3:.2f} GB at 32 "
-        f"tokens of context and {last['tokens_per_s']['median']:.0f} in "
-        f"{last['peak_mb'] / 1e3:.1f} GB at 16,384",
-    ]
-    compare("README.md", lines)

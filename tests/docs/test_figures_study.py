@@ -102,6 +102,14 @@ def test_gap(records, compare):
         + " | ".join(f"{t.residual:.3f}, {t.seed_sd:.3f}" for t in trends)
         + " |",
     ]
+    first = trends[0]
+    size, tokens, both = (first.intervals[f"per_{name}"] for name in ("size", "tokens", "both"))
+    lines += [  # the findings at the top
+        f"by {-first.per_size:.3f} nats a decade of parameters "
+        f"[95%: {-size[1]:.3f}, {-size[0]:.3f}]",
+        f"by {first.per_tokens:.2f} nats a decade [{tokens[0]:.2f}, {tokens[1]:.2f}]",
+        f"by {first.per_both:.2f} nats a decade of both [{both[0]:.2f}, {both[1]:.2f}]",
+    ]
     compare(DOCUMENT, lines)
 
 
