@@ -1,7 +1,8 @@
 #!/bin/bash
 # One hold of a machine, in commands of at most ten minutes each (docs/scaling-study-plan.md).
+# What travels is made and loaded by carry.sh beside this.
 #   bash experiments/study/hold.sh receive                 what travelled in .carry/ is moved aside
-#   bash experiments/study/hold.sh data                    text and prepared data from the parts
+#   bash experiments/study/hold.sh data                    the data from their parts, compared
 #   bash experiments/study/hold.sh sweep NAME MINUTES ...  mmfree sweep run on configs/NAME.yaml
 #   bash experiments/study/hold.sh rates                   report of the rates, the rule put in place
 #   bash experiments/study/hold.sh model NAME PRESET RATE  a run of configs/model-61M.yaml; goes on too
@@ -14,10 +15,14 @@ REPO=$PWD
 HOLD=${HOLD:-/tmp/hold}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$HOLD"
-test -d "$HOLD/site" && export PYTHONPATH=$HOLD/site:$REPO || export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
+if [ -d "$HOLD/site" ]; then
+  export PYTHONPATH=$HOLD/site:$REPO
+else
+  export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
+fi
 test ! -f "$HOLD/commit" || MMFREE_CODE_VERSION=$(cat "$HOLD/commit")
 export MMFREE_CODE_VERSION PYTHONUNBUFFERED=1
-SOURCES="classic_books more_books gutenberg novels old_spelling modern_prose abstracts law proposals manuals"
+read -ra SOURCES <<< "classic_books more_books gutenberg novels old_spelling modern_prose abstracts law proposals manuals"
 # Paths in the configs are relative to the folder in which sweeps run.
 mkdir -p "$HOLD/experiments/results/study2"
 ln -sfn "$REPO/experiments/configs" "$HOLD/experiments/configs"
@@ -25,8 +30,7 @@ cp -rn "$REPO/experiments/results/study2/." "$HOLD/experiments/results/study2/"
 
 receive() {
   mkdir -p "$HOLD/parts"
-  test ! -d .carry/wheels || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile \
-    --no-cache-dir --upgrade --target "$HOLD/site" .carry/wheels/*.whl
+  test ! -f .carry/site.tar.xz || tar xJf .carry/site.tar.xz -C "$HOLD"
   test ! -f .carry/commit || cp .carry/commit "$HOLD/commit"
   for part in .carry/part-*; do test ! -f "$part" || mv "$part" "$HOLD/parts/"; done
   # Tables of earlier holds: their runs are not made again.
@@ -36,15 +40,7 @@ receive() {
 
 data() {
   cd "$HOLD"
-  mkdir -p raw
-  cat parts/part-* | tar x -C raw
-  test -d text || { "$PYTHON" -m mmfree_jax.experiments.study.corpus --text raw --out text.new --level 1 && mv text.new text; }
-  for name in $SOURCES; do
-    "$PYTHON" -m mmfree_jax data prepare --input "text/$name-*.jsonl.zst" --heldout-fraction 0.03 \
-      --tokenizer experiments/results/study2/tokenizer --out "data/study/$name" \
-      > "data-$name.log" 2>&1 &
-  done
-  wait
+  cat parts/part-* | tar xJ
   "$PYTHON" -m mmfree_jax.experiments.study.check_data data/study
 }
 
@@ -79,7 +75,7 @@ collect() {
   for sweep in sweeps/study2-rates sweeps/study2; do
     test -f "$sweep/results.csv" || continue
     "$PYTHON" -m mmfree_jax.experiments.study.document_losses "$sweep" \
-      --data $(for name in $SOURCES; do echo "data/study/$name"; done) --out "$sweep/documents.npz"
+      --data "${SOURCES[@]/#/data/study/}" --out "$sweep/documents.npz"
   done
   # What goes on elsewhere: tables, failures, the rule. Kept small, it also travels to the next hold.
   find sweeps experiments/results/study2/rate_rule.json \( -name results.csv -o -name 'failures' -o \
