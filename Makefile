@@ -69,10 +69,15 @@ wheel: $(VENV)/.dev ## Build the wheel into dist/
 SPHINX := $(VENV)/docs/bin/python -m sphinx --fail-on-warning --keep-going
 docs: $(VENV)/.docs ## Build the documentation site into docs/_build/html; warnings are errors
 	$(SPHINX) -b html docs docs/_build/html
+	$(VENV)/docs/bin/python docs/site_pages/check.py docs/_build/html
 	@echo "The site is in docs/_build/html/index.html"
 
+# What the site shows from outside of docs/.
+WATCHED := $(wildcard *.md) pallas_kernels/README.md experiments/notebooks experiments/results/backward8 \
+	experiments/results/exchange
 docs-serve: $(VENV)/.docs ## Show the site at http://127.0.0.1:8001 and rebuild it as pages change
-	$(VENV)/docs/bin/sphinx-autobuild --port 8001 --ignore '*/docs/generated/*' docs docs/_build/html
+	$(VENV)/docs/bin/sphinx-autobuild --port 8001 --ignore '*/docs/generated/*' $(WATCHED:%=--watch %) \
+		docs docs/_build/html
 
 linkcheck: $(VENV)/.docs ## Check the site's links to other sites (needs the network)
 	$(SPHINX) -b linkcheck docs docs/_build/linkcheck

@@ -26,7 +26,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
-    "sphinxcontrib.mermaid",
     "site_pages",
 ]
 # Names under "Attributes:" are references too, and several classes have a `tokens`.
@@ -34,15 +33,17 @@ suppress_warnings = ["ref.python"]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = f"mmfree_jax {release}"
+# Where the site will stand, for canonical addresses and the page of those that are not there.
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL") or os.environ.get("DOCS_URL", "")
+highlight_language = "none"  # a block without a language is a terminal's
 html_static_path = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["site.css"]
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 if repository:
     html_theme_options |= {"repository_url": repository, "use_repository_button": True}
 
 # Headings are linked to as on the forge, and formulas are written as there.
 myst_heading_anchors = 6
-myst_fence_as_directive = ["mermaid"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 # The notebooks keep their outputs; `make test` runs them.
 nb_execution_mode = "off"
@@ -57,16 +58,25 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 templates_path: list[str] = []
 
-# Names of other projects become links where their inventories can be fetched: the build itself
-# needs no network.
-if os.environ.get("DOCS_INTERSPHINX") or os.environ.get("READTHEDOCS"):
+# Names of other projects become links where somebody asks for it, so that the build needs no
+# network: DOCS_INTERSPHINX=1 fetches their inventories, and a folder holds them as NAME.inv.
+inventories = os.environ.get("DOCS_INTERSPHINX", "")
+if inventories:
+    if inventories != "1" and not Path(inventories).is_dir():
+        raise SystemExit(f"DOCS_INTERSPHINX is {inventories!r}: give 1, or a folder of inventories")
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
-        "python": ("https://docs.python.org/3", None),
-        "numpy": ("https://numpy.org/doc/stable", None),
-        "jax": ("https://docs.jax.dev/en/latest", None),
-        "flax": ("https://flax-linen.readthedocs.io/en/latest", None),
-        "optax": ("https://optax.readthedocs.io/en/latest", None),
+        name: (
+            address,
+            None if inventories == "1" else str(Path(inventories).resolve() / f"{name}.inv"),
+        )
+        for name, address in {
+            "python": "https://docs.python.org/3",
+            "numpy": "https://numpy.org/doc/stable",
+            "jax": "https://docs.jax.dev/en/latest",
+            "flax": "https://flax-linen.readthedocs.io/en/latest",
+            "optax": "https://optax.readthedocs.io/en/latest",
+        }.items()
     }
 
 linkcheck_timeout = 20

@@ -53,6 +53,14 @@ def _plain(app: Any, what: str, name: str, value: Any, options: Any, lines: list
         lines[:0] = ["..", ""]  # an empty comment, which napoleon takes for all before the colon
 
 
+def _as_documented() -> None:
+    """Gives types of jax the names that its own reference has, not those of where they are made."""
+    import jax
+
+    jax.Array.__qualname__ = "Array"
+    jax.sharding.Mesh.__module__ = "jax.sharding"
+
+
 def contents(text: str) -> str:
     """A hidden table of contents of the pages that lists in `text` begin with."""
     pages = "\n".join(re.sub(r"\.\w+$", "", page) for page in _LISTED.findall(text))
@@ -61,8 +69,12 @@ def contents(text: str) -> str:
 
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
+    from site_pages import head  # needs docutils, which only Sphinx's environment has
+
+    _as_documented()
     app.add_config_value("repository", "", "env")
     app.connect("config-inited", lambda *_: repository_files.copy_all())
     app.connect("source-read", _read)
+    app.connect("html-page-context", head.add)
     app.connect("autodoc-process-docstring", _plain, priority=400)  # before napoleon
     return {"parallel_read_safe": True}
