@@ -150,6 +150,7 @@ def test_scaling_imports_no_trainer() -> None:
     """It is numpy and scipy: what it reads of runs is in files that start no JAX."""
     allowed = {
         "config", "config_io", "errors", "fetched", "figures", "files", "installed", "json_shape",
+        "lazy_names",
         "saved.history", "storage", "text_files",
     }  # fmt: skip
     outside = {

@@ -17,6 +17,9 @@ PUBLIC = (
     "mmfree_jax.infer",
     "mmfree_jax.evaluate",
     "mmfree_jax.experiments.scaling",
+    "mmfree_jax.experiments.scaling.gap",
+    "mmfree_jax.experiments.scaling.paper",
+    "mmfree_jax.experiments.sweep",
     *(
         f"mmfree_jax.pallas_kernels.{door.parent.name}.api"
         for door in sorted(KERNELS.glob("*/api.py"))

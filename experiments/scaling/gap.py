@@ -13,6 +13,8 @@ from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.frame import RunFrame, sizes
 from mmfree_jax.experiments.scaling.sandwich import scatter
 
+__all__ = ["GapTrend", "Pairs", "gap_text", "pair", "token_multiples", "trend"]
+
 
 @dataclass(frozen=True)
 class Pairs:

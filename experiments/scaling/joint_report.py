@@ -78,7 +78,7 @@ def joint_text(fit: JointFit) -> str:
     lines.append(f"  objective {s.objective:.10g}; {s.starts_at_best} of {s.starts} starts reached "
                  f"it, gradient {s.slope:.1e}")  # fmt: skip
     if fit.test is not None:
-        lines.append("  " + conclusion(fit))
+        lines.append("  " + sharing_text(fit))
     return "\n".join(lines + [f"  warning: {w}" for w in fit.warnings])
 
 
@@ -92,7 +92,7 @@ def _line(fit: JointFit, name: str, joint: str) -> str:
     return f"  {name:<10} {shown}"
 
 
-def conclusion(fit: JointFit) -> str:
+def sharing_text(fit: JointFit) -> str:
     """What the test says of the sharing, in a sentence."""
     test, what = fit.test, ", ".join(fit.sharing.shared)
     assert test is not None

@@ -9,8 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
+__all__ = [
+    "DRAWN_STAR",
+    "ENDPOINTS",
+    "MATMUL_FREE",
+    "PUBLISHED_CROSSING",
+    "TRANSFORMER",
+    "line_loss",
+    "lines_cross_at",
+]
+
 MATMUL_FREE = {"intercept": 9.68, "slope": -0.351}
+"""The line of the MatMul-free models: nats a token, and nats a decade of FLOPs."""
 TRANSFORMER = {"intercept": 7.79, "slope": -0.268}
+"""The line of Transformer++, likewise."""
 PUBLISHED_CROSSING = 23.0
 """log10 FLOPs, as the text says (about 10^23)."""
 DRAWN_STAR = float(np.log10(6.0e22))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from mmfree_jax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from mmfree_jax.figures import show_late
     from mmfree_jax.parallel.sharding import make_mesh
     from mmfree_jax.train.flops import count_flops, count_parameters
     from mmfree_jax.train.loss import LossSums, TokenLosses, loss_sums, token_losses
     from mmfree_jax.train.metric_series import RunMetrics, read_metrics
     from mmfree_jax.train.optimizer import Optimizer, make_optimizer
+    from mmfree_jax.train.plot import draw_metrics
     from mmfree_jax.train.schedule import (
         ScheduleValues,
         learning_rate,
@@ -40,6 +42,7 @@ __all__ = [
     "TrainState",
     "count_flops",
     "count_parameters",
+    "draw_metrics",
     "eval_step",
     "init_sharded",
     "init_state",
@@ -52,17 +55,20 @@ __all__ = [
     "make_schedule",
     "read_metrics",
     "schedule_values",
+    "show_late",
     "token_losses",
     "train",
     "train_step",
 ]
 
 _NAMES = {
+    "mmfree_jax.figures": "show_late",
     "mmfree_jax.parallel.sharding": "make_mesh",
     "mmfree_jax.train.flops": "count_flops count_parameters",
     "mmfree_jax.train.loss": "LossSums TokenLosses loss_sums token_losses",
     "mmfree_jax.train.metric_series": "RunMetrics read_metrics",
     "mmfree_jax.train.optimizer": "Optimizer make_optimizer",
+    "mmfree_jax.train.plot": "draw_metrics",
     "mmfree_jax.train.schedule": "ScheduleValues learning_rate make_schedule schedule_values",
     "mmfree_jax.train.step": (
         "TrainState eval_step init_sharded init_state jit_eval_step jit_train_step train_step"
