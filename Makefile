@@ -67,20 +67,21 @@ wheel: $(VENV)/.dev ## Build the wheel into dist/
 
 # An environment of its own, so that what Sphinx needs stays out of the tests'.
 SPHINX := $(VENV)/docs/bin/python -m sphinx --fail-on-warning --keep-going
-docs: $(VENV)/.docs ## Build the documentation site into docs/_build/html; warnings are errors
-	$(SPHINX) -b html docs docs/_build/html
+# All pages anew: what a notebook calls may have changed where its text did not.
+docs: $(VENV)/.docs ## Run the notebooks and build the documentation site into docs/_build/html; warnings are errors
+	$(SPHINX) --fresh-env -b html docs docs/_build/html
 	$(VENV)/docs/bin/python docs/site_pages/check.py docs/_build/html
 	@echo "The site is in docs/_build/html/index.html"
 
 # What the site shows from outside of docs/.
 WATCHED := $(wildcard *.md) pallas_kernels/README.md experiments/notebooks experiments/results/backward8 \
 	experiments/results/exchange
-docs-serve: $(VENV)/.docs ## Show the site at http://127.0.0.1:8001 and rebuild it as pages change
+docs-serve: $(VENV)/.docs ## Show the site at http://127.0.0.1:8001 and rebuild it, and run notebooks, as they change
 	$(VENV)/docs/bin/sphinx-autobuild --port 8001 --ignore '*/docs/generated/*' $(WATCHED:%=--watch %) \
 		docs docs/_build/html
 
 linkcheck: $(VENV)/.docs ## Check the site's links to other sites (needs the network)
-	$(SPHINX) -b linkcheck docs docs/_build/linkcheck
+	$(SPHINX) -D nb_execution_mode=off -b linkcheck docs docs/_build/linkcheck
 
 image: ## Build a container image from the wheel (DEVICE=cpu, cuda12, cuda13 or tpu; TAG=)
 	rm -f dist/mmfree_jax-*.whl
@@ -101,12 +102,12 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[corpus,eval,notebooks,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[corpus,eval,dev]'
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)/docs
-	$(VENV)/docs/bin/python -m pip install --quiet --editable '.[docs]'
+	$(VENV)/docs/bin/python -m pip install --quiet --editable '.[notebooks,docs]'
 	@touch $@
 
 # Of PyTorch the build for CPUs, where its own index can be reached.

@@ -45,8 +45,16 @@ if repository:
 # Headings are linked to as on the forge, and formulas are written as there.
 myst_heading_anchors = 6
 myst_enable_extensions = ["dollarmath", "colon_fence"]
-# The notebooks keep their outputs; `make test` runs them.
-nb_execution_mode = "off"
+# Each notebook is run whenever its page is read, in an empty folder of its own; one that fails ends
+# the build. Its kernel, and the commands in it, are those of the environment that builds.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_execution_timeout = 300  # seconds for a cell
+nb_merge_streams = True
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 default_role = "code"  # docstrings have names in single backticks
 autodoc_typehints = "description"

@@ -26,9 +26,11 @@ _LISTED = re.compile(r"^- \[[^\]]*\]\(([^)#\s]+\.(?:md|ipynb))\)", re.M)
 
 def _read(app: Any, name: str, source: list[str]) -> None:
     """Completes the text of the page `name`."""
-    if not (DOCS / f"{name}.md").is_file():
-        return  # a notebook
     page = DOCS / f"{name}.md"
+    if not page.is_file():
+        notebook = page.with_suffix(".ipynb")
+        source[0] = repository_files.notebook(source[0], notebook, app.config.repository)
+        return
     text = repository_files.with_links(source[0], page, app.config.repository)
     if name in SECTIONS:
         text += contents(text)

@@ -1,5 +1,6 @@
 """Files of the repository outside of docs/: those that the site shows, and links to the others."""
 
+import json
 import os
 import re
 import shutil
@@ -69,3 +70,12 @@ def with_links(text: str, page: Path, repository: str) -> str:
         parts += [_LINK.sub(replace, text[at : block.start()]), block[0]]
         at = block.end()
     return "".join([*parts, _LINK.sub(replace, text[at:])])
+
+
+def notebook(text: str, page: Path, repository: str) -> str:
+    """A notebook's JSON with the links of its Markdown cells as `with_links` makes them."""
+    document = json.loads(text)
+    for cell in document["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_links("".join(cell["source"]), page, repository)
+    return json.dumps(document)

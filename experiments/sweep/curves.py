@@ -1,6 +1,6 @@
 """Loss curves of runs: smoothing, comparison, learning-rate phases, ternary flips.
 
-What the loss-curve notebook calls. A curve is read from a run directory's metrics.jsonl and
+What notebooks call. A curve is read from a run directory's metrics.jsonl and
 config.yaml; nothing is drawn on pyplot's global state.
 """
 

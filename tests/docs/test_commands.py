@@ -1,6 +1,7 @@
 """Every documented command is one that its parser takes. Nothing is run: it ends after parsing."""
 
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -78,6 +79,11 @@ def documented(path: Path) -> Iterator[str]:
     lines: list[str] = []
     if path.suffix == ".md":
         text, lines = split(text)
+    elif path.suffix == ".ipynb":
+        cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+        shell = [cell for cell in cells if cell.startswith("%%bash\n")]
+        lines = "\n".join(shell).replace("\\\n", " ").splitlines()
+        text = "\n".join(cells)
     elif path.name == "Makefile":
         recipe = re.findall(r"^\t(.*)$", text.replace("$(BIN)/", ""), re.M)
         lines = [re.sub(r"\$\(\w+\)", "NAME", line) for line in recipe]

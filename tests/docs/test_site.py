@@ -5,6 +5,7 @@ Every page is reached, every public name is documented once, and every setting i
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -84,7 +85,8 @@ def test_what_a_training_loop_needs_is_public(site):
 
 
 @pytest.mark.parametrize("package", ["mmfree_jax", "mmfree_jax.train", "mmfree_jax.data",
-                                     "mmfree_jax.evaluate"])  # fmt: skip
+                                     "mmfree_jax.evaluate", "mmfree_jax.experiments.sweep",
+                                     "mmfree_jax.experiments.scaling"])  # fmt: skip
 def test_lazy_names_are_declared_alike(package):
     """In `__all__`, for type checkers and for the import."""
     module = import_module(package)
@@ -98,7 +100,10 @@ def test_lazy_names_are_declared_alike(package):
         for alias in node.names
     }
     assert lazy == typed
-    assert sorted(lazy) == sorted(module.__all__)
+    at_once = {
+        alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(lazy) == set(module.__all__) - at_once
     assert set(module.__all__) <= set(dir(module))
     submodules = {path.stem for path in Path(str(module.__file__)).parent.iterdir()}
     assert submodules & set(lazy) == set(), "importing the submodule would take the name's place"
@@ -109,6 +114,8 @@ def test_lazy_names_are_declared_alike(package):
 def test_importing_the_packages_starts_no_jax():
     code = "import sys, mmfree_jax.train, mmfree_jax.data, mmfree_jax.evaluate as e; dir(e)\n"
     code += "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    code += "\nimport mmfree_jax.experiments.sweep, mmfree_jax.experiments.scaling as s; dir(s)"
+    code += "\nassert 'jax' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -159,6 +166,20 @@ def test_links_to_other_files_lead_to_the_repository(site):
     page = site.repository_files.COPIES / "CHANGELOG.md"
     found = site.repository_files.with_links("[a](docs/x.md) [b](Makefile)", page, "https://h/o/n")
     assert found == "[a](../x.md) [b](https://h/o/n/blob/HEAD/Makefile)"
+
+
+def test_links_of_a_notebook_lead_to_pages_and_its_code_is_left(site):
+    page = site.repository_files.COPIES / "experiments" / "notebooks" / "two_families.ipynb"
+    links = ["[a](../../docs/data.md#splits) ", "[b](joint_fit.ipynb)"]
+    cells = [
+        {"cell_type": "markdown", "source": links},
+        {"cell_type": "code", "source": ["f[a](b)"]},
+    ]
+    made = json.loads(site.repository_files.notebook(json.dumps({"cells": cells}), page, ""))
+    assert [cell["source"] for cell in made["cells"]] == [
+        "[a](../../../data.md#splits) [b](joint_fit.ipynb)",
+        ["f[a](b)"],
+    ]
 
 
 def test_versions_are_one():
