@@ -18,6 +18,7 @@ ROOMS = (
         "compiled_programs",
         "config",
         "model_config",
+        "no_effect",
         "progress",
         "quantizer_config",
         "rope_scaling",

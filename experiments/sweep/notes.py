@@ -1,5 +1,6 @@
 """What there is to say of a plan beside its table."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from mmfree_jax.experiments.sweep.branches import savings_text
@@ -7,6 +8,7 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.pauses import saved_flops
 from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes, parameters
 from mmfree_jax.experiments.sweep.shapes import FEWEST
+from mmfree_jax.no_effect import without_effect
 
 
 def plan_notes(
@@ -22,6 +24,8 @@ def plan_notes(
       data_tokens: data paths -> training tokens; None: not known.
     """
     lines = [f"note: {text}" for text in derived_sizes(sweep).left_out]
+    idle = Counter(line for run in runs for line in without_effect(run.config))
+    lines += [f"warning: {n} of {len(runs)} runs: {line}" for line, n in idle.items()]
     lines += _beyond_rules(sweep, runs)
     lines += _few_sizes(sweep, runs)
     if sweep.halving.is_on:

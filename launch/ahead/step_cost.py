@@ -9,8 +9,9 @@ from typing import Any
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.launch.ahead.hlo import Collective
+from mmfree_jax.launch.ahead.products import count_products, gathered_bytes
 from mmfree_jax.launch.ahead.topology import Topology
-from mmfree_jax.train.flops import count_flops, count_parameters, mixer_weights
+from mmfree_jax.train.flops import count_parameters
 from mmfree_jax.train.memory import estimate_memory
 
 # Memory that the compiler's plan must leave free: the runtime, its collectives' buffers.
@@ -40,28 +41,10 @@ class Times:
 
 
 def executed_flops(config: TrainConfig, topology: Topology) -> float:
-    """Operations of a step over all devices, in bfloat16 ones: an int8 product counts less.
-
-    Forward products, and what the backward pass recomputes of them, run in int8 where layers
-    are quantised; the two products of the backward pass in bfloat16.
-    """
-    model, device = config.model, topology.device
-    flops = count_flops(model, config.data.seq_len)
-    linear = flops.mixer + flops.glu
-    again = 0.0 if model.remat in ("none", "dots") else 1.0
-    # i, f and g are kept, or g: three or one of the mixer's four products.
-    if share := {"gates": 0.75, "gated": 0.25}.get(model.remat):
-        weights, glu = mixer_weights(model), 3 * model.hidden_size * model.glu_size
-        again = 1 - share * weights / (weights + model.num_layers * glu)
+    """Operations of a step over all devices, in bfloat16 ones: an int8 product counts less."""
+    device, products = topology.device, count_products(config.model, config.data.seq_len)
     faster = device.int8_over_bf16 if device else 1.0
-
-    def forward(work: float, quantised: bool) -> float:
-        return work / faster if quantised else work
-
-    quantised = model.mixer_linear.int8_activations and model.mixer_linear.ternary_weights
-    a_token = forward(linear, quantised) * (1 + again) + forward(flops.head, quantised)
-    a_token += flops.mixing * (1 + again) + 2 * flops.forward
-    return a_token * tokens_per_step(config)
+    return (products.int8 / faster + products.wide + products.mixing) * tokens_per_step(config)
 
 
 def estimate_times(
@@ -91,8 +74,9 @@ def fits(gib: float, topology: Topology) -> bool | None:
 def expected_collectives(config: TrainConfig, mesh: MeshConfig, topology: Topology) -> list:
     """What the compiler is expected to make of a mesh, to rank meshes before compiling any.
 
-    Weights travel as int8 (once forward, once backward, once more for what is recomputed),
-    gradients in float32; tensor parallelism reduces the residual stream four times a block.
+    Ternary weights travel as int8 and float ones in the compute dtype (once forward, once
+    backward, once more for what is recomputed; embedding and head once), gradients in float32;
+    tensor parallelism reduces the residual stream four times a block.
     """
     model = config.model
     parameters = count_parameters(model)
@@ -112,7 +96,8 @@ def expected_collectives(config: TrainConfig, mesh: MeshConfig, topology: Topolo
 
     found = []
     if f > 1:
-        found.append(collective("gather", passes * parameters.ternary / t, f, inner))
+        blocks, others = gathered_bytes(model)
+        found.append(collective("gather", (passes * blocks + others) / t, f, inner))
         found.append(collective("gather", 4 * parameters.total / t, f, inner))
     if d * s > 1:
         found.append(collective("reduce", 4 * parameters.total / (f * t), d * s, d * inner))

@@ -13,7 +13,6 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.model_config import GROUP
 from mmfree_jax.places import PlaceOrUrl
 
 _DESCRIPTION = """Parameters by component, floating-point operations a token, and an estimate of the
@@ -65,6 +64,8 @@ def _device_counts(text: str) -> list[int]:
 def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
     """What `mmfree info` shows, as plain values; memory in bytes a device."""
     from mmfree_jax.model.state import state_bytes
+    from mmfree_jax.model.weights import not_packed
+    from mmfree_jax.saved.pack import packed_bytes
     from mmfree_jax.train.flops import count_flops, count_parameters
     from mmfree_jax.train.memory import estimate_memory
 
@@ -83,7 +84,7 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
             except ConfigError as e:
                 row["error"] = str(e)
             memory.append(row)
-    tokens, groups = tokens_per_step(config), config.model.weight_scale == "groups"
+    tokens = tokens_per_step(config)
     constant, a_token = state_bytes(config.model)
     return {
         "model": {
@@ -99,9 +100,10 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
             "total": parameters.total,
             "non_embedding": parameters.non_embedding,
         },
-        # Ternary weights at two bits, scales of groups in float32; the rest in bfloat16.
-        "packed_bytes": parameters.ternary * (1 / 4 + (4 / GROUP) * groups)
-        + (parameters.total - parameters.ternary) * 2,
+        # What `mmfree pack` writes, and why it is decoded otherwise; None without ternary layers.
+        "packed_bytes": packed_bytes(config.model) if parameters.ternary else None,
+        "not_packed": not_packed(config.model),
+        "bfloat16_bytes": 2 * parameters.total,
         # What a row carries while it generates.
         "state_bytes": {"constant": constant, "per_token": a_token},
         "flops_per_token": {
@@ -117,6 +119,21 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
         "remat": config.model.remat,
         "memory": memory,
     }
+
+
+def _inference_weights(report: dict[str, Any]) -> str:
+    packed, reasons = report["packed_bytes"], report["not_packed"]
+    if packed is None:
+        return f"inference weights in bfloat16: {_size(report['bfloat16_bytes'])}"
+    text = f"inference weights packed: {_size(packed)}"
+    if not reasons:
+        return text
+    return f"{text} on disk, decoded with a byte a trit for {', '.join(reasons)}"
+
+
+def _size(num_bytes: int) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB"
 
 
 def _print_tables(report: dict[str, Any], console: Console) -> None:
@@ -156,7 +173,7 @@ def _print_tables(report: dict[str, Any], console: Console) -> None:
         f"training: {report['tokens_per_step']:,} tokens and "
         f"{report['training_flops_per_step']:.3g} FLOPs a step, "
         f"{report['training_flops']:.3g} FLOPs in {report['steps']:,} steps; "
-        f"inference weights packed: {report['packed_bytes'] / 2**30:.2f} GiB; "
+        f"{_inference_weights(report)}; "
         f"state of a row: {state['constant'] / 1024:,.1f} KiB"
         + (f" and {state['per_token'] / 1024:,.1f} KiB a token" if state["per_token"] else ""),
         highlight=False,

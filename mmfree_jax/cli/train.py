@@ -15,6 +15,7 @@ from mmfree_jax.config import TrainConfig, replace_model
 from mmfree_jax.config_io import read_settings, with_settings
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.no_effect import without_effect
 from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
 from mmfree_jax.places import PlaceOrUrl, check_place, locate
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
@@ -196,6 +197,9 @@ def train(argv: Sequence[str]) -> int:
     arguments = _parse(argv, "mmfree train")
     joined = find_processes(arguments.processes, os.environ)
     is_first = joined is None or joined.get("process_id", 0) == 0
+    if is_first:
+        for line in without_effect(arguments.run):
+            print(f"warning: {line}", file=sys.stderr)
     kind = arguments.run.log.progress if is_first else "none"
     with contextlib.closing(open_display(kind, sys.stdout, patience=0.0)) as display:
         display.stage("starting JAX")

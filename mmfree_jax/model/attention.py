@@ -195,12 +195,12 @@ def _mixing_flops(config: ModelConfig, seq_len: int, bounded_before: int) -> flo
 
 
 def _kept(config: ModelConfig) -> Kept:
-    """Attention's output; its scores are never kept."""
-    queries, keys = config.query_size, config.key_size
+    """Attention's output; its scores are never kept, and "gates" none of its projections."""
+    queries = config.query_size
     return Kept(
         states=0,
         gated=0,
-        gates=2 * keys + 2 * queries,
+        gates=0,
         inputs=config.hidden_size + queries,
         float32=0,
         compute=queries,

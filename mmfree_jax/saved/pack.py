@@ -1,7 +1,6 @@
 """Writing a packed model, once, from trained weights: ternarising again would change the trits."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -142,33 +141,15 @@ def write_packed(
     """
     if bits not in packed_matmul.FORMATS:
         raise ConfigError(f"bits is {bits!r}: choose one of {', '.join(packed_matmul.FORMATS)}")
-    learnt, weight_scale = config.weight_scale == "learned", config.weight_scale
-    config = with_plain_scale(config)
-    shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
-    ternary = {name for name in shapes if is_ternary(config, tuple(name.split("/")))}
+    kept = embedding or default_embedding(config)
+    plain = with_plain_scale(config)
+    shapes = {name: shape.shape for name, shape in param_shapes(plain).items()}
+    ternary = {name for name in shapes if is_ternary(plain, tuple(name.split("/")))}
     if not ternary:
         raise ConfigError("the model has no ternary layer: there is nothing to pack")
-    kept = embedding or default_embedding(config)
-
-    def stored(name: str, master: Any) -> dict[str, jax.Array]:
-        """The tensors that stand for a parameter."""
-        layer = name.rpartition("/")[0]
-        if name in ternary:
-            own = jnp.asarray(leaf(f"{layer}/log_scale")) if learnt else None
-            trits, scale = ternarise_matrix(master, weight_scale, own)
-            return {f"{layer}/packed": _pack(trits, bits=bits), f"{layer}/scale": scale}
-        if name == EMBEDDING and kept == "int8":
-            values, scale = quantize_rows(master)
-            return {name: values, f"{layer}/scale": scale}
-        return {name: master.astype(kept) if name == EMBEDDING else master}
-
     # The header comes first in the file: names and shapes are needed before there is a value.
-    tensors = []
-    for param, shape in shapes.items():
-        master = jax.ShapeDtypeStruct(shape, jnp.float32)
-        made = jax.eval_shape(functools.partial(stored, param), master)
-        tensors += [(name, x.shape, x.dtype) for name, x in sorted(made.items())]
-    metadata = {"bits": bits, "model": json.dumps(to_dict(config))}
+    tensors = packed_tensors(config, bits, kept)
+    metadata = {"bits": bits, "model": json.dumps(to_dict(plain))}
     error = 0.0
     with tensor_writer(
         file, tensors, file_format=FORMAT, version=VERSION, metadata=metadata
@@ -180,13 +161,53 @@ def write_packed(
                     f"parameter {param} has shape {master.shape}, but the config needs {shape}: "
                     "the weights are of another model"
                 )
-            values = stored(param, master)
+            layer = param.rpartition("/")[0]
+            learnt = param in ternary and config.weight_scale == "learned"
+            own = jnp.asarray(leaf(f"{layer}/log_scale")) if learnt else None
+            values = _stored(param, master, own, config, bits, kept)
             if param == EMBEDDING:
                 error = _relative_error(values, np.asarray(master))
             for name, value in sorted(values.items()):
                 write(name, np.asarray(value))
     count = sum(math.prod(shapes[name]) for name in ternary)
     return PackReport(file, file.stat().st_size, count, kept, error)
+
+
+def packed_tensors(
+    config: ModelConfig, bits: Bits = "2", embedding: EmbeddingDtype | None = None
+) -> list[tuple[str, tuple[int, ...], Any]]:
+    """Names, shapes and dtypes of a packed file's tensors, in their order; see `write_packed`."""
+    kept = embedding or default_embedding(config)
+    tensors = []
+    for name, shape in param_shapes(with_plain_scale(config)).items():
+        master = jax.ShapeDtypeStruct(shape.shape, jnp.float32)
+        made = jax.eval_shape(lambda x, n=name: _stored(n, x, None, config, bits, kept), master)
+        tensors += [(key, x.shape, x.dtype) for key, x in sorted(made.items())]
+    return tensors
+
+
+def packed_bytes(config: ModelConfig) -> int:
+    """Bytes of the tensors of a packed file at 2 bits a weight; without its header."""
+    return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in packed_tensors(config))
+
+
+def _stored(
+    name: str,
+    master: jax.Array,
+    log_scale: jax.Array | None,
+    config: ModelConfig,
+    bits: Bits,
+    embedding: EmbeddingDtype,
+) -> dict[str, jax.Array]:
+    """The tensors that stand for a parameter, `log_scale` that of its layer where it is learnt."""
+    layer = name.rpartition("/")[0]
+    if is_ternary(config, tuple(name.split("/"))):
+        trits, scale = ternarise_matrix(master, config.weight_scale, log_scale)
+        return {f"{layer}/packed": _pack(trits, bits=bits), f"{layer}/scale": scale}
+    if name == EMBEDDING and embedding == "int8":
+        values, scale = quantize_rows(master)
+        return {name: values, f"{layer}/scale": scale}
+    return {name: master.astype(embedding) if name == EMBEDDING else master}
 
 
 _pack = jax.jit(packed_matmul.pack, static_argnames="bits")

@@ -7,6 +7,7 @@ somewhat higher, and see the tests for how close it is.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmfree_jax.config import MeshConfig, TrainConfig
+from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.mixer_pattern import MixerName
 from mmfree_jax.model.mixers import MIXERS
@@ -109,7 +110,7 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     return Memory(
         parameters=parameters.total * size / shards,
         gradients=gradients * accumulated,
-        optimizer=_optimizer_bytes(config) / shards,
+        optimizer=_optimizer_bytes(config.optimizer, config.model) / shards,
         ternary=parameters.ternary
         * (size if config.quantizer.warmup_fraction else 1 + (4 / GROUP) * groups)
         / shards,
@@ -118,10 +119,11 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
     )
 
 
-def _optimizer_bytes(config: TrainConfig) -> int:
+@functools.lru_cache(maxsize=64)
+def _optimizer_bytes(optimizer: OptimizerConfig, model: ModelConfig) -> int:
     """Of the optimiser's state, all devices together; its counters are not counted."""
-    params = unflatten(param_shapes(config.model))
-    state = jax.eval_shape(make_optimizer(config.optimizer, config.model).init, params)
+    params = unflatten(param_shapes(model))
+    state = jax.eval_shape(make_optimizer(optimizer, model).init, params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
 
 

@@ -49,6 +49,28 @@ def test_tables(capsys):
         assert part in out
 
 
+def test_packed_bytes_by_hand(capsys):
+    # vocabulary 512, width 128, one layer of a GLU of 256: mixer 4 * 128 * 128, GLU
+    # 3 * 128 * 256 and head at a quarter of a byte, the embedding in bfloat16; in float32 seven
+    # scales, and of norms the block's two, four inputs', the gate's, gate_up's, the last and the
+    # head's of 128, down's of 256; 128 lower bounds.
+    flags = "--preset rung-1M --model.vocab-size 512 --model.hidden-size 128 --model.num-layers 1"
+    argv = [*flags.split(), "--model.intermediate-size", "256"]
+    trits, vectors = 4 * 128 * 128 + 3 * 128 * 256 + 512 * 128, 10 * 128 + 256 + 128
+    report = _json(capsys, *argv)
+    assert report["packed_bytes"] == trits // 4 + 2 * 512 * 128 + 4 * (7 + vectors)
+    assert report["not_packed"] == []
+    # A float head is in float32 on disk, without a scale and a norm, and keeps the model unpacked.
+    loose_flags = ["no-ternary-weights", "no-int8-activations", "no-input-norm"]
+    loose = _json(capsys, *argv, *(f"--model.head-linear.{flag}" for flag in loose_flags))
+    head = 4 * 512 * 128 - 512 * 128 // 4 - 4 * (1 + 128)
+    assert loose["packed_bytes"] == report["packed_bytes"] + head
+    assert loose["not_packed"] == ["model.head_linear"]
+    dense = _json(capsys, "--preset", "rung-1M-transformer")
+    assert dense["packed_bytes"] is None
+    assert dense["bfloat16_bytes"] == 2 * dense["parameters"]["total"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

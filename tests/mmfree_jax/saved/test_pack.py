@@ -29,7 +29,7 @@ from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.saved.pack import pack as make_packed
-from mmfree_jax.saved.pack import write_packed
+from mmfree_jax.saved.pack import packed_bytes, write_packed
 from mmfree_jax.saved.pretrained import load_model
 from mmfree_jax.saved.session import load_session, save_session
 from mmfree_jax.saved.tensor_file import Reader
@@ -196,6 +196,22 @@ def test_sizes_are_two_bits_a_weight_and_less(tmp_path):
             reader.read(name).nbytes for name in reader.names() if name.endswith("/packed")
         )
         assert sizes[bits] * 8 / report.weights == pytest.approx(float(bits))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixer": "hgrn2,attention", "float_attention": True},
+        {"mixer": "rwkv4", "weight_scale": "learned"},
+        {"head_linear": DENSE, "residual_dtype": "bfloat16"},
+        {"mixer": "rglru", "hidden_size": 128, "intermediate_size": 256, "weight_scale": "groups"},
+    ],
+)
+def test_the_bytes_that_info_tells_are_the_files(changes, tmp_path):
+    config = dataclasses.replace(BASE, num_heads=1, **changes)
+    write(config, tmp_path / "p")
+    reader = pack.open_packed(tmp_path / "p").reader
+    assert packed_bytes(config) == sum(reader.read(name).nbytes for name in reader.names())
 
 
 def test_any_safetensors_reader_opens_the_file(packed):

@@ -1,19 +1,29 @@
 """Parameter, operation and memory counts against hand counts and the compiler."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import param_shapes, unflatten
+from mmfree_jax.model.weights import training_weights
 from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.presets import PRESETS, preset
 from mmfree_jax.train.flops import count_flops, count_parameters, find_device, utilisation
-from mmfree_jax.train.memory import check_fits, device_memory, estimate_memory
+from mmfree_jax.train.memory import (
+    _block_bytes_per_token,
+    check_fits,
+    device_memory,
+    estimate_memory,
+)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("370M", 0.374), ("1.3B", 1.364), ("2.7B", 2.70)])
@@ -141,6 +151,39 @@ def test_remat_saves_memory():
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
         sizes[remat] = estimate_memory(config, MeshConfig(data=1)).activations
     assert sizes["full"] < sizes["dots"] < sizes["none"]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "remat", "channels"),
+    [
+        # Beside the block's input and the stream, both float32 of 64: what the names say.
+        ("mlgru", "gated", 2 * 64),
+        ("attention", "gates", 0),
+        ("rwkv4", "gates", 4 * 64),
+        ("mingru", "gates", 3 * 64),
+        ("rglru", "states", 64),
+        ("rglru", "gates", 5 * 64),
+        ("hgrn2", "gates", 4 * 64),
+        ("attention", "projections", 3 * 64 + 320),
+    ],
+)
+def test_what_is_kept_of_a_layer_is_what_is_counted(mixer, remat, channels, capsys):
+    config = dataclasses.replace(
+        preset("tiny").model, mixer=mixer, remat=remat, hidden_size=64, intermediate_size=160,
+        vocab_size=96, num_layers=2,
+    )  # fmt: skip
+    counted = _block_bytes_per_token(config, mixer)[remat]
+    assert counted == 4 * (64 + 64 + channels)
+
+    def total(params, tokens):
+        weights = training_weights(params, config)
+        return LanguageModel(config).apply(weights, tokens, method="hidden")[0].sum()
+
+    tokens = jax.ShapeDtypeStruct((2, 96), jnp.int32)
+    jax.ad_checkpoint.print_saved_residuals(total, unflatten(param_shapes(config)), tokens)
+    # Stacked over two layers; narrower ones are a norm's few scalars.
+    shapes = re.findall(r"^f32\[2,2,96,(\d+)\]", capsys.readouterr().out, re.MULTILINE)
+    assert 4 * sum(size for size in map(int, shapes) if size >= 64) == counted
 
 
 @pytest.mark.parametrize(("name", "planned"), [("370M", 8.66), ("1.3B", 23.16)])
