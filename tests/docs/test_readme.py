@@ -91,20 +91,23 @@ def study(records):
     table = records.folder / "study" / "best.csv"
     with open(table, newline="", encoding="utf-8") as stream:
         runs = list(csv.DictReader(stream))
+    ratio: dict[str, float] = {}
     for size in ("61M", "1M"):
         cells = []
         for family in FAMILIES:
-            (loss,) = (
-                float(run["loss"])
+            (run,) = (
+                run
                 for run in runs
                 if (run["family"], run["size"]) == (family, f"rung-{size}")
                 and round(float(run["tokens"]) / 1e6) == 24
             )
-            cells.append(f"{loss:.3f} nats")
+            cells.append(f"{float(run['loss']):.3f} nats")
+            ratio[size] = float(run["tokens"]) / float(run["params_non_embedding"])
         yield f"| held-out loss, {size} parameters, 24M tokens | {' | '.join(cells)} |"
     late = [read_runs([table], where=[f"family = {family}"]) for family in FAMILIES]
     both = trend(pair(*(frame.take(frame.tokens >= 1e7) for frame in late))).per_both
     assert both > 0
+    yield f"{ratio['61M']:.1f} tokens a parameter at 61M and {ratio['1M']:.0f} at 1M"
     yield f"the Transformer++ gains: by {both:.2f} nats a decade of both"
 
 
@@ -156,7 +159,14 @@ def facts(records):
     assert [round(size / 1e6) for size in sizes] == [1, 61]
     assert [round(size / 1e6) for size in (min(trained), max(trained))] == [1, 61]
     yield "a study at 1M to 61M parameters"
-    yield "The largest model trained here to a loss has 61M parameters"
+    yield "The largest model trained here has 61M parameters without embedding and head"
+    counts = {
+        row["devices"]
+        for name in ("scaling", "exchange")
+        for row in records[f"h100/{name}.json"]["records"]
+    }
+    assert counts == {1, 2, 4}
+    yield "measured on one, two and four GPUs"
     yield "[arXiv 2406.02528](https://arxiv.org/abs/2406.02528)"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     yield "Apache-2.0"
