@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmfree_jax.presets import preset
     from mmfree_jax.saved.convert import export_hf, import_hf
     from mmfree_jax.saved.open_model import open_model
+    from mmfree_jax.saved.pack import pack
     from mmfree_jax.saved.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "open_model",
+    "pack",
     "preset",
     "save_pretrained",
 ]
@@ -59,6 +61,7 @@ _NAMES = {
     "mmfree_jax.presets": "preset",
     "mmfree_jax.saved.convert": "export_hf import_hf",
     "mmfree_jax.saved.open_model": "open_model",
+    "mmfree_jax.saved.pack": "pack",
     "mmfree_jax.saved.pretrained": "load_pretrained save_pretrained",
 }
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -81,11 +81,16 @@ def pack(
     """Makes a packed model of a trained one, holding one parameter at a time.
 
     Args:
-      model: with master weights.
-      out: folder to make, or its URL; see `new_folder`.
-      bits, embedding: see `write_packed`.
+      model: as `open_model` gives it, with master weights.
+      out: folder to make, or its URL; an earlier packed model there is not replaced.
+      bits: a weight: "2", which kernels read directly, or "1.6", a fifth smaller on disk.
+      embedding: dtype of the stored embedding, "float32", "bfloat16" or "int8" with one scale a
+        row; None: bfloat16 where the residual stream is bfloat16, else float32.
       measure: compares the packed model with the trained one; its result goes into the file.
         None: nothing is compared.
+
+    Returns:
+      The file, its bytes, its ternary weights, and the stored embedding's relative RMS error.
 
     Raises:
       ConfigError: the model is packed already, or has no ternary layer.

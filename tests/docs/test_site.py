@@ -73,10 +73,13 @@ def test_public_names_have_a_docstring_and_one_place(site):
     assert [found for found in homes.values() if len(found) > 1] == []
 
 
-def test_what_a_training_loop_needs_is_public(site):
+def test_what_a_program_of_ones_own_needs_is_public(site):
+    """To train, to evaluate and to generate."""
     needed = {
-        "mmfree_jax": {"LanguageModel", "preset", "load_pretrained", "save_pretrained"},
+        "mmfree_jax": {"LanguageModel", "preset", "load_pretrained", "save_pretrained", "pack"},
         "mmfree_jax.model": {"training_weights"},
+        "mmfree_jax.evaluate": {"evaluate_held_out", "evaluate_tasks", "encode_pair", "Scorer"},
+        "mmfree_jax.infer": {"load_model", "prefill", "fork", "save_session", "load_session"},
         "mmfree_jax.data": {"make_train_iterator", "make_eval_batches", "prepare_dataset"},
         "mmfree_jax.train": {"TrainState", "jit_train_step", "loss_sums", "make_optimizer"},
     }
