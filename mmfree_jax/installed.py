@@ -83,6 +83,32 @@ def load(target: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def load_own(field: str, target: str, kind: str) -> Any:
+    """What a setting of a user's own code, `module:attribute`, names.
+
+    Args:
+      field: the setting and its value; the message begins with it.
+      target: the value.
+      kind: of what it is to be, "a function".
+
+    Raises:
+      ConfigError: the module is not found or its import fails, or it has no such attribute.
+    """
+    module, _, attribute = target.partition(":")
+    try:
+        found = import_module(module)
+    except Exception as e:  # a user's module raises any kind
+        kind_of_error = "" if isinstance(e, ImportError) else f"{type(e).__name__}: "
+        reason = " ".join(f"{kind_of_error}{e}".split())
+        raise ConfigError(
+            f"{field}: {module} cannot be imported ({reason}); set it to MODULE:NAME of a module "
+            "on $PYTHONPATH"
+        ) from e
+    if not hasattr(found, attribute):
+        raise ConfigError(f"{field}: {module} has no {attribute}; name {kind} of it")
+    return getattr(found, attribute)
+
+
 def _checkout() -> dict[str, Any]:
     """The table `project` of a checkout's pyproject.toml; empty where there is none."""
     try:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfree_jax.mixer_pattern import BOUNDED, MixerName, pattern_text, period_of
+from mmfree_jax.mixer_pattern import BOUNDED, is_own, pattern_text, period_of
 from mmfree_jax.ranges import (
     AboveZero,
     Count,
@@ -55,9 +55,9 @@ class ModelConfig:
     mixer: str = "mlgru"
     """Token mixer. mlgru: the MatMul-free gated linear recurrence; attention: causal, with RoPE;
     rwkv4: the paper's other one, an average of values that fades with a learnt decay; mingru:
-    minGRU; rglru: Griffin's RG-LRU; hgrn2: HGRN2, whose state is a matrix a head. Or a
-    pattern of layers that repeats over the depth: mlgru:3,attention is three of the one and then
-    one of the other."""
+    minGRU; rglru: Griffin's RG-LRU; hgrn2: HGRN2, whose state is a matrix a head;
+    MODULE:NAME: your own (docs/adding-a-mixer.md). Or a pattern of layers that repeats over the
+    depth: mlgru:3,attention is three of the one and then one of the other."""
     vocab_size: Count = 32_000
     """Rows of the embedding and of the head (tokens). Where neither a flag nor a config file nor a
     preset other than a rung says it, commands take the vocabulary of data.paths."""
@@ -288,7 +288,7 @@ class ModelConfig:
             )
 
     @property
-    def period(self) -> tuple[MixerName, ...]:
+    def period(self) -> tuple[str, ...]:
         """Token mixers of the layers that repeat over the depth; one where all are alike.
 
         Where a pattern does not fill the depth a whole number of times, these are all layers.
@@ -297,12 +297,12 @@ class ModelConfig:
         return period if self.num_layers % len(period) == 0 else self.layer_mixers
 
     @property
-    def layer_mixers(self) -> tuple[MixerName, ...]:
+    def layer_mixers(self) -> tuple[str, ...]:
         """The token mixer of each layer."""
         period = period_of(self.mixer)
         return (period * -(-self.num_layers // len(period)))[: self.num_layers]
 
-    def linear_of(self, mixer: MixerName) -> LinearConfig:
+    def linear_of(self, mixer: str) -> LinearConfig:
         """What the projections of this mixer's layers compute."""
         return DENSE if mixer == "attention" and self.float_attention else self.mixer_linear
 
@@ -388,10 +388,11 @@ class ModelConfig:
     def family(self) -> str:
         """Name of the architecture, for tables: "matmulfree" (of the MLGRU; of other recurrent
         mixers "matmulfree-rwkv4" and the like, with HGRN2, whose states are read by products,
-        "ternary-hgrn2"), "transformer" or "hybrid"."""
+        "ternary-hgrn2", as with a user's own), "transformer" or "hybrid"."""
         groups = (self.mixer_linear, self.glu_linear, self.head_linear)
         if self.recurrent and all(g == BITLINEAR for g in groups):
-            kind = "ternary" if "hgrn2" in self.period else "matmulfree"
+            products = "hgrn2" in self.period or any(map(is_own, self.period))
+            kind = "ternary" if products else "matmulfree"
             return kind if self.mixer == "mlgru" else f"{kind}-{self.mixer}"
         if self.mixer == "attention" and all(g == DENSE for g in groups) and not self.ternary_qk:
             return "transformer"

@@ -12,6 +12,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "pallas_kernels"
 PUBLIC = (
     "mmfree_jax",
     "mmfree_jax.model",
+    "mmfree_jax.model.mixer",
     "mmfree_jax.data",
     "mmfree_jax.train",
     "mmfree_jax.infer",

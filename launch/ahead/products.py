@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mmfree_jax.mixer_pattern import BOUNDED, MixerName
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.mixer_pattern import BOUNDED
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 from mmfree_jax.train.flops import count_flops
 
@@ -30,7 +30,7 @@ class Matrix(NamedTuple):
       options: what its layer computes.
     """
 
-    mixer: MixerName
+    mixer: str
     name: str
     weights: int
     options: LinearConfig
@@ -54,7 +54,7 @@ def block_matrices(config: ModelConfig) -> Iterator[Matrix]:
     """The matrices of all blocks."""
     width, glu = config.hidden_size, config.glu_size
     for mixer in config.layer_mixers:
-        for name, (rows, columns) in MIXERS[mixer].matrices(config).items():
+        for name, (rows, columns) in mixer_of(mixer).matrices(config).items():
             yield Matrix(mixer, name, rows * columns, config.linear_of(mixer))
         yield Matrix(mixer, "gate_up_proj", 2 * glu * width, config.glu_linear)
         yield Matrix(mixer, "down_proj", width * glu, config.glu_linear)
@@ -100,7 +100,7 @@ def count_products(config: ModelConfig, seq_len: int) -> Products:
     add(2 * head, False)
     bounded = 0
     for mixer in config.layer_mixers:
-        mixing = MIXERS[mixer].mixing_flops(config, seq_len, bounded)
+        mixing = mixer_of(mixer).mixing_flops(config, seq_len, bounded)
         bounded += mixer in BOUNDED
         kept = config.remat in ("none", "dots")
         kept |= mixer != "attention" and config.remat in _KEEPS_STATES

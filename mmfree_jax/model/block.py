@@ -8,12 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mmfree_jax.mixer_pattern import MixerName
 from mmfree_jax.model import depth, remat
 from mmfree_jax.model.layer import GLU
 from mmfree_jax.model.linear import NormScale
 from mmfree_jax.model.mixer import OfLayer
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.operations import Rows, operations
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import constrain_batch
@@ -23,7 +22,7 @@ class Block(nn.Module):
     """A token mixer and a channel mixer, each behind a norm and added to the stream."""
 
     config: ModelConfig
-    mixer: MixerName
+    mixer: str
 
     @nn.compact
     def __call__(
@@ -44,7 +43,7 @@ class Block(nn.Module):
         c = self.config
         width = x_BTD.shape[-1]
         mixer_scale_D = NormScale(c.param_dtype, name="mixer_norm")(width)
-        mixer = MIXERS[self.mixer].module(c, name="mixer")  # type: ignore[call-arg]
+        mixer = mixer_of(self.mixer).module(c, name="mixer")  # type: ignore[call-arg]
         x_BTD, update_BTD, state = mixer(x_BTD, mixer_scale_D, rows, of_layer, state)
         glu_scale_D = NormScale(c.param_dtype, name="glu_norm")(width)
         ops = operations(c, rows, holds=False)  # A GLU holds nothing.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.mixer_pattern import BOUNDED, MixerName
+from mmfree_jax.mixer_pattern import BOUNDED
 from mmfree_jax.model.mixer import OfLayer
 from mmfree_jax.model_config import ModelConfig
 
@@ -27,7 +27,7 @@ def place_path(place: int, config: ModelConfig) -> tuple[str, ...]:
     return ("blocks",) if len(config.period) == 1 else ("blocks", place_names(config)[place])
 
 
-def mixer_at(path: Sequence[str], config: ModelConfig) -> MixerName:
+def mixer_at(path: Sequence[str], config: ModelConfig) -> str:
     """The mixer of the layers whose parameter lies at `path`, which begins with "blocks"."""
     if len(config.period) == 1:
         return config.period[0]

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import quantize
 from mmfree_jax.model.functional import gated_output, swiglu
-from mmfree_jax.model_config import LinearConfig, ModelConfig, WeightScale
+from mmfree_jax.model_config import GROUP, LinearConfig, ModelConfig, WeightScale
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear_many
 from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
 from mmfree_jax.parallel.sharding import constrain_batch, token_axes
@@ -90,8 +91,18 @@ def projections(
     Args:
       config: of the model.
       matrices: (outputs, inputs) of each by its name.
+
+    Raises:
+      ConfigError: weights in groups that share a scale, and inputs that are no whole groups.
     """
     c = config
+    if c.weight_scale == "groups" and c.mixer_linear.ternary_weights:
+        for name, (_, columns) in matrices.items():
+            if columns % GROUP:
+                raise ConfigError(
+                    f"model.weight_scale is groups: {name} of the mixer has {columns} inputs, no "
+                    f"multiple of {GROUP}; set --model.weight-scale matrix"
+                )
     return {
         name: Linear(
             rows,

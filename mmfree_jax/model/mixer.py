@@ -1,7 +1,8 @@
 """What the rest of the program knows of a token mixer, whichever it is.
 
 A mixer's module has one form for all its uses: with many tokens it is the parallel form, with one
-token and a state the one-token form.
+token and a state the one-token form. Whoever writes one of their own finds here what it is made of;
+docs/adding-a-mixer.md goes through an example.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmfree_jax.model.layer import Operations, Steps
+from mmfree_jax.model.linear import projections
+from mmfree_jax.model.operations import Rows, linear_over, run_mixer, token_shift
 from mmfree_jax.model_config import ModelConfig
+
+__all__ = [
+    "Kept",
+    "Mixer",
+    "OfLayer",
+    "Operations",
+    "PackedForm",
+    "Rows",
+    "Steps",
+    "linear_over",
+    "one_vector",
+    "projections",
+    "run_mixer",
+    "token_shift",
+]
 
 
 class OfLayer(NamedTuple):
@@ -70,8 +89,11 @@ class Mixer(NamedTuple):
       module: its Linen module. `module(config)(x_BTD, norm_scale_D, rows, of_layer, state)` gives
         x as the block goes on with it, the update of the residual stream [B, T, D], and the
         new state (None without one).
-      state: (config, (layers, rows), places of a cache) -> the state before the first token.
-      matrices: each matrix of a layer by its name, (outputs, inputs).
+      state: (config, (layers, rows), places of a cache) -> the state before the first token, its
+        arrays [layers, rows, ...]. Attention alone has a cache.
+      matrices: each matrix of a layer by its name, (outputs, inputs). On a mesh the outputs of
+        `NAME_proj` are split over tensor and the inputs over fsdp, those of `o_proj` the other way
+        round; what else the module has is whole on each device.
       norms: parameters of a layer in norms that are not the linear layers' own.
       vectors: other parameters of a layer that are no matrices.
       mixing_flops: (config, length of a row, layers with lower bounds before this one) ->

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.model import depth, functional, layer
 from mmfree_jax.model.linear import LinearWeights, linears
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.operations import recurrence, whole
 from mmfree_jax.model.state import State
 from mmfree_jax.model.weights import EmbeddingTable, Packed, PackedLinear
@@ -148,7 +148,7 @@ def _layers(
             _linears(config, index, kernels, interpret), recurrence_here, vector, steps
         )
         for mixer, blocks, state in zip(config.period, packed.blocks, before, strict=True):
-            form = MIXERS[mixer].packed
+            form = mixer_of(mixer).packed
             assert form is not None  # `can_pack`
             x_BTD, update_BTD, new = form.mix(ops, blocks.mixer, x_BTD, update_BTD, state, config)
             x_BTD, update_BTD = layer.glu(ops, blocks.glu, x_BTD, update_BTD, config.glu_activation)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.model import depth
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import ModelConfig
 
 
@@ -58,7 +58,7 @@ def init_state(config: ModelConfig, batch_size: int, max_length: int | None = No
       ValueError: attention without a max_length.
     """
     rows = (config.num_layers // len(config.period), batch_size)
-    places = [MIXERS[mixer].state(config, rows, max_length) for mixer in config.period]
+    places = [mixer_of(mixer).state(config, rows, max_length) for mixer in config.period]
     return State(jnp.zeros((batch_size,), jnp.int32), depth.join(places, config))
 
 

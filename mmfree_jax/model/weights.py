@@ -27,7 +27,7 @@ from mmfree_jax.model import depth, quantize
 from mmfree_jax.model.functional import forget_gate_lower_bounds
 from mmfree_jax.model.layer import GLUWeights
 from mmfree_jax.model.mixer import packed_weights
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import BITLINEAR, GROUP, LinearConfig, ModelConfig, WeightScale
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.parallel.sharding import constrain_parameter
@@ -230,7 +230,7 @@ def not_packed(config: ModelConfig) -> list[str]:
     wrong += ["short_conv"] * bool(config.short_conv)
     if "attention" in config.period and config.attention_bias != "none":
         wrong.append("attention_bias")
-    if not all(MIXERS[name].packed for name in config.period):
+    if not all(mixer_of(name).packed for name in config.period):
         wrong.append("mixer")
     return [f"model.{name}" for name in wrong]
 
@@ -388,7 +388,7 @@ def _assemble(tree: Params, linear: Callable[..., PackedLinear], config: ModelCo
         mixer, glu = (functools.partial(linear, *path, name) for name in ("mixer", "glu"))
         blocks = _at(tree, path)
         return PackedBlocks(
-            packed_weights(MIXERS[config.period[place]], config, blocks, mixer, of_layers[place]),
+            packed_weights(mixer_of(config.period[place]), config, blocks, mixer, of_layers[place]),
             GLUWeights(
                 norm=blocks["glu_norm"]["scale"],
                 gate_up_proj=glu("gate_up_proj"),

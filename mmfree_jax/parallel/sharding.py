@@ -39,6 +39,9 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"blocks/(layer\d+/)?mixer/[ifgqkvrzhx]_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/(layer\d+/)?mixer/o_proj/weight", P(None, "fsdp", "tensor")),
     (r"blocks/(layer\d+/)?mixer/[qkvo]_proj/bias", P()),
+    # Of mixers outside the package, by how they call them (docs/adding-a-mixer.md).
+    (r"blocks/(layer\d+/)?mixer/\w+_proj/weight", P(None, "tensor", "fsdp")),
+    (r"blocks/(layer\d+/)?mixer/(\w+|\w+_norm/scale)", P()),
     (r"blocks/(layer\d+/)?glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/(layer\d+/)?glu/down_proj/weight", P(None, "fsdp", "tensor")),
     (r"blocks/(layer\d+/)?(mixer|glu)/\w+_proj/(norm|log)_scale", P()),
@@ -190,10 +193,26 @@ def param_spec(path: str) -> P:
     raise KeyError(f"parameter {path!r} has no line in the sharding table: add one")
 
 
+def fitting_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
+    """`param_spec` of a parameter of this shape.
+
+    Raises:
+      ConfigError: the shape does not divide over the mesh.
+    """
+    spec = param_spec(path)
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ConfigError(
+                f"{path} has {size} rows or columns to split over mesh.{axis} "
+                f"({mesh.shape[axis]}): set --mesh.{axis} to a divisor of it"
+            )
+    return spec
+
+
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """A sharding for each leaf of a parameter tree (arrays or shapes)."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, param_spec(_join(path))), params
+        lambda path, x: NamedSharding(mesh, fitting_spec(_join(path), x.shape, mesh)), params
     )
 
 
@@ -210,7 +229,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         for start in range(len(names)):
             name = "/".join(names[start:])
             if shapes.get(name) == leaf.shape and name in shapes:
-                return NamedSharding(mesh, param_spec(name))
+                return NamedSharding(mesh, fitting_spec(name, leaf.shape, mesh))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmfree_jax.mixer_pattern import BOUNDED
 from mmfree_jax.model import depth
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import (
     Packed,
@@ -131,7 +131,7 @@ def _parts_of_packed(weights: Packed, config: ModelConfig) -> tuple[_Matrices, P
     linears: dict[str, PackedLinear] = {}
     for place, (name, blocks) in enumerate(zip(config.period, weights.blocks, strict=True)):
         path = "/".join(depth.place_path(place, config))
-        form = MIXERS[name].packed
+        form = mixer_of(name).packed
         assert form is not None  # it is packed
         for part, group in (("mixer", blocks.mixer), ("glu", blocks.glu)):
             for field, linear in zip(group._fields, group, strict=True):

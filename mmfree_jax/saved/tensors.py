@@ -19,9 +19,9 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model.parameters import unflatten
-from mmfree_jax.parallel.sharding import param_spec
+from mmfree_jax.parallel.sharding import fitting_spec
 from mmfree_jax.saved.kinds import PICKLED
 from mmfree_jax.text_files import open_file, read_json
 
@@ -245,14 +245,7 @@ def _sharding(path: str, shape: jax.ShapeDtypeStruct, mesh: Mesh | None) -> Shar
     if mesh is None:
         (device,) = jnp.zeros(()).devices()
         return SingleDeviceSharding(device)
-    spec = param_spec(path)
-    for size, axis in zip(shape.shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            raise ConfigError(
-                f"{path} has {size} rows or columns to split over mesh.{axis} "
-                f"({mesh.shape[axis]}): set --mesh.{axis} to a divisor of it"
-            )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, fitting_spec(path, shape.shape, mesh))
 
 
 @functools.lru_cache

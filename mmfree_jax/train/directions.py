@@ -5,7 +5,6 @@ is one. It gets gradients that are scaled and clipped already; the rate and its 
 weight decay and the factors of groups of parameters (`parameter_rules.py`) are the same for all.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from optax import contrib
 
 from mmfree_jax.config import OptimizerConfig
 from mmfree_jax.errors import ConfigError
+from mmfree_jax.installed import load_own
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.train.parameter_rules import group_of
 
@@ -110,17 +110,7 @@ def _of_factory(config: OptimizerConfig, model: ModelConfig | None) -> Any:
     """What the user's function makes of the settings."""
     assert config.factory is not None
     field = f"optimizer.factory is {config.factory!r}"
-    module, _, name = config.factory.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as e:
-        raise ConfigError(
-            f"{field}: {module} cannot be imported ({e}); set it to MODULE:FUNCTION of a module "
-            "on $PYTHONPATH"
-        ) from e
-    except AttributeError as e:
-        raise ConfigError(f"{field}: {module} has no {name}; name a function of it") from e
-    made = function(config, model)
+    made = load_own(field, config.factory, "a function")(config, model)
     if not (callable(getattr(made, "init", None)) and callable(getattr(made, "update", None))):
         raise ConfigError(
             f"{field}: it returned {type(made).__name__}; make it return an "

@@ -8,8 +8,8 @@ program's; int8 and ternary products count as the bfloat16 products they stand f
 
 import dataclasses
 
-from mmfree_jax.mixer_pattern import BOUNDED, MixerName
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.mixer_pattern import BOUNDED
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 
 
@@ -49,7 +49,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     glu, head, norms = layers * 3 * d * m, vocab * d, layers * 2 * d + d
     mixer = vectors = ternary_mixer = 0
     for name in config.layer_mixers:
-        of_mixer, matrices = MIXERS[name], _matrix_weights(config, name)
+        of_mixer, matrices = mixer_of(name), _matrix_weights(config, name)
         mixer, vectors = mixer + matrices, vectors + of_mixer.vectors(config)
         norms += of_mixer.norms(config)
         if config.linear_of(name).input_norm:
@@ -64,7 +64,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     learnt = config.weight_scale == "learned"
     if learnt:  # a scale a ternary matrix
         mixer += sum(
-            len(MIXERS[name].matrices(config))
+            len(mixer_of(name).matrices(config))
             for name in config.layer_mixers
             if config.linear_of(name).ternary_weights
         )
@@ -91,9 +91,9 @@ def mixer_weights(config: ModelConfig) -> int:
     return sum(_matrix_weights(config, name) for name in config.layer_mixers)
 
 
-def _matrix_weights(config: ModelConfig, name: MixerName) -> int:
+def _matrix_weights(config: ModelConfig, name: str) -> int:
     """Of one layer."""
-    return sum(rows * columns for rows, columns in MIXERS[name].matrices(config).values())
+    return sum(rows * columns for rows, columns in mixer_of(name).matrices(config).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     d, layers = config.hidden_size, config.num_layers
     mixing, bounded = 0.0, 0
     for name in config.layer_mixers:
-        mixing += MIXERS[name].mixing_flops(config, seq_len, bounded)
+        mixing += mixer_of(name).mixing_flops(config, seq_len, bounded)
         bounded += name in BOUNDED
     return TokenFlops(
         mixer=2 * mixer_weights(config),

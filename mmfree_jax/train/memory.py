@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.mixer_pattern import MixerName
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model_config import GROUP, ModelConfig
 from mmfree_jax.train.flops import count_parameters
@@ -50,12 +49,12 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def _block_bytes_per_token(config: ModelConfig, name: MixerName) -> dict[str, float]:
+def _block_bytes_per_token(config: ModelConfig, name: str) -> dict[str, float]:
     """What a block of this mixer keeps for its backward pass, in bytes a token, by remat policy."""
     d, m = config.hidden_size, config.glu_size
     c = jnp.dtype(config.compute_dtype).itemsize
     residuals = d * c  # the block's input
-    mixer = MIXERS[name]
+    mixer = mixer_of(name)
     kept = mixer.kept(config)
     # Outputs of all products, and what they read.
     products = (sum(rows for rows, _ in mixer.matrices(config).values()) + 2 * m + d) * c
@@ -102,7 +101,7 @@ def estimate_memory(config: TrainConfig, mesh: MeshConfig) -> Memory:
         activations = max(0.0, activations - gradients)
     if model.remat != "none":
         activations += max(of_block["none"] for of_block in kept.values()) * tokens
-    activations += max(MIXERS[name].kept(model).working for name in model.period) * 4 * tokens
+    activations += max(mixer_of(name).kept(model).working for name in model.period) * 4 * tokens
     chunk = min(tokens, config.loss_chunk)
     compute = jnp.dtype(model.compute_dtype).itemsize
     accumulated = 2 if config.grad_accum > 1 else 1

@@ -1,37 +1,22 @@
 """The pages for whoever calls the library do what they say, from a text to an answer."""
 
-import io
 import re
-from contextlib import chdir, redirect_stdout
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from run_page import code_of, run_page
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORTER = {"STEPS = 300": "STEPS = 30", "seq_len=128": "seq_len=32", "size=16": "size=8"}
 SHORTER |= {"max_new_tokens=40": "max_new_tokens=4", "window=128": "window=32"}
 QUICKER = {"window=128": "window=32", "seq_len=128": "seq_len=32"}
-IMPORTED = re.compile(r"^from (mmfree_jax[\w.]*) import (.*)$", re.M)
-
-
-def code_of(page: Path) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
-
-
-def run(page: str, folder: Path, shorter: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """What a page's code, all of it in one go, names and prints in `folder`."""
-    path = ROOT / "docs" / page
-    code = code_of(path)
-    for shown, quicker in shorter.items():
-        assert shown in code
-        code = code.replace(shown, quicker)
-    names: dict[str, Any] = {}
-    with chdir(folder), redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, str(path), "exec"), names)
-    return names, printed.getvalue().splitlines()
+IMPORTED = re.compile(r"^from (mmfree_jax[\w.]*) import (?:(\w.*)|\(([^)]*)\))$", re.M)
+PAGES = [
+    "custom-loop.md",
+    "evaluating-in-python.md",
+    "generating-in-python.md",
+    "adding-a-mixer.md",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +25,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     documents = [f"We the people of district {i} say so. " * 8 for i in range(60)]
     (folder / "mine.txt").write_text("\n\n".join(documents))
-    return folder, *run("custom-loop.md", folder, SHORTER)
+    return folder, *run_page("custom-loop.md", folder, SHORTER)
 
 
 def test_the_loop_trains_saves_evaluates_and_generates(trained):
@@ -58,7 +43,7 @@ def test_the_loop_trains_saves_evaluates_and_generates(trained):
 def test_evaluating(trained, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(trained[0] / "hf"))
-    names, printed = run("evaluating-in-python.md", trained[0], QUICKER)
+    names, printed = run_page("evaluating-in-python.md", trained[0], QUICKER)
     held_out = names["held_out"]
     assert held_out.loss.low < held_out.loss.mean < held_out.loss.high
     assert sum(x.tokens for *_, x in held_out.by_position) == held_out.loss.tokens
@@ -79,7 +64,7 @@ def test_evaluating(trained, monkeypatch):
 
 
 def test_generating(trained):
-    names, _ = run("generating-in-python.md", trained[0], {})
+    names, _ = run_page("generating-in-python.md", trained[0])
     assert "".join(names["pieces"]) == names["streamed"].texts[0] == names["greedy"].texts[0]
     assert len(set(names["answers"].texts)) > 1
     assert names["output"].tokens == names["answers"].tokens
@@ -95,10 +80,11 @@ def test_generating(trained):
     assert names["packed"].tokens[0] == whole
 
 
-@pytest.mark.parametrize("page", ["custom-loop", "evaluating-in-python", "generating-in-python"])
+@pytest.mark.parametrize("page", PAGES)
 def test_only_public_names_are_imported(page):
-    found = IMPORTED.findall(code_of(ROOT / f"docs/{page}.md"))
+    code, files = code_of(f"{page}.md")
+    found = IMPORTED.findall("\n".join([code, *files.values()]))
     assert found
-    for module, names in found:
-        public = import_module(module).__all__
-        assert {name.strip() for name in names.split(",")} <= set(public), module
+    for module, line, lines in found:
+        names = {name.strip() for name in (line or lines).split(",")} - {""}
+        assert names <= set(import_module(module).__all__), module

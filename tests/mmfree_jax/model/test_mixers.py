@@ -114,10 +114,11 @@ def test_documents_of_a_row_do_not_see_each_other(config, params):
     assert np.abs(logits[0, :4] - logits[1, :4]).max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["rwkv4", "rglru-hgrn2", "hybrid"])
+@pytest.mark.parametrize("name", ["rwkv4", "rglru-hgrn2", "hybrid", "own"])
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name):
     """Rows over data and fsdp, matrices over fsdp and tensor, documents that end within a row."""
-    config = dataclasses.replace(CONFIGS[name], remat="states")
+    configs = CONFIGS | {"own": dataclasses.replace(BASE, mixer="page_mixer:LEAKY")}  # a page's
+    config = dataclasses.replace(configs[name], remat="states")
     params = jax.jit(LanguageModel(config).init)(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))
     rng = np.random.default_rng(4)
     tokens = jnp.asarray(rng.integers(0, 62, (4, 12)), jnp.int32)

@@ -12,7 +12,7 @@ from mmfree_jax.config import MeshConfig, TrainConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import functional, init_state
 from mmfree_jax.model.mixer import OfLayer
-from mmfree_jax.model.mixers import MIXERS
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model.operations import Rows
 from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh
@@ -98,7 +98,7 @@ def test_a_mixer_is_its_equations(name):
     ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0]])
     reset, padding = functional.document_edges(ids)
     rows = Rows(jnp.zeros((B, T), jnp.int32), ids, reset, padding)
-    mixer = MIXERS[name]
+    mixer = mixer_of(name)
     start = {
         key: jnp.asarray(rng.normal(size=x.shape[1:]), jnp.float32)
         for key, x in mixer.state(config, (1, B), None).items()

@@ -158,8 +158,8 @@ def test_parameters_and_moments_are_laid_out_alike():
 
 
 def test_a_parameter_without_a_line_in_the_table_is_an_error():
-    with pytest.raises(KeyError, match="blocks/mixer/new_proj/weight"):
-        param_spec("blocks/mixer/new_proj/weight")
+    with pytest.raises(KeyError, match="blocks/glu/new_proj/weight"):
+        param_spec("blocks/glu/new_proj/weight")
 
 
 def _run(config, batch, state=None):
