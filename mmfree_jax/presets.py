@@ -118,6 +118,14 @@ def preset(name: str) -> TrainConfig:
 
     Raises:
       ConfigError: there is no such preset; the message lists them.
+
+    Example:
+      >>> from mmfree_jax import preset
+      >>> config = preset("370M").model
+      >>> config.hidden_size, config.num_layers
+      (1024, 24)
+      >>> preset("370M-transformer").model.mixer
+      'attention'
     """
     if name not in PRESETS:
         raise ConfigError(f"preset is {name!r}: choose one of {', '.join(PRESETS)}")

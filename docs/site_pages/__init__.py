@@ -41,15 +41,23 @@ def _plain(app: Any, what: str, name: str, value: Any, options: Any, lines: list
     """Makes of a docstring's lines what reStructuredText and napoleon take for the same text.
 
     A product, a norm or `*args` is no markup; an indented paragraph is set as it is; a colon in
-    the text under a field does not end a type.
+    the text under a field does not end a type. Examples are left as they are.
     """
+    shown = _examples(lines)
     for i, line in enumerate(lines):
+        if i in shown:
+            continue
         parts = line.split("`")  # every other one is in backticks
         parts[::2] = [re.sub(r"(?<!^)([*|])", r"\\\1", part) for part in parts[::2]]
         lines[i] = "`".join(parts)
     for i in range(len(lines) - 1, 1, -1):
         before = next((line for line in lines[i - 1 :: -1] if line), " ")
-        if lines[i].startswith(" ") and not lines[i - 1] and not before.startswith(" "):
+        if (
+            i not in shown
+            and lines[i].startswith(" ")
+            and not lines[i - 1]
+            and not before.startswith(" ")
+        ):
             lines[i:i] = ["::", ""]
     if what in ("attribute", "property", "data"):
         lines[:0] = ["..", ""]  # an empty comment, which napoleon takes for all before the colon
@@ -61,6 +69,15 @@ def _as_documented() -> None:
 
     jax.Array.__qualname__ = "Array"
     jax.sharding.Mesh.__module__ = "jax.sharding"
+
+
+def _examples(lines: list[str]) -> set[int]:
+    """Numbers of the lines of a docstring that are an interpreter's, with what it prints."""
+    found, inside = set(), False
+    for i, line in enumerate(lines):
+        inside = line.lstrip().startswith(">>>") or (inside and bool(line.strip()))
+        found |= {i} if inside else set()
+    return found
 
 
 def contents(text: str) -> str:

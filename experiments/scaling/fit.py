@@ -110,6 +110,16 @@ def fit_law(
     Raises:
         ScalingError: a column that the law needs is missing, or there are fewer runs than
             parameters.
+
+    Example:
+        >>> import numpy as np
+        >>> from mmfree_jax.experiments.scaling import fit_law, make_frame
+        >>> size, tokens = (x.ravel() for x in np.meshgrid([1e6, 3e6, 1e7, 3e7], [1e8, 3e8, 1e9]))
+        >>> loss = 1.7 + 400 * size**-0.34 + 410 * tokens**-0.28
+        >>> frame = make_frame(params=size, tokens=tokens, loss=loss)
+        >>> fit = fit_law(frame, resamples=0, profile=False, holdout=False)
+        >>> {name: round(value, 2) for name, value in fit.parameters.items()}
+        {'E': 1.7, 'A': 400.0, 'B': 410.0, 'alpha': 0.34, 'beta': 0.28}
     """
     form = get_law(law) if isinstance(law, str) else law
     objective = objective or Objective(form.objective)

@@ -76,6 +76,15 @@ def make_frame(**columns: Any) -> RunFrame:
 
     Raises:
         ScalingError: an unknown column, columns of different lengths, or no `loss`.
+
+    Example:
+      >>> import numpy as np
+      >>> from mmfree_jax.experiments.scaling import make_frame
+      >>> size, tokens = (x.ravel() for x in np.meshgrid([1e6, 3e6, 1e7, 3e7], [1e8, 3e8, 1e9]))
+      >>> loss = 1.7 + 400 * size**-0.34 + 410 * tokens**-0.28
+      >>> frame = make_frame(params=size, tokens=tokens, loss=loss)
+      >>> len(frame)
+      12
     """
     known = {f.name for f in fields(RunFrame)}
     for name in columns:
@@ -233,6 +242,15 @@ def compute(
 
     Raises:
         ScalingError: the columns that the convention needs are missing.
+
+    Example:
+      >>> import numpy as np
+      >>> from mmfree_jax.experiments.scaling import compute, make_frame
+      >>> size, tokens = (x.ravel() for x in np.meshgrid([1e6, 3e6, 1e7, 3e7], [1e8, 3e8, 1e9]))
+      >>> loss = 1.7 + 400 * size**-0.34 + 410 * tokens**-0.28
+      >>> frame = make_frame(params=size, tokens=tokens, loss=loss)
+      >>> float(compute(frame, "6nd")[0])
+      600000000000000.0
     """
     costs = costs or OperationCosts()
     convention = resolve([frame], flops=convention)[1]

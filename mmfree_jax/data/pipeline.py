@@ -82,6 +82,20 @@ def make_train_iterator(
     Raises:
       ConfigError: a row lies outside the batch.
       DataError: a folder cannot be read, or is shorter than one row.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from mmfree_jax.data import PrepareConfig, prepare_dataset
+      >>> _ = Path("mine.txt").write_text("We the people of the district say so. " * 20)
+      >>> config = PrepareConfig(out="data/second", input=("mine.txt",), heldout_fraction=0.0)
+      >>> index, is_new = prepare_dataset(config)
+      >>> from mmfree_jax import DataConfig
+      >>> from mmfree_jax.data import make_train_iterator
+      >>> data = DataConfig(paths=("data/second",), seq_len=16)
+      >>> batches = make_train_iterator(data, batch_size=4)
+      >>> {name: array.shape for name, array in sorted(next(batches).items())}
+      {'segment_ids': (4, 16), 'targets': (4, 16), 'tokens': (4, 16)}
+      >>> batches.close()
     """
     mine = _check_rows(max(batch_size, padded or 0), rows)
     datasets = open_mixture(config)

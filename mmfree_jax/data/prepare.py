@@ -166,6 +166,15 @@ def prepare_dataset(
       OutputError: the disk cannot be written.
       StorageError: the bucket refuses, or cannot be reached.
       What was finished stays and is gone on with next time.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from mmfree_jax.data import PrepareConfig, prepare_dataset
+      >>> _ = Path("mine.txt").write_text("We the people of the district say so. " * 20)
+      >>> config = PrepareConfig(out="data/first", input=("mine.txt",), heldout_fraction=0.0)
+      >>> index, is_new = prepare_dataset(config)
+      >>> is_new
+      True
     """
     found = find_files(config)
     place = locate(config.out, "out")

@@ -90,7 +90,15 @@ def identity(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, start of document 256, end of document 257."""
+    """UTF-8 bytes as ids 0 to 255, start of document 256, end of document 257.
+
+    Example:
+      >>> from mmfree_jax.data import ByteTokenizer
+      >>> ByteTokenizer().encode("MLGRU")
+      [77, 76, 71, 82, 85]
+      >>> ByteTokenizer().decode([77, 76])
+      'ML'
+    """
 
     kind = BYTE
     vocab_size = 258

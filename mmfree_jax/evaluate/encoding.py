@@ -22,6 +22,12 @@ def encode_pair(tokenizer: Tokenizer, context: str, answer: str) -> tuple[list[i
 
     Returns:
       The context's ids and the answer's; either may be empty.
+
+    Example:
+      >>> from mmfree_jax.data import ByteTokenizer
+      >>> from mmfree_jax.evaluate import encode_pair
+      >>> encode_pair(ByteTokenizer(), "1 + ", "2")  # the blank goes to the answer
+      ([49, 32, 43], [32, 50])
     """
     kept = context.rstrip()
     context, answer = kept, context[len(kept) :] + answer

@@ -94,6 +94,18 @@ class Scorer:
       programs: (kind, length, rows) of every program compiled so far.
       tokens_read: tokens put through the model so far, padding included.
       tokens_asked: tokens of the queries so far.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> from mmfree_jax.evaluate import Query, Scorer
+      >>> scores = Scorer(model, params).score([Query([1, 2, 3, 4], scored=2), Query([5, 6], 1)])
+      >>> [score.log_likelihood < 0 for score in scores]
+      [True, True]
     """
 
     def __init__(

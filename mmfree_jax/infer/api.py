@@ -98,6 +98,18 @@ def generate(
       DataError: an empty prompt, or a token id that the model does not have.
       ConfigError: a sampling setting, stop id, seed or session that does not fit.
       CheckpointError: the model gives logits that are not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> from mmfree_jax import generate
+      >>> output = generate(model, params, [[1, 2, 3], [4]], max_new_tokens=5, temperature=0)
+      >>> [len(tokens) for tokens in output.tokens], output.finish_reasons
+      ([5, 5], ['length', 'length'])
     """
     config = model.config
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

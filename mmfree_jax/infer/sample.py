@@ -15,7 +15,14 @@ from mmfree_jax.ranges import AboveZero, Count, NotNegative, PositiveShare, Shar
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The defaults sample from the model's own distribution."""
+    """How the next token is drawn. The defaults sample from the model's own distribution.
+
+    Example:
+      >>> from mmfree_jax.infer import Sampling
+      >>> Sampling(top_p=1.5)
+      Traceback (most recent call last):
+      mmfree_jax.errors.ConfigError: top_p is 1.5: set a value in (0, 1]
+    """
 
     temperature: NotNegative = 1.0
     """Divides the logits; 0: always the likeliest token (greedy)."""

@@ -45,6 +45,13 @@ class TextStream:
     """Turns tokens into text as they come, holding back characters that are not whole yet.
 
     What `push` and `flush` return adds up to the text of all tokens after the context's.
+
+    Example:
+      >>> from mmfree_jax.data import ByteTokenizer
+      >>> from mmfree_jax.infer import TextStream
+      >>> stream = TextStream(ByteTokenizer())
+      >>> [stream.push([token]) for token in "né".encode()]
+      ['n', '', 'é']
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:

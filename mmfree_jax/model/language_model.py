@@ -52,6 +52,16 @@ class LanguageModel(nn.Module):
 
     `model.apply({"params": params}, tokens)` gives float32 logits, and so does `apply` of any of
     the three forms of weights. The parameter tree is listed in ARCHITECTURE.md.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> model.apply({"params": params}, tokens).shape
+      (1, 3, 258)
     """
 
     config: ModelConfig

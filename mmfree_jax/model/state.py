@@ -56,6 +56,12 @@ def init_state(config: ModelConfig, batch_size: int, max_length: int | None = No
 
     Raises:
       ValueError: attention without a max_length.
+
+    Example:
+      >>> from mmfree_jax import ModelConfig
+      >>> from mmfree_jax.model import init_state
+      >>> init_state(ModelConfig(hidden_size=64, num_layers=2), batch_size=3).layers["h"].shape
+      (2, 3, 64)
     """
     rows = (config.num_layers // len(config.period), batch_size)
     places = [mixer_of(mixer).state(config, rows, max_length) for mixer in config.period]

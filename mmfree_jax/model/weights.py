@@ -308,6 +308,18 @@ def training_weights(params: Params, config: ModelConfig) -> Master | Ternary:
     """The weights that a training step reads: the masters, and beside them their trits.
 
     Stays `Master` where the program ternarises its weights itself (`bitlinear: plain`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> from mmfree_jax.model import training_weights
+      >>> weights = training_weights(params, config)
+      >>> weights.ternary["head"]["trits"].dtype
+      dtype('int8')
     """
     if config.bitlinear == "plain":
         return Master(params)

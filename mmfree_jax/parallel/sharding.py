@@ -64,6 +64,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or cannot be divided
         over the slices.
+
+    Example:
+      >>> import jax
+      >>> from mmfree_jax import MeshConfig
+      >>> from mmfree_jax.train import make_mesh
+      >>> dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)
+      {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))

@@ -42,6 +42,19 @@ def load_pretrained(
         implemented.
       CheckpointError: the weights are missing, damaged, pickled, or do not fit the config; all
         tensors that do not fit are listed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> from mmfree_jax import load_pretrained, save_pretrained
+      >>> save_pretrained("models/new", model, params)
+      >>> model, params = load_pretrained("models/new")
+      >>> params["head"]["weight"].shape
+      (258, 16)
     """
     saved = open_model(path)
     model = saved.model(compute_dtype)
@@ -85,6 +98,19 @@ def save_pretrained(
       CheckpointError: the parameters are not those of the model.
       OutputError: `path` exists and may not be replaced, or cannot be written.
       StorageError: the bucket refuses, or cannot be reached.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> from mmfree_jax import load_pretrained, save_pretrained
+      >>> save_pretrained("models/tiny", model, params)
+      >>> again, its_params = load_pretrained("models/tiny")
+      >>> again.config == model.config
+      True
     """
     shapes = {name: leaf.shape for name, leaf in param_shapes(model.config).items()}
     given = {name: leaf.shape for name, leaf in flatten(params).items()}

@@ -39,7 +39,15 @@ class Parameters:
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Parameters of the model by component, as `LanguageModel.init` makes them."""
+    """Parameters of the model by component, as `LanguageModel.init` makes them.
+
+    Example:
+      >>> from mmfree_jax import preset
+      >>> from mmfree_jax.train import count_parameters
+      >>> counted = count_parameters(preset("370M").model)
+      >>> counted.total, counted.ternary
+      (374108160, 341049344)
+    """
     d, m, layers, vocab = (
         config.hidden_size,
         config.glu_size,
@@ -123,6 +131,12 @@ def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     """Operations a token of the forward pass, averaged over a row of `seq_len` tokens.
 
     Attention is counted as causal. Rows that pack several documents do less.
+
+    Example:
+      >>> from mmfree_jax import preset
+      >>> from mmfree_jax.train import count_flops
+      >>> f"{count_flops(preset('370M').model, seq_len=2048).training:.3e}"  # a token
+      '2.047e+09'
     """
     d, layers = config.hidden_size, config.num_layers
     mixing, bounded = 0.0, 0

@@ -134,6 +134,23 @@ def loss_sums(
 
     Returns:
       The objective's sum, whose gradient is wanted, and its parts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax import LanguageModel, ModelConfig
+      >>> config = ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, intermediate_size=16)
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> from mmfree_jax.model import training_weights
+      >>> from mmfree_jax.train import loss_sums
+      >>> targets, one_document = jnp.array([[2, 3, -1]]), jnp.ones_like(tokens)
+      >>> batch = {"tokens": tokens, "targets": targets, "segment_ids": one_document}
+      >>> weights = training_weights(params, config)
+      >>> loss = jax.jit(lambda weights: loss_sums(weights, batch, model=model))
+      >>> objective, sums = loss(weights)
+      >>> int(sums.tokens)  # -1 is not counted
+      2
     """
     x_BTD, _ = model.apply(weights, batch["tokens"], batch["segment_ids"], method="hidden")
     targets_N = flatten_tokens(batch["targets"])

@@ -47,6 +47,13 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig | None = None) ->
 
     Raises:
       ConfigError: `config.factory` names none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax import OptimizerConfig
+      >>> from mmfree_jax.train import init_state, make_optimizer
+      >>> optimizer = make_optimizer(OptimizerConfig(name="lion", learning_rate=1e-4))
+      >>> opt_state = optimizer.init({"head": {"weight": jnp.ones((2, 2))}})
     """
     if config.name == "adamw" and config.factory is None:
         return Optimizer(

@@ -117,5 +117,13 @@ def weight_decay(config: OptimizerConfig, values: ScheduleValues, count: Any) ->
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """`learning_rate` as a function of the number of updates already made."""
+    """`learning_rate` as a function of the number of updates already made.
+
+    Example:
+      >>> from mmfree_jax import OptimizerConfig
+      >>> from mmfree_jax.train import make_schedule
+      >>> schedule = make_schedule(OptimizerConfig(learning_rate=1e-3, warmup_steps=10), steps=100)
+      >>> [round(float(schedule(step)), 6) for step in (0, 5, 10, 100)]
+      [0.0, 0.0005, 0.001, 0.0]
+    """
     return functools.partial(learning_rate, config.schedule, schedule_values(config, steps))

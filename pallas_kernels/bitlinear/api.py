@@ -57,6 +57,18 @@ def bitlinear(
 
     Returns:
       [..., N] of out_dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear
+      >>> from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+      >>> w = jax.random.normal(jax.random.key(0), (3, 8))
+      >>> def layer(x, w):
+      ...     return bitlinear(x, jnp.ones(8), w, *ternarize(jax.lax.stop_gradient(w)), eps=1e-6)
+      >>> layer(jnp.ones((2, 8)), w).shape
+      (2, 3)
+      >>> jax.grad(lambda w: layer(jnp.ones((2, 8)), w).sum())(w).shape  # straight through
+      (3, 8)
     """
     if norm and norm_weight is None:
         raise ValueError("norm=True needs norm_weight, got None: pass it, or norm=False")

@@ -49,6 +49,14 @@ def gla(
 
     Raises:
       ValueError: shapes disagree, or partition splits time.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.gla.api import gla
+      >>> q = k = v = jnp.ones((1, 3, 1, 2))
+      >>> out, state = gla(q, k, v, jnp.zeros((1, 3, 1, 2)))  # nothing fades
+      >>> out[0, :, 0, 0].tolist(), state.shape
+      ([2.0, 4.0, 6.0], (1, 1, 2, 2))
     """
     _check(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, state_BHKV)
     B, T, H, K = k_BTHK.shape

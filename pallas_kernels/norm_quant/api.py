@@ -86,6 +86,14 @@ def norm_quant(
 
     Raises:
       ValueError: an unknown implementation, or options that exclude each other.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.norm_quant.api import norm_quant
+      >>> x, ones = jnp.array([[3.0, -4.0]]), jnp.ones(2)
+      >>> _, (q_i, q_f), scales, _ = norm_quant(x, (ones, 2 * ones), eps=1e-6)
+      >>> q_i.dtype, q_f.shape, [round(float(scale[0, 0]), 4) for scale in scales]
+      (dtype('int8'), (1, 2), [0.0089, 0.0178])
     """
     k = x.shape[-1] // (2 if gated else 1)
     room = _Room((x, residual, times_silu), k * len(weights), (*weights, outer_weight))

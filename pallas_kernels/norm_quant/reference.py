@@ -25,6 +25,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
 
     Returns:
       [..., K] float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.norm_quant.api import rms_norm
+      >>> rms_norm(jnp.array([2.0, -2.0]), jnp.array([1.0, 3.0]), eps=0.0)
+      Array([ 1., -3.], dtype=float32)
     """
     x = x.astype(jnp.float32)
     return x * inverse_rms(x, eps=eps) * weight.astype(jnp.float32)
@@ -51,6 +57,15 @@ def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       q: [..., K] int8.
       scale: [..., 1] float32, equal to 1 / s, so that x is about q * scale.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.norm_quant.api import quantize_int8
+      >>> q, scale = quantize_int8(jnp.array([[0.5, -2.54, 0.01]]))
+      >>> q
+      Array([[  25, -127,    0]], dtype=int8)
+      >>> scale.shape, round(float(scale[0, 0]), 4)
+      ((1, 1), 0.02)
     """
     x = x.astype(jnp.float32)
     absmax = token_absmax(x)
@@ -58,5 +73,12 @@ def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def norm_quantize(x: jax.Array, weight: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
-    """`quantize_int8(rms_norm(x, weight))`: what stands in front of every ternary product."""
+    """`quantize_int8(rms_norm(x, weight))`: what stands in front of every ternary product.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.norm_quant.api import norm_quantize
+      >>> norm_quantize(jnp.array([3.0, -4.0]), jnp.ones(2), eps=1e-6)[0]
+      Array([  95, -127], dtype=int8)
+    """
     return quantize_int8(rms_norm(x, weight, eps=eps))

@@ -68,6 +68,13 @@ def packed_matmul(
     Raises:
       TypeError: an operand's dtype.
       ValueError: shapes that do not fit, an unknown implementation, or bits it does not take.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.packed_matmul.api import pack, packed_matmul
+      >>> trits = jnp.array([[1, -1, 0, 1], [0, 0, -1, 1]], jnp.int8)
+      >>> packed_matmul(jnp.array([[5, 7, 1, -2]], jnp.int8), pack(trits))
+      Array([[-4, -3]], dtype=int32)
     """
     if x_q.dtype != jnp.int8 or packed.dtype != jnp.uint8:
         raise TypeError(f"x_q must be int8 and packed uint8, got {x_q.dtype} and {packed.dtype}")

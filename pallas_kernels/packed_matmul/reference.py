@@ -29,6 +29,16 @@ def pack(trits: jax.Array, *, bits: str = "2") -> jax.Array:
 
     Returns:
       [..., N, Q] uint8.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.packed_matmul.api import pack, unpack
+      >>> trits = jnp.array([[1, -1, 0, 1]], jnp.int8)
+      >>> packed = pack(trits)
+      >>> packed.shape, packed.dtype
+      ((1, 1), dtype('uint8'))
+      >>> bool((unpack(packed, 4) == trits).all())
+      True
     """
     planes, base = FORMATS[bits]
     columns = trits.shape[-1]

@@ -66,6 +66,17 @@ def linear_recurrence(
       ValueError: shapes disagree, the implementation's name is unknown, or mesh and partition
         do not fit.
       TypeError: reset_BT is not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.recurrence.api import linear_recurrence
+      >>> half, x = jnp.full((1, 3, 1), 0.5), jnp.array([[[8.0], [0.0], [1.0]]])
+      >>> states, last = linear_recurrence(half, x)
+      >>> states.ravel().tolist(), last.tolist()
+      ([8.0, 4.0, 3.0], [[3.0]])
+      >>> states, _ = linear_recurrence(half, x, reset_BT=jnp.array([[False, True, False]]))
+      >>> states.ravel().tolist()
+      [8.0, 0.0, 1.0]
     """
     _check("x_BTD", f_BTD, x_BTD, reset_BT, h0_BD)
     mesh = _mesh_for(mesh, partition, x_BTD.shape)
@@ -103,6 +114,14 @@ def mlgru_recurrence(
 
     Raises:
       ValueError, TypeError: as in `linear_recurrence`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.recurrence.api import mlgru_recurrence
+      >>> i, f = jnp.ones((2, 5, 4)), jnp.zeros((2, 5, 4))
+      >>> states, last = mlgru_recurrence(i, f, lower_bound_D=jnp.full(4, 0.1))
+      >>> states.shape, last.shape
+      ((2, 5, 4), (2, 4))
     """
     _check("i_BTD", f_BTD, i_BTD, reset_BT, h0_BD)
     _check_mask("padding_BT", padding_BT, i_BTD.shape)

@@ -115,6 +115,14 @@ def ternary_matmul(
       TypeError: an operand that is not int8.
       ValueError: shapes that do not fit, or an unknown implementation.
       KernelError: a kernel that cannot be compiled for this device.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.ternary_matmul.api import ternary_matmul
+      >>> x_q, x_scale = jnp.array([[100, -50]], jnp.int8), jnp.array([[0.01]])
+      >>> trits, w_scale = jnp.array([[1, 0], [-1, 1]], jnp.int8), jnp.array([[2.0]])
+      >>> ternary_matmul(x_q, x_scale, trits, w_scale)
+      Array([[ 2., -3.]], dtype=float32)
     """
     for name, operand in (("x_q", x_q), ("trits", trits)):
         if operand.dtype != jnp.int8:
@@ -203,7 +211,18 @@ def gated_ternary_matmul(
 
 
 def ternarize(w: jax.Array, log_factor: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """`reference.ternarize`: trits and one scale a matrix, from float weights [..., N, K]."""
+    """`reference.ternarize`: trits and one scale a matrix, from float weights [..., N, K].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize
+      >>> trits, scale = ternarize(jnp.array([[0.5, -2.0], [1.5, 0.0]]))
+      >>> trits
+      Array([[ 0, -1],
+             [ 1,  0]], dtype=int8)
+      >>> scale
+      Array([[1.]], dtype=float32)
+    """
     return reference.ternarize(w, log_factor)
 
 

@@ -50,6 +50,14 @@ def wkv(
 
     Raises:
       ValueError, TypeError: as `linear_recurrence`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mmfree_jax.pallas_kernels.wkv.api import wkv
+      >>> k, v = jnp.zeros((1, 3, 1)), jnp.array([[[1.0], [2.0], [6.0]]])
+      >>> out, _, _ = wkv(k, v, jnp.full(1, 1e-9), jnp.zeros(1))  # all keys alike: plain averages
+      >>> [round(float(x), 4) for x in out.ravel()]
+      [1.0, 1.5, 3.0]
     """
     if k_BTD.ndim != 3 or k_BTD.shape != v_BTD.shape:
         raise ValueError(
