@@ -29,7 +29,10 @@ _BLOCK = re.compile(r"^(```|~~~).*?^\1", re.M | re.S)
 
 
 def copy_all() -> None:
-    """Copies the files that the site shows to where Sphinx finds them."""
+    """Copies the files that the site shows to where Sphinx finds them; no others stay there."""
+    for copy in COPIES.rglob("*"):
+        if copy.is_file() and copy.relative_to(COPIES).as_posix() not in SHOWN:
+            copy.unlink()
     for name in SHOWN:
         copy = COPIES / name
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -185,6 +185,20 @@ def test_links_of_a_notebook_lead_to_pages_and_its_code_is_left(site):
     ]
 
 
+def test_copies_are_of_what_is_shown_now(site, tmp_path, monkeypatch):
+    files = site.repository_files
+    monkeypatch.setattr(files, "COPIES", tmp_path / "generated")
+    gone = files.COPIES / "experiments" / "notebooks" / "gone.ipynb"
+    gone.parent.mkdir(parents=True)
+    gone.write_text("{}")
+    files.copy_all()
+    found = {path.relative_to(files.COPIES).as_posix()
+             for path in files.COPIES.rglob("*") if path.is_file()}  # fmt: skip
+    assert found == set(files.SHOWN)
+    for name in found:
+        assert (files.COPIES / name).read_bytes() == (ROOT / name).read_bytes()
+
+
 def test_versions_are_one():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
