@@ -67,9 +67,10 @@ wheel: $(VENV)/.dev ## Build the wheel into dist/
 
 # An environment of its own, so that what Sphinx needs stays out of the tests'.
 SPHINX := $(VENV)/docs/bin/python -m sphinx --fail-on-warning --keep-going
-# All pages anew: what a notebook calls may have changed where its text did not.
+# All anew: what a notebook calls may have changed where its text did not, and a page may have gone.
 docs: $(VENV)/.docs ## Run the notebooks and build the documentation site into docs/_build/html; warnings are errors
-	$(SPHINX) --fresh-env -b html docs docs/_build/html
+	rm -rf docs/_build/html
+	$(SPHINX) -b html docs docs/_build/html
 	$(VENV)/docs/bin/python docs/site_pages/check.py docs/_build/html
 	@echo "The site is in docs/_build/html/index.html"
 
