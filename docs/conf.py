@@ -46,15 +46,13 @@ if repository:
 myst_heading_anchors = 6
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 # Each notebook is run whenever its page is read, in an empty folder of its own; one that fails ends
-# the build. Its kernel, and the commands in it, are those of the environment that builds.
+# the build.
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 300  # seconds for a cell
 nb_merge_streams = True
-os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 default_role = "code"  # docstrings have names in single backticks
 autodoc_typehints = "description"

@@ -5,7 +5,9 @@ what `MADE` makes of it. A page of `SECTIONS` gets a table of contents of the pa
 Links to files outside of docs/ lead to their copies here (`repository_files.py`).
 """
 
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,12 @@ def _examples(lines: list[str]) -> set[int]:
     return found
 
 
+def _for_notebooks() -> None:
+    """Has them take the kernel and the commands of the environment that builds."""
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+
+
 def contents(text: str) -> str:
     """A hidden table of contents of the pages that lists in `text` begin with."""
     pages = "\n".join(re.sub(r"\.\w+$", "", page) for page in _LISTED.findall(text))
@@ -91,6 +99,7 @@ def setup(app: Any) -> dict[str, bool]:
     from site_pages import head  # needs docutils, which only Sphinx's environment has
 
     _as_documented()
+    _for_notebooks()
     app.add_config_value("repository", "", "env")
     app.connect("config-inited", lambda *_: repository_files.copy_all())
     app.connect("source-read", _read)
