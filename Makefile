@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SPREAD := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format typecheck unit quick fuzz load torch aot aot-tpu wheel docs docs-serve linkcheck image clean
+.PHONY: help train sample test lint format typecheck unit quick tutorials fuzz load torch aot aot-tpu wheel docs docs-serve linkcheck image clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ unit: $(VENV)/.dev ## Run the tests, slow ones included
 
 quick: $(VENV)/.dev ## Run the tests without the slow ones
 	$(BIN)/pytest -n $(JOBS) $(SPREAD) -m "not slow"
+
+tutorials: $(VENV)/.dev ## Follow the tutorials of docs/ as their reader would, with fewer steps
+	$(BIN)/pytest -m tutorial tests/docs
 
 fuzz: $(VENV)/.dev ## Try malformed commands and damaged files at random (10 minutes at most; SEED=0)
 	PYTHONPATH=tests/support $(BIN)/python -m fuzz --seed $(SEED)
@@ -118,7 +121,7 @@ $(VENV)/.torch: pyproject.toml | $(BIN)/python
 	$(VENV)/torch/bin/python -m pip install --quiet --retries 0 '$(TORCH)' \
 		--extra-index-url https://download.pytorch.org/whl/cpu || \
 		$(VENV)/torch/bin/python -m pip install --quiet '$(TORCH)'
-	$(VENV)/torch/bin/python -m pip install --quiet --editable '.[eval]' 'transformers>=5.24,<6' \
+	$(VENV)/torch/bin/python -m pip install --quiet --editable '.[corpus,eval]' 'transformers>=5.24,<6' \
 		accelerate 'pytest>=8' 'pytest-timeout>=2.3'
 	@touch $@
 

@@ -57,6 +57,14 @@ gc.set_threshold(20_000, 20, 1_000)
 _memory_kept = 2 << 30
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tutorials, which take minutes, unless `-m tutorial` asks for them."""
+    if "tutorial" not in config.getoption("markexpr"):
+        left_out = [item for item in items if item.get_closest_marker("tutorial")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def _resident() -> int:
     """Bytes of memory of this process; 0 where the system does not tell."""
     statm = Path("/proc/self/statm")

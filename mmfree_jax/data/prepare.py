@@ -377,10 +377,11 @@ class _Preparation:
             raise DataError(f"the input holds no text ({left_out}): give other files")
         self._check_inputs(self._readings)
         if train == 0 or (heldout == 0 and fraction > 0):
+            few = "1 document is" if train + heldout == 1 else f"{train + heldout:,} documents are"
             raise DataError(
-                f"the {HELDOUT if train else TRAIN} split is empty: {train + heldout} documents "
-                f"are too few to hold out {fraction:g} of them; set --heldout-fraction to another "
-                "value (0 for none), or cut .txt files with --txt-separator"
+                f"the {HELDOUT if train else TRAIN} split is empty: {few} too few to hold out "
+                f"{fraction:g} of them; set --heldout-fraction to another value (0 for none), or "
+                "cut .txt files with --txt-separator ($'\\n\\n': at empty lines)"
             )
 
     def _finish(self) -> DatasetIndex:

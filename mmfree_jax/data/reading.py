@@ -116,9 +116,10 @@ def reading_lines(readings: Sequence[InputReading], separator: str | None) -> li
             files = _count(skipped.files, "file")
             lines.append(f"not read   {reading.input}: {files} ({names}): {skipped.why}")
         if separator and reading.txt_files and not tally.separators:
+            meant = "; line ends are typed as $'\\n' in a shell" if "\\n" in separator else ""
             lines.append(
                 f"note       {reading.input}: the separator {separator!r} occurs nowhere in "
-                f"{_count(reading.txt_files, 'file')} of text"
+                f"{_count(reading.txt_files, 'file')} of text{meant}"
             )
     return lines
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmfree_jax.config import TrainConfig
+from mmfree_jax.data.dataset import check_compatible
+from mmfree_jax.data.row_source import RowSource
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model.weights import Master
 from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
+from mmfree_jax.saved.manifest import read_manifest
 from mmfree_jax.saved.open_model import open_model
 from mmfree_jax.train.same_run import other_model
 
@@ -27,7 +31,10 @@ def training_config(path: str | os.PathLike[str], base: ModelConfig) -> ModelCon
 
 
 def initial_params(
-    path: str | os.PathLike[str], config: TrainConfig, mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    data: Sequence[RowSource] = (),
 ) -> dict[str, Any]:
     """Parameters with which to start training from a model in any folder.
 
@@ -35,9 +42,12 @@ def initial_params(
       path: as `open_model` takes it; not a packed model, which has no master weights.
       config: of the new run; its model must have the loaded model's parameters.
       mesh: of the new run.
+      data: of the new run; a run's checkpoint says by which tokenizer its data was made, another
+        folder need not have the very file.
 
     Raises:
       ConfigError: the two models differ; the message names the fields.
+      DataError: the model is a run's, and the data was made with another tokenizer.
       CheckpointError: as `open_model`, or a packed model.
     """
     saved = open_model(path)
@@ -52,6 +62,10 @@ def initial_params(
             f"init_from {path} holds another model ({'; '.join(differing)}): leave out what "
             "sets these fields, as --init-from takes them from there"
         )
+    if data and (checkpoint := saved.checkpoint()) is not None:
+        identity = read_manifest(checkpoint).data["tokenizer"]
+        for dataset in data:
+            check_compatible(dataset, identity=identity, owner=f"init_from {path}")
     weights = saved.weights("master", mesh)
     assert isinstance(weights, Master)
     dtype = jnp.dtype(config.model.param_dtype)

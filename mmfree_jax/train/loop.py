@@ -128,7 +128,10 @@ class Loop:
             self._score_tasks(state, done)
             self._sample(state, done)
             if stopped_by == "stop_at":
-                recorder.message("stop_at reached: run the same command with a later one to go on")
+                recorder.message(
+                    "stop_at reached: run the same command without --stop-at, or with a later "
+                    "one, to go on"
+                )
             elif stopped_by:
                 recorder.message(f"{stopped_by} reached: run the same command to go on")
         with watch.section("checkpoint"), recorder.progress.during("saving the checkpoint"):

@@ -23,6 +23,7 @@ PACKAGES = ("mmfree_jax", "pallas_kernels", "experiments", "launch")
 
 # How a shell line is cut into commands, and where one of ours begins.
 BETWEEN = re.compile(r" && | \|\| |; | \| |^\(")
+REDIRECTED = re.compile(r" \d?>(&\d| \S+)| &$")
 OURS = re.compile(r"(?:^|[@ ])(?:python -m mmfree_jax|mmfree) (.*)")
 
 SHELL_VARIABLES = {"$STAGE": "tuning", "$JOB_COMPLETION_INDEX": "3"}
@@ -89,6 +90,7 @@ def documented(path: Path) -> Iterator[str]:
         lines = [re.sub(r"\$\(\w+\)", "NAME", line) for line in recipe]
     # An f-string's values are known only when it is printed; a string may be cut by a line.
     mentioned = [f"{s} ..." for s in spans(text) if "{" not in s and '" "' not in s]
+    lines = [REDIRECTED.sub("", line) for line in lines]
     for part in itertools.chain.from_iterable(map(BETWEEN.split, lines + mentioned)):
         if match := OURS.search(part):
             yield " ".join(match[1].split())

@@ -278,7 +278,7 @@ def test_a_failure_can_be_put_right_and_gone_on_from(tmp_path, monkeypatch):
 def test_too_few_documents_to_hold_any_out(tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", ["only one"])
     with pytest.raises(
-        DataError, match=r"heldout split is empty: 1 documents .* --heldout-fraction"
+        DataError, match=r"heldout split is empty: 1 document is .* --heldout-fraction"
     ):
         run(tmp_path / "out", input=(path,), heldout_fraction=0.01)
 

@@ -100,6 +100,7 @@ def test_a_separator_that_never_occurs_is_said(tmp_path, capsys):
     files = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
     data_cli.prepare([*arguments, "--out", str(tmp_path / "out"), "--input", *files])
     note = f"note       {files[0]}: the separator '\\\\n\\\\n' occurs nowhere in 1 file of text"
+    note += "; line ends are typed as $'\\n' in a shell"
     assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")] == [note]
 
 

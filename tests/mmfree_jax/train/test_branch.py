@@ -13,7 +13,7 @@ from whole_runs import replace, stop_at
 from mmfree_jax.cli.train import resolve_config
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, read_yaml
-from mmfree_jax.data import writer
+from mmfree_jax.data import open_dataset, writer
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.files import lock
 from mmfree_jax.saved.checkpoint import Checkpointer, restore
@@ -24,6 +24,7 @@ from mmfree_jax.train import branch, loop
 from mmfree_jax.train.branch import take_branch
 from mmfree_jax.train.branch_source import Source, branch_config, parse_source
 from mmfree_jax.train.flops import count_flops
+from mmfree_jax.train.init_from import initial_params
 from mmfree_jax.train.setup import open_run
 from mmfree_jax.train.step import abstract_state
 from mmfree_jax.train.training import train
@@ -261,6 +262,14 @@ def test_data_of_another_tokenizer_is_refused(parent, tmp_path, other_data):
 def _refused(argv, message, error=(ConfigError, CheckpointError)):
     with pytest.raises(error, match=message):
         train(resolve_config(argv))
+
+
+def test_weights_of_a_run_take_no_data_of_another_tokenizer(parent, other_data):
+    config = resolve_config(["--init-from", str(parent), "--data.paths", other_data("0")])
+    same, other = (open_dataset(other_data(sha256), "train") for sha256 in ("0", "1"))
+    with pytest.raises(DataError, match=f"init_from {parent} with byte .*same tokenizer"):
+        initial_params(parent, config, data=[same, other])
+    assert initial_params(parent, config, data=[same])["head"]
 
 
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(parent, tmp_path):
