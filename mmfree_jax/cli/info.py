@@ -19,6 +19,11 @@ _DESCRIPTION = """Parameters by component, floating-point operations a token, an
 memory that training takes on each device, for a preset, a config file or a run directory; the
 flags of `mmfree train` change single fields. Nothing is compiled and no device is needed."""
 
+_GROUPS = (
+    "weight_scale groups: no Pallas kernel takes them; products go through XLA in training and "
+    "decoding on every device, packed models on a GPU too, and exports are refused (docs/models.md)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
@@ -104,6 +109,7 @@ def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
         "packed_bytes": packed_bytes(config.model) if parameters.ternary else None,
         "not_packed": not_packed(config.model),
         "bfloat16_bytes": 2 * parameters.total,
+        "notes": [_GROUPS] * (config.model.weight_scale == "groups"),
         # What a row carries while it generates.
         "state_bytes": {"constant": constant, "per_token": a_token},
         "flops_per_token": {
@@ -178,6 +184,9 @@ def _print_tables(report: dict[str, Any], console: Console) -> None:
         + (f" and {state['per_token'] / 1024:,.1f} KiB a token" if state["per_token"] else ""),
         highlight=False,
     )
+
+    for note in report["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
     columns = ("parameters", "gradients", "optimizer", "ternary", "activations", "logits", "total")
     table = Table(

@@ -8,7 +8,7 @@ from mmfree_jax.cli.parse import parse
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import PlaceOrUrl
 from mmfree_jax.progress import show_progress
-from mmfree_jax.ranges import Count, CountOrZero, Step
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Step
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class PackConfig:
     embedding: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the stored embedding, int8 with one scale a row; None: the smallest that keeps
     the model's greedy text, bfloat16 where its residual stream is, else float32."""
+    max_file_mb: AboveZero | None = None
+    """Largest file (MB, of 10^6 bytes): where all does not fit into one, the tensors are spread
+    over several in the folder, as few as do. None: one file."""
     step: Step | None = None
     """Checkpoint of a training run to pack: its step, or best; None: the newest."""
     agreement_prompts: CountOrZero = 8
@@ -83,6 +86,7 @@ def pack(argv: Sequence[str]) -> int:
             config.out,
             bits=config.bits,
             embedding=config.embedding,
+            max_bytes=None if config.max_file_mb is None else int(1e6 * config.max_file_mb),
             measure=measure if config.agreement_prompts else None,
         )
     print(

@@ -47,7 +47,7 @@ from mmfree_jax.ranges import Step
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.pack import copy_text_files, write_packed
-from mmfree_jax.saved.packed import open_packed
+from mmfree_jax.saved.packed import open_packed, packed_files
 from mmfree_jax.storage import Url
 
 COMMAND = "export stablehlo"
@@ -252,7 +252,8 @@ def _write_weights(model: SavedModel, folder: Path) -> None:
             raise ConfigError(
                 f"--model {model.path} is packed at {bits} bits: pack the trained model at 2 bits"
             )
-        shutil.copyfile(model.path / PACKED_FILE, folder / PACKED_FILE)
+        for file in packed_files(model.path):
+            shutil.copyfile(file, folder / file.name)
     else:
         write_packed(folder / PACKED_FILE, model.config, model.leaf, embedding="float32")
     copy_text_files(model, folder)

@@ -33,12 +33,15 @@ from mmfree_jax.saved.packed import (
     Bits,
     EmbeddingDtype,
     StreamAgreement,
+    packed_files,
     record_agreement,
 )
-from mmfree_jax.saved.tensor_file import tensor_writer
+from mmfree_jax.saved.split_file import split, split_writer
 from mmfree_jax.storage import Url
 
 EMBEDDING = "embedding/weight"
+_METADATA_ROOM = 32_768
+"""Bytes that a header has beside its tensors' entries, at most: the config, the agreement."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PackReport:
 
     Attributes:
       file: the packed file, or its URL.
-      num_bytes: of the file.
+      num_bytes: of the file, or of all files.
       weights: ternary weights in it.
       embedding: dtype in which it was stored.
       embedding_error: relative RMS error of the stored embedding against the master's.
@@ -76,6 +79,7 @@ def pack(
     *,
     bits: Bits = "2",
     embedding: EmbeddingDtype | None = None,
+    max_bytes: int | None = None,
     measure: Callable[[SavedModel], StreamAgreement] | None = None,
 ) -> PackReport:
     """Makes a packed model of a trained one, holding one parameter at a time.
@@ -86,6 +90,8 @@ def pack(
       bits: a weight: "2", which kernels read directly, or "1.6", a fifth smaller on disk.
       embedding: dtype of the stored embedding, "float32", "bfloat16" or "int8" with one scale a
         row; None: bfloat16 where the residual stream is bfloat16, else float32.
+      max_bytes: of a file; where the tensors do not fit into one, others lie beside it. None: one
+        file.
       measure: compares the packed model with the trained one; its result goes into the file.
         None: nothing is compared.
 
@@ -111,13 +117,13 @@ def pack(
             model.leaf,
             bits=bits,
             embedding=embedding,
+            max_bytes=max_bytes,
         )
         copy_text_files(model, folder)
         if measure is not None:
             agreement = measure(open_model(folder))
             record_agreement(file, agreement)
-            size = file.stat().st_size
-            report = dataclasses.replace(report, num_bytes=size, agreement=agreement)
+            report = dataclasses.replace(report, num_bytes=_bytes_of(folder), agreement=agreement)
     return dataclasses.replace(report, file=locate(out, "out") / PACKED_FILE)
 
 
@@ -128,8 +134,9 @@ def write_packed(
     *,
     bits: Bits = "2",
     embedding: EmbeddingDtype | None = None,
+    max_bytes: int | None = None,
 ) -> PackReport:
-    """Writes the file of a packed model.
+    """Writes the file of a packed model, or its files.
 
     Args:
       file: to write, in a folder that exists.
@@ -138,9 +145,10 @@ def write_packed(
       bits: a weight: "2", which kernels read directly, or "1.6", a fifth smaller on disk.
       embedding: dtype of the stored embedding, int8 with one scale a row; None: see
         `default_embedding`. All else that is not ternary is float32.
+      max_bytes: of a file; where the tensors do not fit into one, others lie beside it.
 
     Raises:
-      ConfigError: the model has no ternary layer.
+      ConfigError: the model has no ternary layer, or a tensor is larger than `max_bytes`.
       CheckpointError: a parameter has not the config's shape.
       OutputError: the file cannot be written.
     """
@@ -156,8 +164,10 @@ def write_packed(
     tensors = packed_tensors(config, bits, kept)
     metadata = {"bits": bits, "model": json.dumps(to_dict(plain))}
     error = 0.0
-    with tensor_writer(
-        file, tensors, file_format=FORMAT, version=VERSION, metadata=metadata
+    groups = split(tensors, max_bytes, _METADATA_ROOM)
+    version = 1 if len(groups) == 1 else VERSION  # which earlier programs read too
+    with split_writer(
+        file, groups, file_format=FORMAT, version=version, metadata=metadata
     ) as write:
         for param, shape in shapes.items():
             master = jnp.asarray(leaf(param), jnp.float32)
@@ -175,7 +185,11 @@ def write_packed(
             for name, value in sorted(values.items()):
                 write(name, np.asarray(value))
     count = sum(math.prod(shapes[name]) for name in ternary)
-    return PackReport(file, file.stat().st_size, count, kept, error)
+    return PackReport(file, _bytes_of(file.parent), count, kept, error)
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in packed_files(folder))
 
 
 def packed_tensors(

@@ -12,6 +12,9 @@ A packed model is a folder with `packed.safetensors` and, if the model has one, 
     all others                  float32: they are few; in bfloat16, as earlier versions kept
                                 the norms, they change the model's greedy text
 
+With a largest size given, the tensors lie in several such files (`split_file.py`; version 2), of
+which the others are `packed-00002-of-00003.safetensors` and so on.
+
 The metadata may hold how far greedy streams agree with the unpacked model's (`StreamAgreement`).
 `pack.py` writes them, `open_model` opens them.
 """
@@ -42,11 +45,12 @@ from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import scaled
 from mmfree_jax.saved.kinds import PACKED_FILE
-from mmfree_jax.saved.tensor_file import Reader, tensor_writer
+from mmfree_jax.saved.split_file import SplitReader
+from mmfree_jax.saved.tensor_file import tensor_writer
 from mmfree_jax.text_files import parse_json
 
 FORMAT = "mmfree-packed"
-VERSION = 1
+VERSION = 2
 
 Bits = Literal["2", "1.6"]
 EmbeddingDtype = Literal["float32", "bfloat16", "int8"]
@@ -98,7 +102,7 @@ class PackedFile:
       agreement: with the model that it was made of; None: not measured.
     """
 
-    reader: Reader
+    reader: SplitReader
     config: ModelConfig
     bits: str
     agreement: StreamAgreement | None = None
@@ -133,7 +137,7 @@ def open_packed(folder: Path) -> PackedFile:
     Raises:
       CheckpointError: it is missing, damaged or too new.
     """
-    reader = Reader(folder / PACKED_FILE, file_format=FORMAT, version=VERSION)
+    reader = SplitReader(folder / PACKED_FILE, file_format=FORMAT, version=VERSION)
     try:
         config = from_dict(ModelConfig, parse_json(reader.metadata["model"]))
         bits = reader.metadata["bits"]
@@ -146,7 +150,16 @@ def open_packed(folder: Path) -> PackedFile:
     return PackedFile(reader, config, bits, agreement)
 
 
-def _read_agreement(reader: Reader) -> StreamAgreement | None:
+def packed_files(folder: Path) -> list[Path]:
+    """The files of a packed model's tensors, the one that is opened first.
+
+    Raises:
+      CheckpointError: one is missing or damaged.
+    """
+    return [folder / PACKED_FILE, *(folder / name for name in open_packed(folder).reader.parts)]
+
+
+def _read_agreement(reader: SplitReader) -> StreamAgreement | None:
     if (text := reader.metadata.get(_AGREEMENT)) is None:
         return None
     values = parse_json(text)
@@ -154,18 +167,18 @@ def _read_agreement(reader: Reader) -> StreamAgreement | None:
 
 
 def record_agreement(file: Path, agreement: StreamAgreement) -> None:
-    """Writes into a packed file how far it agrees with the model that it was made of.
+    """Writes into a packed file, the first where it is split, how far it agrees with its model.
 
     Raises:
       CheckpointError: the file is damaged.
       OutputError: it cannot be written.
     """
-    reader = Reader(file, file_format=FORMAT, version=VERSION)
+    reader = SplitReader(file, file_format=FORMAT, version=VERSION)
     metadata = reader.written | {_AGREEMENT: json.dumps(dataclasses.asdict(agreement))}
     with tensor_writer(
-        file, reader.tensors(), file_format=FORMAT, version=VERSION, metadata=metadata
+        file, reader.tensors(), file_format=FORMAT, version=reader.version, metadata=metadata
     ) as write:
-        for name in reader.names():
+        for name in reader.own_names():
             write(name, reader.read(name))
 
 

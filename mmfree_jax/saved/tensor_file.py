@@ -126,6 +126,7 @@ class Reader:
     Attributes:
       metadata: what the writer added.
       version: of the file's format.
+      digest: of the header, and so of every tensor; None in files of older versions.
     """
 
     def __init__(self, path: Path, *, file_format: str, version: int) -> None:
@@ -165,6 +166,7 @@ class Reader:
             raise CheckpointError(
                 f"{self._what}: its header does not match its checksum; copy or make it again"
             )
+        self.digest: str | None = own
         self._start = 8 + length
         end = self._start + max((entry.end for entry in self._entries.values()), default=0)
         if size != end:

@@ -49,6 +49,14 @@ def test_tables(capsys):
         assert part in out
 
 
+def test_groups_say_that_they_have_no_kernel(capsys):
+    argv = ["info", "--preset", "rung-1M", "--model.weight-scale", "groups"]
+    assert main(argv) == 0
+    assert "note: weight_scale groups: no Pallas kernel takes them" in capsys.readouterr().out
+    assert main(argv[:3]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_packed_bytes_by_hand(capsys):
     # vocabulary 512, width 128, one layer of a GLU of 256: mixer 4 * 128 * 128, GLU
     # 3 * 128 * 256 and head at a quarter of a byte, the embedding in bfloat16; in float32 seven
