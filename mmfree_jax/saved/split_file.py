@@ -117,10 +117,12 @@ def split_writer(
             begin()
         end()
     except BaseException as e:
-        if open_now is not None:
-            open_now.__exit__(type(e), e, e.__traceback__)
-        for name in names:
-            path.with_name(name).unlink(missing_ok=True)
+        try:
+            if open_now is not None:  # which raises what a user can read of a full disk
+                open_now.__exit__(type(e), e, e.__traceback__)
+        finally:
+            for name in names:
+                path.with_name(name).unlink(missing_ok=True)
         raise
 
 

@@ -8,7 +8,7 @@ import pytest
 from small_packed_model import BASE, build
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.model_folder import write_model
@@ -105,6 +105,17 @@ def test_a_tensor_larger_than_a_file_is_refused_with_what_it_takes(tmp_path):
         "more, or a smaller --embedding"
     )
     assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_a_failed_write_leaves_no_part(tmp_path):
+    def leaf(name):
+        if name.startswith("head"):
+            raise OSError(28, "No space left on device")
+        return flatten(build(CONFIG)[1])[name]
+
+    with pytest.raises(OutputError, match="No space left"):
+        write_packed(tmp_path / PACKED_FILE, CONFIG, leaf, embedding="float32", max_bytes=LARGEST)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_commands_write_and_read_split_models_from_any_folder(tmp_path, monkeypatch, capsys):

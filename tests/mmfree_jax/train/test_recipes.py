@@ -207,6 +207,42 @@ def test_blended_models_begin_as_float_ones_and_end_as_ternary_ones(mixer):
     assert abs(whole - floats) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"mixer": "rwkv4", "weight_scale": "learned"},
+        {"mixer": "mingru", "glu_activation": "relu2"},
+        {"mixer": "rglru"},
+        {"mixer": "hgrn2"},
+        {"mixer": "mlgru,attention", "num_layers": 2, "float_attention": True},
+        {"mixer": "rglru,attention", "num_layers": 2, "ternary_qk": True},
+    ],
+    ids=lambda model: model["mixer"],
+)
+def test_forms_of_other_mixers_and_patterns_meet_at_their_ends(model):
+    config = _config(num_heads=1, **model).model
+
+    @jax.jit
+    def losses(params):
+        found = {}
+        for form, strength in (
+            ("float", 0),
+            ("ternary", 0),
+            *(("blended", s) for s in (0, 1, 0.5)),
+        ):
+            weights = weights_of_form(form, params, config, jnp.float32(strength))
+            language_model = LanguageModel(config_of_form(form, config))
+            sums = loss_sums(weights, _batch(_config()), model=language_model, chunk=64)[1]
+            found[form, strength] = sums.loss / sums.tokens
+        return tuple(found.values())
+
+    floats, whole, begun, ended, between = map(float, losses(_params(config)))
+    assert begun == pytest.approx(floats, rel=1e-6)
+    assert ended == pytest.approx(whole, rel=1e-5)
+    assert abs(between - floats) > 1e-4
+    assert abs(between - whole) > 1e-4
+
+
 def _stepped(config, form, done=4, mesh=None):
     """The loss of one step of that form, and what it makes of the parameters."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
