@@ -5,6 +5,7 @@ what `MADE` makes of it. A page of `SECTIONS` gets a table of contents of the pa
 Links to files outside of docs/ lead to their copies here (`repository_files.py`).
 """
 
+import functools
 import os
 import re
 import sys
@@ -83,7 +84,15 @@ def _examples(lines: list[str]) -> set[int]:
 
 
 def _for_notebooks() -> None:
-    """Has them take the kernel and the commands of the environment that builds."""
+    """Has them take the kernel and the commands of the environment that builds.
+
+    What a command prints comes in pieces of a hundred bytes, which cut lines and colours in two:
+    they are put together again.
+    """
+    from myst_nb.core.execute import direct
+
+    whole = functools.partial(direct.single_nb_execution, coalesce_streams=True)
+    direct.single_nb_execution = whole
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
