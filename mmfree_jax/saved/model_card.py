@@ -220,7 +220,7 @@ def _use(fields: dict[str, Any], place: str, *, has_tokenizer: bool) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{place}"{trust})',
     ]
     if has_tokenizer:
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}"{trust})')
     lines += ["```", ""]
     if fields["model_type"].endswith("_packed"):
         lines.append("JAX: mmfree-jax reads the packed model that this was made from, not this.")

@@ -68,6 +68,7 @@ def test_the_command_writes_what_the_run_recorded(run, capsys):
         "44a234294b6b921275e95c13289bf4ee86ed1655a72b90c150d48e2126d8fd95",
         "- licence of the data: CC0",
         'model = AutoModelForCausalLM.from_pretrained("path/to/folder", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/folder", trust_remote_code=True)',
         'model, params = mmfree_jax.load_pretrained("path/to/folder")',
     ):
         assert line in text.split("\n"), line
