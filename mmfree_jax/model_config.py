@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmfree_jax.mixer_pattern import BOUNDED, is_own, pattern_text, period_of
-from mmfree_jax.ranges import (
-    AboveZero,
-    Count,
-    CountOrZero,
-    Layers,
-    check_numbers,
-    require,
-)
+from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Layers, check_numbers, require
 from mmfree_jax.rope_scaling import UNSCALED, RopeScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -172,7 +165,9 @@ class ModelConfig:
             self.num_layers,
             f"mixer {self.mixer} has {length} layers; set as many or more",
         )
-        for name, default in _OF_MLGRU.items():
+        # With attention alone short_conv is taken and has no effect.
+        shared = {"short_conv": 0} if self.mixer != "attention" else {}
+        for name, default in (_OF_MLGRU | shared).items():
             value = getattr(self, name)
             require(
                 "mlgru" in self.period or value == default,
@@ -180,12 +175,6 @@ class ModelConfig:
                 value,
                 f"it is the MLGRU's; leave it out ({default}) with mixer {self.mixer}",
             )
-        require(
-            not self.short_conv or "mlgru" in self.period or self.mixer == "attention",
-            "model.short_conv",
-            self.short_conv,
-            f"it is the MLGRU's; leave it out (0) with mixer {self.mixer}",
-        )
         require(
             not self.ternary_qk or attends,
             "model.ternary_qk",
@@ -240,31 +229,24 @@ class ModelConfig:
                 kv_heads,
                 f"set --model.num-kv-heads to a divisor of num_heads ({heads})",
             )
-
-        groups = {"mixer_linear": self.mixer_linear, "glu_linear": self.glu_linear}
-        groups["head_linear"] = self.head_linear
-        ternary = {name for name, options in groups.items() if options.ternary_weights}
         if self.weight_scale != "matrix":
             require(
-                bool(ternary),
+                any(linear.ternary_weights for linear in self._linears),
                 "model.weight_scale",
                 self.weight_scale,
                 "no layer is ternary; set --model.weight-scale matrix",
             )
         if self.weight_scale == "groups":
-            self._check_groups(ternary)
+            self._check_groups()
 
-    def _check_groups(self, ternary: set[str]) -> None:
+    def _check_groups(self) -> None:
         """Refuses what needs one scale a matrix, and widths that are no whole groups."""
-        one_scale = {
-            "backward": (self.backward, ("int8_dx", "int8"), "bf16"),
-            "matmul_kernel": (
-                self.matmul_kernel,
-                ("pallas_mosaic_gpu", "pallas_triton", "pallas_tpu"),
-                "xla_int8",
-            ),
-        }
-        for name, (value, refused, instead) in one_scale.items():
+        kernels = ("pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
+        for name, refused, instead in (
+            ("backward", ("int8_dx", "int8"), "bf16"),
+            ("matmul_kernel", kernels, "xla_int8"),
+        ):
+            value = getattr(self, name)
             require(
                 value not in refused,
                 "model.weight_scale",
@@ -273,11 +255,11 @@ class ModelConfig:
                 f"{instead}, or --model.weight-scale matrix",
             )
         widths = {"hidden_size": self.hidden_size}
-        if "glu_linear" in ternary:
+        if self.glu_linear.ternary_weights:
             widths["intermediate_size"] = self.glu_size
-        if "mixer_linear" in ternary and self.period != ("attention",):
+        if self.mixer_linear.ternary_weights and self.period != ("attention",):
             widths["expand_ratio * hidden_size"] = self.state_size
-        if "mixer_linear" in ternary and "attention" in self.period and not self.float_attention:
+        if "attention" in self.period and self.linear_of("attention").ternary_weights:
             widths["num_heads * head_dim"] = self.query_size
         for name, size in widths.items():
             require(
@@ -286,6 +268,10 @@ class ModelConfig:
                 self.weight_scale,
                 f"{name} is {size}; set a multiple of {GROUP}, or --model.weight-scale matrix",
             )
+
+    @property
+    def _linears(self) -> tuple[LinearConfig, ...]:
+        return self.mixer_linear, self.glu_linear, self.head_linear
 
     @property
     def period(self) -> tuple[str, ...]:
@@ -369,8 +355,7 @@ class ModelConfig:
     @property
     def quantizes(self) -> bool:
         """Whether any weight or activation is rounded."""
-        groups = (self.mixer_linear, self.glu_linear, self.head_linear)
-        rounded = any(group.ternary_weights or group.int8_activations for group in groups)
+        rounded = any(g.ternary_weights or g.int8_activations for g in self._linears)
         return rounded or self.ternary_qk
 
     @property
@@ -389,12 +374,11 @@ class ModelConfig:
         """Name of the architecture, for tables: "matmulfree" (of the MLGRU; of other recurrent
         mixers "matmulfree-rwkv4" and the like, with HGRN2, whose states are read by products,
         "ternary-hgrn2", as with a user's own), "transformer" or "hybrid"."""
-        groups = (self.mixer_linear, self.glu_linear, self.head_linear)
-        if self.recurrent and all(g == BITLINEAR for g in groups):
+        if self.recurrent and set(self._linears) == {BITLINEAR}:
             products = "hgrn2" in self.period or any(map(is_own, self.period))
             kind = "ternary" if products else "matmulfree"
             return kind if self.mixer == "mlgru" else f"{kind}-{self.mixer}"
-        if self.mixer == "attention" and all(g == DENSE for g in groups) and not self.ternary_qk:
+        if self.mixer == "attention" and set(self._linears) == {DENSE} and not self.ternary_qk:
             return "transformer"
         return "hybrid"
 
@@ -407,17 +391,7 @@ _RELEASED = {**_OF_MLGRU, "glu_activation": "silu", "weight_scale": "matrix"}
 
 # How a model is initialised and run: the same weights compute the same function, up to rounding.
 RUN_SETTINGS = (
-    "initializer_range",
-    "mup",
-    "mup_base_width",
-    "param_dtype",
-    "compute_dtype",
-    "residual_dtype",
-    "bitlinear",
-    "backward",
-    "matmul_kernel",
-    "recurrence_kernel",
-    "attention_kernel",
-    "remat",
+    "initializer_range", "mup", "mup_base_width", "param_dtype", "compute_dtype", "residual_dtype",
+    "bitlinear", "backward", "matmul_kernel", "recurrence_kernel", "attention_kernel", "remat",
     "scan_layers",
-)
+)  # fmt: skip

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -180,3 +180,8 @@ def require(condition: bool, name: str, value: object, way_out: str) -> None:
     """Raises a ConfigError that names the field, its value and the way out."""
     if not condition:
         raise ConfigError(f"{name} is {value!r}: {way_out}")
+
+
+def require_distinct(name: str, values: Sequence[Any]) -> None:
+    """Raises a ConfigError that names the field where a value occurs twice."""
+    require(len(set(values)) == len(values), name, list(values), "give each value once")

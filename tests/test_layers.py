@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "mmfree_jax", "experiments", "launch")  # from the bottom
+MOST_LINES = 400
 
 # From the bottom; rooms of one row may import each other as long as there is no circle.
 ROOMS = (
@@ -164,3 +165,11 @@ def test_scaling_imports_no_trainer() -> None:
         and not any(name.startswith(f"mmfree_jax.{room}") for room in allowed)
     }
     assert outside == set()
+
+
+def test_a_file_is_short_enough_to_be_read_at_once() -> None:
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for _, path in _files()
+    }
+    assert {name: n for name, n in lines.items() if n > MOST_LINES} == {}

@@ -25,7 +25,8 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.accelerator import fixed
 from mmfree_jax.experiments.accelerator.numerics import Numerics
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.weights import Ternary, Weights, can_pack, lower_bounds
+from mmfree_jax.model.packing import can_pack, lower_bounds
+from mmfree_jax.model.weights import Ternary, Weights
 from mmfree_jax.model_config import ModelConfig
 
 Tree = dict[str, Any]

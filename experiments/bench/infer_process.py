@@ -29,16 +29,9 @@ from mmfree_jax.infer import decode
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.installed import versions
 from mmfree_jax.model import init_state
+from mmfree_jax.model.packing import packed_from_tree
 from mmfree_jax.model.parameters import param_shapes
-from mmfree_jax.model.weights import (
-    DecodingWeights,
-    Master,
-    Params,
-    Ternary,
-    Unstacked,
-    is_ternary,
-    packed_from_tree,
-)
+from mmfree_jax.model.weights import DecodingWeights, Master, Params, Ternary, Unstacked, is_ternary
 from mmfree_jax.model_config import LinearConfig, ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.pallas_kernels.packed_matmul.api import from_words, plane_columns, unpack

@@ -28,8 +28,8 @@ from mmfree_jax.files import check_file, write_text
 from mmfree_jax.infer.agreement import Streams, compare_streams, greedy_streams, held_out_documents
 from mmfree_jax.installed import versions
 from mmfree_jax.model import LanguageModel, init_state
+from mmfree_jax.model.packing import pack as pack_in_memory
 from mmfree_jax.model.weights import Packed, Ternary, Weights, as_weights
-from mmfree_jax.model.weights import pack as pack_in_memory
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.decode.api import multiprocessors
 from mmfree_jax.places import PlaceOrUrl

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmfree_jax.config import TrainConfig
-from mmfree_jax.errors import ConfigError
-from mmfree_jax.ranges import Count, NotNegative, ShareBelowOne, check_numbers
+from mmfree_jax.ranges import Count, NotNegative, ShareBelowOne, check_numbers, require_distinct
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class AxesConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "axes.")
         for name, values in self.given.items():
-            if len(set(values)) != len(values):
-                raise ConfigError(f"axes.{name} is {list(values)!r}: give each value once")
+            require_distinct(f"axes.{name}", values)
 
     @property
     def given(self) -> dict[str, tuple[Any, ...]]:

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mmfree_jax.config import EvalConfig, TrainConfig, tokens_per_step
-from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, flops_per_token
+from mmfree_jax.experiments.sweep.plan import flops_per_token
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
 
 TRUNKS = "trunks"
 

@@ -7,7 +7,6 @@ training config.
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
@@ -17,10 +16,11 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AxesConfig
+from mmfree_jax.experiments.sweep.cells import SHAPE, CellConfig, ReplicateConfig, check_size
+from mmfree_jax.experiments.sweep.family import FamilyConfig
 from mmfree_jax.experiments.sweep.halving import HalvingConfig
-from mmfree_jax.experiments.sweep.rate_rule import RateRuleConfig
 from mmfree_jax.places import PlaceOrUrl
-from mmfree_jax.presets import PRESETS, names_vocabulary, preset
+from mmfree_jax.presets import names_vocabulary, preset
 from mmfree_jax.ranges import (
     AboveZero,
     CountOrZero,
@@ -30,73 +30,12 @@ from mmfree_jax.ranges import (
     ShareBelowOne,
     TwoOrMore,
     check_numbers,
+    require,
+    require_distinct,
 )
-
-Base = Literal["matmulfree", "transformer"]
-_WORD = re.compile(r"[A-Za-z0-9_.+]+(-[A-Za-z0-9_.+]+)*")
-_SHAPE = re.compile(r"(\d+)x(\d+)")
 
 # What the plan itself decides; `train` may not.
 _PLANNED = ("run_dir", "steps", "seed", "init_from", "branch_from", "max_minutes", "stop_at")
-
-
-def _require(condition: bool, name: str, value: object, way_out: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}: {way_out}")
-
-
-def _distinct(name: str, values: tuple) -> None:
-    _require(len(set(values)) == len(values), name, list(values), "give each value once")
-
-
-def _positive(name: str, values: tuple) -> None:
-    _require(all(0 < v < float("inf") for v in values), name, list(values), "use values above 0")
-    _distinct(name, values)
-
-
-@dataclass(frozen=True)
-class FamilyConfig:
-    """One family of models: a base, what differs from it, and the rates to try."""
-
-    name: str = ""
-    """Name in the table and in the names of runs; empty: the base's."""
-    base: Base = "matmulfree"
-    """Whose presets the sizes are taken from."""
-    learning_rates: tuple[AboveZero, ...] = ()
-    """Peak learning rates to try; empty: the preset's own."""
-    learning_rates_at: dict = field(default_factory=dict)
-    """Rates to try at some sizes in place of those: {size: [rate, ...]}."""
-    rate_rule: RateRuleConfig = field(default_factory=RateRuleConfig)
-    """Rates by size and budget, in place of learning_rates."""
-    train: dict = field(default_factory=dict)
-    """Settings of this family alone, over the sweep's `train` (such as model.head_linear)."""
-
-    @property
-    def label(self) -> str:
-        """Name of the family."""
-        return self.name or self.base
-
-    def __post_init__(self) -> None:
-        _require(_WORD.fullmatch(self.label) is not None, "families.name", self.name,
-                 "use letters, digits, '_', '.', '+' and single '-'")  # fmt: skip
-        check_numbers(self, "families.")
-        _distinct("families.learning_rates", self.learning_rates)
-        _require(not (self.rate_rule.is_on and self.learning_rates), "families.learning_rates",
-                 list(self.learning_rates), "leave it out, or families.rate_rule")  # fmt: skip
-        for size, rates in self.learning_rates_at.items():
-            name = f"families.learning_rates_at.{size}"
-            numbers = isinstance(rates, list) and all(type(r) in (int, float) for r in rates)
-            _require(numbers and bool(rates), name, rates, "give a list of rates")
-            _positive(name, tuple(rates))
-
-    @property
-    def has_rates(self) -> bool:
-        """Whether the rates are the config's, and not the preset's."""
-        return bool(self.learning_rates) or self.rate_rule.is_on
-
-    def rates_at(self, size: str) -> tuple[float, ...]:
-        """Rates listed for a size; empty: by the rule, or the preset's own."""
-        return tuple(map(float, self.learning_rates_at.get(size, self.learning_rates)))
 
 
 @dataclass(frozen=True)
@@ -123,49 +62,11 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         both = self.tokens is not None and self.tokens_per_parameter is not None
-        _require(not both, "tuning.tokens", self.tokens, "give it or tokens_per_parameter")
+        require(not both, "tuning.tokens", self.tokens, "give it or tokens_per_parameter")
         check_numbers(self, "tuning.")
-        _require(self.is_on or not self.sizes, "tuning.sizes", list(self.sizes),
-                 "set tuning.tokens or tuning.tokens_per_parameter as well")  # fmt: skip
-        _distinct("tuning.sizes", self.sizes)
-
-
-@dataclass(frozen=True)
-class ReplicateConfig:
-    """Further seeds at some of the sizes, for the spread between seeds."""
-
-    sizes: tuple[str, ...] = ()
-    """Sizes to repeat."""
-    seeds: tuple[Seed, ...] = ()
-    """Seeds beyond the sweep's `seeds`."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "replicates.")
-        _distinct("replicates.sizes", self.sizes)
-        _distinct("replicates.seeds", self.seeds)
-        _require(bool(self.sizes) == bool(self.seeds), "replicates.seeds", list(self.seeds),
-                 "give both replicates.sizes and replicates.seeds, or neither")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CellConfig:
-    """One size with budgets of its own, where not every size has all of them."""
-
-    size: str
-    """Preset or shape."""
-    tokens: tuple[AboveZero, ...]
-    """Token budgets."""
-    families: tuple[str, ...] = ()
-    """Names of the families that have it; empty: all."""
-    seeds: tuple[Seed, ...] = ()
-    """Seeds in place of the sweep's `seeds`, whose first is among them; empty: those."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "cells.")
-        check_size(self.size)
-        _require(bool(self.tokens), "cells.tokens", [], "give at least one budget")
-        for name in ("tokens", "families", "seeds"):
-            _distinct(f"cells.{name}", getattr(self, name))
+        require(self.is_on or not self.sizes, "tuning.sizes", list(self.sizes),
+                "set tuning.tokens or tuning.tokens_per_parameter as well")  # fmt: skip
+        require_distinct("tuning.sizes", self.sizes)
 
 
 @dataclass(frozen=True)
@@ -225,69 +126,69 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        _require(bool(self.out), "out", self.out, "name a folder")
-        _require(bool(self.families), "families", [], "give at least one, such as "
-                 "- {base: matmulfree}")  # fmt: skip
-        _distinct("families.name", tuple(f.label for f in self.families))
-        _distinct("sizes", self.sizes)
+        require(bool(self.out), "out", self.out, "name a folder")
+        require(bool(self.families), "families", [], "give at least one, such as "
+                "- {base: matmulfree}")  # fmt: skip
+        require_distinct("families.name", tuple(f.label for f in self.families))
+        require_distinct("sizes", self.sizes)
         for name in ("tokens", "tokens_per_parameter", "flop_budgets"):
-            _distinct(name, getattr(self, name))
+            require_distinct(name, getattr(self, name))
         kinds = [n for n in ("tokens", "tokens_per_parameter", "flop_budgets", "cells")
                  if getattr(self, n)]  # fmt: skip
-        _require(
+        require(
             len(kinds) == 1 or kinds == ["tokens_per_parameter", "flop_budgets"],
             "budgets",
             kinds,
             "give tokens, or tokens_per_parameter, or flop_budgets (with tokens_per_parameter), or "
             "cells",
         )
-        _require(bool(self.sizes) or bool(self.cells) or len(kinds) == 2, "sizes", [],
-                 "name some, or give flop_budgets and tokens_per_parameter")  # fmt: skip
+        require(bool(self.sizes) or bool(self.cells) or len(kinds) == 2, "sizes", [],
+                "name some, or give flop_budgets and tokens_per_parameter")  # fmt: skip
         for size in (*self.sizes, *self.tuning.sizes, *self.replicates.sizes):
             check_size(size)
         named = self.named_sizes
         if named:
             for family in self.families:
                 unknown = set(family.learning_rates_at) - set(named)
-                _require(not unknown, "families.learning_rates_at", sorted(unknown),
-                         f"choose among sizes ({', '.join(named)})")  # fmt: skip
+                require(not unknown, "families.learning_rates_at", sorted(unknown),
+                        f"choose among sizes ({', '.join(named)})")  # fmt: skip
             for name in ("tuning", "replicates"):
                 unknown = set(getattr(self, name).sizes) - set(named)
-                _require(not unknown, f"{name}.sizes", sorted(unknown),
-                         f"choose among sizes ({', '.join(named)})")  # fmt: skip
-        _require(bool(self.seeds), "seeds", [], "give at least one")
+                require(not unknown, f"{name}.sizes", sorted(unknown),
+                        f"choose among sizes ({', '.join(named)})")  # fmt: skip
+        require(bool(self.seeds), "seeds", [], "give at least one")
         self._check_cells()
-        _distinct("seeds", self.seeds)
+        require_distinct("seeds", self.seeds)
         again = set(self.seeds) & set(self.replicates.seeds)
-        _require(not again, "replicates.seeds", sorted(again), "use seeds that `seeds` lacks")
+        require(not again, "replicates.seeds", sorted(again), "use seeds that `seeds` lacks")
         if self.tuning.is_on:
             bare = [f.label for f in self.families if not f.has_rates]
-            _require(not bare, "families.learning_rates", bare, "tuning needs rates to try")
+            require(not bare, "families.learning_rates", bare, "tuning needs rates to try")
         both = self.warmup_fraction > 0 and self.axes.warmup_fraction
-        _require(not both, "warmup_fraction", self.warmup_fraction,
-                 "leave it out, or axes.warmup_fraction")  # fmt: skip
-        _require(self.tuning.is_on or not self.halving.is_on, "halving.eta", self.halving.eta,
-                 "set tuning.tokens as well: it ends tuning runs")  # fmt: skip
+        require(not both, "warmup_fraction", self.warmup_fraction,
+                "leave it out, or axes.warmup_fraction")  # fmt: skip
+        require(self.tuning.is_on or not self.halving.is_on, "halving.eta", self.halving.eta,
+                "set tuning.tokens as well: it ends tuning runs")  # fmt: skip
         if self.widen_rates:
             lists = [rates for f in self.families
                      for rates in (f.rate_rule.around if f.rate_rule.is_on else f.learning_rates,
                                    *f.learning_rates_at.values())]  # fmt: skip
-            _require(all(len(rates) > 1 for rates in lists), "widen_rates", self.widen_rates,
-                     "give each family two rates or more, whose ratio goes on")  # fmt: skip
+            require(all(len(rates) > 1 for rates in lists), "widen_rates", self.widen_rates,
+                    "give each family two rates or more, whose ratio goes on")  # fmt: skip
         for i, family in enumerate(self.families):
             for where, values in (("train", self.train), (f"families[{i}].train", family.train)):
                 for name in _PLANNED:
-                    _require(name not in values, f"{where}.{name}", values.get(name),
-                             "leave it out: the plan sets it")  # fmt: skip
+                    require(name not in values, f"{where}.{name}", values.get(name),
+                            "leave it out: the plan sets it")  # fmt: skip
                 given = values.get("optimizer", {})
                 for name in self.axes.given:
                     twice = name in values or (isinstance(given, dict) and name in given)
-                    _require(not twice, f"axes.{name}", list(self.axes.given[name]),
-                             f"leave it out of {where}, which sets it too")  # fmt: skip
+                    require(not twice, f"axes.{name}", list(self.axes.given[name]),
+                            f"leave it out of {where}, which sets it too")  # fmt: skip
                 for name in ("learning_rate", "warmup_steps"):
-                    _require(not (isinstance(given, dict) and name in given),
-                             f"{where}.optimizer.{name}", given,
-                             "families.learning_rates, warmup_fraction stand for it")  # fmt: skip
+                    require(not (isinstance(given, dict) and name in given),
+                            f"{where}.optimizer.{name}", given,
+                            "families.learning_rates, warmup_fraction stand for it")  # fmt: skip
                 self._check_schedule(where, given)
             for size in named:
                 base_train_config(self, family, size)
@@ -296,8 +197,8 @@ class SweepConfig:
         if not self.is_branched or not isinstance(optimizer, dict):
             return
         schedule = optimizer.get("schedule", "wsd")
-        _require(schedule == "wsd", f"{where}.optimizer.schedule", schedule,
-                 "leave it out: schedule is wsd-branched")  # fmt: skip
+        require(schedule == "wsd", f"{where}.optimizer.schedule", schedule,
+                "leave it out: schedule is wsd-branched")  # fmt: skip
 
     @property
     def is_adaptive(self) -> bool:
@@ -315,7 +216,7 @@ class SweepConfig:
         return self.sizes or tuple(dict.fromkeys(cell.size for cell in self.cells))
 
     def _check_cells(self) -> None:
-        _require(
+        require(
             not (self.cells and self.sizes),
             "sizes",
             list(self.sizes),
@@ -325,28 +226,15 @@ class SweepConfig:
         seen: set[tuple[str, str, float, int]] = set()
         for cell in self.cells:
             unknown = set(cell.families) - set(labels)
-            _require(not unknown, "cells.families", sorted(unknown),
-                     f"choose among families ({', '.join(labels)})")  # fmt: skip
-            _require(not cell.seeds or self.seeds[0] in cell.seeds, "cells.seeds", list(cell.seeds),
-                     f"keep {self.seeds[0]}, the first of `seeds`")  # fmt: skip
+            require(not unknown, "cells.families", sorted(unknown),
+                    f"choose among families ({', '.join(labels)})")  # fmt: skip
+            require(not cell.seeds or self.seeds[0] in cell.seeds, "cells.seeds", list(cell.seeds),
+                    f"keep {self.seeds[0]}, the first of `seeds`")  # fmt: skip
             for key in product(cell.families or labels, [cell.size], cell.tokens,
                                cell.seeds or self.seeds):  # fmt: skip
-                _require(key not in seen, "cells", f"{key[1]} at {key[2]:g} tokens",
-                         f"give it once for {key[0]} and seed {key[3]}")  # fmt: skip
+                require(key not in seen, "cells", f"{key[1]} at {key[2]:g} tokens",
+                        f"give it once for {key[0]} and seed {key[3]}")  # fmt: skip
                 seen.add(key)
-
-
-def check_size(size: str) -> None:
-    """Refuses what is neither a preset nor a shape.
-
-    Raises:
-      ConfigError: names the size.
-    """
-    if _SHAPE.fullmatch(size):
-        return
-    known = [name for name in PRESETS if not name.endswith(("-transformer", "-float-head"))]
-    _require(size in known, "sizes", size,
-             f"give LAYERSxWIDTH, such as 8x256, or one of {', '.join(known)}")  # fmt: skip
 
 
 def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> TrainConfig:
@@ -359,13 +247,13 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
       DataError: the data are damaged.
     """
     suffix = "-transformer" if family.base == "transformer" else ""
-    shape = _SHAPE.fullmatch(size)
+    shape = SHAPE.fullmatch(size)
     if shape:
         layers, width = map(int, shape.groups())
         config = preset("rung-1M" + suffix)
         config = replace_model(config, num_layers=layers, hidden_size=width)
-        _require(family.has_rates, "families.learning_rates", [],
-                 f"give some: the shape {size} has no preset rate")  # fmt: skip
+        require(family.has_rates, "families.learning_rates", [],
+                f"give some: the shape {size} has no preset rate")  # fmt: skip
     else:
         config = preset(size + suffix)
     config = from_dict(TrainConfig, sweep.train, config, "train")
@@ -374,9 +262,9 @@ def base_train_config(sweep: SweepConfig, family: FamilyConfig, size: str) -> Tr
         optimizer = dataclasses.replace(config.optimizer, schedule="wsd")
         config = dataclasses.replace(config, optimizer=optimizer)
         warmup = max((sweep.warmup_fraction, *sweep.axes.warmup_fraction))
-        _require(0 < optimizer.decay_fraction < 1 - warmup, "train.optimizer.decay_fraction",
-                 optimizer.decay_fraction,
-                 "use one above 0 that leaves steps between warm-up and decay")  # fmt: skip
+        require(0 < optimizer.decay_fraction < 1 - warmup, "train.optimizer.decay_fraction",
+                optimizer.decay_fraction,
+                "use one above 0 that leaves steps between warm-up and decay")  # fmt: skip
         _check_shared(config)
     return with_data_vocabulary(config) if leaves_vocabulary(sweep, family, size) else config
 
@@ -390,15 +278,15 @@ def _check_shared(config: TrainConfig) -> None:
         ("quantizer.float_fraction", quantizer.float_fraction, 0),
         ("quantizer.warmup_fraction", quantizer.warmup_fraction, 0),
     ):
-        _require(value == default, f"train.{name}", value,
-                 "leave it out, or set schedule: train: it is a share of each run's own steps, and "
-                 "wsd-branched makes those before the decay once for all budgets")  # fmt: skip
+        require(value == default, f"train.{name}", value,
+                "leave it out, or set schedule: train: it is a share of each run's own steps, and "
+                "wsd-branched makes those before the decay once for all budgets")  # fmt: skip
 
 
 def leaves_vocabulary(sweep: SweepConfig, family: FamilyConfig, size: str) -> bool:
     """Whether the vocabulary of a family at a size is up to the data."""
     named = gives_vocabulary(sweep.train) or gives_vocabulary(family.train)
-    return not named and (_SHAPE.fullmatch(size) is not None or not names_vocabulary(size))
+    return not named and (SHAPE.fullmatch(size) is not None or not names_vocabulary(size))
 
 
 def load_sweep(

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
-from mmfree_jax.experiments.sweep.plan import PlannedRun, parameters
+from mmfree_jax.experiments.sweep.plan import parameters
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 from mmfree_jax.experiments.sweep.process import child_environment
 from mmfree_jax.experiments.sweep.table import Row, own_tokens
 from mmfree_jax.train.flops import find_device

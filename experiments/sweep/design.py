@@ -26,15 +26,12 @@ from mmfree_jax.experiments.scaling.optimal_design import (
     Limits,
     criterion_of,
 )
-from mmfree_jax.experiments.sweep.config import (
-    CellConfig,
-    FamilyConfig,
-    ReplicateConfig,
-    SweepConfig,
-    base_train_config,
-)
+from mmfree_jax.experiments.sweep.cells import CellConfig, ReplicateConfig
+from mmfree_jax.experiments.sweep.config import SweepConfig, base_train_config
 from mmfree_jax.experiments.sweep.errors import SweepError
-from mmfree_jax.experiments.sweep.plan import flops_per_token, format_tokens
+from mmfree_jax.experiments.sweep.family import FamilyConfig
+from mmfree_jax.experiments.sweep.plan import flops_per_token
+from mmfree_jax.experiments.sweep.planned_run import format_tokens
 from mmfree_jax.experiments.sweep.shapes import ANY_SHAPE, shape_ladder
 from mmfree_jax.train.flops import count_parameters
 

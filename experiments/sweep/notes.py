@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from mmfree_jax.experiments.sweep.branches import savings_text
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.pauses import saved_flops
-from mmfree_jax.experiments.sweep.plan import PlannedRun, derived_sizes, parameters
+from mmfree_jax.experiments.sweep.plan import derived_sizes, parameters
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 from mmfree_jax.experiments.sweep.shapes import FEWEST
 from mmfree_jax.no_effect import without_effect
 

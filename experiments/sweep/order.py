@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.cost import relative_seconds
-from mmfree_jax.experiments.sweep.plan import PlannedRun
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 
 ORDERS = ("cheapest", "longest")
 

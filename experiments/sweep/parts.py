@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.experiments.sweep.config import CellConfig, ReplicateConfig, SweepConfig
+from mmfree_jax.experiments.sweep.cells import CellConfig, ReplicateConfig
+from mmfree_jax.experiments.sweep.config import SweepConfig
 
 T = TypeVar("T")
 

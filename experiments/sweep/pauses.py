@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.halving import HalvingConfig
-from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
 from mmfree_jax.files import write_text
 from mmfree_jax.json_shape import fault
 from mmfree_jax.text_files import read_json

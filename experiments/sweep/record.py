@@ -8,7 +8,7 @@ from typing import Any
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import MMFreeError
-from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
 from mmfree_jax.experiments.sweep.process import Outcome, host_name, read_summary
 from mmfree_jax.experiments.sweep.state import data_fingerprint
 from mmfree_jax.experiments.sweep.table import Row

@@ -11,7 +11,8 @@ from typing import Any
 from mmfree_jax.experiments.scaling.output_files import write_csv
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.cost import Estimate
-from mmfree_jax.experiments.sweep.plan import PlannedRun, format_tokens, parameters
+from mmfree_jax.experiments.sweep.plan import parameters
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, format_tokens
 from mmfree_jax.experiments.sweep.rate_fit import fit_rules, rules_text, write_rules
 from mmfree_jax.experiments.sweep.rate_rule import RULE
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate, best_setting

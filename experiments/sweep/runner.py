@@ -31,25 +31,24 @@ from mmfree_jax.experiments.sweep.branches import (
 )
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import share
+from mmfree_jax.experiments.sweep.endings import Endings, look
 from mmfree_jax.experiments.sweep.folder import SweepFolder, open_folder
 from mmfree_jax.experiments.sweep.options import Options, Tally
 from mmfree_jax.experiments.sweep.order import in_order
-from mmfree_jax.experiments.sweep.pauses import PAUSES, record_pause
-from mmfree_jax.experiments.sweep.plan import PlannedRun, shard
+from mmfree_jax.experiments.sweep.pauses import PAUSES
+from mmfree_jax.experiments.sweep.plan import shard
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 from mmfree_jax.experiments.sweep.process import (
-    Outcome,
     child_environment,
-    code_version,
     is_training,
     outcome,
     read_summary,
     start,
     trainer_command,
 )
-from mmfree_jax.experiments.sweep.record import finished_summary, make_row, write_failure
-from mmfree_jax.experiments.sweep.state import Snapshot, run_folder, snapshot
+from mmfree_jax.experiments.sweep.record import finished_summary
+from mmfree_jax.experiments.sweep.state import Snapshot, run_folder
 from mmfree_jax.experiments.sweep.stopping import Stop
-from mmfree_jax.experiments.sweep.table import append_result
 from mmfree_jax.experiments.sweep.tracking import grouped
 from mmfree_jax.files import InUseError, disk_errors, take_lock, write_text
 from mmfree_jax.progress import Display
@@ -129,9 +128,8 @@ class _Scheduler:
         self._show = show
         self._folder, self._sweep, self._out = folder, folder.sweep, folder.path
         self._options, self._tally, self._stop = options, tally, stop
-        self._say, self._command, self._clock = say, command, clock
+        self._command, self._clock = command, clock
         self._processes = processes
-        self._code = code_version()
         self._children: list[_Child] = []
         gpus = max(1, len(options.gpus))
         self._free = list(range(gpus * options.parallel))
@@ -140,7 +138,7 @@ class _Scheduler:
         self._trunks: dict[str, TrunkState] = {}
         self._begun: set[str] = set()  # branches with a checkpoint of their own
         self._compiled: set[tuple[str, str, Setting]] = set()
-        self._total = self._ended = 0
+        self._endings = Endings(folder, tally, say)
 
     def run(self) -> None:
         """Runs what is left to its end, or until told to stop."""
@@ -165,16 +163,17 @@ class _Scheduler:
     def _show_children(self) -> None:
         """Which runs are under way; in lines there are only those that have ended."""
         if self._show.is_live:
+            ended, total = self._endings.ended, self._endings.total
             self._show.update(
-                self._ended,
-                self._total,
+                ended,
+                total,
                 *(child.run.name for child in self._children),
-                count=f"{self._ended}/{self._total} runs ended, {len(self._children)} under way",
+                count=f"{ended}/{total} runs ended, {len(self._children)} under way",
             )
 
     def _news(self) -> list[PlannedRun]:
         """This shard's runs that have become ready since the last call, and are to be run."""
-        found = self._look()
+        found = look(self._folder)
         news = []
         self._tally.waiting = 0
         self._pauses = found.halved.next_pause
@@ -193,12 +192,8 @@ class _Scheduler:
                         news.append(run)
                     if run.trunk is not None and kept_steps(run_folder(self._out, run)):
                         self._begun.add(run.name)
-        self._total += len(news)
+        self._endings.total += len(news)
         return news
-
-    def _look(self) -> Snapshot:
-        self._folder.refresh()
-        return snapshot(self._sweep)
 
     def _is_due(self, found: Snapshot, run: PlannedRun) -> bool:
         status = found.status(run)
@@ -266,7 +261,7 @@ class _Scheduler:
             summary = None if run.stage == "trunk" else finished_summary(run_dir, config)
             if summary is not None:
                 # Cut off between the end of training and the row.
-                self._record(run, summary, wall=None, sharing=sharing, pause=pause)
+                self._endings.with_result(run, summary, wall=None, sharing=sharing, pause=pause)
                 os.close(lock)
                 return
             config_file = self._out / "configs" / f"{run.name}.yaml"
@@ -290,7 +285,7 @@ class _Scheduler:
     def _branched(self, run: PlannedRun) -> PlannedRun:
         """A branch with its source; a trunk with the steps that are left to branch from."""
         if run.stage == "trunk":
-            left = {branch.full_rate_steps for branch in self._look().left_of(run.name)}
+            left = {branch.full_rate_steps for branch in look(self._folder).left_of(run.name)}
             return up_to(run, sorted(left) or run.config.checkpoint.at_steps)
         if run.trunk is None:
             return run
@@ -325,65 +320,9 @@ class _Scheduler:
         has_paused = summary is not None and _has_paused(child, summary)
         if summary is not None and (result.end == "complete" or has_paused):
             pause = child.pause if has_paused else None
-            self._record(run, summary, wall=wall, sharing=child.share, pause=pause)
+            self._endings.with_result(run, summary, wall=wall, sharing=child.share, pause=pause)
             return
-        self._ended += 1
-        if result.end == "elsewhere":
-            self._tally.elsewhere.append(run.name)
-            self._say(f"[{self._ended}/{self._total}] {run.name}: under way elsewhere")
-            return
-        if result.end == "stopped":
-            self._tally.stopped.append(run.name)
-            self._say(f"[{self._ended}/{self._total}] {run.name}: {result.reason}; it goes on when "
-                      "the sweep is run again")  # fmt: skip
-            return
-        self._fail(run, result, child.process.returncode)
-
-    def _fail(self, run: PlannedRun, result: Outcome, code: int) -> None:
-        self._tally.failed[run.name] = result.reason
-        write_failure(self._out, run, result, code)
-        self._folder.publish(f"failures/{run.name}.json")
-        self._say(f"[{self._ended}/{self._total}] {run.name}: failed: {result.reason}")
-
-    def _record(
-        self, run: PlannedRun, summary: dict[str, Any], *, wall: float | None, sharing: int,
-        pause: int | None,
-    ) -> None:  # fmt: skip
-        self._ended += 1
-        seconds = "" if wall is None else f", {wall:.0f} s"
-        if run.stage == "trunk":
-            self._end_well(run, f"trunk of {len(run.config.checkpoint.at_steps)} branches{seconds}")
-            return
-        loss = summary.get("eval_loss")
-        if loss is None:
-            self._fail(run, Outcome("failed", "error", "no held-out loss in summary.json: set "
-                                    "train.eval.batches above 0"), 0)  # fmt: skip
-            return
-        if pause is not None:
-            record_pause(self._out, run, pause, loss)
-            self._folder.publish(f"{PAUSES}/{run.name}.json")
-            self._tally.paused.append(run.name)
-            self._say(f"[{self._ended}/{self._total}] {run.name}: loss {loss:.4f} at step {pause} "
-                      f"of {run.config.steps}, where it pauses{seconds}")  # fmt: skip
-            return
-        row = make_row(run, summary, wall, sharing, self._code)
-        append_result(self._folder.place, row)
-        if not self._sweep.keep_checkpoints:
-            self._drop_checkpoints(run)
-        self._end_well(run, f"loss {loss:.4f}{seconds}")
-
-    def _end_well(self, run: PlannedRun, how: str) -> None:
-        self._folder.remove(f"failures/{run.name}.json")
-        self._tally.done.append(run.name)
-        self._say(f"[{self._ended}/{self._total}] {run.name}: {how}")
-
-    def _drop_checkpoints(self, run: PlannedRun) -> None:
-        """Deletes those of a run that is in the table, and of its trunk after the last branch."""
-        folders = [run_folder(self._out, run)]
-        if run.trunk is not None and not self._look().left_of(run.trunk):
-            folders.append(self._out / TRUNKS / run.trunk)
-        for folder in folders:
-            self._folder.remove_checkpoints(folder)
+        self._endings.without_result(run, result, child.process.returncode)
 
     def _log(self, run: PlannedRun) -> Path:
         return self._out / "logs" / f"{run.name}.log"

@@ -32,14 +32,13 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.pauses import Halved, halve, read_pauses
 from mmfree_jax.experiments.sweep.plan import (
-    PlannedRun,
     cheapest_first,
-    config_hash,
     main_runs,
     parameters,
     tuning_runs,
     without_repeats,
 )
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
 from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
 from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
 from mmfree_jax.experiments.sweep.widening import widened

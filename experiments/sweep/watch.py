@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import relative_seconds
 from mmfree_jax.experiments.sweep.folder import open_folder
-from mmfree_jax.experiments.sweep.plan import PlannedRun
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 from mmfree_jax.experiments.sweep.state import Snapshot, Status, run_folder, snapshot
 from mmfree_jax.progress import is_capable
 from mmfree_jax.readable import format_seconds

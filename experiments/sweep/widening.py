@@ -8,7 +8,7 @@ those that diverged in `failures/`.
 import math
 from collections.abc import Callable, Sequence
 
-from mmfree_jax.experiments.sweep.plan import PlannedRun
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 from mmfree_jax.experiments.sweep.rates import round_rate
 
 

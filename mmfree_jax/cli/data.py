@@ -15,7 +15,7 @@ from mmfree_jax.ranges import CountOrZero
 from mmfree_jax.readable import indented, printable
 
 if TYPE_CHECKING:
-    from mmfree_jax.data.dataset import DatasetIndex
+    from mmfree_jax.data.dataset_index import DatasetIndex
     from mmfree_jax.data.prepare import PrepareProgress
 
 _PREPARING = "preparing"
@@ -56,7 +56,8 @@ class InspectConfig:
 
 def inspect(argv: Sequence[str]) -> int:
     """Show what a prepared data set holds, and check it."""
-    from mmfree_jax.data.dataset import load_index, open_dataset
+    from mmfree_jax.data.dataset import open_dataset
+    from mmfree_jax.data.dataset_index import load_index
     from mmfree_jax.data.verification import verify_checksums
     from mmfree_jax.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, read_prompts_file
+from mmfree_jax.cli.prompts import ANSWER_FIELDS, Prompt, parse_ids, read_prompts_file
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.files import check_file
 from mmfree_jax.places import Place, PlaceOrUrl
@@ -392,18 +392,6 @@ def _read_prompts(config: GenerateConfig) -> list[Prompt]:
     if config.prompt is not None:
         return [Prompt(0, config.prompt)]
     if config.prompt_ids is not None:
-        return [Prompt(0, None, _parse_ids(config.prompt_ids))]
+        return [Prompt(0, None, parse_ids(config.prompt_ids))]
     assert config.prompts_file is not None
     return read_prompts_file(Path(config.prompts_file))
-
-
-def _parse_ids(text: str) -> list[int]:
-    try:
-        ids = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise DataError(
-            f"--prompt-ids is {text!r}: give whole numbers separated by commas"
-        ) from None
-    if not ids:
-        raise DataError("--prompt-ids is empty: give at least one token id")
-    return ids

@@ -68,8 +68,8 @@ def _device_counts(text: str) -> list[int]:
 
 def describe(config: TrainConfig, devices: Sequence[int]) -> dict[str, Any]:
     """What `mmfree info` shows, as plain values; memory in bytes a device."""
+    from mmfree_jax.model.packing import not_packed
     from mmfree_jax.model.state import state_bytes
-    from mmfree_jax.model.weights import not_packed
     from mmfree_jax.saved.pack import packed_bytes
     from mmfree_jax.train.flops import count_flops, count_parameters
     from mmfree_jax.train.memory import estimate_memory

@@ -32,6 +32,23 @@ class Prompt:
     sample: int = 0
 
 
+def parse_ids(text: str) -> list[int]:
+    """The token ids of `--prompt-ids`.
+
+    Raises:
+      DataError: they are no whole numbers, or none.
+    """
+    try:
+        ids = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise DataError(
+            f"--prompt-ids is {text!r}: give whole numbers separated by commas"
+        ) from None
+    if not ids:
+        raise DataError("--prompt-ids is empty: give at least one token id")
+    return ids
+
+
 def read_prompts_file(path: Path) -> list[Prompt]:
     """The prompts of a file: .jsonl, or one text a line.
 

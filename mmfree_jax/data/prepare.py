@@ -15,13 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.data.dataset import (
-    HELDOUT,
-    INDEX_NAME,
-    TRAIN,
-    DatasetIndex,
-    load_index,
-)
+from mmfree_jax.data.dataset import HELDOUT, TRAIN
+from mmfree_jax.data.dataset_index import INDEX_NAME, DatasetIndex, load_index
 from mmfree_jax.data.documents import (
     EncodedBatch,
     EncodeOptions,

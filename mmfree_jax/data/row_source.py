@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmfree_jax.data.dataset import TRAIN, Row, load_index, open_dataset
+from mmfree_jax.data.dataset import TRAIN, Row, open_dataset
+from mmfree_jax.data.dataset_index import load_index
 from mmfree_jax.data.mqar import MqarRows, is_mqar, parse_mqar
 from mmfree_jax.object_cache import ObjectCache
 from mmfree_jax.storage import Url

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.data.dataset import INDEX_NAME
+from mmfree_jax.data.dataset_index import INDEX_NAME
 from mmfree_jax.data.provenance import PROGRESS_NAME, refuse_others
 from mmfree_jax.data.tokenizer import TOKENIZER_FOLDER
 from mmfree_jax.data.writer import read_progress, write_progress

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmfree_jax.data.dataset import INDEX_NAME, DatasetIndex, TokenDataset
+from mmfree_jax.data.dataset import TokenDataset
+from mmfree_jax.data.dataset_index import INDEX_NAME, DatasetIndex
 from mmfree_jax.data.shards import shard_files
 from mmfree_jax.errors import DataError, OutputError, StorageError
 from mmfree_jax.files import sha256_file, write_text

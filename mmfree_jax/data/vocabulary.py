@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.config import TrainConfig, replace_model
-from mmfree_jax.data.dataset import INDEX_NAME, load_index
+from mmfree_jax.data.dataset_index import INDEX_NAME, load_index
 from mmfree_jax.data.mqar import is_mqar, parse_mqar
 from mmfree_jax.places import locate
 from mmfree_jax.storage import Url

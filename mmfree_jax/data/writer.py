@@ -17,11 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmfree_jax import files
-from mmfree_jax.data.dataset import (
-    INDEX_NAME,
-    DatasetIndex,
-    index_to_json,
-)
+from mmfree_jax.data.dataset_index import INDEX_NAME, DatasetIndex, index_to_json
 from mmfree_jax.data.shards import DOCUMENT_DTYPE, TOKEN_DTYPES, ShardInfo
 from mmfree_jax.errors import DataError, OutputError
 from mmfree_jax.files import sha256_file, sync_folder, write_text

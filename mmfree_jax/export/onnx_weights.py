@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from mmfree_jax.export.onnx_graph import BLOCK, ZERO_CODE, ones_name, padded_columns
-from mmfree_jax.model.weights import lower_bounds
+from mmfree_jax.model.packing import lower_bounds
 from mmfree_jax.saved.open_model import SavedModel
 from mmfree_jax.saved.pack import quantize_rows
 

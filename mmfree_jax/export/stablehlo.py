@@ -38,8 +38,8 @@ from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.files import write_bytes
 from mmfree_jax.model import State, packed_model
+from mmfree_jax.model.packing import packed_from_tree
 from mmfree_jax.model.parameters import unflatten
-from mmfree_jax.model.weights import packed_from_tree
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.outputs import new_folder
 from mmfree_jax.places import locate

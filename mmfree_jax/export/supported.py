@@ -1,7 +1,7 @@
 """Which models are exported."""
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.model.weights import can_pack
+from mmfree_jax.model.packing import can_pack
 from mmfree_jax.model_config import ModelConfig
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.infer.sample import Filters, sample
-from mmfree_jax.model import LanguageModel, Session, State, init_state, packed_model
+from mmfree_jax.model import LanguageModel, Session, State, decode_kernels, init_state, packed_model
 from mmfree_jax.model.unstacked import stack_state, unstack_state
 from mmfree_jax.model.weights import DecodingWeights, Packed, Unstacked
 from mmfree_jax.model_config import ModelConfig
@@ -180,7 +180,7 @@ def generate_chunk(
     rows = jnp.arange(batch)
     if isinstance(weights, Packed) and in_one_kernel(weights, batch, filters):
         limit_B = jnp.where(finished_B, 0, jnp.minimum(remaining_B, steps))
-        tokens_BN, logits_BV, state = packed_model.decode_greedy(
+        tokens_BN, logits_BV, state = decode_kernels.decode_greedy(
             weights, config, session.state, session.logits_BV, limit_B, stop_ids_S, steps
         )
         stopped_B = jnp.sum(tokens_BN >= 0, axis=1) < limit_B

@@ -20,16 +20,9 @@ import numpy as np
 from mmfree_jax.mixer_pattern import BOUNDED
 from mmfree_jax.model import depth
 from mmfree_jax.model.mixers import mixer_of
+from mmfree_jax.model.packing import lower_bounds
 from mmfree_jax.model.parameters import flatten
-from mmfree_jax.model.weights import (
-    Packed,
-    PackedLinear,
-    Params,
-    Ternary,
-    Weights,
-    as_weights,
-    lower_bounds,
-)
+from mmfree_jax.model.weights import Packed, PackedLinear, Params, Ternary, Weights, as_weights
 from mmfree_jax.model_config import ModelConfig
 
 _SUMS = 8

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from mmfree_jax.config import tokens_per_step
-from mmfree_jax.data.dataset import TRAIN, load_index, open_dataset
+from mmfree_jax.data.dataset import TRAIN, open_dataset
+from mmfree_jax.data.dataset_index import load_index
 from mmfree_jax.errors import ConfigError, DataError, StorageError, TrainingError
 from mmfree_jax.json_shape import fault
 from mmfree_jax.model.parameters import param_count

@@ -17,17 +17,9 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.fetched import copied
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import without_foreign_kernels
+from mmfree_jax.model.packing import can_pack, pack
 from mmfree_jax.model.parameters import flatten, param_shapes
-from mmfree_jax.model.weights import (
-    Master,
-    Packed,
-    Ternary,
-    Weights,
-    as_weights,
-    can_pack,
-    pack,
-    ternarise_matrix,
-)
+from mmfree_jax.model.weights import Master, Packed, Ternary, Weights, as_weights, ternarise_matrix
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.places import locate

@@ -30,17 +30,9 @@ import numpy as np
 
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.model.packing import for_this_device, packed_from_tree, refuse_unpackable
 from mmfree_jax.model.parameters import flatten, param_shapes, unflatten
-from mmfree_jax.model.weights import (
-    Packed,
-    Params,
-    Ternary,
-    for_this_device,
-    is_ternary,
-    packed_from_tree,
-    refuse_unpackable,
-    scale_shape,
-)
+from mmfree_jax.model.weights import Packed, Params, Ternary, is_ternary, scale_shape
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.pallas_kernels.ternary_matmul.api import scaled

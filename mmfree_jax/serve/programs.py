@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.infer import decode
-from mmfree_jax.model import LanguageModel, Session, State, packed_model
+from mmfree_jax.model import LanguageModel, Session, State, decode_kernels, packed_model
 from mmfree_jax.model.weights import Packed, Weights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.serve.row_sampling import Draw, Settings, choose, scores
@@ -181,7 +181,7 @@ def decode_rows(
         and isinstance(weights, Packed)
         and packed_model.serves_greedy(weights, len(row_b))
     ):
-        tokens_bN, logits_bV, state = packed_model.decode_greedy(
+        tokens_bN, logits_bV, state = decode_kernels.decode_greedy(
             weights, config, own.state, own.logits_BV, limit_b, settings.stop_ids_BS, steps
         )
         stopped_b = jnp.sum(tokens_bN >= 0, axis=1) < limit_b

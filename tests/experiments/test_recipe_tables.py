@@ -6,7 +6,8 @@ import pytest
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.config import load_sweep
-from mmfree_jax.experiments.sweep.plan import config_hash, main_runs, parameters
+from mmfree_jax.experiments.sweep.plan import main_runs, parameters
+from mmfree_jax.experiments.sweep.planned_run import config_hash
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs" / "recipes"

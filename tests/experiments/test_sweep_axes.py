@@ -11,7 +11,8 @@ from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import Setting
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.plan import config_hash, main_runs, tuning_runs
+from mmfree_jax.experiments.sweep.plan import main_runs, tuning_runs
+from mmfree_jax.experiments.sweep.planned_run import config_hash
 from mmfree_jax.experiments.sweep.report import best_rows, plan_text, rates_text, write_report
 from mmfree_jax.experiments.sweep.state import snapshot
 from mmfree_jax.experiments.sweep.table import COLUMNS, RESULTS, read_results

@@ -19,7 +19,8 @@ from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.cost import DeviceRate, estimate
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.notes import plan_notes
-from mmfree_jax.experiments.sweep.plan import config_hash, flops_per_token, main_runs, shard
+from mmfree_jax.experiments.sweep.plan import flops_per_token, main_runs, shard
+from mmfree_jax.experiments.sweep.planned_run import config_hash
 from mmfree_jax.experiments.sweep.report import best_rows, plan_text, status_text, write_report
 from mmfree_jax.experiments.sweep.runner import Options, run_sweep
 from mmfree_jax.experiments.sweep.state import snapshot

@@ -7,7 +7,8 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.branches import with_trunks
 from mmfree_jax.experiments.sweep.config import SweepConfig
 from mmfree_jax.experiments.sweep.parts import part_of
-from mmfree_jax.experiments.sweep.plan import config_hash, main_runs
+from mmfree_jax.experiments.sweep.plan import main_runs
+from mmfree_jax.experiments.sweep.planned_run import config_hash
 
 CELLS = [
     {"size": "2x64", "tokens": [1e5, 2e5], "seeds": [0, 1]},

@@ -12,7 +12,6 @@ from mmfree_jax.experiments.sweep.axes import AS_GIVEN
 from mmfree_jax.experiments.sweep.config import SweepConfig, load_sweep
 from mmfree_jax.experiments.sweep.cost import DeviceRate, device_from_name, estimate
 from mmfree_jax.experiments.sweep.plan import (
-    config_hash,
     flops_per_token,
     main_runs,
     parameters,
@@ -21,6 +20,7 @@ from mmfree_jax.experiments.sweep.plan import (
     tuning_runs,
     without_repeats,
 )
+from mmfree_jax.experiments.sweep.planned_run import config_hash
 from mmfree_jax.experiments.sweep.rates import Choice, best_rate, choose_rates, transfer
 
 TRAIN = {"batch_size": 4, "data": {"paths": ["nowhere"], "seq_len": 64}}

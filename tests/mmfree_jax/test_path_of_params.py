@@ -10,7 +10,8 @@ from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel, Master, Packed, Ternary, as_weights
 from mmfree_jax.model.layer import GLUWeights, MLGRUWeights
 from mmfree_jax.model.linear import LinearWeights
-from mmfree_jax.model.weights import EmbeddingTable, PackedLinear, pack
+from mmfree_jax.model.packing import pack
+from mmfree_jax.model.weights import EmbeddingTable, PackedLinear
 from mmfree_jax.model_config import ModelConfig
 
 # Whoever holds one of these follows the weights.

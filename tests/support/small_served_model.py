@@ -11,7 +11,8 @@ import numpy as np
 from small_packed_model import BASE, build
 
 from mmfree_jax.model import LanguageModel
-from mmfree_jax.model.weights import Packed, Params, Ternary, as_weights, pack
+from mmfree_jax.model.packing import pack
+from mmfree_jax.model.weights import Packed, Params, Ternary, as_weights
 from mmfree_jax.serve.engine import Engine
 from mmfree_jax.serve.handle import Handle
 from mmfree_jax.serve.requests import End, Event, Limits, Request, Tokens

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mmfree_jax.experiments.sweep.config import SweepConfig
-from mmfree_jax.experiments.sweep.plan import PlannedRun, config_hash, parameters
+from mmfree_jax.experiments.sweep.plan import parameters
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
 from mmfree_jax.experiments.sweep.state import snapshot
 from mmfree_jax.experiments.sweep.table import COLUMNS, append_result
 

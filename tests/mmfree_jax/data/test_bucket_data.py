@@ -13,7 +13,8 @@ from faulty_proxy import Fault
 from mmfree_jax.cli.main import main
 from mmfree_jax.config import DataConfig
 from mmfree_jax.data import fetch_ahead, pipeline, writer
-from mmfree_jax.data.dataset import HELDOUT, load_index, open_dataset
+from mmfree_jax.data.dataset import HELDOUT, open_dataset
+from mmfree_jax.data.dataset_index import load_index
 from mmfree_jax.data.tokenizer import ByteTokenizer, identity
 from mmfree_jax.data.verification import Verification
 from mmfree_jax.errors import DataError, OutputError, StorageError

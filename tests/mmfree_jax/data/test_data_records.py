@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mmfree_jax.cli import data as data_cli
 from mmfree_jax.cli import tokenizer as tokenizer_cli
 from mmfree_jax.data import prepare as prepare_lib
-from mmfree_jax.data.dataset import load_index, open_dataset
+from mmfree_jax.data.dataset import open_dataset
+from mmfree_jax.data.dataset_index import load_index
 from mmfree_jax.data.documents import read_documents
 from mmfree_jax.data.prepare import PrepareConfig, prepare_dataset
 from mmfree_jax.data.reading import InputReading, Tally

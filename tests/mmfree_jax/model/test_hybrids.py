@@ -14,10 +14,11 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.mixer_pattern import period_of
 from mmfree_jax.model import LanguageModel, init_state
+from mmfree_jax.model.packing import not_packed, pack
 from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model.state import cache_places, state_bytes, with_places
 from mmfree_jax.model.unstacked import unstack
-from mmfree_jax.model.weights import as_weights, not_packed, pack
+from mmfree_jax.model.weights import as_weights
 from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.parallel.sharding import AXES, check_divisible
 from mmfree_jax.saved import huggingface

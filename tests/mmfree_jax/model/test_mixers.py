@@ -12,8 +12,8 @@ from mmfree_jax.config import CheckpointConfig, EvalConfig, MeshConfig, TrainCon
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel, as_weights, init_state
+from mmfree_jax.model.packing import pack
 from mmfree_jax.model.parameters import param_shapes
-from mmfree_jax.model.weights import pack
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_shardings, param_spec
 from mmfree_jax.saved.open_model import open_model

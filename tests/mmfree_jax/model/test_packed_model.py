@@ -12,9 +12,10 @@ import pytest
 from small_packed_model import BASE, build
 
 from mmfree_jax.infer import decode
-from mmfree_jax.model import init_state, packed_model
-from mmfree_jax.model.weights import EmbeddingTable, as_weights, in_words
-from mmfree_jax.model.weights import pack as pack_in_memory
+from mmfree_jax.model import decode_kernels, init_state, packed_model
+from mmfree_jax.model.packing import in_words
+from mmfree_jax.model.packing import pack as pack_in_memory
+from mmfree_jax.model.weights import EmbeddingTable, as_weights
 from mmfree_jax.pallas_kernels.decode.api import Cut
 from mmfree_jax.saved.pack import quantize_rows
 
@@ -63,7 +64,7 @@ def test_prompts_go_through_the_words_unchanged(words):
 def test_the_decode_kernels_compute_the_packed_models_step(words):
     tree, _, (logits, after) = words
     fused = jax.jit(
-        lambda t, s, held: packed_model.decode_token(
+        lambda t, s, held: decode_kernels.decode_token(
             tree, BASE, t, s, held, implementation="pallas_fused_gpu", interpret=True
         )
     )
@@ -83,7 +84,7 @@ def test_the_kernel_of_a_whole_token_computes_the_packed_models_step(words):
     # Three programs share 38, 47 and 61 outputs unevenly, in tiles that overhang.
     cut = Cut(programs=3, warps=2, tile=2, depth=2, copies=2)
     fused = jax.jit(
-        lambda t, s, held: packed_model.decode_token(
+        lambda t, s, held: decode_kernels.decode_token(
             tree, BASE, t, s, held, implementation="pallas_token_gpu", cut=cut, interpret=True
         )
     )
@@ -107,7 +108,7 @@ def test_tokens_chosen_in_the_kernel_are_the_likeliest(words):
     cut = Cut(programs=3, warps=4, tile=8, depth=1, copies=2)
     steps = 4
     greedy = jax.jit(
-        lambda state, logits, limit, stop: packed_model.decode_greedy(
+        lambda state, logits, limit, stop: decode_kernels.decode_greedy(
             tree,
             BASE,
             state,
@@ -175,7 +176,7 @@ def test_rows_in_turn_are_each_as_alone(words):
 
     def greedy(rows: slice) -> Any:
         count = len(limits[rows])
-        return packed_model.decode_greedy(
+        return decode_kernels.decode_greedy(
             tree, BASE, init_state(BASE, count), logits[rows], limits[rows], stop, 4,
             implementation="xla",
         )  # fmt: skip

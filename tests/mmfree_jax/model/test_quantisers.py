@@ -15,8 +15,9 @@ from mmfree_jax.experiments.accelerator import quantized
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.model import LanguageModel, Master, functional
 from mmfree_jax.model.linear import LinearWeights, linears
+from mmfree_jax.model.packing import pack
 from mmfree_jax.model.parameters import flatten, param_shapes
-from mmfree_jax.model.weights import as_weights, pack, training_weights
+from mmfree_jax.model.weights import as_weights, training_weights
 from mmfree_jax.model_config import BITLINEAR, DENSE, ModelConfig
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternary_matmul
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_shardings

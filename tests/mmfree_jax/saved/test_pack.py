@@ -16,11 +16,11 @@ from small_packed_model import BASE, build
 from mmfree_jax.cli.main import main
 from mmfree_jax.errors import CheckpointError, ConfigError, OutputError
 from mmfree_jax.infer import api
-from mmfree_jax.model import Ternary
+from mmfree_jax.model import Ternary, packing
 from mmfree_jax.model import weights as weights_module
+from mmfree_jax.model.packing import pack as pack_in_memory
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model.weights import Packed, as_weights, ternary_weights
-from mmfree_jax.model.weights import pack as pack_in_memory
 from mmfree_jax.model_config import DENSE, LinearConfig
 from mmfree_jax.pallas_kernels.packed_matmul import api as packed_matmul
 from mmfree_jax.saved import packed as pack
@@ -123,18 +123,18 @@ def test_scales_and_bounds_are_made_by_the_same_programs_in_memory_and_for_a_fil
     # of the lower bounds (12 layers of 640) change by a last bit when fused with other work.
     seen = []
 
-    def watch(name):
-        program = getattr(weights_module, name)
+    def watch(module, name):
+        program = getattr(module, name)
 
         def watched(x, *how):
             seen.append((name, x.shape, x.dtype.name, isinstance(x, jax.core.Tracer)))
             return program(x, *how)
 
-        monkeypatch.setattr(weights_module, name, watched)
+        monkeypatch.setattr(module, name, watched)
 
     _, params = build(BASE)
-    for name in ("_ternarise_matrix", "_lower_bounds"):
-        watch(name)
+    watch(weights_module, "_ternarise_matrix")
+    watch(packing, "_lower_bounds")
     pack_in_memory(as_weights(params, BASE), BASE)
     in_memory = sorted(seen)
     seen.clear()
