@@ -254,8 +254,7 @@ def _projected(
     own = float(exact(model, objective, target, project(found.point)[None])[0])
     return replace(
         found, point=project(found.point), objective=own, optima=optima,
-        optima_objectives=exact(model, objective, target, optima), ends=points,
-        ends_objectives=np.full(len(points), own),
+        ends=points, ends_objectives=np.full(len(points), own),
     )  # fmt: skip
 
 

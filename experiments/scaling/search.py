@@ -64,7 +64,6 @@ class Search:
         restarts: random reweightings tried from the optimum.
         optima: the optimum and up to three other local optima, best first, and for a term that
             vanished at the optimum the best point where it is alive [K, P].
-        optima_objectives: their objectives [K].
         ends: end points of all starts after merging [U, P], and their objectives [U].
     """
 
@@ -76,7 +75,6 @@ class Search:
     distinct: int
     restarts: int
     optima: np.ndarray
-    optima_objectives: np.ndarray
     ends: np.ndarray
     ends_objectives: np.ndarray
 
@@ -168,10 +166,8 @@ def search(
     reached_best = np.zeros(len(points), bool)
     reached_best[kept] = at_best[: len(settled)][group]
     reached_best[half] |= at_best[len(settled) :][: len(half)]
-    optima, optima_values = _distinct(best, best_value, ends, values)
     alive = _with_dead_terms_alive(model, objective, log_loss, best, scale)
-    optima = np.concatenate([optima, alive])
-    optima_values = np.r_[optima_values, exact(model, objective, log_loss, alive)]
+    optima = np.concatenate([_distinct(best, best_value, ends, values), alive])
     others = np.round(np.log(np.maximum(values[~at_best], 1e-300)), 4)
     return Search(
         point=best,
@@ -182,7 +178,6 @@ def search(
         distinct=len(np.unique(others)),
         restarts=tried,
         optima=optima,
-        optima_objectives=optima_values,
         ends=ends,
         ends_objectives=values,
     )
@@ -246,16 +241,15 @@ def _challenge(
 
 def _distinct(
     best: np.ndarray, best_value: float, ends: np.ndarray, values: np.ndarray, keep: int = 3
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """The best point and up to `keep` others, apart from one another, within 10% of it."""
-    points, found = [best], [best_value]
+    points = [best]
     for row in np.argsort(values, kind="stable"):
         if len(points) > keep or values[row] > 1.1 * best_value + 1e-15:
             break
         if min(np.abs(ends[row] - p).max() for p in points) > 0.05:
             points.append(ends[row])
-            found.append(float(values[row]))
-    return np.array(points), np.array(found)
+    return np.array(points)
 
 
 def _to_vertices(model: Model, log_loss: np.ndarray, ends: np.ndarray, values: np.ndarray) -> None:

@@ -22,12 +22,11 @@ MOST_BIAS = 0.75
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Refits to resampled runs: standardised points [R, P], parameters [R, P], objectives [R]."""
+    """Refits to resampled runs: standardised points [R, P], parameters [R, P]."""
 
     kind: str
     points: np.ndarray
     parameters: np.ndarray
-    objectives: np.ndarray
     asked: int
     clusters: int
     warnings: list[str] = field(default_factory=list)
@@ -105,13 +104,13 @@ def bootstrap(
         raise ScalingError(f"resample: {kind!r} is unknown; choose runs or noise")
     if not len(weights):
         empty = np.empty((0, size))
-        return Bootstrap(kind, empty, empty, np.empty(0), count, groups, warnings)
+        return Bootstrap(kind, empty, empty, count, groups, warnings)
     points, values = refit(model, objective, target, weights, found.optima, scale=scale)
     parameters = model.to_parameters(points)
     good = np.isfinite(points).all(1) & np.isfinite(values)
     if not good.all():
         warnings.append(f"{int((~good).sum())} refits diverged and were left out")
-    return Bootstrap(kind, points[good], parameters[good], values[good], count, groups, warnings)
+    return Bootstrap(kind, points[good], parameters[good], count, groups, warnings)
 
 
 def corrected_quantiles(

@@ -93,7 +93,6 @@ class Scorer:
       variables: what the programs read: parameters and trits.
       programs: (kind, length, rows) of every program compiled so far.
       tokens_read: tokens put through the model so far, padding included.
-      tokens_asked: tokens of the queries so far.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -149,7 +148,7 @@ class Scorer:
         self._limits = free_memory(mesh)
         self._states = _states_kept(model.config) if self._shares else 0
         self.programs: set[tuple[str, int, int]] = set()
-        self.tokens_read = self.tokens_asked = 0
+        self.tokens_read = 0
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -175,7 +174,6 @@ class Scorer:
         """
         self._check(queries)
         scores: list[Score | None] = [None] * len(queries)
-        self.tokens_asked += sum(len(q.tokens) - 1 for q in queries)
         with self._on_mesh():
             for contexts, pieces in self._windows(queries):
                 table = self._read_contexts(contexts, progress)

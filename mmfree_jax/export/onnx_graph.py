@@ -3,7 +3,7 @@
 The maths is that of the model in float32, a layer's wiring that of `model/layer.py`. One
 graph reads a prompt's chunk and decodes a token: time is a dynamic axis.
 
-A BitLinear's product comes in three forms (`PRODUCTS`):
+A BitLinear's product comes in three forms (`Product`):
 
   exact    int8 activations, one scale a token, as in training; the sums of the training path,
            every bit of them. The product is `MatMulNBits` with two bits a weight, whose kernels
@@ -36,7 +36,6 @@ from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.norm_quant.api import MIN_ABSMAX
 
 Product = Literal["exact", "integer", "fast"]
-PRODUCTS: tuple[Product, ...] = ("exact", "integer", "fast")
 
 # Kernels for two bits exist for blocks of 32, 64 and 128 columns.
 BLOCK = 128

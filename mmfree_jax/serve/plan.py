@@ -1,6 +1,5 @@
 """How the work of an engine is cut: rows of a decoding call, pieces of prompts, tokens a turn."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from mmfree_jax.errors import ConfigError
@@ -94,8 +93,3 @@ def plan_for(limits: Limits, config: ModelConfig, backend: str) -> Plan:
         turn_tokens=1024 if accelerated else 64,
         ahead=1 if accelerated else 0,
     )
-
-
-def in_one_size(limits: Limits) -> Limits:
-    """The same limits with one size of decoding calls: tokens equal in any company."""
-    return dataclasses.replace(limits, batch_sizes=(limits.slots,))

@@ -13,8 +13,8 @@ from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.mixer_pattern import period_of
 from mmfree_jax.model import LanguageModel, mixers
+from mmfree_jax.model.packing import not_packed
 from mmfree_jax.model.parameters import param_shapes, unflatten
-from mmfree_jax.model.weights import not_packed
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import make_mesh, param_shardings
 
