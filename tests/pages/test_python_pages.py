@@ -82,7 +82,7 @@ def test_generating(trained):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_only_public_names_are_imported(page):
-    code, files = code_of(f"{page}.md")
+    code, files = code_of(page)
     found = IMPORTED.findall("\n".join([code, *files.values()]))
     assert found
     for module, line, lines in found:
