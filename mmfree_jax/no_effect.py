@@ -160,7 +160,7 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         ("model.linear_norm_eps",),
         lambda c: any(options.input_norm for options in _linears(c.model)),
-        "set an input_norm of the model's linear layers",
+        "set --model.mixer-linear.input-norm, or that of another kind of layer",
     ),
     Idle(
         ("model.backward", "model.matmul_kernel"),
