@@ -1,5 +1,6 @@
 """The parameter tree by path: names joined by slashes, as files and messages have them."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.model.language_model import LanguageModel
+from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import ModelConfig
 
 
 def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter of a model, by path, in the order of the tree."""
+    return dict(_shapes(config, tuple(mixer_of(name).module for name in config.period)))
+
+
+@functools.lru_cache(maxsize=32)  # a run asks several times, and tracing a model takes a second
+def _shapes(config: ModelConfig, mixers: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    del mixers  # a user's module that was loaded anew has others under the same names
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
     return flatten(tree["params"])

@@ -47,6 +47,10 @@ class TrainState:
 def init_state(config: TrainConfig, optimizer: Optimizer, rng: jax.Array) -> TrainState:
     """The state before the first step. Pure: jit or eval_shape it."""
     params = dict(LanguageModel(config.model).init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
+    return _first_state(optimizer, params)
+
+
+def _first_state(optimizer: Optimizer, params: dict[str, Any]) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
 
@@ -171,12 +175,10 @@ def eval_step(params: dict[str, Any], batch: Batch, *, config: TrainConfig) -> T
     return token_losses(weights, batch, model=model, chunk=config.loss_chunk)
 
 
-@functools.lru_cache(maxsize=8)  # tracing the model takes a second
 def state_shapes(config: TrainConfig, optimizer: Optimizer) -> TrainState:
     """The shapes and dtypes of the state, without making it."""
-    return jax.eval_shape(
-        functools.partial(init_state, config, optimizer), jax.random.key(config.seed)
-    )
+    params = unflatten(param_shapes(config.model))
+    return jax.eval_shape(functools.partial(_first_state, optimizer), params)
 
 
 def abstract_state(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:

@@ -24,6 +24,9 @@ _SETTINGS_OF_THE_LOOP = (
     "stop_at",
     "on_nonfinite",
 )
+_COMPILE = {
+    name: getattr(step_module, name) for name in ("jit_init", "jit_train_step", "jit_eval_step")
+}
 _TRACED: dict[tuple[Any, ...], Any] = {}
 
 
@@ -40,8 +43,10 @@ def share_traces():
 
 
 def _share_traces(patch: pytest.MonkeyPatch) -> None:
-    for name in ("jit_train_step", "jit_eval_step"):
-        patch.setattr(loop, name, functools.partial(_traced, name))
+    for name in _COMPILE:
+        patch.setattr(
+            step_module if name == "jit_init" else loop, name, functools.partial(_traced, name)
+        )
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +65,7 @@ def _traced(name: str, config: TrainConfig, *args: Any) -> Any:
     same["data"] = DataConfig(seq_len=config.data.seq_len)
     key = (name, dataclasses.replace(config, **same), *args[2:])  # the form of the step
     if key not in _TRACED:
-        _TRACED[key] = getattr(step_module, name)(config, *args)
+        _TRACED[key] = _COMPILE[name](config, *args)
     return _TRACED[key]
 
 

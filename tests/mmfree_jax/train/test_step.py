@@ -12,6 +12,7 @@ import pytest
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel, Master
+from mmfree_jax.model.parameters import flatten, param_shapes
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_spec
 from mmfree_jax.presets import preset
 from mmfree_jax.train.loss import loss_sums
@@ -23,6 +24,7 @@ from mmfree_jax.train.step import (
     init_state,
     jit_eval_step,
     jit_train_step,
+    state_shapes,
     train_step,
 )
 
@@ -67,6 +69,15 @@ def _momentum(rate, decay):
         return optax.apply_updates(params, updates), state
 
     return Optimizer(sgd.init, update)
+
+
+def test_the_shapes_are_those_of_the_state_that_is_made():
+    config = _config()
+    optimizer = make_optimizer(config.optimizer, config.model)
+    made = jax.eval_shape(lambda key: init_state(config, optimizer, key), jax.random.key(0))
+    assert state_shapes(config, optimizer) == made
+    param_shapes(config.model).clear()  # whoever asks has a dict of their own
+    assert param_shapes(config.model) == flatten(made.params)
 
 
 def _losses(config, mesh):
