@@ -50,7 +50,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_show_tb = True
-nb_execution_timeout = 300  # seconds for a cell
+nb_execution_timeout = 600  # seconds for a cell
 
 default_role = "code"  # docstrings have names in single backticks
 autodoc_typehints = "description"

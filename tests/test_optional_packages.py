@@ -135,7 +135,6 @@ def test_nothing_else_turns_an_import_error_into_a_message():
     }
     assert caught == {
         "mmfree_jax/cli/main.py",  # the summaries of other packages' commands
-        "mmfree_jax/train/directions.py",  # a module of the user's
         "pallas_kernels/triton.py",  # what JAX may have taken away
     }
 

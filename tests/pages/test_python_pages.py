@@ -10,7 +10,7 @@ from run_page import code_of, run_page
 SHORTER = {"STEPS = 300": "STEPS = 30", "seq_len=128": "seq_len=32", "size=16": "size=8"}
 SHORTER |= {"max_new_tokens=40": "max_new_tokens=4", "window=128": "window=32"}
 QUICKER = {"window=128": "window=32", "seq_len=128": "seq_len=32"}
-IMPORTED = re.compile(r"^from (mmfree_jax[\w.]*) import (?:(\w.*)|\(([^)]*)\))$", re.M)
+IMPORTED = re.compile(r"^from (mmfree_jax(?:\.\w+)*) import (?:(\w.*)|\(([^)]*)\))$", re.M)
 PAGES = [
     "custom-loop.md",
     "evaluating-in-python.md",
