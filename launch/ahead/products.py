@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mmfree_jax.mixer_pattern import BOUNDED
 from mmfree_jax.model.mixers import mixer_of
 from mmfree_jax.model_config import LinearConfig, ModelConfig
-from mmfree_jax.train.flops import count_flops
+from mmfree_jax.train.flops import count_flops, mixing_flops
 
 # Policies of `ModelConfig.remat` that keep the products which read the residual stream.
 _KEEPS_PRODUCTS = ("none", "dots", "projections")
@@ -98,10 +97,7 @@ def count_products(config: ModelConfig, seq_len: int) -> Products:
     head = count_flops(config, seq_len).head
     add(head, _in_int8(config, config.head_linear))
     add(2 * head, False)
-    bounded = 0
-    for mixer in config.layer_mixers:
-        mixing = mixer_of(mixer).mixing_flops(config, seq_len, bounded)
-        bounded += mixer in BOUNDED
+    for mixer, mixing in zip(config.layer_mixers, mixing_flops(config, seq_len), strict=True):
         kept = config.remat in ("none", "dots")
         kept |= mixer != "attention" and config.remat in _KEEPS_STATES
         between += mixing * (3 if kept else 4)

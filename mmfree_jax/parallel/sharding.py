@@ -33,15 +33,12 @@ _TABLE: tuple[tuple[str, P], ...] = (
     (r"embedding/weight", P("tensor", "fsdp")),
     (r"lower_bounds", P()),
     (r"blocks/(layer\d+/)?(mixer|glu)_norm/scale", P()),
-    (r"blocks/(layer\d+/)?mixer/(gate|out|q|k)_norm/scale", P()),
-    (r"blocks/(layer\d+/)?mixer/(conv|i_conv|f_conv)/kernel", P()),
-    (r"blocks/(layer\d+/)?mixer/([rkv]_mix|[ri]_bias|decay|bonus)", P()),
-    (r"blocks/(layer\d+/)?mixer/[ifgqkvrzhx]_proj/weight", P(None, "tensor", "fsdp")),
+    # By how mixers call them, those outside the package too (docs/adding-a-mixer.md).
     (r"blocks/(layer\d+/)?mixer/o_proj/weight", P(None, "fsdp", "tensor")),
-    (r"blocks/(layer\d+/)?mixer/[qkvo]_proj/bias", P()),
-    # Of mixers outside the package, by how they call them (docs/adding-a-mixer.md).
     (r"blocks/(layer\d+/)?mixer/\w+_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/(layer\d+/)?mixer/(\w+|\w+_norm/scale)", P()),
+    (r"blocks/(layer\d+/)?mixer/(conv|i_conv|f_conv)/kernel", P()),
+    (r"blocks/(layer\d+/)?mixer/[qkvo]_proj/bias", P()),
     (r"blocks/(layer\d+/)?glu/gate_up_proj/weight", P(None, "tensor", "fsdp")),
     (r"blocks/(layer\d+/)?glu/down_proj/weight", P(None, "fsdp", "tensor")),
     (r"blocks/(layer\d+/)?(mixer|glu)/\w+_proj/(norm|log)_scale", P()),

@@ -9,7 +9,7 @@ is damaged or lacking, is found when the first is opened; each tensor has its ch
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,48 +81,40 @@ def split_writer(
         for name, group in zip(names, others, strict=True)
     ]
     pending.append((path, last, file_format, metadata))
-    open_now: Any = None
-    write_now: Callable[[str, np.ndarray], None] | None = None
+    open_now = ExitStack()
+    write_now: Callable[[str, np.ndarray], None]
     left = 0
 
     def begin() -> None:
-        nonlocal open_now, write_now, left
+        nonlocal write_now, left
         file, group, kind, more = pending[0]
         if digests and file == path:
             more = {**more, _PARTS: json.dumps(digests)}
-        open_now = tensor_writer(file, group, file_format=kind, version=version, metadata=more)
-        write_now, left = open_now.__enter__(), len(group)
+        write_now = open_now.enter_context(
+            tensor_writer(file, group, file_format=kind, version=version, metadata=more)
+        )
+        left = len(group)
 
     def end() -> None:
-        nonlocal open_now
-        open_now.__exit__(None, None, None)
-        open_now = None
+        open_now.close()
         file, _, kind, _ = pending.pop(0)
-        if file != path:
-            digests[file.name] = Reader(file, file_format=kind, version=version).digest or ""
+        digests[file.name] = Reader(file, file_format=kind, version=version).digest or ""
+        begin()
 
     def write(name: str, array: np.ndarray) -> None:
         nonlocal left
-        if open_now is None:
-            begin()
-        assert write_now is not None
         write_now(name, array)
         left -= 1
         if not left and pending[0][0] != path:
             end()
 
     try:
-        yield write
-        if open_now is None:
+        with open_now:  # an error in the block is told by the writer of the file that is open
             begin()
-        end()
-    except BaseException as e:
-        try:
-            if open_now is not None:  # which raises what a user can read of a full disk
-                open_now.__exit__(type(e), e, e.__traceback__)
-        finally:
-            for name in names:
-                path.with_name(name).unlink(missing_ok=True)
+            yield write
+    except BaseException:
+        for name in names:
+            path.with_name(name).unlink(missing_ok=True)
         raise
 
 

@@ -7,6 +7,7 @@ program's; int8 and ternary products count as the bfloat16 products they stand f
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from mmfree_jax.mixer_pattern import BOUNDED
 from mmfree_jax.model.mixers import mixer_of
@@ -127,6 +128,14 @@ class TokenFlops:
         return 3 * self.forward
 
 
+def mixing_flops(config: ModelConfig, seq_len: int) -> Iterator[float]:
+    """Operations a token of each layer's mixing of tokens, in their order; as in `count_flops`."""
+    bounded = 0
+    for name in config.layer_mixers:
+        yield mixer_of(name).mixing_flops(config, seq_len, bounded)
+        bounded += name in BOUNDED
+
+
 def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
     """Operations a token of the forward pass, averaged over a row of `seq_len` tokens.
 
@@ -139,13 +148,9 @@ def count_flops(config: ModelConfig, seq_len: int) -> TokenFlops:
       '2.047e+09'
     """
     d, layers = config.hidden_size, config.num_layers
-    mixing, bounded = 0.0, 0
-    for name in config.layer_mixers:
-        mixing += mixer_of(name).mixing_flops(config, seq_len, bounded)
-        bounded += name in BOUNDED
     return TokenFlops(
         mixer=2 * mixer_weights(config),
-        mixing=mixing,
+        mixing=sum(mixing_flops(config, seq_len), 0.0),
         glu=2 * layers * 3 * d * config.glu_size,
         head=2 * d * config.vocab_size,
     )

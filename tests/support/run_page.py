@@ -9,16 +9,17 @@ from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-_BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+from tutorial_pages import DOCS, blocks
+
 _FILE = re.compile(r"# ([\w/]+\.py)\n")
 
 
 def code_of(page: str) -> tuple[str, dict[str, str]]:
     """What a page runs, in one piece, and the files that it shows: their first line is a name."""
-    blocks = _BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
-    files = {name[1]: block for block in blocks if (name := _FILE.match(block))}
-    return "\n".join(block for block in blocks if not _FILE.match(block)), files
+    shown = blocks((DOCS / page).read_text(encoding="utf-8"))
+    code = [block.text for block in shown if block.language == "python"]
+    files = {name[1]: text for text in code if (name := _FILE.match(text))}
+    return "\n".join(text for text in code if not _FILE.match(text)), files
 
 
 def run_page(

@@ -161,7 +161,15 @@ def test_every_parameter_is_laid_out_as_written_here(name, changes, expected):
 
 
 @pytest.mark.parametrize(
-    "path", ["head/bias", "blocks/glu/n_proj/weight", "xhead/weight", "head/weight/more"]
+    "path",
+    [
+        "head/bias",
+        "blocks/glu/n_proj/weight",
+        "blocks/mixer/n_proj/kernel",
+        "blocks/mixer/n_matrix/weight",
+        "xhead/weight",
+        "head/weight/more",
+    ],
 )
 def test_a_parameter_without_a_line_is_an_error(path):
     with pytest.raises(KeyError, match="no line in the sharding table"):
