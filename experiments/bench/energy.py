@@ -4,6 +4,7 @@ Imports nothing of this project, so that a peer's interpreter reads the same met
 """
 
 import contextlib
+import os
 import statistics
 import subprocess
 import tempfile
@@ -23,7 +24,7 @@ def measure_energy(
       call: runs the program and waits for it.
       seconds: shortest time over which it is read.
       tokens: of one call.
-      device: number of the GPU as NVML counts.
+      device: number of the GPU as the program counts, of those in CUDA_VISIBLE_DEVICES.
 
     Returns:
       {"energy": {"mj_per_token", "watts", "seconds", "tokens", "counter"}}, or {"energy": the
@@ -32,7 +33,7 @@ def measure_energy(
     reasons = []
     for meter in (_by_counter, _by_samples):
         try:
-            joules, spent, calls, name = meter(call, seconds, device)
+            joules, spent, calls, name = meter(call, seconds, board_of(device))
         except Exception as e:  # no driver, no counter, no package, no program
             reasons.append(f"{type(e).__name__}: {e}")
             continue
@@ -48,6 +49,15 @@ def measure_energy(
     return {"energy": "not measured: " + "; ".join(reasons)}
 
 
+def board_of(device: int) -> str:
+    """What NVML and nvidia-smi call a GPU of this program: its number on the machine, or its UUID.
+
+    Where numbers are CUDA's own, boards of one kind are taken to be in the order of their slots.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    return visible.split(",")[device].strip() if visible else str(device)
+
+
 def _repeat(call: Callable[[], object], seconds: float) -> tuple[float, int]:
     """Seconds spent, and calls."""
     calls, start = 0, time.perf_counter()
@@ -58,12 +68,15 @@ def _repeat(call: Callable[[], object], seconds: float) -> tuple[float, int]:
 
 
 def _by_counter(
-    call: Callable[[], object], seconds: float, device: int
+    call: Callable[[], object], seconds: float, board: str
 ) -> tuple[float, float, int, str]:
     import pynvml  # pyright: ignore[reportMissingImports]
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(device)
+    if board.isdigit():
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(board))
+    else:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(board)
     before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     spent, calls = _repeat(call, seconds)
     joules = 1e-3 * (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before)
@@ -71,10 +84,10 @@ def _by_counter(
 
 
 def _by_samples(
-    call: Callable[[], object], seconds: float, device: int
+    call: Callable[[], object], seconds: float, board: str
 ) -> tuple[float, float, int, str]:
     """The mean of what nvidia-smi samples, times the time."""
-    command = ["nvidia-smi", f"--id={device}", "--query-gpu=power.draw",
+    command = ["nvidia-smi", f"--id={board}", "--query-gpu=power.draw",
                "--format=csv,noheader,nounits", f"--loop-ms={_SAMPLE_MS}"]  # fmt: skip
     with tempfile.TemporaryFile("w+") as samples:
         sampler = subprocess.Popen(command, stdout=samples, stderr=subprocess.STDOUT)

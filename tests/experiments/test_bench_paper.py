@@ -176,6 +176,17 @@ def test_energy_by_samples_is_mean_power_times_time(tmp_path, monkeypatch):
     assert joules == pytest.approx(200.0 * found["seconds"], rel=0.2)
 
 
+@pytest.mark.parametrize(("visible", "board"), [("", 1), ("2,3", 3), ("0, GPU-7c1e", "GPU-7c1e")])
+def test_the_meter_is_that_of_the_gpu_in_use(visible, board, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/asked\necho 50.0; exec sleep 60\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert measure_energy(lambda: None, seconds=0.3, tokens=1, device=1)["energy"]["watts"] == 50.0
+    assert (tmp_path / "asked").read_text() == f"--id={board}\n"
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "match"),
     [
