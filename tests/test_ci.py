@@ -70,6 +70,6 @@ def test_python_versions_are_said_alike():
 
 def test_the_budgets_of_all_steps_are_below_an_hour():
     steps = re.findall(r'^step "(.+)" (\d+) ', (ROOT / ".ci" / "run").read_text(), re.M)
-    assert len(steps) == 6
+    assert len(steps) == 7
     assert sum(int(seconds) for _, seconds in steps) <= 3600
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
