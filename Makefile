@@ -11,6 +11,8 @@ TAG ?= mmfree:$(DEVICE)
 BIN := $(VENV)/bin
 # In the order of the files: by their number of tests, the slowest would be alone at the end.
 SPREAD := --dist loadfile --no-loadscope-reorder
+# Else every worker and every process that a test starts would compile all modules anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) $(SPREAD)
 
 .DEFAULT_GOAL := help
 .PHONY: help train sample test lint format typecheck unit quick tutorials fuzz load torch aot aot-tpu wheel docs docs-serve linkcheck image clean
@@ -42,10 +44,10 @@ typecheck: $(VENV)/.dev ## Check the types of the public packages
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(VENV)/.dev ## Run the tests, slow ones included
-	$(BIN)/pytest -n $(JOBS) $(SPREAD)
+	$(PYTEST)
 
 quick: $(VENV)/.dev ## Run the tests without the slow ones
-	$(BIN)/pytest -n $(JOBS) $(SPREAD) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 tutorials: $(VENV)/.dev ## Follow the tutorials of docs/ as their reader would, with fewer steps
 	$(BIN)/pytest -m tutorial tests/docs
