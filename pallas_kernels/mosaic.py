@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from . import mosaic_gpu as plgpu
 from .capability import compute_capability
 from .errors import MosaicError
 from .keep_nan import from_magnitude, magnitude
@@ -28,7 +28,6 @@ MULTIPROCESSORS = 132  # of an H100 and an H200, the only cards that these kerne
 SHARED_BYTES = 233472  # of a multiprocessor
 _BLOCK_BYTES = 3328  # of each block: reserved by CUDA, the scratch of reductions, and barriers
 _HOPPER = 9  # The first generation that copies in bulk; for the next these do not compile yet.
-_IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
 
 def kernel(
@@ -96,7 +95,7 @@ def blocks_that_fit(shared_bytes: int, most: int) -> int:
 
 def fetch(source: Ref, target: Ref, barrier: Ref) -> None:
     """Starts a copy of a piece of an array into shared memory; the barrier tells of its end."""
-    plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=_IN_BOUNDS)
+    plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 def store(source: Ref, target: Ref) -> None:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from .. import mosaic
+from .. import mosaic_gpu as plgpu
 from ..refs import Ref
 from .gpu_kernels import Backward, Forward
 from .xla import Statistics

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from .. import mosaic
+from .. import mosaic_gpu as plgpu
 from ..errors import MosaicError
 from ..refs import Ref
 from .steps import Row, Steps

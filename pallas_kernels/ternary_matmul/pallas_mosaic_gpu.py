@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from .. import mosaic_gpu as plgpu
 from ..refs import Ref
 
 # jax 0.10 wants an index beside the reference; later versions warn about one.
-_load = plgpu.load if jax.__version_info__ >= (0, 11) else functools.partial(plgpu.load, idx=())
+_INDEX = {} if jax.__version_info__ >= (0, 11) else {"idx": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +212,11 @@ def _kernel(
 
             def compute(run_pipeline: Callable[..., Any]) -> None:
                 # Read ahead of the product, which hides the latency.
-                scale = _load(  # pyright: ignore[reportCallIssue]
+                scale = plgpu.load(
                     x_scale_gmem.at[rows].at[group_rows],
                     layout=plgpu.Layout.WGMMA.reduce(1),
                     optimized=False,
+                    **_INDEX,
                 )
                 scale = scale * w_scale_gmem[0]
 
