@@ -43,9 +43,14 @@ def describe(run: Run) -> str:
     parameters = format_count(count_parameters(config.model).total)
     tokens = format_count(sum(d.num_tokens for d in run.data))
     planned = format_count(run.origin.tokens_at(config.steps, tokens_per_step(config)))
+    stops = [
+        *([f"at step {config.stop_at} (stop_at)"] if config.stop_at else []),
+        *([f"after {config.max_minutes:g} minutes (max_minutes)"] if config.max_minutes else []),
+    ]
     return (
         f"{config.model.family} model of {parameters} parameters on {len(devices)} x "
         f"{devices[0].device_kind}; {planned} tokens in {config.steps} steps, data {tokens} tokens"
+        + (f"; stops {' or '.join(stops)}" if stops else "")
     )
 
 

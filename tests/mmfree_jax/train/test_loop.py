@@ -308,8 +308,8 @@ def test_a_run_that_skips_every_step_is_not_complete(small_run, tmp_path, monkey
         train(config)
 
 
-def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path):
-    config = replace(small_run, run_dir=str(tmp_path), max_minutes=10.0)
+def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path, capsys):
+    config = replace(small_run, run_dir=str(tmp_path), max_minutes=10.0, stop_at=11)
     now = [0.0]
 
     def tick(done):
@@ -320,7 +320,14 @@ def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path):
     assert summary["step"] == 6
     assert checkpoint_steps(tmp_path / "checkpoints")[-1] == 6
     assert (tmp_path / "loss_curve.png").exists()
+    # Told before the first step, as the time that is left is that of all steps.
+    assert (
+        "; stops at step 11 (stop_at) or after 10 minutes (max_minutes)\n"
+        in capsys.readouterr().out
+    )
+    config = replace(config, stop_at=None, max_minutes=None)
     assert train(config, clock=lambda: now[0])["status"] == "complete"
+    assert "; stops" not in capsys.readouterr().out
 
 
 def test_checkpoints_by_the_clock(small_run, tmp_path):
