@@ -15,6 +15,8 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) $(SPREAD)
 
 .DEFAULT_GOAL := help
+# Half an environment, as of a Python without ensurepip, is made anew the next time.
+.DELETE_ON_ERROR:
 .PHONY: help train sample test lint format typecheck unit quick tutorials fuzz load torch aot aot-tpu wheel docs docs-serve linkcheck image clean
 
 help: ## List the targets

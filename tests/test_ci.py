@@ -73,3 +73,14 @@ def test_the_budgets_of_all_steps_are_below_an_hour():
     assert len(steps) == 7
     assert sum(int(seconds) for _, seconds in steps) <= 3600
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_half_an_environment_is_made_anew(tmp_path):
+    """As Debian's python3 leaves it where python3-venv is not installed."""
+    half = f'mkdir -p "$3/bin"; ln -s {sys.executable} "$3/bin/python"; exit 1'
+    python = script(tmp_path / "python", f'[ "$1" = -m ] || exec {sys.executable} "$@"; {half}')
+    command = ["make", f"VENV={tmp_path}/venv", f"PYTHON={python}", f"{tmp_path}/venv/bin/python"]
+    for _ in range(2):
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        assert made.returncode == 2
