@@ -1,12 +1,15 @@
 """From records to token ids: what worker processes of `prepare` do. No JAX here."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -262,6 +265,21 @@ def work(batch: RecordBatch) -> EncodedBatch:
     return encode_batch(batch, *_worker)
 
 
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """A process that is spawned meanwhile does not run this one's script first.
+
+    Python does so, and a script that has no `if __name__ == "__main__":` would begin anew in each
+    worker. What workers need comes from this package alone.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def encode_in_order(
     batches: Iterable[RecordBatch], options: EncodeOptions, workers: int
 ) -> Generator[EncodedBatch, None, None]:
@@ -282,7 +300,8 @@ def encode_in_order(
     pending: collections.deque[Future[EncodedBatch]] = collections.deque()
     try:
         for batch in batches:
-            pending.append(executor.submit(work, batch))
+            with _main_hidden():  # this is where workers are spawned
+                pending.append(executor.submit(work, batch))
             if len(pending) >= 2 * workers:
                 yield pending.popleft().result()
         while pending:

@@ -90,6 +90,21 @@ def test_a_disk_that_is_full_keeps_what_was_there(source, tmp_path):
     assert shard_bytes(out) == shard_bytes(tmp_path / "whole")
 
 
+def test_a_script_is_not_run_again_by_each_worker(source, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from mmfree_jax.data import PrepareConfig, prepare_dataset\n"
+        f"config = PrepareConfig(out='out', input=({source!r},), workers=2)\n"
+        "print(len(prepare_dataset(config)[0].splits))\n"
+        "class Mine: pass\n"
+        "import pickle; print(type(pickle.loads(pickle.dumps(Mine()))) is Mine)\n"
+    )
+    command = [sys.executable, str(script)]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2\nTrue\n"), done.stderr
+
+
 def test_no_space_is_one_clear_error(source, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
