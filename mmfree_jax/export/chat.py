@@ -108,7 +108,7 @@ def answer(
             shown = len(decode(window := window[-8:]))
         logits, state = read_tokens(session, [token], state)
     speed = f"{count} written at {count / max(time.perf_counter() - begin, 1e-9):.1f} tokens/s"
-    print()
+    print(flush=True)  # before what goes to the other stream
     print(f"[{len(ids)} tokens read in {begin - start:.2f} s, {speed}]", file=sys.stderr)
     return state
 

@@ -116,9 +116,10 @@ def run_steps(page: Path, shown: Sequence[Block], folder: Path, seconds: int = 9
     for i, block in enumerate(shown):
         lines.append(f"exec >{shlex.quote(str(output / str(i)))} 2>&1; set -e")
         lines.append(_as_shell(block))
-    # The reader's `python` and `mmfree` are those of this environment.
+    # The reader's `python` and `mmfree` are those of this environment, and nothing unbuffers them.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "XLA_FLAGS": quick_compilation.FLAGS}
+    env.pop("PYTHONUNBUFFERED", None)
     process = subprocess.Popen(
         ["bash", "-c", "\n".join(lines)], cwd=folder, env=env, start_new_session=True
     )

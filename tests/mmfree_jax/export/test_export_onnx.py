@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -381,7 +382,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(exact):
         onnx_session.prefill(exact, [], exact.start())
 
 
-def chat(folder, *arguments, typed=""):
+def chat(folder, *arguments, typed="", stderr=subprocess.PIPE):
     """Runs the shipped example in a process that can import neither JAX nor this package."""
     blocked = (
         "import sys; sys.modules.update(dict.fromkeys(('jax', 'jaxlib', 'flax', 'mmfree_jax')))"
@@ -390,8 +391,10 @@ def chat(folder, *arguments, typed=""):
     return subprocess.run(
         [sys.executable, "-c", run, "--threads", "1", *arguments],
         cwd=folder,
+        env={name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"},
         input=typed,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=120,
     )
@@ -419,6 +422,12 @@ def test_the_example_writes_the_models_text_without_jax(exact, exports):
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == prompt + want + "\n"
     assert "tokens/s" in answer.stderr
+
+
+def test_the_examples_speed_stands_below_its_text_where_both_go_to_one_file(exports):
+    options = ("--prompt", "So", "--max-new-tokens", "3")
+    both = chat(exports / "exact", *options, stderr=subprocess.STDOUT).stdout
+    assert re.search(r"^So.*\n\[\d+ tokens read [^\n]*\]\n\Z", both, re.S)
 
 
 def continuation(export, prompt, count, state=None):
