@@ -9,6 +9,7 @@ Shapes: B rows, T tokens of a window.
 
 import contextlib
 import functools
+import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ def evaluate_held_out(
       params: its parameters, as `load_pretrained` gives them.
       dataset: the held-out split of a prepared data set.
       mesh: where `params` lie; None: the default device.
-      batch_size: rows read at once, a multiple of the mesh's data x fsdp.
+      batch_size: most rows read at once, a multiple of the mesh's data x fsdp; fewer are read
+        where the documents take no more windows so.
       window: tokens of a row read at once; for attention also the longest context.
       context: drop the state after every so many tokens of a document, to see what a longer
         memory is worth; None: never.
@@ -139,6 +141,8 @@ def evaluate_held_out(
     if batch_size % rows:
         raise ConfigError(f"batch_size is {batch_size}: set --batch-size to a multiple of {rows}")
     documents = _documents(dataset, max_documents)
+    sizes = [max(0, len(dataset.document(d)) - 1) for d in documents]
+    batch_size = _fewest_rows(sizes, batch_size, rows, window)
     sums = np.zeros((len(documents), len(POSITIONS)))
     counts = np.zeros((len(documents), len(POSITIONS)), np.int64)
     setting = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -148,7 +152,8 @@ def evaluate_held_out(
         layers = init_state(config, batch_size).layers if carries else None
         waiting: tuple[Any, Any] | None = None
         cut = context if carries else min(window, context or window)
-        for batch in _batches(dataset, documents, batch_size, window, cut, whole=not carries):
+        streams = _streams(sizes, batch_size)
+        for batch in _batches(dataset, documents, streams, window, cut, whole=not carries):
             fresh_B = batch["fresh"] if carries else np.ones(batch_size, bool)
             arrays = put_batch(
                 mesh, batch["tokens"], batch["targets"], batch["segment_ids"], fresh_B
@@ -186,16 +191,47 @@ def _documents(dataset: TokenDataset, most: int | None) -> list[int]:
     return [int(i) for i in np.linspace(0, count - 1, most).round()]
 
 
+_Streams = list[list[tuple[int, int]]]
+"""Of each row, the documents that it reads one behind the other: (number, tokens to predict)."""
+
+
+def _streams(sizes: Sequence[int], rows: int) -> _Streams:
+    """Documents onto rows: the longest first, onto the shortest row, so that all end together."""
+    streams: _Streams = [[] for _ in range(rows)]
+    lengths = [(0, row) for row in range(rows)]
+    for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
+        if sizes[k] > 0:
+            length, row = heapq.heappop(lengths)
+            streams[row].append((k, sizes[k]))
+            heapq.heappush(lengths, (length + sizes[k], row))
+    return streams
+
+
+def _fewest_rows(sizes: Sequence[int], most: int, multiple: int, window: int) -> int:
+    """Rows beyond which there are no fewer windows, as the longest document is read in one row.
+
+    Where four addresses are read, 28 of 32 rows would be padding, and cost what text costs.
+    """
+
+    def windows(rows: int) -> int:
+        lengths = (sum(size for _, size in stream) for stream in _streams(sizes, rows))
+        return max(-(-length // window) for length in lengths)
+
+    least = max(1, windows(most))
+    first = -(-max(1, sum(sizes)) // (least * window * multiple)) * multiple
+    return next(r for r in range(first, most + 1, multiple) if windows(r) <= least)
+
+
 def _batches(
     dataset: TokenDataset,
     documents: Sequence[int],
-    rows: int,
+    streams: _Streams,
     window: int,
     cut: int | None,
     *,
     whole: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Windows of `rows` streams of documents, one behind the other.
+    """Windows of streams of documents, a row each.
 
     `cut` is the longest stretch of context; with `whole`, none runs over a window's end.
 
@@ -203,15 +239,7 @@ def _batches(
     `documents`) and position, [rows, window], and fresh [rows]: the state before the window
     is not this row's first document's.
     """
-    streams: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-    lengths = [0] * rows
-    sizes = [len(dataset.document(d)) - 1 for d in documents]
-    # Longest first onto the shortest stream, so that all end together.
-    for k in sorted(range(len(documents)), key=lambda k: -sizes[k]):
-        if sizes[k] > 0:
-            row = min(range(rows), key=lengths.__getitem__)
-            streams[row].append((k, sizes[k]))
-            lengths[row] += sizes[k]
+    rows = len(streams)
     readers = [_pieces(dataset, documents, stream, cut) for stream in streams]
     left: list[Any] = [None] * rows  # a piece, and whether the window before holds its start
     while True:

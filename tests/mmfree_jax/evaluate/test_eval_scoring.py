@@ -11,6 +11,7 @@ import pytest
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.data.dataset import open_dataset
 from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.evaluate import perplexity
 from mmfree_jax.evaluate.perplexity import POSITIONS, evaluate_held_out
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.model import LanguageModel
@@ -196,6 +197,22 @@ def test_held_out_loss_is_that_of_each_document_alone(mlgru, byte_data, mixer):
         assert interval.mean == pytest.approx(flat[inside].mean(), abs=1e-3)
     assert result.loss.low < result.loss.mean < result.loss.high
     assert [x[0] for x in result.by_position] == [p for p in POSITIONS if p <= place.max()]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "multiple", "rows"),
+    [
+        ([1000, 400, 300, 200], 32, 1, 2),  # the first takes two windows, all others one row
+        ([500] * 4, 32, 1, 4),
+        ([500] * 4, 2, 1, 2),
+        ([10] * 100, 8, 1, 2),
+        ([10] * 100, 8, 4, 4),
+        ([300, 300, 300], 8, 1, 3),
+        ([0, 0], 8, 2, 2),
+    ],
+)
+def test_no_more_rows_are_read_than_shorten_it(sizes, most, multiple, rows):
+    assert perplexity._fewest_rows(sizes, most, multiple, window=512) == rows
 
 
 def test_a_cut_memory_and_attention_see_only_their_window(mlgru, attention, byte_data):
