@@ -3,14 +3,16 @@
 Compilation takes most of the tests' time. LLVM does not optimise, and fusions are emitted as
 LLVM's own code, without the passes over MLIR that took two fifths of a training step's
 compilation: jax 0.12 knows the preset, earlier ones the option, and XLA leaves an option that it
-does not know aside. A program that was compiled once is read from a folder where it is asked for
+does not know aside. Nor is a module of LLVM split into parts that threads compile, which takes a
+fifth more in all. A program that was compiled once is read from a folder where it is asked for
 again: by another test, or by a process that a test starts.
 """
 
 FLAGS = (
     "--xla_backend_optimization_level=0 "
     "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE "
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
 )
 
 
