@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from prepared_data import TEXTS, run, shard_bytes, write_jsonl
+from prepared_data import TEXTS, run, shard_bytes
 
 from mmfree_jax.data import dataset as dataset_lib
 from mmfree_jax.data import provenance, sources, writer
@@ -20,11 +20,6 @@ from mmfree_jax.errors import DataError, OutputError
 from mmfree_jax.files import InUseError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture
-def source(tmp_path):
-    return write_jsonl(tmp_path / "texts.jsonl", TEXTS)
 
 
 # Resuming. The child process kills itself, so that moments can be chosen exactly.
