@@ -48,7 +48,7 @@ def pod_config(byte_data: Path) -> TrainConfig:
         data=DataConfig(paths=(str(byte_data),), seq_len=16),
         # A large eps: Adam must not blow a gradient of rounding noise up to a full step.
         optimizer=OptimizerConfig(learning_rate=2e-3, eps=1e-3, schedule="constant"),
-        checkpoint=CheckpointConfig(every_steps=5),
+        checkpoint=CheckpointConfig(every_steps=8),
         eval=EvalConfig(every_steps=40, batches=2, sample_tokens=0),
         log=LogConfig(every_steps=1, ternary_every_steps=0, tensorboard=False, progress="plain"),
     )
