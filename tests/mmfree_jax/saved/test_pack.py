@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damaged_packs import damaged, flip, older_with
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
-# Widths that neither 4 nor 5 divides.
 from small_packed_model import BASE, build
 
 from mmfree_jax.cli.main import main
@@ -288,35 +287,6 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OutputError, match="No space left"):
         write_packed(tmp_path / PACKED_FILE, BASE, leaf)
     assert list(tmp_path.iterdir()) == []
-
-
-def damaged(packed, tmp_path, change):
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    (folder / PACKED_FILE).write_bytes(change((packed[0] / PACKED_FILE).read_bytes()))
-    return folder
-
-
-def flip(at):
-    def change(data):
-        changed = bytearray(data)
-        changed[at] ^= 1
-        return bytes(changed)
-
-    return change
-
-
-def of_older_version(data):
-    """Without the header's own checksum, so that a change of the header shows as what it is."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    assert header["__metadata__"].pop("sha256")
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def older_with(old, new):
-    return lambda data: of_older_version(data).replace(old, new)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import yaml
+from run_contents import arrays_of, assert_same, by_path, events_of, losses_of
 from whole_runs import replace, stop_at
 
 from mmfree_jax.cli.train import resolve_config
@@ -16,8 +16,7 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.data import open_dataset, writer
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.files import lock
-from mmfree_jax.saved.checkpoint import Checkpointer, restore
-from mmfree_jax.saved.history import read_history
+from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.manifest import checkpoint_steps, read_manifest
 from mmfree_jax.saved.origin import FROM_NOTHING
 from mmfree_jax.train import branch, loop
@@ -26,7 +25,6 @@ from mmfree_jax.train.branch_source import Source, branch_config, parse_source
 from mmfree_jax.train.flops import count_flops
 from mmfree_jax.train.init_from import initial_params
 from mmfree_jax.train.setup import open_run
-from mmfree_jax.train.step import abstract_state
 from mmfree_jax.train.training import train
 
 pytestmark = pytest.mark.usefixtures("cached_compilation", "traced_once")
@@ -47,52 +45,20 @@ def _taken(source, run_dir, **changes):
     return take_branch(open_run(_branch(source, run_dir, **changes)))
 
 
-def _arrays(run_dir, step):
-    config = from_dict(TrainConfig, read_manifest(run_dir / "checkpoints" / str(step)).config)
-    run = open_run(config)
-    abstract = abstract_state(config, run.optimizer, run.mesh)
-    return _by_path(restore(run_dir / "checkpoints" / str(step), abstract).state)
-
-
-def _by_path(state):
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-
-
-def _assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        assert array.dtype == other[name].dtype
-        np.testing.assert_array_equal(array, other[name], err_msg=name)
-
-
-def _losses(run_dir):
-    return {
-        r["step"]: (r["loss"], r["grad_norm"], r["learning_rate"], r["tokens"])
-        for r in read_history(run_dir / "metrics.jsonl")
-        if r["kind"] == "train"
-    }
-
-
-def _events(run_dir):
-    records = read_history(run_dir / "metrics.jsonl")
-    return [r["event"] for r in records if r["kind"] == "event"]
-
-
 def test_unchanged_a_branch_is_the_uninterrupted_run_bit_for_bit(parent, tmp_path, capsys):
     new = tmp_path / "new"
     summary = train(_branch(f"{parent}@8", new))
     assert summary["status"] == "complete"
     assert summary["tokens"] == 12 * 8 * 16
-    _assert_same(_arrays(new, 12), _arrays(parent, 12))
-    whole = _losses(parent)
-    assert _losses(new) == {step: whole[step] for step in (9, 10, 11, 12)}
+    assert_same(arrays_of(new, 12), arrays_of(parent, 12))
+    whole = losses_of(parent)
+    assert losses_of(new) == {step: whole[step] for step in (9, 10, 11, 12)}
 
     account = (
         f"branched from {parent} at step 8 (1,024 tokens): weights, optimiser, step and tokens go "
         "on; rows go on at row 64 of the same order; changed: nothing"
     )
-    assert _events(new) == [account]
+    assert events_of(new) == [account]
     assert account in capsys.readouterr().out
     assert read_yaml(new / "config.yaml")["branch_from"] == f"{parent}@8"
     origin = json.loads((new / "summary.json").read_text())["origin"]
@@ -115,9 +81,9 @@ def test_a_branch_resumes_without_its_parent(parent, tmp_path):
             from_dict(TrainConfig, read_yaml(new / "config.yaml")), branch_from=again[1]
         )
     assert train(resolve_config(["--config", str(new / "config.yaml")]))["step"] == 12
-    _assert_same(_arrays(new, 12), _arrays(parent, 12))
-    assert _losses(new) == {step: _losses(parent)[step] for step in (9, 10, 11, 12)}
-    assert [e.partition(" ")[0] for e in _events(new)] == ["branched", "resumed"]
+    assert_same(arrays_of(new, 12), arrays_of(parent, 12))
+    assert losses_of(new) == {step: losses_of(parent)[step] for step in (9, 10, 11, 12)}
+    assert [e.partition(" ")[0] for e in events_of(new)] == ["branched", "resumed"]
     with pytest.raises(ConfigError, match=r"branch_from '.*copy@8' -> '.*copy@4'"):
         train(_branch(new, new, branch_from=f"{copy}@4"))
 
@@ -138,7 +104,7 @@ def test_killed_before_its_first_checkpoint_it_begins_again(parent, tmp_path, mo
             train(_branch(f"{parent}@8", new))
     assert checkpoint_steps(new / "checkpoints") == []
     assert train(_branch(f"{parent}@8", new))["step"] == 12
-    _assert_same(_arrays(new, 12), _arrays(parent, 12))
+    assert_same(arrays_of(new, 12), arrays_of(parent, 12))
 
 
 def test_its_own_checkpoint_comes_before_its_first_step(parent, tmp_path):
@@ -159,11 +125,11 @@ def test_a_finished_run_is_extended_at_another_rate_and_schedule(parent, tmp_pat
     new = tmp_path / "new"
     changes = {"optimizer__learning_rate": 4e-3, "optimizer__schedule": "constant"}
     train(_branch(parent, new, steps=14, eval__batches=0, **changes))
-    losses = _losses(new)
+    losses = losses_of(new)
     assert list(losses) == [13, 14]
     assert [rate for _, _, rate, _ in losses.values()] == pytest.approx([4e-3, 4e-3])
-    assert int(_arrays(new, 14)[".opt_state[1].count"]) == 14
-    (account,) = _events(new)
+    assert int(arrays_of(new, 14)[".opt_state[1].count"]) == 14
+    (account,) = events_of(new)
     assert account.endswith(
         "changed: steps 12 -> 14, optimizer.learning_rate 0.01 -> 0.004, "
         "optimizer.schedule paper -> constant, eval.batches 2 -> 0"
@@ -183,7 +149,7 @@ def test_another_batch_size_goes_on_at_the_next_row(parent, tmp_path, monkeypatc
     train(config, on_step=stop_at(10))
     summary = train(config)
     assert starts == [64, 64 + 2 * 16]
-    tokens = {step: tokens for step, (_, _, _, tokens) in _losses(new).items()}
+    tokens = {step: tokens for step, (_, _, _, tokens) in losses_of(new).items()}
     assert tokens == {9: 1024 + 256, 10: 1024 + 512, 11: 1024 + 768, 12: 1024 + 1024}
     assert summary["tokens"] == 2048
     flops = count_flops(config.model, 16).training
@@ -325,7 +291,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_told(parent, tmp_path, c
     assert f"{copy}/checkpoints/12" in out
     assert "falling back to the checkpoint before" in out
     assert f"branched from {copy} at step 8" in out
-    assert len(_events(new)) == 2
+    assert len(events_of(new)) == 2
     assert (copy / "checkpoints" / "12").is_dir()  # it is not ours to move away
     with pytest.raises(CheckpointError, match=r"does not match .*give another step \(8\)"):
         _taken(f"{copy}@12", tmp_path / "other", steps=20)
@@ -356,9 +322,9 @@ def test_a_run_that_is_being_trained_may_be_branched_from(parent, tmp_path, monk
 
 def test_meshes_and_optimisers_of_other_form(parent, tmp_path):
     """The state itself is the same, wherever it lies and whatever stands beside it."""
-    there = _arrays(parent, 8)
+    there = arrays_of(parent, 8)
     for mesh in ({"mesh__fsdp": 8}, {"mesh__fsdp": 1, "mesh__tensor": 2}):
-        _assert_same(_by_path(_taken(f"{parent}@8", tmp_path / "new", **mesh).state), there)
+        assert_same(by_path(_taken(f"{parent}@8", tmp_path / "new", **mesh).state), there)
     form = {"optimizer__clip_norm": None, "optimizer__weight_decay": 0.0}
     opt_state = _taken(f"{parent}@8", tmp_path / "new", **form).state.opt_state
     adam, schedule = opt_state
@@ -377,8 +343,8 @@ def test_layers_may_be_unrolled_in_a_branch_and_in_place(parent, tmp_path):
     """The checkpoints of both programs are the same, and so is the function."""
     new = tmp_path / "new"
     train(_branch(f"{parent}@8", new, model__scan_layers=False))
-    _assert_same(_arrays(new, 8), _arrays(parent, 8))
-    whole, unrolled = _losses(parent), _losses(new)
+    assert_same(arrays_of(new, 8), arrays_of(parent, 8))
+    whole, unrolled = losses_of(parent), losses_of(new)
     for step in (9, 10, 11, 12):
         assert unrolled[step][0] == pytest.approx(whole[step][0], rel=1e-3)
     # And back, in the run's own folder.
@@ -386,7 +352,7 @@ def test_layers_may_be_unrolled_in_a_branch_and_in_place(parent, tmp_path):
     shutil.rmtree(new / "checkpoints" / "12")
     train(back)
     assert read_yaml(new / "config.yaml")["model"]["scan_layers"] is True
-    assert _losses(new)[12] == whole[12]
+    assert losses_of(new)[12] == whole[12]
 
 
 @pytest.mark.parametrize(
