@@ -17,7 +17,7 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) $(SPREAD)
 .DEFAULT_GOAL := help
 # Half an environment, as of a Python without ensurepip, is made anew the next time.
 .DELETE_ON_ERROR:
-.PHONY: help train sample test lint format typecheck unit quick tutorials fuzz load torch aot aot-tpu wheel docs docs-serve linkcheck image clean
+.PHONY: help train sample test lint format typecheck unit quick tutorials fuzz load torch gpu aot aot-tpu wheel docs docs-serve linkcheck image clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,10 @@ aot: $(VENV)/.aot ## Compile the kernels for a TPU v5e and GPUs without having a
 
 aot-tpu: $(VENV)/.tpu ## Compile for a TPU v5e alone (installs 0.7 GB)
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m aot -k "tpu or v5e"
+
+# Without conftest.py, whose settings of XLA are a CPU's.
+gpu: $(VENV)/.dev ## Check the kernels and gradients on an NVIDIA GPU (install jax[cuda12] or jax[cuda13] first)
+	$(BIN)/pytest --noconftest -m gpu tests/on_gpu
 
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

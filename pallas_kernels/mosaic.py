@@ -22,6 +22,7 @@ from .capability import compute_capability
 from .errors import MosaicError
 from .keep_nan import from_magnitude, magnitude
 from .refs import Ref
+from .rounding import ROUNDER_BITS
 
 WARPGROUP = 128  # threads
 MULTIPROCESSORS = 132  # of an H100 and an H200, the only cards that these kernels were cut for
@@ -137,8 +138,7 @@ class Rows:
         """Of the whole, or without one of its axes."""
         if self.interpret:
             return None
-        # No more than 16 bytes of float32 at a time.
-        vector = next(v for v in (4, 2, 1) if self.columns % (WARPGROUP * v) == 0)
+        vector = self._vector
         columns = (WARPGROUP * vector,), (32 * vector,), (vector,)
         if self.rows > 1:
             columns = ((self.rows, WARPGROUP * vector), *columns[1:])
@@ -147,6 +147,11 @@ class Rows:
         )
         return layout if reduced is None or self.rows == 1 else layout.reduce(reduced)
 
+    @property
+    def _vector(self) -> int:
+        """Neighbouring columns of a thread: no more than 16 bytes of float32."""
+        return next(v for v in (4, 2, 1) if self.columns % (WARPGROUP * v) == 0)
+
     def load(self, ref: Ref) -> jax.Array:
         """A tile [rows, columns] of any float type."""
         return load(ref if self.rows > 1 else ref.at[0], self._layout()).astype(jnp.float32)
@@ -154,6 +159,15 @@ class Rows:
     def put(self, ref: Ref, value: jax.Array) -> None:
         """Writes a tile in its own type."""
         ref[... if self.rows > 1 else 0] = value.astype(ref.dtype)
+
+    def put_low_bytes(self, ref: Ref, bits: jax.Array) -> None:
+        """Writes what `rounding.rounded` made, as int8."""
+        if self._vector == 1:
+            # A lone byte goes to memory straight from the register of the sum, which ptxas takes
+            # for a float and converts: all bytes were 255 on an H100. An operation on integers
+            # that no compiler can leave out keeps them bits.
+            bits = jnp.maximum(bits, ROUNDER_BITS - 128)
+        self.put(ref, bits)
 
     def vector(self, ref: Ref) -> jax.Array:
         """[columns] float32, to be laid under each row."""

@@ -47,6 +47,8 @@ class TrainMeasurement:
     """Largest memory in use on the first device (GiB); None where the device does not tell."""
     loss: float
     """Of the last step; random tokens, so about ln(vocab_size)."""
+    finite: bool
+    """Whether its loss and gradient were; where not, the steps changed nothing."""
 
 
 class CompiledStep(NamedTuple):
@@ -164,6 +166,7 @@ def measure_train_step(
         model_tflops=1e-12 * rate * count_flops(config.model, config.data.seq_len).training,
         peak_gib=None if peak is None else peak / 2**30,
         loss=float(metrics["loss"]),
+        finite=bool(metrics["finite"]),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -72,6 +73,12 @@ def train(argv: Sequence[str]) -> int:
         f"{result.step_ms:.1f} ms a step, {result.tokens_per_s:,.0f} tokens/s, "
         f"{result.model_tflops:.0f} TFLOP/s, peak {peak}, compiled in {result.compile_s:.0f} s"
     )
+    if not result.finite:
+        print(
+            "warning: the loss or its gradient was not finite, so that the steps that were timed "
+            "changed nothing: a smaller --optimizer.learning-rate may help, or make gpu tells why",
+            file=sys.stderr,
+        )
     if arguments.trace is not None:
         _print_kernels(arguments.trace, devices=result.devices)
     return 0

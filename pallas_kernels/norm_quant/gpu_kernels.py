@@ -91,7 +91,7 @@ class Forward:
             made[f"absmax{j}"], made[f"scale{j}"] = absmax, absmax / 127.0
             factor = 127.0 / absmax if gain is None else gain * (127.0 / absmax)
             # No magnitude exceeds 127, as none exceeds the row's largest.
-            of.put(refs[f"q{j}"], rounded(y * of.long(factor)))
+            of.put_low_bytes(refs[f"q{j}"], rounded(y * of.long(factor)))
         return made, sums
 
 
@@ -176,7 +176,8 @@ class Backward:
     ) -> None:
         absmax, ref = values[f"absmax{j}"], refs[f"input{j}"]
         q = rounded(n * of.long(127.0 / absmax))
-        if ref.dtype != jnp.int8:
+        if ref.dtype == jnp.int8:
+            of.put_low_bytes(ref, q)
+        else:
             # Not the float sum less its summand, which XLA takes for the identity.
-            q = (q - ROUNDER_BITS).astype(jnp.float32) * of.long(absmax / 127.0)
-        of.put(ref, q)
+            of.put(ref, (q - ROUNDER_BITS).astype(jnp.float32) * of.long(absmax / 127.0))
