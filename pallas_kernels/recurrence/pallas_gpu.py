@@ -23,8 +23,8 @@ MLGRU_FORWARD = Config()
 MLGRU_FORWARD_FEW = Config(unroll=32)
 MLGRU_BACKWARD = Config(unroll=8)
 # With four stages of a tile a multiprocessor holds four programs: of more, some would wait for
-# others to end.
-MLGRU_BACKWARD_MANY = Config(unroll=8, stages=3)
+# others to end. At 2,560 channels two stages take 0.267 ms, three 0.279, four 0.301.
+MLGRU_BACKWARD_MANY = Config(unroll=8, stages=2)
 # `mlgru_forward` takes held_BT, where the state passes unchanged.
 TAKES_HELD = True
 

@@ -276,3 +276,61 @@ def test_backward_products_in_8_bits(records, compare):
         f"| {worse('int8_dx', 3)} | {worse('one_scale', 3)} |",
     ]
     compare("docs/kernels.md", lines)
+
+
+def test_small_models(records, compare):
+    found = records["h100/small_models.json"]["records"]
+
+    def cell(name):
+        if name not in found:
+            return "not measured"
+        measured = found[name]["measurement"]
+        return f"{measured['step_ms']:.1f} ms, {measured['compile_s']:.0f} s"
+
+    lines = []
+    for rung in ("rung-7M", "rung-18M", "rung-61M"):
+        unrolled = found[f"{rung}-noscan"]["measurement"]
+        scanned = found.get(f"{rung}-scan", {}).get("measurement")
+        factor = "" if scanned is None else f"{scanned['step_ms'] / unrolled['step_ms']:.2f} "
+        lines.append(
+            f"| {rung} | {cell(f'{rung}-scan')} | {cell(f'{rung}-noscan')} "
+            f"| {unrolled['tokens_per_s'] / 1e3:,.0f}k | {factor}|"
+        )
+    compare("docs/kernels.md", lines)
+
+
+def test_cuts_of_the_recurrence(records, compare):
+    found = {
+        (row["unroll"], row["channels"], row["stages"]): sorted(row["device_ms"])[1]
+        for row in records["h100/recurrence_cuts.json"]["records"]
+    }
+    compare(
+        "docs/kernels.md",
+        [
+            f"since have two stages less where that is so, which takes {found[8, 32, 2]:.3f}; 64 "
+            f"channels a program, {found[8, 64, 2]:.3f}, are not taken",
+        ],
+    )
+
+
+def test_steps_as_printed(records, compare):
+    text = records.text("h100/steps.txt")
+    small = text.split("rung-61M-transformer", 1)[1]
+    scanned, unrolled = re.findall(r"([\d.]+) ms a step", small)
+    twins = {
+        size: re.search(
+            rf"--preset {size}-transformer --model.remat {remat} .*? a step, ([\d,]+) .*? peak "
+            r"([\d.]+)",
+            text,
+        )
+        for size, remat in (("370M", "dots"), ("1.3B", "projections"))
+    }
+    speeds, peaks = zip(*(twin.groups() for twin in twins.values()), strict=True)
+    first, second = (float(speed.replace(",", "")) / 1e3 for speed in speeds)
+    compare(
+        "docs/kernels.md",
+        [
+            f"rung-61M's twin takes {unrolled} ms unrolled and {scanned} scanned",
+            f"{first:.1f}k and {second:.1f}k tokens/s in {peaks[0]} and {peaks[1]} GiB",
+        ],
+    )
