@@ -2,9 +2,8 @@
 
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
+from initial_params import initial_params
 
 from mmfree_jax.infer import generate
 from mmfree_jax.model import LanguageModel, Master, Packed, Ternary, as_weights
@@ -80,7 +79,7 @@ def test_params_pass_seven_modules_from_generate_to_a_token(form, expected):
         remat="none",
     )
     model = LanguageModel(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = initial_params(config)
     if form == "packed":
         params = pack(as_weights(params, config), config)
     outputs = []

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from initial_params import initial_params
 
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.evaluate import harness
@@ -37,7 +38,7 @@ def bigram_logits(sign=1.0):
 def oracle_params(table):
     """Blocks that add nothing, one-hot embeddings, and the table as the head."""
     model = LanguageModel(CONFIG)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = initial_params(CONFIG)
     params = jax.tree.map(jnp.zeros_like, params)
     # High enough that the norm's eps does not matter.
     params["embedding"]["weight"] = 100 * jnp.eye(VOCAB)

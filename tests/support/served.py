@@ -9,8 +9,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from initial_params import initial_params
 
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.model import LanguageModel
@@ -39,7 +38,7 @@ NAME = "small"
 def small_model() -> tuple[LanguageModel, dict[str, Any]]:
     """A byte model whose answers vary with what it has read."""
     model = LanguageModel(CONFIG)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = initial_params(CONFIG)
     # Its first logits are all but equal: a larger head makes some bytes likely.
     head = dict(params["head"], norm_scale=4 * params["head"]["norm_scale"])
     return model, dict(params, head=head)

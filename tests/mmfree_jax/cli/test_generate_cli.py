@@ -29,8 +29,10 @@ def run(tmp_path_factory):
     write_config(path, config)
     checkpointer = Checkpointer(path / "checkpoints")
     optimizer = make_optimizer(config.optimizer)
+    # By one program: without jit, each of its hundred operations is compiled alone.
+    first_state = jax.jit(lambda key: init_state(config, optimizer, key))
     for step in (1, 2):
-        state = init_state(config, optimizer, jax.random.key(step))
+        state = first_state(jax.random.key(step))
         data = {"fingerprints": [], "tokens": [], "paths": [], "tokenizer": {}}
         checkpointer.save(step, state, {"config": to_dict(config), "data": data})
     checkpointer.wait()

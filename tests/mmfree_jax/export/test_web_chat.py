@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import page_audit
 import pytest
+from initial_params import initial_params
 from page_tokenizers import HARD, make_tokenizers
 
 from mmfree_jax.cli.main import main
@@ -28,7 +27,6 @@ from mmfree_jax.experiments.bench.browser import (
     wait,
 )
 from mmfree_jax.export import onnx_export, onnx_session, web_tokenizer
-from mmfree_jax.model import LanguageModel
 from mmfree_jax.model_config import ModelConfig
 
 pytestmark = pytest.mark.timeout(180)
@@ -47,7 +45,7 @@ def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer, save_model: Any) -
         residual_dtype="float32",
         remat="none",
     )
-    params = LanguageModel(config).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = initial_params(config, 1)
     tokenizer.save(folder / "tokenizer")
     source = save_model(folder / "random", config, params, folder / "tokenizer")
     onnx_export.export_onnx(source, folder / "export")

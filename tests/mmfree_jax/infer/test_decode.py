@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from initial_params import initial_params
 
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.infer import api, decode
@@ -35,7 +36,7 @@ PROMPTS = [[5, 9, 11, 2, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
 @functools.cache
 def build(config):
     model = LanguageModel(config)
-    params = model.init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = initial_params(config, 3)
     # Larger weights give distributions with something to choose.
     params = jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, params)
     return model, params

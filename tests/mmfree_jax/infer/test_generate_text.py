@@ -3,9 +3,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from initial_params import initial_params
 
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.infer import TextStream, generate_text, sample_text
@@ -69,7 +69,7 @@ class PieceTokenizer(ByteTokenizer):
 @pytest.fixture(scope="module")
 def model():
     model = LanguageModel(CONFIG)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = initial_params(CONFIG, 1)
     return model, jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, params)
 
 

@@ -3,14 +3,12 @@
 import dataclasses
 import typing
 
-import jax
-import jax.numpy as jnp
 import pytest
+from initial_params import initial_params
 
 from mmfree_jax import model_config
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import check_kernels, without_foreign_kernels
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.pallas_kernels.recurrence import api as recurrence
@@ -57,7 +55,7 @@ def test_kernels_of_xla_run_everywhere():
 
 def test_a_run_of_a_gpus_kernels_is_opened_here(save_model, tmp_path):
     here = ModelConfig(vocab_size=16, hidden_size=8, num_layers=1, intermediate_size=16)
-    params = LanguageModel(here).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = initial_params(here)
     config = dataclasses.replace(here, matmul_kernel="pallas_triton")
     saved = save_model(tmp_path / "model", config, params)
     assert saved.config.matmul_kernel == "pallas_triton"

@@ -5,14 +5,13 @@ import os
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_folders import HGRN, LLAMA, write_folder
+from initial_params import initial_params
 from safetensors.numpy import save_file
 
 from mmfree_jax.errors import CheckpointError, ConfigError, DataError, OutputError
-from mmfree_jax.model import LanguageModel
 from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.saved import huggingface
 from mmfree_jax.saved.convert import export_hf, import_hf
@@ -239,7 +238,7 @@ def test_export_refuses_what_no_package_computes(tmp_path):
     config = ModelConfig(
         vocab_size=8, hidden_size=16, num_layers=1, intermediate_size=16, glu_linear=DENSE
     )
-    params = LanguageModel(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = initial_params(config)
     (tmp_path / "m").mkdir()
     write_model(tmp_path / "m", config, params)
     model, loaded = load_pretrained(tmp_path / "m")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from initial_params import initial_params
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.infer import api
@@ -37,7 +38,7 @@ PROMPTS = [[5, 9, 11], [7]]
 
 @functools.cache
 def params():
-    tree = LanguageModel(CONFIG).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    tree = initial_params(CONFIG, 3)
     keys = iter(jax.random.split(jax.random.key(9), 64))
     # Norms and bounds away from their initial values, as training leaves them.
     return {

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from initial_params import initial_params
 from whole_runs import replace, stop_at
 
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
@@ -171,7 +172,7 @@ def _batch(config, rows=8):
 
 @functools.cache
 def _params(config: ModelConfig):
-    return LanguageModel(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return initial_params(config)
 
 
 def _loss(config, form, strength=0.0):

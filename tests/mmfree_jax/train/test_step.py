@@ -173,9 +173,14 @@ def test_a_parameter_without_a_line_in_the_table_is_an_error():
         param_spec("blocks/glu/new_proj/weight")
 
 
+def _first_state(config, optimizer):
+    """By one program: without jit, each of its hundred operations is compiled alone."""
+    return jax.jit(lambda key: init_state(config, optimizer, key))(jax.random.key(0))
+
+
 def _run(config, batch, state=None):
     optimizer = _optimizer()
-    state = state or init_state(config, optimizer, jax.random.key(0))
+    state = state or _first_state(config, optimizer)
     step = jax.jit(lambda s, b: train_step(s, b, _SCHEDULE, config=config, optimizer=optimizer))
     return step(state, batch)
 
@@ -184,7 +189,7 @@ def _run(config, batch, state=None):
 def one_step():
     """Config, batch and state of a step, and what it gives."""
     config = _config()
-    batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
+    batch, state = _batch(config, 0), _first_state(config, _optimizer())
     return config, batch, state, *_run(config, batch, state)
 
 
@@ -216,7 +221,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(one_step):
 
 def test_micro_batches_without_a_quantiser_differ_by_rounding_alone():
     config = _config("tiny-transformer")
-    batch, state = _batch(config, 0), init_state(config, _optimizer(), jax.random.key(0))
+    batch, state = _batch(config, 0), _first_state(config, _optimizer())
     whole = _run(config, batch, state)
     parts = _run(dataclasses.replace(config, grad_accum=4), batch, state)
     _assert_same_step(parts, whole, loss=2e-6, norm=2e-6, gradient=2e-6)
@@ -303,7 +308,7 @@ def test_runs_that_differ_in_rate_length_warm_up_or_seed_share_a_program():
 def test_an_update_that_is_not_finite_is_not_made():
     config = _config()
     optimizer = _optimizer()
-    state = init_state(config, optimizer, jax.random.key(0))
+    state = _first_state(config, optimizer)
     state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[0].set(jnp.inf)
     step = jax.jit(lambda s, b: train_step(s, b, _SCHEDULE, config=config, optimizer=optimizer))
     after, metrics = step(state, _batch(config, 0))
@@ -320,7 +325,7 @@ def test_evaluated_tokens_have_the_training_loss(name, on_a_mesh):
     config = _config(name)
     batch = _batch(config, 0)
     optimizer = _optimizer()
-    state = init_state(config, optimizer, jax.random.key(0))
+    state = _first_state(config, optimizer)
     found = jax.jit(lambda p, b: eval_step(p, b, config=config))(state.params, batch)
     _, metrics = _run(config, batch)
     counted_BT = batch["targets"] >= 0
