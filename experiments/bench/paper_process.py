@@ -42,7 +42,7 @@ def for_memory(config: TrainConfig, capacity: float) -> TrainConfig:
         found = replace_model(config, remat=remat, scan_layers=False)
         if estimate_memory(found, MeshConfig(data=1)).total < 0.9 * capacity:
             return found
-    return config
+    return replace_model(config, remat="full", scan_layers=True)
 
 
 def measure_training(task: dict[str, Any]) -> dict[str, Any]:

@@ -325,6 +325,12 @@ def test_steps_as_printed(records, compare):
         )
         for size, remat in (("370M", "dots"), ("1.3B", "projections"))
     }
+    times = [
+        float(ms) for ms in re.findall(r"-transformer --model.remat \w+ .*? ([\d.]+) ms", text)
+    ]
+    shares = [
+        int(t) / 989 for t in re.findall(r"-transformer --model.remat .*? (\d+) TFLOP/s", text)
+    ]
     speeds, peaks = zip(*(twin.groups() for twin in twins.values()), strict=True)
     first, second = (float(speed.replace(",", "")) / 1e3 for speed in speeds)
     compare(
@@ -332,5 +338,7 @@ def test_steps_as_printed(records, compare):
         [
             f"rung-61M's twin takes {unrolled} ms unrolled and {scanned} scanned",
             f"{first:.1f}k and {second:.1f}k tokens/s in {peaks[0]} and {peaks[1]} GiB",
+            f"{times[0]} ms ({first:.1f}k tokens/s, {shares[0]:.0%} of the bfloat16 peak) and "
+            f"{times[-1]} ms ({second:.1f}k, {shares[-1]:.0%})",
         ],
     )
