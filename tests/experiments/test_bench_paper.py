@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 import types
 
 import pytest
@@ -169,7 +170,8 @@ def test_energy_by_samples_is_mean_power_times_time(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\necho 100.0; echo '[N/A]'; echo 300.0; exec sleep 60\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = measure_energy(lambda: None, seconds=0.5, tokens=10, device=0)["energy"]
+    # A call that takes no time would be made so often that a token's energy is rounded to nothing.
+    found = measure_energy(lambda: time.sleep(0.02), seconds=0.5, tokens=10, device=0)["energy"]
     assert found["watts"] == 200.0
     assert found["counter"] == "nvidia-smi power.draw"
     joules = found["mj_per_token"] * found["tokens"] / 1e3
