@@ -1,4 +1,4 @@
-"""A small run, shared by the tests of training and the command line."""
+"""A small run, shared by the tests of training and the command line, and a cut network."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -78,3 +78,14 @@ def cached_compilation(keep_compiled: Callable[[], AbstractContextManager[None]]
     """Runs of one test module compile each program once."""
     with keep_compiled():
         yield
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails whoever asks for the network."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from relative_rms import relative_rms
 
 from mmfree_jax.pallas_kernels.cross_entropy.api import ternary_linear_cross_entropy_sum
 from mmfree_jax.pallas_kernels.norm_quant import api as norm_quant
@@ -27,11 +28,6 @@ TOKENS = 1024
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def relative_rms(got, expected):
-    got, expected = (np.asarray(a, np.float64) for a in (got, expected))
-    return np.sqrt(np.mean((got - expected) ** 2) / max(np.mean(expected**2), 1e-30))
 
 
 def norm_arguments(form, width):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from relative_rms import relative_rms
 
 from mmfree_jax.pallas_kernels.bitlinear import pallas_tpu, reference
 from mmfree_jax.pallas_kernels.bitlinear.api import bitlinear, bitlinear_many
@@ -14,11 +15,6 @@ from mmfree_jax.pallas_kernels.norm_quant.reference import quantize_int8, rms_no
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternarize, ternary_matmul
 
 TOLERANCE = 0.005  # relative RMS, bf16 included
-
-
-def relative_rms(got, expected):
-    got, expected = (np.asarray(a, np.float64) for a in (got, expected))
-    return np.sqrt(np.mean((got - expected) ** 2) / max(np.mean(expected**2), 1e-30))
 
 
 def ste(value, quantized):

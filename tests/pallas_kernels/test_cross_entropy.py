@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from relative_rms import relative_rms
 
 from mmfree_jax.pallas_kernels.cross_entropy import pallas_gpu, reference, xla
 from mmfree_jax.pallas_kernels.cross_entropy.api import (
@@ -22,11 +23,6 @@ FUNCTIONS = {
 }
 
 SUMS = {"linear": linear_cross_entropy_sum, "ternary": ternary_linear_cross_entropy_sum}
-
-
-def relative_rms(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
 def make_inputs(N, V, D, dtype, seed=0):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from relative_rms import relative_rms
 
 from mmfree_jax.pallas_kernels import mosaic
 from mmfree_jax.pallas_kernels.cross_entropy import pallas_gpu as cross_entropy
@@ -26,11 +27,6 @@ WIDE = 128
 
 def normal(*shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def relative_rms(got, expected):
-    got, expected = (np.asarray(a, np.float64) for a in (got, expected))
-    return np.sqrt(np.mean((got - expected) ** 2) / max(np.mean(expected**2), 1e-30))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from relative_rms import relative_rms
 
 from mmfree_jax.pallas_kernels.norm_quant import api
 from mmfree_jax.pallas_kernels.norm_quant.reference import norm_quantize, quantize_int8, rms_norm
@@ -21,11 +22,6 @@ CASES = [
 ]
 # Those of a GPU take multiples of 128 columns: test_mosaic.py.
 KERNELS = ["pallas_tpu"]
-
-
-def relative_rms(got, expected):
-    got, expected = (np.asarray(a, np.float64) for a in (got, expected))
-    return np.sqrt(np.mean((got - expected) ** 2) / max(np.mean(expected**2), 1e-30))
 
 
 def inputs(leading, k, own, outer, dtype=jnp.float32, seed=0):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from relative_rms import relative_rms
 
 from mmfree_jax.pallas_kernels.recurrence import (
     api,
@@ -43,11 +44,6 @@ INTERPRETED = {
 def _interpreted_implementations(monkeypatch):
     for name, module in INTERPRETED.items():
         monkeypatch.setitem(api._IMPLEMENTATIONS, name, module)
-
-
-def relative_rms(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
 def make_inputs(shape, seed, *, optional):

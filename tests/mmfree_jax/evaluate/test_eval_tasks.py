@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+from choice_task import CHOICE_TASK
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.config_io import check_keys
@@ -71,15 +72,6 @@ def _write_tasks(folder, count=3):
     return folder
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked for")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["oracle", "contrary"])
 def test_an_oracle_gets_every_task_right_and_its_contrary_none(tmp_path, no_network, sign):
     folder = _write_tasks(tmp_path / "tasks")
@@ -129,19 +121,6 @@ def test_a_task_file_with_a_key_twice_is_refused(adapter, tmp_path):
     check_keys(tmp_path / "in/letters.yaml")
 
 
-_LETTERS = """\
-task: letters
-dataset_path: json
-dataset_kwargs: {data_files: {test: ROWS}, cache_dir: CACHE}
-test_split: test
-output_type: multiple_choice
-doc_to_text: q
-doc_to_target: gold
-doc_to_choice: options
-metric_list: [{metric: acc}]
-"""
-
-
 _ROW = '{"q": "b", "options": ["c", "d"], "gold": 0}'
 
 
@@ -160,7 +139,7 @@ def test_a_task_that_lm_eval_makes_nothing_of(adapter, tmp_path, no_network, was
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "rows.json").write_text(rows + "\n")
-    task = _LETTERS.replace("ROWS", str(folder / "rows.json"))
+    task = CHOICE_TASK.replace("NAME", "letters").replace("ROWS", str(folder / "rows.json"))
     task = task.replace("CACHE", str(tmp_path / "cache")).replace(was, text or was)
     (folder / "letters.yaml").write_text(task)
     with pytest.raises(DataError, match=f"task.*({told}).* in {folder}|task's data cannot be read"):

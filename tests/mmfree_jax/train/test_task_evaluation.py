@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from choice_task import CHOICE_TASK
 
 from mmfree_jax.config import CheckpointConfig, DataConfig, EvalConfig
 from mmfree_jax.data import writer
@@ -20,28 +21,6 @@ from mmfree_jax.train.run_display import format_record
 from mmfree_jax.train.training import train
 
 pytest.importorskip("lm_eval")
-
-_TASK = """\
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: ROWS}, cache_dir: CACHE}
-test_split: test
-output_type: multiple_choice
-doc_to_text: q
-doc_to_target: gold
-doc_to_choice: options
-target_delimiter: ''
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked for")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
 @pytest.fixture
@@ -63,7 +42,7 @@ def config(small_run, tmp_path, no_network):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tasks / "rows.json").write_text(text)
     for name in ("letters", "more"):
-        task = _TASK.replace("NAME", name).replace("ROWS", str(tasks / "rows.json"))
+        task = CHOICE_TASK.replace("NAME", name).replace("ROWS", str(tasks / "rows.json"))
         (tasks / f"{name}.yaml").write_text(task.replace("CACHE", str(tmp_path / "cache")))
     return dataclasses.replace(
         small_run,
