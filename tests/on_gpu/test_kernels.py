@@ -96,7 +96,8 @@ def test_norms(form, width):
 @pytest.mark.parametrize("width", [32, 128, 384, 640, 1024, 2048, 2560])
 @pytest.mark.parametrize("gates", ["fused", "given"])
 def test_recurrence(gates, width):
-    rows, tokens = 3, 515
+    # At the widest, more programs than the chip holds at once, which are cut otherwise.
+    rows, tokens = 8 if width == 2560 else 3, 515
     i, f = normal(0, rows, tokens, width), normal(1, rows, tokens, width)
     bound, start = jnp.linspace(0.0, 0.9, width), normal(2, rows, width, dtype=jnp.float32)
     reset = jax.random.bernoulli(jax.random.key(3), 0.01, (rows, tokens))
