@@ -58,9 +58,11 @@ def follow(tmp_path):
 
 def test_blocks_share_a_shell_and_a_folder(follow):
     printed = follow(PAGE, {"n=7": "n=8"})
-    assert printed[0] == "read  8 files\nend\n"
-    assert printed[1] == "yes\n"
-    assert printed[3] == "yes 8\n"
+    assert printed[0] == ("read  8 files\nend\n", "")
+    assert printed[1] == ("yes\n", "")
+    assert printed[2].out == ""
+    assert printed[2].err.startswith("ls: unrecognized")
+    assert printed[3] == ("yes 8\n", "")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,11 @@ def test_changes_and_omissions_must_be_of_the_page(follow, tmp_path):
 )
 def test_lines_are_compared_in_kind(shown, printed, lost):
     assert missing(shown, printed) == lost
+
+
+def test_a_line_may_come_from_either_stream():
+    assert missing("a\nwarned\nb", "a\nb", "of a library\nwarned") == []
+    assert missing("a\nb\nwarned", "b\na", "warned") == ["b"]
 
 
 @pytest.mark.parametrize("page", [FIRST, TUNED, PACKED], ids=lambda page: page.stem)

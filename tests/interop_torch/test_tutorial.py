@@ -24,5 +24,5 @@ def test_the_page_writes_the_text_that_the_run_writes(tmp_path):
     tokenizer = open_model(tmp_path / "runs/first").tokenizer()
     prompt = "My fellow citizens,"
     ours = generate_text(model, params, tokenizer, [prompt], max_new_tokens=20, temperature=0.0)
-    assert f"{prompt}{ours.texts[0]}" in written
-    assert "[y/N]" not in written
+    assert f"{prompt}{ours.texts[0]}" in written.out
+    assert "[y/N]" not in "".join(written)

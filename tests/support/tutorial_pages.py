@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import quick_compilation
 
@@ -64,6 +65,13 @@ class Block:
     printed: str | None = None
 
 
+class Printed(NamedTuple):
+    """What a block printed, by stream: a library's warnings are no part of a command's output."""
+
+    out: str
+    err: str
+
+
 def blocks(text: str) -> Iterator[Block]:
     """The fenced blocks of a page, in order."""
     for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)^```\n?", text, re.M):
@@ -99,22 +107,25 @@ def steps(page: Path, changed: Mapping[str, str], *, without: str | None = None)
     return found
 
 
-def run_steps(page: Path, shown: Sequence[Block], folder: Path, seconds: int = 900) -> list[str]:
+def run_steps(
+    page: Path, shown: Sequence[Block], folder: Path, seconds: int = 900
+) -> list[Printed]:
     """Runs blocks in `folder` by one shell, as a reader would, and compares what they print.
 
     What a block leaves running in the background goes on until the last has ended.
 
     Returns:
-      what each block printed, both streams together.
+      what each block printed.
 
     Raises:
-      AssertionError: a block failed, or a line that the page shows was not printed.
+      AssertionError: a block failed, or a line that the page shows was printed on neither stream.
     """
     output = folder.parent / f"{folder.name}-{page.stem}"
     output.mkdir()
     lines = [f"exec >{shlex.quote(str(output))}/start 2>&1 </dev/null"]
     for i, block in enumerate(shown):
-        lines.append(f"exec >{shlex.quote(str(output / str(i)))} 2>&1; set -e")
+        to = shlex.quote(str(output / str(i)))
+        lines.append(f"exec >{to}.out 2>{to}.err; set -e")
         lines.append(_as_shell(block))
     # The reader's `python` and `mmfree` are those of this environment, and nothing unbuffers them.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -129,17 +140,19 @@ def run_steps(page: Path, shown: Sequence[Block], folder: Path, seconds: int = 9
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    files = [(output / f"{i}.out", output / f"{i}.err") for i in range(len(shown))]
     printed = [
-        file.read_text(encoding="utf-8") if (file := output / str(i)).exists() else ""
-        for i in range(len(shown))
+        Printed(*(file.read_text(encoding="utf-8") if file.exists() else "" for file in pair))
+        for pair in files
     ]
-    reached = max((i for i in range(len(shown)) if (output / str(i)).exists()), default=0)
+    reached = max((i for i, pair in enumerate(files) if pair[0].exists()), default=0)
     where = f"{page.name}:{shown[reached].line}"
-    assert code == 0, f"{where} ended with {code}:\n{printed[reached]}"
-    for block, text in zip(shown, printed, strict=True):
-        for line in missing(_expected(block), text):
+    assert code == 0, f"{where} ended with {code}:\n{''.join(printed[reached])}"
+    for block, streams in zip(shown, printed, strict=True):
+        for line in missing(_expected(block), *streams):
             raise AssertionError(
-                f"{page.name}:{block.line} does not print {line!r} (in this order):\n{text}"
+                f"{page.name}:{block.line} does not print {line!r} (in this order):\n"
+                f"{''.join(streams)}"
             )
     return printed
 
@@ -162,18 +175,24 @@ def _expected(block: Block) -> str:
     return block.printed or ""
 
 
-def missing(shown: str, printed: str) -> list[str]:
-    """Lines that a page shows and that were not printed behind the one before; empty: none."""
-    lost, rest = [], [_plain(line) for line in printed.splitlines()]
+def missing(shown: str, *streams: str) -> list[str]:
+    """Lines that a page shows and that none of the streams printed; empty: none.
+
+    A line must stand behind those that its stream printed before. Which of two streams came first
+    is not known.
+    """
+    lost, rests = [], [[_plain(line) for line in stream.splitlines()] for stream in streams]
     for line in map(_plain, shown.splitlines()):
         if line in ("", "..."):
             continue
         pattern = re.compile(_pattern(line))
-        at = next((i for i, text in enumerate(rest) if pattern.fullmatch(text)), None)
-        if at is None:
-            lost.append(line)
+        for rest in rests:
+            at = next((i for i, text in enumerate(rest) if pattern.fullmatch(text)), None)
+            if at is not None:
+                del rest[: at + 1]
+                break
         else:
-            rest = rest[at + 1 :]
+            lost.append(line)
     return lost
 
 
