@@ -44,6 +44,21 @@ def find_encoding(start: bytes) -> tuple[str, int]:
     return "utf-8", 0
 
 
+def unmarked_encoding(start: bytes) -> str | None:
+    """UTF-16 or UTF-32 if the first bytes of a text are of it, without a mark; None: they are not.
+
+    As JSON tells them apart: two ASCII characters, whose other bytes are 0. Such bytes are UTF-8
+    too, of characters NUL, which no text begins with.
+    """
+    zeros = "".join("0" if byte == 0 else "x" for byte in start[:4])
+    return {
+        "x0x0": "UTF-16-LE",
+        "0x0x": "UTF-16-BE",
+        "x000": "UTF-32-LE",
+        "000x": "UTF-32-BE",
+    }.get(zeros)
+
+
 def decode_text(data: bytes) -> str:
     """Text of bytes without their byte-order mark: UTF-8, or what the mark says.
 

@@ -58,6 +58,7 @@ def inspect(argv: Sequence[str]) -> int:
     """Show what a prepared data set holds, and check it."""
     from mmfree_jax.data.dataset import open_dataset
     from mmfree_jax.data.dataset_index import load_index
+    from mmfree_jax.data.shards import made_again
     from mmfree_jax.data.verification import verify_checksums
     from mmfree_jax.errors import DataError
 
@@ -71,7 +72,7 @@ def inspect(argv: Sequence[str]) -> int:
             problems = verify_checksums(index)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise DataError(f"{problems[0]}{more}: prepare the data set again")
+            raise DataError(f"{problems[0]}{more}: {made_again(index.path)}")
         print("checksums: all shards are as they were written")
     if config.samples:
         _print_samples(index, config, open_dataset)

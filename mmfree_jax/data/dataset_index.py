@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax import prefixes
-from mmfree_jax.data.shards import TOKEN_DTYPES, ShardInfo
+from mmfree_jax.data.shards import TOKEN_DTYPES, ShardInfo, made_again
 from mmfree_jax.errors import DataError
 from mmfree_jax.json_shape import digest, fault
 from mmfree_jax.places import locate
@@ -54,18 +54,18 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
     try:
         values = _read_local(folder) if isinstance(folder, Path) else _read_object(folder)
     except ValueError as e:
-        raise DataError(f"{file} is damaged ({e}): prepare the data set again") from e
+        raise DataError(f"{file} is damaged ({e}): {made_again(folder)}") from e
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise DataError(f"{file} is not the index of a prepared data set: give another folder")
     if values.get("version") != FORMAT_VERSION:
         raise DataError(
             f"{file} has format version {values.get('version')!r}, this program reads "
-            f"{FORMAT_VERSION}: prepare the data set again"
+            f"{FORMAT_VERSION}: {made_again(folder)}"
         )
     # Indices of older versions have no checksum.
     if (own := values.pop(_SELF, None)) is not None and own != digest(values):
         raise DataError(
-            f"{file} is damaged (it does not match its own checksum): prepare the data set again"
+            f"{file} is damaged (it does not match its own checksum): {made_again(folder)}"
         )
     try:
         index = DatasetIndex(
@@ -83,7 +83,7 @@ def load_index(path: str | os.PathLike[str]) -> DatasetIndex:
             raise TypeError(wrong)
     except (KeyError, TypeError, AttributeError) as e:
         raise DataError(
-            f"{file} is damaged (missing or malformed field: {e}): prepare the data set again"
+            f"{file} is damaged (missing or malformed field: {e}): {made_again(folder)}"
         ) from e
     return index
 

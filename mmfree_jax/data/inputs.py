@@ -85,11 +85,17 @@ def find_inputs(
                 has = f" (it has {others})" if others else ""
                 raise DataError(f"input {path} holds no readable file{has}: {_KNOWN}")
             for file in listing.files:
-                url = here.urls.get(file)
-                if (one := url or file.resolve()) in found:
-                    listing.leave("found before, under this name or another", file)
+                url, wanted = here.urls.get(file), named_field or text_field
+                if (one := url or file.resolve()) not in found:
+                    found[one] = InputFile(url or file, wanted, place)
+                elif (before := found[one].text_field) != wanted and not is_plain_text(file):
+                    raise DataError(
+                        f"input {given} means the field {wanted!r} of {file}, and "
+                        f"{inputs[found[one].place]} its field {before!r}: a file is read once; "
+                        "name one of them, or prepare two data sets"
+                    )
                 else:
-                    found[one] = InputFile(url or file, named_field or text_field, place)
+                    listing.leave("found before, under this name or another", file)
         mine = [f for f in found.values() if f.place == place]
         readings.append(
             InputReading(
@@ -205,11 +211,23 @@ def _saved_files(folder: Path) -> list[Path]:
     """The files of a folder that Hugging Face's `save_to_disk` wrote."""
     state = folder / SAVED_STATE
     try:
-        names = [f["filename"] for f in read_json(state)["_data_files"]]
+        said = read_json(state)
+        names = [f["filename"] for f in said["_data_files"]]
+        chosen = bool(said.get("_indices_data_files"))
         if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
             raise ValueError(f"{brief(outside[0])} is not the name of a file beside it")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{state} is not the state of a saved data set ({e!r}): repair it") from e
+    if chosen:
+        raise DataError(
+            f"{state} says that the data set is a choice of rows (_indices_data_files): save it "
+            "anew behind flatten_indices()"
+        )
+    if gone := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(
+            f"{folder} has no {gone[0]}, a part of the saved data set by its {SAVED_STATE}: fetch "
+            "it, or save the data set anew"
+        )
     return [folder / name for name in names]
 
 

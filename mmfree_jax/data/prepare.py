@@ -37,6 +37,7 @@ from mmfree_jax.data.reading import InputReading, Tally, check_something_left
 from mmfree_jax.data.sources import ReadOptions, read_batches
 from mmfree_jax.data.staged_dataset import StagedDataset, staged_dataset
 from mmfree_jax.data.tokenizer import BYTE, TOKENIZER_FOLDER, identity, load_tokenizer
+from mmfree_jax.data.verification import check_sizes
 from mmfree_jax.data.writer import (
     SHARD_TOKENS,
     SplitWriter,
@@ -207,6 +208,7 @@ def _prepare_in(
         if (folder / INDEX_NAME).exists():
             index = load_index(folder)
             same(index.source, state="holds a data set")
+            check_sizes(dataclasses.replace(index, path=staged.url if staged else folder))
             return index, False
         journal = read_progress(folder / PROGRESS_NAME)
         if journal is not None and (journal["file"], journal["record"]) == (0, 0):

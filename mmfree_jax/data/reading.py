@@ -102,6 +102,8 @@ class InputReading:
 def reading_lines(readings: Sequence[InputReading], separator: str | None) -> list[str]:
     """What was read and what was not, a line each."""
     lines = []
+    if separator and not any(reading.txt_files for reading in readings):
+        lines.append(f"note       --txt-separator {separator!r} cut nothing: no file is plain text")
     for reading in readings:
         of_splits = f" of split {', '.join(reading.splits)}" if reading.splits else ""
         tally = reading.tally

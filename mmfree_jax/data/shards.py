@@ -24,6 +24,11 @@ _DOWNLOADS = 3
 """Times that an object is fetched until it is taken to be damaged where it lies."""
 
 
+def made_again(folder: Path | Url) -> str:
+    """What to do about a damaged data set: where it stands, it is not prepared a second time."""
+    return f"remove {folder} and prepare the data set again"
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What `index.json` says of one shard."""
@@ -129,24 +134,25 @@ class BucketShards:
 
     def _fetch(self, k: int, folder: Path) -> None:
         for file in shard_files(self.shards[k], self.token_dtype):
-            _fetch_whole(self.url / file.name, file.sha256, folder / file.name)
+            _fetch_whole(self.url, file, folder / file.name)
 
 
-def _fetch_whole(url: Url, sha256: str, file: Path) -> None:
+def _fetch_whole(folder: Url, wanted: ShardFile, file: Path) -> None:
+    url = folder / wanted.name
     for _ in range(_DOWNLOADS):
         download(url, file)
-        if sha256_file(file) == sha256:
+        if sha256_file(file) == wanted.sha256:
             return
     raise DataError(
         f"{url} is damaged: its checksum is not that in the index, in {_DOWNLOADS} downloads; "
-        "upload it again, or prepare the data set again"
+        f"upload it again, or {made_again(folder)}"
     )
 
 
 def _map(folder: Path, info: ShardInfo, token_dtype: str, named: Path | Url) -> Shard:
     """Maps a shard's files in `folder`; messages name them in `named`."""
     tokens, ends = (
-        _map_file(folder / file.name, file.size, dtype, named / file.name)
+        _map_file(folder / file.name, file.size, dtype, named)
         for file, dtype in zip(
             shard_files(info, token_dtype), (TOKEN_DTYPES[token_dtype], DOCUMENT_DTYPE), strict=True
         )
@@ -154,18 +160,19 @@ def _map(folder: Path, info: ShardInfo, token_dtype: str, named: Path | Url) -> 
     if int(ends[-1]) != info.tokens:
         raise DataError(
             f"{named / info.name}.documents ends at token {int(ends[-1])}, not at "
-            f"{info.tokens}: the shard is damaged; prepare the data set again"
+            f"{info.tokens}: the shard is damaged; {made_again(named)}"
         )
     return Shard(tokens, ends)
 
 
-def _map_file(file: Path, size: int, dtype: np.dtype, named: Path | Url) -> np.ndarray:
+def _map_file(file: Path, size: int, dtype: np.dtype, folder: Path | Url) -> np.ndarray:
+    named = folder / file.name
     try:
         if (found := file.stat().st_size) != size:
             raise DataError(
-                f"{named} has {found} bytes, its index says {size}: the shard is damaged; prepare "
-                "the data set again"
+                f"{named} has {found} bytes, its index says {size}: the shard is damaged; "
+                f"{made_again(folder)}"
             )
         return np.memmap(file, dtype=dtype, mode="r")
     except OSError as e:
-        raise DataError(f"{named}: {e.strerror}; restore it or prepare the data set again") from e
+        raise DataError(f"{named}: {e.strerror}; restore it, or {made_again(folder)}") from e

@@ -19,7 +19,7 @@ from mmfree_jax.data.tables import arrow_rows, parquet_rows
 from mmfree_jax.data.text_split import split_text
 from mmfree_jax.errors import DataError
 from mmfree_jax.storage import Url
-from mmfree_jax.text_files import LONGEST_MARK, find_encoding, open_file
+from mmfree_jax.text_files import LONGEST_MARK, find_encoding, open_file, unmarked_encoding
 
 BATCH_BYTES = 2**20
 BATCH_RECORDS = 4096
@@ -162,6 +162,10 @@ def _as_utf8(blocks: Iterator[bytes], file: Path) -> Iterator[bytes]:
         if len(first) >= LONGEST_MARK:
             break
     encoding, mark = find_encoding(first[:LONGEST_MARK])
+    if not mark and (unmarked := unmarked_encoding(first)):
+        raise DataError(
+            f"{file} is {unmarked} without a byte-order mark, or no text: convert it to UTF-8"
+        )
     blocks = itertools.chain([first[mark:]], blocks)
     if encoding == "utf-8":
         yield from blocks

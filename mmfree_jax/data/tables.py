@@ -17,7 +17,6 @@ def parquet_rows(file: Path, column: str, start: int) -> Iterator[Row]:
     Raises:
       DataError: it is damaged, or `column` is missing, there twice or no text.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     open_file(file).close()  # the library would wait for ever for a pipe
@@ -38,8 +37,8 @@ def parquet_rows(file: Path, column: str, start: int) -> Iterator[Row]:
                             if number > start:
                                 yield _text(text), size * number // total
                 first += rows
-    except (pa.ArrowException, UnicodeDecodeError) as e:  # the latter of a column's name
-        raise DataError(f"{file} is not a whole Parquet file ({e}): fetch it again") from e
+    except _damages() as e:
+        raise _not_whole(file, "a whole Parquet file", e) from e
 
 
 def arrow_rows(file: Path, column: str, start: int) -> Iterator[Row]:
@@ -74,8 +73,22 @@ def arrow_rows(file: Path, column: str, start: int) -> Iterator[Row]:
                     for i in range(skip, rows):
                         yield _text(values[i]), position
                 number += rows
-    except (pa.ArrowException, UnicodeDecodeError) as e:  # the latter of a column's name
-        raise DataError(f"{file} is not a whole Arrow file ({e}): fetch it again") from e
+    except _damages() as e:
+        raise _not_whole(file, "a whole Arrow file", e) from e
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What the library raises of a damaged file; UnicodeDecodeError of a column's name."""
+    import pyarrow as pa
+
+    return pa.ArrowException, UnicodeDecodeError, OSError
+
+
+def _not_whole(file: Path, what: str, e: Exception) -> Exception:
+    """The error of a damaged file; `e` itself where the disk failed, which has a number."""
+    if isinstance(e, OSError) and e.errno is not None:
+        return e
+    return DataError(f"{file} is not {what} ({e}): fetch it again")
 
 
 def _check_offsets(values: Any) -> None:

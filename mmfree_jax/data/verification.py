@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmfree_jax.data.dataset import TokenDataset
 from mmfree_jax.data.dataset_index import INDEX_NAME, DatasetIndex
-from mmfree_jax.data.shards import shard_files
+from mmfree_jax.data.shards import made_again, shard_files
 from mmfree_jax.errors import DataError, OutputError, StorageError
 from mmfree_jax.files import sha256_file, write_text
 from mmfree_jax.storage import Url, find_object, read_bytes
@@ -68,11 +68,11 @@ def verify(datasets: Sequence[TokenDataset]) -> None:
             try:
                 found = sha256_file(file)
             except OSError as e:
-                raise DataError(f"{file}: {e.strerror}; prepare the data set again") from e
+                raise DataError(f"{file}: {e.strerror}; {made_again(file.parent)}") from e
             if found != stamp[0]:
                 raise DataError(
-                    f"{file} is damaged: its checksum is not that in {INDEX_NAME}; prepare the "
-                    "data set again"
+                    f"{file} is damaged: its checksum is not that in {INDEX_NAME}; "
+                    f"{made_again(file.parent)}"
                 )
             good = _remembered(file.parent) | {file.name: stamp}
             with contextlib.suppress(OutputError):
@@ -113,6 +113,27 @@ class Verification:
         """Raises the DataError that was found, if any."""
         if self._failure is not None:
             raise self._failure
+
+
+def check_sizes(index: DatasetIndex) -> None:
+    """Refuses a data set of which a shard is gone, or shorter or longer than its index says.
+
+    Raises:
+      DataError: names the file.
+      StorageError: the bucket cannot be read.
+    """
+    for shards in index.splits.values():
+        for file in (file for shard in shards for file in shard_files(shard, index.token_dtype)):
+            place = index.path / file.name
+            try:
+                found = _size(place)
+            except OSError as e:
+                raise DataError(f"{place}: {e.strerror}; {made_again(index.path)}") from e
+            if found != file.size:
+                raise DataError(
+                    f"{place} has {found} bytes, its index says {file.size}: the shard is damaged; "
+                    f"{made_again(index.path)}"
+                )
 
 
 def verify_checksums(index: DatasetIndex) -> list[str]:

@@ -7,6 +7,7 @@ JAX.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -46,12 +47,17 @@ def token_dtype_for(vocab_size: int) -> str:
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turns an OSError while writing under `folder` into an OutputError; files stay."""
     try:
-        with files.disk_errors(folder, "make room there"):
-            yield
-    except OutputError as e:
-        raise OutputError(
-            f"{e}; what was finished is kept: run the same command again to go on"
-        ) from e
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(
+                f"{folder} cannot be written ({e.strerror}): give another --out"
+            ) from e
+        with files.disk_errors(
+            folder,
+            "make room there; what was finished is kept: run the same command again to go on",
+        ):
+            raise
 
 
 class _GrowingFile:

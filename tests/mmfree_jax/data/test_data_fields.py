@@ -260,3 +260,21 @@ def test_texts_outside_of_their_file_are_refused(tmp_path, kind, offsets):
     _write_strings(tmp_path / "a.arrow", offsets, b"abcdefghi", kind)
     with pytest.raises(DataError, match=r"a\.arrow is not a whole Arrow file"):
         _read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_a_table_that_was_cut_short_is_told_as_that(tmp_path, name):
+    """The library says so by an OSError, as of a disk that fails."""
+    table = pa.table({"text": [f"text {i}" for i in range(1000)]})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.OSFile(str(tmp_path / name), "wb") as sink:
+            stream = pa.ipc.new_stream(sink, table.schema)
+            stream.write_table(table)
+            stream.close()
+    whole = (tmp_path / name).read_bytes()
+    for share in (0.3, 0.6, 0.9):
+        (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(DataError, match=r"is not a whole \w+ file \(.*\): fetch it again"):
+            _read(tmp_path / name)

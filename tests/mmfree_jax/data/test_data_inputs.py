@@ -295,6 +295,35 @@ def test_a_saved_data_set_names_files_beside_it(tmp_path, name):
         find_inputs([str(tmp_path)])
 
 
+def test_a_saved_data_set_without_one_of_its_files_is_refused(tmp_path):
+    lay_out(tmp_path, "data-0.arrow")
+    state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=r"has no data-1\.arrow, a part of the saved data set"):
+        find_inputs([str(tmp_path)])
+
+
+def test_a_saved_choice_of_rows_is_refused(tmp_path):
+    """Its files hold rows that are not in the data set, and in another order."""
+    lay_out(tmp_path, "data-0.arrow", "indices.arrow")
+    state = {
+        "_data_files": [{"filename": "data-0.arrow"}],
+        "_indices_data_files": [{"filename": "indices.arrow"}],
+    }
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=r"is a choice of rows .*flatten_indices"):
+        find_inputs([str(tmp_path)])
+
+
+def test_a_file_by_two_fields_is_refused(tmp_path):
+    """It is read once: the second field would be left out."""
+    root = lay_out(tmp_path / "in", "a.jsonl", "b.txt")
+    for other in (f"{root}/a.jsonl:title", f"{root}/*:title"):
+        with pytest.raises(DataError, match=r"means the field 'title' of .*a\.jsonl, and "):
+            find_inputs([root, other])
+    assert len(find_inputs([root, f"{root}/a.jsonl:text", f"{root}/b.txt:title"]).files) == 2
+
+
 def test_a_pointer_is_not_the_file(tmp_path):
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / "train.txt").write_text(text)

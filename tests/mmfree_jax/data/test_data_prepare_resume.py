@@ -54,6 +54,27 @@ def child(tmp_path, source, out, *, moment=0, workers=1, limit=0):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.parametrize("name", ["train-00000.tokens", "heldout-00000.documents"])
+def test_a_finished_folder_that_lost_something_is_not_taken_to_be_done(source, tmp_path, name):
+    """What else is said of such a folder is to prepare it again."""
+    settings_ = {"input": (source,), "heldout_fraction": 0.3}
+    run(tmp_path / "out", **settings_)
+    file = tmp_path / "out" / name
+    file.write_bytes(file.read_bytes()[:-8])
+    way_out = f"remove {tmp_path / 'out'} and prepare the data set again"
+    with pytest.raises(DataError, match=rf"{name} has \d+ bytes, its index says .*; {way_out}"):
+        run(tmp_path / "out", **settings_)
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{name}: No such file or directory; {way_out}"):
+        run(tmp_path / "out", **settings_)
+
+
+def test_a_file_in_the_folder_s_place_is_no_full_disk(source, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match=r"out cannot be written \(.*\): give another --out$"):
+        run(tmp_path / "out", input=(source,))
+
+
 def test_killed_and_gone_on_with(source, tmp_path):
     settings_ = {"input": (source,), "heldout_fraction": 0.3, "shard_tokens": 9000}
     run(tmp_path / "whole", **settings_)

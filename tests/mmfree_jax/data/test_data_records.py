@@ -14,6 +14,19 @@ from mmfree_jax.data.reading import Tally
 from mmfree_jax.data.text_split import split_text
 from mmfree_jax.errors import ConfigError, DataError
 
+
+def test_sixteen_and_thirty_two_bits_without_a_mark_are_no_utf_8(tmp_path):
+    """Their bytes are UTF-8 too, with a NUL behind or before each letter."""
+    for name in ("a.txt", "a.jsonl"):
+        for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+            file = tmp_path / name
+            file.write_bytes('{"text": "plain"}'.encode(encoding))
+            with pytest.raises(
+                DataError, match=f"a\\.[a-z]+ is {encoding.upper()} without a .*mark"
+            ):
+                texts(file)
+
+
 # Separators.
 
 
@@ -75,6 +88,14 @@ def test_a_separator_that_never_occurs_is_said(tmp_path, capsys):
     data_cli.prepare([*arguments, "--out", str(tmp_path / "out"), "--input", *files])
     note = f"note       {files[0]}: the separator '\\\\n\\\\n' occurs nowhere in 1 file of text"
     note += "; line ends are typed as $'\\n' in a shell"
+    assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")] == [note]
+
+
+def test_a_separator_that_no_file_can_take_is_said(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one##two"}')
+    arguments = ["--workers", "1", "--heldout-fraction", "0", "--txt-separator", "##"]
+    data_cli.prepare([*arguments, "--out", f"{tmp_path}/out", "--input", f"{tmp_path}/a.jsonl"])
+    note = "note       --txt-separator '##' cut nothing: no file is plain text"
     assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")] == [note]
 
 
