@@ -7,6 +7,7 @@ Unknown keys are errors, and so are keys that occur twice: every YAML in the pro
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -98,6 +99,9 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(fields)}"
+            section, dot, rest = name.partition(".")
+            if dot and section in fields:
+                hint = f"write {rest} indented in a line below {section}:"
             raise ConfigError(f"unknown config key {brief(where)}: {hint}")
         if dataclasses.is_dataclass(hints[name]):
             inner = _default(fields[name]) if base is None else getattr(base, name)
@@ -106,6 +110,28 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
             changes[name] = _convert(hints[name], value, where)
     # Without a base the defaults alone need not be valid: what is given takes their place.
     return cls(**changes) if base is None else dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+def underscored(values: dict[Any, Any], path: str) -> dict[Any, Any]:
+    """Nested settings with the fields' own names: YAML may spell them as flags, with dashes.
+
+    Args:
+      values: settings, not looked at any further.
+      path: where they stand, for messages.
+
+    Raises:
+      ConfigError: a field is there in both spellings.
+    """
+    named: dict[Any, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_") if isinstance(key, str) else key
+        where = f"{path}.{name}"
+        if name in named:
+            raise ConfigError(
+                f"config key {brief(where)} occurs twice, as {brief(key)} too: keep one"
+            )
+        named[name] = underscored(value, where) if isinstance(value, dict) else value
+    return named
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -176,10 +202,32 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.YAMLError(
                 f"a whole number of {len(node.value)} digits in line {node.start_mark.line + 1}"
             )
-        return super().construct_yaml_int(node)
+        return _as_it_reads(node, super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """Of digits alone, and no time of day."""
+        return _as_it_reads(node, super().construct_yaml_float(node))
+
+
+def _as_it_reads(node: yaml.ScalarNode, value: T) -> T:
+    """`value`, unless it is another than the digits say: YAML 1.1 takes 010 for 8, 1:30 for 90.
+
+    Raises:
+      YAMLError: it is.
+    """
+    text = node.value.replace("_", "")
+    octal = re.fullmatch(r"[-+]?0[0-7]+", text) is not None and int(text) != value
+    if octal or ":" in text:
+        raise yaml.YAMLError(
+            f"{node.value} in line {node.start_mark.line + 1} is {value} in YAML, "
+            f"{'an octal number' if octal else 'counted in sixties'}: write it without "
+            f"{'the leading 0' if octal else 'the colon'}, or in quotes if it is a text"
+        )
+    return value
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
 
 
 def _check_nodes(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:

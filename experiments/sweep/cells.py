@@ -12,7 +12,7 @@ from mmfree_jax.ranges import (
     require_distinct,
 )
 
-SHAPE = re.compile(r"(\d+)x(\d+)")
+SHAPE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)

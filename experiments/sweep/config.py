@@ -12,7 +12,7 @@ from itertools import product
 from typing import Literal
 
 from mmfree_jax.config import TrainConfig, replace_model
-from mmfree_jax.config_io import from_dict, read_yaml
+from mmfree_jax.config_io import from_dict, read_yaml, underscored
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.experiments.sweep.axes import AxesConfig
@@ -125,6 +125,7 @@ class SweepConfig:
     """Settings common to all runs, over the presets (data, batch_size, eval, ...)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "train", underscored(self.train, "train"))
         check_numbers(self)
         require(bool(self.out), "out", self.out, "name a folder")
         require(bool(self.families), "families", [], "give at least one, such as "
@@ -185,9 +186,10 @@ class SweepConfig:
                     twice = name in values or (isinstance(given, dict) and name in given)
                     require(not twice, f"axes.{name}", list(self.axes.given[name]),
                             f"leave it out of {where}, which sets it too")  # fmt: skip
+                in_optimizer = given if isinstance(given, dict) else {}
                 for name in ("learning_rate", "warmup_steps"):
-                    require(not (isinstance(given, dict) and name in given),
-                            f"{where}.optimizer.{name}", given,
+                    require(name not in in_optimizer, f"{where}.optimizer.{name}",
+                            in_optimizer.get(name),
                             "families.learning_rates, warmup_fraction stand for it")  # fmt: skip
                 self._check_schedule(where, given)
             for size in named:

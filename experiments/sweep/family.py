@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mmfree_jax.config_io import underscored
 from mmfree_jax.experiments.sweep.rate_rule import RateRuleConfig
 from mmfree_jax.ranges import AboveZero, check_numbers, require, require_distinct
 
@@ -39,6 +40,7 @@ class FamilyConfig:
         return self.name or self.base
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "train", underscored(self.train, f"families.{self.label}.train"))
         require(_WORD.fullmatch(self.label) is not None, "families.name", self.name,
                 "use letters, digits, '_', '.', '+' and single '-'")  # fmt: skip
         check_numbers(self, "families.")

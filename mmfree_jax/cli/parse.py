@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from mmfree_jax.cli.synonyms import find_option
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.places import Place
 from mmfree_jax.ranges import Count, Share, check_values
+
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
 def parse(
@@ -63,7 +66,8 @@ def parse(
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        raise ConfigError(one_line(captured.getvalue(), prog, _meant(target, argv))) from e
+        valued = _valued_switch(target, argv)
+        raise ConfigError(one_line(captured.getvalue(), prog, _meant(target, argv), valued)) from e
     sys.stderr.write(captured.getvalue())
     call = None if inspect.isclass(target) else result
     values = _fields(result) if call is None else call.keywords
@@ -110,6 +114,30 @@ def _meant(target: Any, argv: Sequence[str]) -> dict[str, str]:
         if (option := find_option(given, ours)) is not None:
             meant[given] = f"--{option}" if len(option) > 1 else f"-{option}"
     return {given: option for given, option in meant.items() if given != option}
+
+
+def _valued_switch(target: Any, argv: Sequence[str]) -> tuple[str, str] | None:
+    """The two forms of a flag that is on or off, where `argv` gives it true or false; else None."""
+    switches = {f"--{flag}": f"--{_negated(flag)}" for flag in _switches(target)}
+    for argument, after in itertools.pairwise([*argv, ""]):
+        flag, equals, value = argument.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in switches and (value if equals else after).lower() in _TRUTHS:
+            return flag, switches[flag]
+    return None
+
+
+def _switches(target: Any, prefix: str = "") -> Iterator[str]:
+    """The flags of a dataclass or function that are on or off, without dashes."""
+    marked = typing.get_type_hints(target, include_extras=True)
+    for name, hint in typing.get_type_hints(target).items():
+        flag = f"{prefix}{name}".replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            marks = getattr(marked[name], "__metadata__", ())
+            is_beside = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _switches(hint, prefix if is_beside else f"{flag}.")
+        elif hint is bool and name != "return":
+            yield flag
 
 
 def _negated(flag: str) -> str:

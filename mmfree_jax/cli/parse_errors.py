@@ -10,7 +10,9 @@ _KINDS = {
 }
 
 
-def one_line(text: str, prog: str, meant: dict[str, str]) -> str:
+def one_line(
+    text: str, prog: str, meant: dict[str, str], valued: tuple[str, str] | None = None
+) -> str:
     """The option, its value and the way out, of tyro's message.
 
     Args:
@@ -18,6 +20,7 @@ def one_line(text: str, prog: str, meant: dict[str, str]) -> str:
       prog: the command.
       meant: our options for flags of other programs that were given; without any it is what tyro
         suggests.
+      valued: a flag that is on or off and was given true or false, and its negation.
     """
     lines = [
         re.sub(r"\[/?bold\]", "", line).strip(" │")
@@ -33,6 +36,8 @@ def one_line(text: str, prog: str, meant: dict[str, str]) -> str:
     first, *others = [p for p in paragraphs if p] or [["The arguments cannot be read"]]
     message = _message(first, others[0] if others else [])
     suggested = re.search(r"Perhaps you meant:?\s*(--[\w.-]+)", " ".join(lines))
+    if valued is not None and message.startswith("unexpected argument"):
+        message = f"{valued[0]} takes no value: give {valued[0]} or {valued[1]}"
     if meant:
         message += "; perhaps you meant " + ", ".join(f"{b} for {a}" for a, b in meant.items())
     elif suggested:

@@ -201,6 +201,7 @@ def test_a_rate_is_carried_to_other_sizes_by_a_power_law():
         ({"families": [{"base": "mamba"}]}, "choose one of matmulfree, transformer"),
         ({"families": [*BOTH, BOTH[0]]}, "give each value once"),
         ({"sizes": ["rung-2M"]}, "sizes is 'rung-2M'"),
+        ({"sizes": ["3x96", "03x96"]}, "sizes is '03x96': give LAYERSxWIDTH"),
         ({"sizes": []}, "sizes is"),
         ({"tokens": []}, "budgets is"),
         ({"tokens": [-1]}, "tokens is .*: set a value above 0"),
@@ -210,6 +211,21 @@ def test_a_rate_is_carried_to_other_sizes_by_a_power_law():
         (
             {"train": {"optimizer": {"learning_rate": 1}}},
             "families.learning_rates, warmup_fraction stand for it",
+        ),
+        # As flags spell them.
+        ({"train": {"stop-at": 5}}, "train.stop_at is 5: leave it out"),
+        ({"families": [{"train": {"max-minutes": 5}}]}, "train.max_minutes is 5: leave it out"),
+        (
+            {"train": {"optimizer": {"learning-rate": 1}}},
+            r"train\.optimizer\.learning_rate is 1: families\.learning_rates, warmup_fraction",
+        ),
+        (
+            {"axes": {"weight_decay": [0, 1]}, "train": {"optimizer": {"weight-decay": 1}}},
+            "axes.weight_decay is .*: leave it out of train",
+        ),
+        (
+            {"train": {"batch-size": 5, "batch_size": 6}},
+            "'train.batch_size' occurs twice, as 'batch_size' too",
         ),
         ({"train": {"batchsize": 5}}, "train.batchsize"),
         ({"train": {"model": {"mixer": "x"}}}, "model.mixer is 'x': choose one of mlgru, at"),

@@ -30,6 +30,27 @@ def test_a_key_that_occurs_twice_is_refused(text, key, lines):
         parse_yaml(text, "a.yaml")
 
 
+@pytest.mark.parametrize("text", ["steps: 010", "a: [-017]", "steps: 1:30", "rate: 1:30.5"])
+def test_a_number_that_yaml_takes_for_another_is_refused(text):
+    digits = text.split()[-1].strip("[]")
+    with pytest.raises(
+        ConfigError, match=f"{digits} in line 1 is -?[\\d.]+ in YAML, .*: write it "
+    ):
+        parse_yaml(text, "a.yaml")
+
+
+def test_other_notations_are_the_numbers_that_they_read_as():
+    text = "[00, -0, 07, 1_000, 0x10, '010', '1:30', 1_0.5, 0.5, -0.0]"
+    assert parse_yaml(text, "") == [0, 0, 7, 1000, 16, "010", "1:30", 10.5, 0.5, 0.0]
+
+
+def test_a_flag_s_name_as_a_key_is_told_its_section():
+    with pytest.raises(
+        ConfigError, match="write learning_rate indented in a line below optimizer:"
+    ):
+        from_dict(TrainConfig, {"optimizer.learning-rate": 1e-3})
+
+
 def test_merging_is_no_repetition():
     text = "a: &a {x: 1, y: 2}\nb: &b\n  <<: *a\n  x: 3\nc:\n  <<: *b\n  x: 4\n  z: 5\n"
     assert parse_yaml(text, "") == {

@@ -35,6 +35,12 @@ from mmfree_jax.cli.main import main
         ("info --steps", "--steps has no value: give one after it"),
         ("launch local -n", "-n/--n has no value: give one after it"),
         ("plot x --log-x 3", "unexpected argument '3': leave it out"),
+        (
+            "train --checkpoint.resume false",
+            "--checkpoint.resume takes no value: give --checkpoint.resume or "
+            "--checkpoint.no-resume",
+        ),
+        ("plot x --log-x=0", "--log-x takes no value: give --log-x or --no-log-x"),
         ("info --mesh.dta 3", "unknown option --mesh.dta; perhaps you meant --mesh.data"),
         (
             "info --lr 3",
