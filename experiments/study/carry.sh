@@ -2,6 +2,7 @@
 # What a hold of a machine without a network needs, made where there is one, in parcels small
 # enough to travel with one call each; `hold.sh receive` takes them there.
 #   bash experiments/study/carry.sh make TEXT   packages and prepared data; resumes what it began
+#   bash experiments/study/carry.sh tasks       the paper's six tasks and lm-eval, 8 MB
 #   bash experiments/study/carry.sh load N      parcel N, in the place of another: .carry/
 # Parcel 0 is the packages, and results that go on; the others are the data. TEXT is the folder of
 # classic_books.jsonl.zst and english_mixed-*.jsonl.zst. Run from the repository's root. CARRY names
@@ -50,6 +51,23 @@ data() { # TEXT
   mv "$CARRY/data.new" "$CARRY/data.tar.xz"
 }
 
+# What lm-eval needs and the machine has not: it has pandas, pyarrow, scikit-learn, sacrebleu.
+HARNESS="lm-eval datasets evaluate dill multiprocess pytablewriter DataProperty tabledata typepy
+  mbstrdecoder pathvalidate tcolorpy chardet rouge-score nltk sqlitedict word2number more-itertools"
+
+tasks() {
+  mkdir -p "$CARRY/tasks-parcel/site"
+  "$PYTHON" -m mmfree_jax eval fetch-tasks --tasks-dir "$CARRY/tasks-parcel/tasks"
+  # All but chardet are pure Python.
+  # shellcheck disable=SC2086
+  "$TARGET" -m pip install -q --no-compile --no-deps --upgrade --target "$CARRY/tasks-parcel/site" \
+    $HARNESS
+  rm -rf "$CARRY/tasks-parcel/site/bin"
+  tar c -C "$CARRY/tasks-parcel" site tasks | xz -T0 -8 > "$CARRY/tasks.new"
+  mv "$CARRY/tasks.new" "$CARRY/tasks.tar.xz"
+  ls -la "$CARRY/tasks.tar.xz"
+}
+
 make() { # TEXT
   mkdir -p "$CARRY"
   packages
@@ -67,6 +85,8 @@ load() { # N
     cp "$CARRY/site.tar.xz" .carry/
     git rev-parse HEAD > .carry/commit
     test ! -f "$CARRY/state.tar.xz" || cp "$CARRY/state.tar.xz" .carry/
+  elif [ "$1" = tasks ]; then
+    cp "$CARRY/tasks.tar.xz" .carry/
   else
     cp "${parts[$1 - 1]}" .carry/
   fi

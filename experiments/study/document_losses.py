@@ -4,6 +4,8 @@
 documents.npz` adds to the file the runs of the sweep's table that it lacks and whose checkpoints
 are still there. A document is read in rows of the run's own training length, its first
 32,768 tokens at most, so that a few novels are not all there is.
+
+`--runs runs/a runs/b --step best` takes runs by their folders, in the place of a sweep.
 """
 
 import argparse
@@ -89,23 +91,29 @@ def document_sums(
     return sums
 
 
-def measure(out: Path, names: Sequence[str], rows: Rows) -> DocumentLosses:
-    """The losses of those of a sweep's runs whose checkpoints are there."""
+def measure(folders: Sequence[Path], rows: Rows, step: Any = None) -> DocumentLosses:
+    """The losses of those runs whose checkpoints are there, by the names of their folders.
+
+    Args:
+      folders: of the runs.
+      rows: the documents.
+      step: of the checkpoint, or "best"; None: the newest.
+    """
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    steps: dict[Any, Callable[[Any, Any], Any]] = {}
+    programs: dict[Any, Callable[[Any, Any], Any]] = {}
     found: dict[str, np.ndarray] = {}
-    for name in names:
-        folder = out / "runs" / name
+    for folder in folders:
+        name = folder.name
         try:
             config: TrainConfig = load_config(folder)
-            weights = open_model(folder).weights("master", mesh)
+            weights = open_model(folder, step=step).weights("master", mesh)
         except (CheckpointError, ConfigError) as e:
             print(f"{name}: left out, {e}", flush=True)
             continue
         assert isinstance(weights, Master)
-        if config.model not in steps:
-            steps[config.model] = jit_eval_step(config, mesh)
-        found[name] = document_sums(steps[config.model], weights.params, rows, mesh)
+        if config.model not in programs:
+            programs[config.model] = jit_eval_step(config, mesh)
+        found[name] = document_sums(programs[config.model], weights.params, rows, mesh)
         print(f"{name}: {found[name].sum() / (rows.targets >= 0).sum():.4f}", flush=True)
     tokens = np.bincount(rows.document, (rows.targets >= 0).sum(1), len(rows.names))
     sums = np.stack(list(found.values())) if found else np.zeros((0, len(rows.names)))
@@ -115,19 +123,24 @@ def measure(out: Path, names: Sequence[str], rows: Rows) -> DocumentLosses:
 def main() -> None:
     """Reads the arguments and adds to the file."""
     parser = argparse.ArgumentParser(description="Held-out losses by document of finished runs.")
-    parser.add_argument("sweep", type=Path, help="folder of a sweep")
+    parser.add_argument("sweep", type=Path, nargs="?", help="folder of a sweep")
+    parser.add_argument("--runs", type=Path, nargs="+", help="folders of runs, in its place")
+    parser.add_argument("--step", choices=["best"], help="checkpoint (the newest)")
     parser.add_argument("--data", nargs="+", required=True, help="prepared folders")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--out", type=Path, required=True, help="file that is added to (.npz)")
     given = parser.parse_args()
+    if (given.sweep is None) == (given.runs is None):
+        parser.error("give either the folder of a sweep or --runs")
     there = read_losses(given.out) if given.out.exists() else None
     done = set(there.runs) if there else set()
-    names = [row["run"] for row in read_results(given.sweep) if row["run"] not in done]
-    if not names:
+    folders = given.runs or [given.sweep / "runs" / row["run"] for row in read_results(given.sweep)]
+    folders = [folder for folder in folders if folder.name not in done]
+    if not folders:
         print("no run is new")
         return
     rows = rows_of([open_dataset(path, HELDOUT) for path in given.data], given.length)
-    new = measure(given.sweep, names, rows)
+    new = measure(folders, rows, given.step)
     write_losses(given.out, merged(there, new) if there else new)
 
 

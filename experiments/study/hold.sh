@@ -6,7 +6,8 @@
 #   bash experiments/study/hold.sh sweep NAME MINUTES ...  mmfree sweep run on configs/NAME.yaml
 #   bash experiments/study/hold.sh rates                   report of the rates, the rule put in place
 #   bash experiments/study/hold.sh model NAME PRESET RATE  a run of configs/model-61M.yaml; goes on too
-#   bash experiments/study/hold.sh pack NAME               its best checkpoint, packed
+#   bash experiments/study/hold.sh measure NAME TWIN ...   all that is measured of both; goes on too
+#   bash experiments/study/hold.sh pack NAME               the model alone, packed
 #   bash experiments/study/hold.sh collect                 all that leaves, in $OUT: 8 files of 16 MiB
 # Run from the repository's root. HOLD names the folder that is kept between the commands, PYTHON
 # the interpreter. The same `sweep` command goes on where the one before was cut off.
@@ -31,6 +32,7 @@ cp -rn "$REPO/experiments/results/study2/." "$HOLD/experiments/results/study2/"
 receive() {
   mkdir -p "$HOLD/parts"
   test ! -f .carry/site.tar.xz || tar xJf .carry/site.tar.xz -C "$HOLD"
+  test ! -f .carry/tasks.tar.xz || tar xJf .carry/tasks.tar.xz -C "$HOLD"
   test ! -f .carry/commit || cp .carry/commit "$HOLD/commit"
   for part in .carry/part-*; do test ! -f "$part" || mv "$part" "$HOLD/parts/"; done
   # Tables of earlier holds: their runs are not made again.
@@ -63,10 +65,19 @@ model() {
     --run-dir "runs/$1" --optimizer.learning-rate "$3"
 }
 
-pack() {
+# Packing, held-out losses, agreement, needle, tasks, samples of runs/NAME and its twin: into after/.
+measure() { # NAME TWIN [--minutes M] [--jobs N] ...
   cd "$HOLD"
-  "$PYTHON" -m mmfree_jax pack --model "runs/$1" --step best --embedding int8 \
-    --agreement-data data/study/classic_books --out "packed/$1"
+  local name=$1 twin=$2
+  shift 2
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOLD/compiled}
+  "$PYTHON" -m mmfree_jax.experiments.study.measure_model --run "runs/$name" --twin "runs/$twin" "$@"
+}
+
+pack() { # NAME: what `measure` does first, where there is time for nothing else
+  cd "$HOLD"
+  "$PYTHON" -m mmfree_jax pack --model "runs/$1" --step best --bits 1.6 --embedding bfloat16 \
+    --max-file-mb 16 --agreement-prompts 0 --out "packed/$1"
 }
 
 collect() {
@@ -86,6 +97,8 @@ collect() {
   find sweeps runs -path '*/cache' -prune -o \( -name metrics.jsonl -o -name summary.json -o -name 'config.yaml' \
     -o -name '*.log' -o -name 'rates.csv' -o -name 'best.csv' \) -print > records.txt
   tar c -T records.txt | xz -T0 -6 | split -b 15M - "$OUT/records.tar.xz."
+  # Exports can be made again, and are large.
+  test ! -d after || tar c --exclude after/scratch after | split -b 15M - "$OUT/after.tar."
   test ! -d packed || tar c packed | split -b 15M - "$OUT/packed.tar."
   ls -la "$OUT"
 }

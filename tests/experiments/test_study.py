@@ -161,7 +161,7 @@ def trained(tmp_path_factory):
 
 def test_losses_by_document_are_those_of_the_model(trained):
     rows = document_losses.rows_of([open_dataset(trained / "law", HELDOUT)], 8)
-    found = document_losses.measure(trained, ["a", "gone"], rows)
+    found = document_losses.measure([trained / "runs" / name for name in ("a", "gone")], rows)
     assert found.runs == ("a",)
     assert found.tokens.tolist() == [4, 21, 12]
     model, params = load_pretrained(trained / "runs" / "a")
