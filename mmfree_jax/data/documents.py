@@ -212,7 +212,8 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: EncodeOption
     sizes: dict[str, list[int]] = {TRAIN: [], HELDOUT: []}
     tally = result.tally
     for text in read_documents(batch, options.read, skip_bad=options.skip_bad_records, tally=tally):
-        ids = tokenizer.encode_array(text.decode("utf-8"))
+        ids = tokenizer.encode_array(decoded := text.decode("utf-8"))
+        tally.lost_characters += tokenizer.count_lost(decoded)
         if len(ids) == 0:
             tally.empty += 1
             continue

@@ -5,15 +5,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmfree_jax.data.pieces import byte_level_bytes, piece_bytes
+from mmfree_jax.data.pieces import byte_level_alphabet, byte_level_bytes, piece_bytes
 from mmfree_jax.data.special_tokens import BY_NAME, as_text, resolve_ends, spell
 from mmfree_jax.data.text_segments import segments, utf8
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import write_bytes, write_text
 from mmfree_jax.text_files import decode_text, parse_json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _SEGMENT = 2**16
 """Characters after which a long text is cut."""
@@ -49,6 +53,7 @@ class JsonTokenizer:
             raise DataError(
                 f"{source} is not a Hugging Face tokenizer.json ({e}): give another file"
             ) from e
+        self._source = source
         self._tokenizer.encode_special_tokens = True  # as text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -64,6 +69,8 @@ class JsonTokenizer:
         )
         self.kind = str(model.get("type", "huggingface")).lower()
         self.vocab_size = max(ids.values(), default=-1) + 1
+        if not ids:
+            raise DataError(f"{source} has no tokens: give another file")
         self._bos, self._eos = resolve_ends(bos_token, eos_token, ids)
         for token in (self._bos, self._eos):
             if token is not None and token not in ids:
@@ -78,6 +85,7 @@ class JsonTokenizer:
         if unknown is None and model.get("unk_id") is not None:  # Unigram gives its place
             unknown = model["vocab"][model["unk_id"]][0]
         self.unk_id = None if unknown is None else ids.get(unknown)
+        self._lost = _LostCharacters(self._tokenizer, description, ids)
         added = {t["content"] for t in description.get("added_tokens", ()) if t.get("special")}
         special = {ids[t] for t in added if t in ids} | {self.bos_id, self.eos_id}
         self.special_tokens: Mapping[str, int] = {t: i for t, i in ids.items() if i in special}
@@ -93,11 +101,22 @@ class JsonTokenizer:
         return self._text.decode()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Ids of a text.
+
+        Raises:
+          DataError: it is no text, or has what the file says no token for, not even an unknown one.
+        """
         utf8(text)
-        # The fast variant leaves out offsets, which nobody reads here.
-        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            # The fast variant leaves out offsets, which nobody reads here.
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as e:  # `tokenizers` raises bare Exception
+            raise DataError(f"{self._source} cannot encode a text ({e}): give another file") from e
         return as_text(ids, self._spelled)
+
+    def count_lost(self, text: str) -> int:
+        """Characters of a text that no id stands for: the library drops them without a word."""
+        return self._lost.count(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, int32."""
@@ -129,3 +148,58 @@ class JsonTokenizer:
         }
         write_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
         write_bytes(Path(folder) / "tokenizer.json", self._text)
+
+
+class _LostCharacters:
+    """Finds the characters that a BPE without an unknown token drops.
+
+    It splits words into single characters before it merges any, so that one that is no token by
+    itself is lost; with `byte_fallback` only where a token of its bytes is missing too.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "tokenizers.Tokenizer",
+        description: Mapping[str, Any],
+        ids: Mapping[str, int],
+    ) -> None:
+        """Keeps what decides.
+
+        Args:
+          tokenizer: the library's.
+          description: the contents of its `tokenizer.json`.
+          ids: all its tokens.
+        """
+        self._tokenizer, self._ids = tokenizer, ids
+        model = description["model"]
+        affixes = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"))
+        before = json.dumps([description.get("normalizer"), description.get("pre_tokenizer")])
+        has_bytes = "ByteLevel" in before and all(c in ids for c in byte_level_alphabet())
+        is_bpe = model.get("type", "BPE") == "BPE" and not any(affixes)
+        self._drops = is_bpe and model.get("unk_token") is None and not has_bytes
+        self._falls_back = bool(model.get("byte_fallback"))
+        self._kept: dict[str, bool] = {}
+
+    def count(self, text: str) -> int:
+        """Characters of a text, as the file normalises it, that no token stands for."""
+        if not self._drops:
+            return 0
+        normalizer = self._tokenizer.normalizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return sum(text.count(character) for character in set(text) if not self._keeps(character))
+
+    def _keeps(self, character: str) -> bool:
+        kept = self._kept.get(character)
+        if kept is None:
+            splitter = self._tokenizer.pre_tokenizer
+            split = (
+                [(character, None)] if splitter is None else splitter.pre_tokenize_str(character)
+            )
+            kept = self._kept[character] = all(self._has(c) for piece, _ in split for c in piece)
+        return kept
+
+    def _has(self, character: str) -> bool:
+        if character in self._ids:
+            return True
+        spelled = [f"<0x{byte:02X}>" for byte in character.encode()]
+        return self._falls_back and all(token in self._ids for token in spelled)

@@ -23,6 +23,8 @@ class Tally:
     bad_records: int = 0
     """Malformed records that were left out."""
     unknown_tokens: int = 0
+    lost_characters: int = 0
+    """Characters that the tokenizer has no token for, not even an unknown one."""
     separators: int = 0
     """Separators that ended a document."""
     reasons: dict[str, int] = field(default_factory=dict)
@@ -54,6 +56,9 @@ class Tally:
             parts.append(f"{_count(self.bad_records, 'malformed record')} ({why})")
         if self.empty:
             parts.append(_count(self.empty, "empty document"))
+        if self.lost_characters:
+            lost = _count(self.lost_characters, "character")
+            parts.append(f"{lost} that the tokenizer has no token for")
         return " and ".join(parts)
 
 

@@ -78,6 +78,10 @@ class SentencePieceTokenizer:
         later = (part[self._skip :] for part in parts[1:])
         return np.array([*parts[0], *itertools.chain.from_iterable(later)], np.int32)
 
+    def count_lost(self, text: str) -> int:
+        """None: these models always have an unknown token."""
+        return 0
+
     def piece(self, token: int) -> str:
         """The piece of an id, as the model's file names it."""
         return self._processor.IdToPiece(token)

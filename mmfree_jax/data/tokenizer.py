@@ -65,6 +65,10 @@ class Tokenizer(Protocol):
         """The same as an integer array; faster, and lighter on memory, for long texts."""
         ...
 
+    def count_lost(self, text: str) -> int:
+        """Characters of a text that no id stands for, not even `unk_id`."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids: special tokens are left out, bytes that are no UTF-8 are U+FFFD."""
         ...
@@ -115,6 +119,10 @@ class ByteTokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, uint8."""
         return np.frombuffer(utf8(text), np.uint8)
+
+    def count_lost(self, text: str) -> int:
+        """None: each byte has an id."""
+        return 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
