@@ -5,7 +5,12 @@ from typing import Any
 
 from mmfree_jax.evaluate.tasks import PAPER_TASKS
 from mmfree_jax.experiments.study.corpus import GROUPS
-from mmfree_jax.experiments.study.model_results import FLATTERED, Number, training_file
+from mmfree_jax.experiments.study.model_results import (
+    FLATTERED,
+    MODELS,
+    Number,
+    training_command,
+)
 from mmfree_jax.experiments.study.model_steps import FORMS, SAMPLING, WINDOW
 from mmfree_jax.experiments.study.text_sources import SOURCES
 
@@ -71,7 +76,7 @@ class Card:
 A MatMul-free language model of {ternary} ternary weights ({total} parameters with the embedding), trained on English text alone, without instructions; to try the software with. Packed at 1.6 bits a weight, embedding in bfloat16.
 
 ```bash
-mmfree generate --model experiments/results/models/{self._model} --prompt "It was"
+mmfree generate --model {MODELS}/{self._model} --prompt "It was"
 ```
 
 Written by `python -m mmfree_jax.experiments.study.publish_model`; every figure is in `results.json` with the command, commit, device, date and seconds of its step. Intervals are 95%. "Transformer++" is the twin: the same data, order, steps, tokenizer, depth and width, one seed of each; its weights are not published."""  # noqa: E501
@@ -102,8 +107,8 @@ Written by `python -m mmfree_jax.experiments.study.publish_model`; every figure 
 {shape}, documents masked; begun {step["begun"]}, {step["seconds"]:,.0f} s of it the model's, on {step["device"]} with {versions}, commit `{step["commit"]}`:
 
 ```bash
-mmfree train --config {training_file(self._model)} --run-dir runs/{self._model}
-mmfree train --config {training_file(self._twin)} --run-dir runs/{self._twin}
+{training_command(self._model, self._model)}
+{training_command(self._model, self._twin)}
 ```
 
 The two configs lie beside this file; paths of data are those of the study, prepared as docs/scaling-study-plan.md says (`experiments/results/study2/data.json` has their fingerprints)."""  # noqa: E501

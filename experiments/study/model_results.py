@@ -23,6 +23,8 @@ from mmfree_jax.text_files import parse_json, read_json, read_text
 PROVENANCE = ("command", "commit", "device", "begun", "seconds", "checkpoints")
 FLATTERED = ("law", "manuals")
 """Sources whose documents share stock phrases."""
+MODELS = "experiments/results/models"
+"""Folder of published models, from the root of the repository."""
 _RESAMPLES = 2000
 
 Provenance = Mapping[str, Mapping[str, Any]]
@@ -136,7 +138,7 @@ class Measured:
         after = next((s for s in self.steps.values() if name in s.get("checkpoints", {})), {})
         begun = np.datetime_as_string(np.datetime64(int(min(times)), "s")) if times else None
         return {
-            "command": f"mmfree train --config {training_file(name)} --run-dir runs/{name}",
+            "command": training_command(self.model, name),
             "commit": after.get("commit"),
             "device": after.get("device"),
             "device_kind": summary["device"]["kind"],
@@ -156,6 +158,16 @@ class Measured:
         if f"held-out {name} {source}" not in self.steps:
             return None
         return read_json(self.folder / "held-out" / name / source / name / "held_out.json")
+
+
+def training_command(model: str, name: str) -> str:
+    """The command that trains a run as it was, from the root of the repository.
+
+    Args:
+      model: the published one, in whose folder the config lies.
+      name: of the run: its own, or its twin's.
+    """
+    return f"mmfree train --config {MODELS}/{model}/{training_file(name)} --run-dir runs/{name}"
 
 
 def training_file(name: str) -> str:

@@ -71,7 +71,7 @@ def steps(
     task_limit: int | None = None,
     documents: int = 15,
 ) -> list[Step]:
-    """The steps in the order in which they are begun: what the model cannot do without first.
+    """The steps in the order in which they are begun.
 
     Args:
       run: folder of the model's run.
@@ -97,6 +97,20 @@ def steps(
             "packed", 150, (run,),
         )
     ]  # fmt: skip
+    # The longest come early, so that others run beside them.
+    for model in (run, twin):
+        name = Path(model).name
+        limit = () if task_limit is None else ("--limit", str(task_limit))
+        found.append(
+            Step(
+                f"tasks {name}",
+                MMFREE,
+                ("eval", "--model", model, "--step", "best", "--tasks", "paper",
+                 "--tasks-dir", str(tasks), "--output", str(out / "tasks" / name),
+                 "--no-progress", *limit),
+                f"tasks/{name}", 400, (model,), (str(tasks),),
+            )
+        )  # fmt: skip
     found += [_held_out(model, source, data, out) for model in (run, twin) for source in sources]
     found.append(
         Step(
@@ -140,20 +154,7 @@ def steps(
                 MMFREE,
                 ("eval", "needle", "--model", model, "--step", "best", "--data", first,
                  "--output", str(out / "needle" / name), "--no-progress"),
-                f"needle/{name}", 200, (model,),
-            )
-        )  # fmt: skip
-    for model in (run, twin):
-        name = Path(model).name
-        limit = () if task_limit is None else ("--limit", str(task_limit))
-        found.append(
-            Step(
-                f"tasks {name}",
-                MMFREE,
-                ("eval", "--model", model, "--step", "best", "--tasks", "paper",
-                 "--tasks-dir", str(tasks), "--output", str(out / "tasks" / name),
-                 "--no-progress", *limit),
-                f"tasks/{name}", 400, (model,), (str(tasks),),
+                f"needle/{name}", 300, (model,),
             )
         )  # fmt: skip
     return found

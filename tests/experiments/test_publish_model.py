@@ -96,6 +96,7 @@ def test_the_published_folder_has_weights_card_results_and_checksums(measured, t
     assert listed == files - {"SHA256SUMS"}
     card = (out / "README.md").read_text()
     for text in (
+        f"mmfree train --config experiments/results/models/{MODEL}/training-{TWIN}.yaml",
         "4,321 ternary weights (9,876 parameters", "commit `0123456789abcdef`",
         "| law | 3.000 (2.700 to 3.300) | 3.500 (3.200 to 3.800) | -0.500 (-0.500 to -0.500) |",
         "| onnx-exact | 1 of 2 | 1 of 2 | 1.0e-06 | 99.97 | 80.500 -> 80.000 |",
