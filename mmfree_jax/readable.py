@@ -1,5 +1,6 @@
 """Numbers, values and texts for people."""
 
+import math
 import unicodedata
 from typing import Any
 
@@ -8,6 +9,16 @@ def brief(value: Any, longest: int = 100) -> str:
     """A value as Python writes it, cut where it is longer than a message may be."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it, NaN of NaN."""
+    return math.exp(loss) if not loss >= 700 else math.inf
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
+    """Nats a token to bits a byte of text; None when the data set's text size is unknown."""
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
 def format_count(value: float) -> str:

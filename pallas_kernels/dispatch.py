@@ -64,11 +64,12 @@ def choose(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, d
 
     Args:
       rows: of the ops' benchmarks; those with a true "candidate" count, under their "key" and
-        "dtype". Passes and forms at one shape are added up, and a candidate must have run in all.
+        "dtype". Passes and forms at one shape are added up, and a candidate must have run in all,
+        to results that are finite.
     """
     times: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
-        if row.get("candidate") and "ms" in row:
+        if row.get("candidate") and "ms" in row and math.isfinite(row.get("differ", 0.0)):
             shape = " x ".join(map(str, row["key"]))
             key = (row["op"].split()[0], row["dtype"], shape)
             times.setdefault(key, {}).setdefault(row["variant"], []).append(row["ms"])

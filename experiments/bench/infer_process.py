@@ -277,9 +277,10 @@ def measure_agreement(task: dict[str, Any]) -> dict[str, Any]:
     for name, values in logits.items():
         found = jnp.stack(values)
         p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(found)
+        same = jnp.argmax(expected, -1) == jnp.argmax(found, -1)
         row[name] = {
             "kl_nats": float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))),
-            "same_top_1": float(jnp.mean(jnp.argmax(expected, -1) == jnp.argmax(found, -1))),
+            "same_top_1": float(jnp.mean(same & jnp.isfinite(found + expected).all(-1))),
             "largest_difference": float(jnp.max(jnp.abs(expected - found))),
         }
     row["largest_logit"] = float(jnp.max(jnp.abs(expected)))

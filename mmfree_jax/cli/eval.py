@@ -1,20 +1,17 @@
 """`mmfree eval`."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.cli.scored_model import open_scored, results_folder
+from mmfree_jax.cli.scored_model import ResultFiles, open_scored, results_folder
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.files import write_text
 from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.progress import show_progress
 from mmfree_jax.ranges import Count, CountOrZero, Seed, Step, TwoOrMore
 from mmfree_jax.readable import format_count
-from mmfree_jax.storage import Url
 
 
 def evaluate(
@@ -90,6 +87,9 @@ def evaluate(
         model, results_in, step=step, compute_dtype=compute_dtype, mesh=mesh, progress=progress,
         on_one_device=variants is not None,
     )  # fmt: skip
+    files = ResultFiles(scored.folder, "held_out" if variants is None else "held_out_numerics")
+    if data is not None:
+        files.check("model")
     saved, language_model, params = scored.saved, scored.model, scored.params
     devices, folder = scored.mesh, scored.folder
     # Tables are wider than what is assumed where there is no terminal.
@@ -105,10 +105,18 @@ def evaluate(
                 seed, progress, forward,
             )  # fmt: skip
 
-        values: dict[str, Any] = {
+        checkpoint = saved.checkpoint()
+        asked = {
             "model": str(saved.place),
             "data": str(locate(data, "data")),
+            "step": None if checkpoint is None else int(checkpoint.name),
+            "window": window,
+            "context": context,
+            "limit": limit,
+            "seed": seed,
+            "compute_dtype": language_model.config.compute_dtype,
         }
+        values: dict[str, Any] = {}
         if variants is None:
             result = held_out(params)
             say(held_out_table(result))
@@ -124,9 +132,9 @@ def evaluate(
                 values.setdefault("numerics", []).append(row)
             say(held_out_table(result))
             say(cost_table(rows))
-        name = "held_out.json" if variants is None else "held_out_numerics.json"
+            asked |= {"asked_numerics": numerics, "numerics_steps": numerics_steps is not False}
         if jax.process_index() == 0:
-            say(f"results: {_write_json(folder, name, values)}", highlight=False)
+            print("\n".join(files.write(asked, values)))
         return 0
 
     assert tasks is not None
@@ -191,7 +199,7 @@ def evaluate(
                 say(line, highlight=False)
         if limit is not None:
             say(f"limited to the first {limit} documents of each task", highlight=False)
-        say(f"results: {harness.write_results(results, folder)}", highlight=False)
+        print(f"results: {harness.write_results(results, folder)}")
     return 0
 
 
@@ -235,11 +243,6 @@ def _held_out(
             progress=show.counting(total, lambda read: f"{format_count(read)} tokens"),
             forward=forward,
         )
-
-
-def _write_json(folder: Path | Url, name: str, values: Any) -> Path | Url:
-    write_text(folder / name, json.dumps(values, indent=2) + "\n")
-    return folder / name
 
 
 def fetch_tasks(

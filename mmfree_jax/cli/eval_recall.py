@@ -1,18 +1,17 @@
 """`mmfree eval mqar` and `mmfree eval needle`."""
 
 import hashlib
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from mmfree_jax.cli.parse import Counts, Shares
-from mmfree_jax.cli.scored_model import ScoredModel, open_scored, results_folder
+from mmfree_jax.cli.scored_model import ResultFiles, ScoredModel, open_scored, results_folder
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.files import check_file, write_bytes, write_text
 from mmfree_jax.installed import own_version, versions
 from mmfree_jax.places import PlaceOrUrl, locate
 from mmfree_jax.progress import show_progress
@@ -26,22 +25,17 @@ class _Scoring:
 
     task: str
     of: ScoredModel
+    files: ResultFiles
     is_writer: bool
     progress: bool
 
-    def about(self) -> dict[str, Any]:
-        """What a record says of the model and of what computed it."""
-        import jax
-
-        checkpoint, device = self.of.saved.checkpoint(), jax.devices()[0]
+    def _asked(self) -> dict[str, Any]:
+        checkpoint = self.of.saved.checkpoint()
         return {
             "task": self.task,
             "model": str(self.of.saved.place),
             "step": None if checkpoint is None else int(checkpoint.name),
             "compute_dtype": self.of.model.config.compute_dtype,
-            "device": {"kind": device.device_kind, "count": jax.device_count()},
-            "versions": {"mmfree-jax": own_version(), **versions("jax", "jaxlib", "numpy")},
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
     def show(self, table: Any) -> None:
@@ -51,16 +45,21 @@ class _Scoring:
         if self.is_writer:
             Console(width=None if sys.stdout.isatty() else 120).print(table)
 
-    def write(self, values: dict[str, Any], png: bytes | None = None) -> None:
+    def write(
+        self, settings: dict[str, Any], scores: Sequence[Any], png: bytes | None = None
+    ) -> None:
         """Writes the record, a figure beside it, and says where."""
+        import jax
+
         if not self.is_writer:
             return
-        record, figure = (self.of.folder / f"{self.task}.{kind}" for kind in ("json", "png"))
-        write_text(record, json.dumps(values, indent=2) + "\n")
-        print(f"results: {record}")
-        if png is not None:
-            write_bytes(figure, png)
-            print(f"figure: {figure}")
+        found = {
+            "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+            "versions": {"mmfree-jax": own_version(), **versions("jax", "jaxlib", "numpy")},
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "cells": [x.to_dict() for x in scores],
+        }
+        print("\n".join(self.files.write(self._asked() | settings, found, png)))
 
 
 def _open(
@@ -80,9 +79,9 @@ def _open(
         place, results_in, step=step, compute_dtype=compute_dtype, mesh=mesh, progress=progress
     )
     is_writer = jax.process_index() == 0
-    beside = [scored.folder / f"{task}.png"] if task == "needle" else []
-    check_file(scored.folder / f"{task}.json", rf'\{{\s*"task": "{task}"', beside=beside)
-    return _Scoring(task, scored, is_writer, progress and is_writer)
+    files = ResultFiles(scored.folder, task, has_figure=task == "needle")
+    files.check("task")
+    return _Scoring(task, scored, files, is_writer, progress and is_writer)
 
 
 def mqar(
@@ -142,8 +141,8 @@ def mqar(
                 )
             )  # fmt: skip
     opened.show(mqar_table(scores))
-    settings = {"vocab": tokens, "power": power, "rows": rows}
-    opened.write(opened.about() | settings | {"cells": [x.to_dict() for x in scores]})
+    settings = {"vocab": tokens, "power": power, "rows": rows, "asked": cells}
+    opened.write(settings, scores)
     return 0
 
 
@@ -235,9 +234,9 @@ def needle(
         "text": source,
         "text_sha256": hashlib.sha256(haystack.encode()).hexdigest(),
         "fact": fact, "trials": trials, "candidates": candidates, "add_bos": add_bos, "seed": seed,
+        "lengths": lengths, "depths": depths,
     }  # fmt: skip
-    values = opened.about() | settings | {"cells": [x.to_dict() for x in scores]}
-    opened.write(values, png)
+    opened.write(settings, scores, png)
     return 0
 
 

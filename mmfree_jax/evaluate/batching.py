@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.parallel.sharding import row_sharding
 
@@ -91,3 +92,20 @@ def to_host(*arrays: jax.Array) -> tuple[np.ndarray, ...]:
 
         arrays = multihost_utils.process_allgather(arrays, tiled=True)
     return tuple(np.asarray(x) for x in arrays)
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Refuses what is no log-probability: NaN is neither above nor below another, but argmax
+    finds it, so that an answer would count as chosen.
+
+    Args:
+      values: log-probabilities, or sums of them.
+
+    Raises:
+      CheckpointError: some are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            "the model's logits are not finite: its weights are damaged, or its values too large "
+            "for the compute dtype (set --compute-dtype float32)"
+        )

@@ -10,7 +10,6 @@ Shapes: B rows, T tokens of a window.
 import contextlib
 import functools
 import heapq
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,10 @@ from jax.sharding import Mesh
 
 from mmfree_jax.data.dataset import TokenDataset, check_compatible
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.evaluate.batching import put_batch, to_host
+from mmfree_jax.evaluate.batching import check_finite, put_batch, to_host
 from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.model import LanguageModel, State, init_state
+from mmfree_jax.readable import bits_per_byte, perplexity
 
 # First positions of the buckets: each four times as far as the one before.
 POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -70,11 +70,11 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """exp of the loss."""
-        return math.exp(self.loss.mean)
+        return perplexity(self.loss.mean)
 
-    def bits_per_byte(self, nats: float) -> float:
-        """A loss in nats a token as bits a byte of text."""
-        return nats / math.log(2) / self.bytes_per_token
+    def bits_per_byte(self, nats: float) -> float | None:
+        """A loss in nats a token as bits a byte of text; None where no byte is predicted."""
+        return bits_per_byte(nats, self.bytes_per_token)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -84,7 +84,7 @@ class HeldOut:
                 name: None if nats is None else self.bits_per_byte(nats)
                 for name, nats in (("mean", x.mean), ("low", x.low), ("high", x.high))
             }
-            return {**vars(x), "perplexity": math.exp(x.mean), "bits_per_byte": bits}
+            return {**vars(x), "perplexity": perplexity(x.mean), "bits_per_byte": bits}
 
         return {
             "loss": interval(self.loss),
@@ -130,6 +130,7 @@ def evaluate_held_out(
     Raises:
       DataError: the data set does not fit the model, or has nothing to predict.
       ConfigError: a setting that does not fit.
+      CheckpointError: the model gives logits that are not finite.
     """
     config = model.config
     forward = forward or FloatForward(config)
@@ -338,6 +339,7 @@ def _add(
 ) -> None:
     (values,) = to_host(nll_BT)
     held = batch["targets"] >= 0
+    check_finite(values[held])
     document = batch["document"][held]
     # The target at position p is token p + 1; it has seen p + 1 tokens.
     bucket = np.searchsorted(POSITIONS, batch["position"][held], side="right") - 1

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mmfree_jax.data.dataset import HELDOUT
 from mmfree_jax.data.mqar import Mqar, MqarRows
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.evaluate.batching import batch_rows, put_batch, to_host
+from mmfree_jax.evaluate.batching import batch_rows, check_finite, put_batch, to_host
 from mmfree_jax.evaluate.forward import FloatForward, Forward
 from mmfree_jax.model import LanguageModel
 
@@ -125,6 +125,7 @@ def evaluate_mqar(
     Raises:
       ConfigError: the task has more tokens than the model, or fewer rows.
       DataError: the task does not fit into such rows.
+      CheckpointError: the model gives logits that are not finite.
     """
     forward, source = forward or FloatForward(model.config), MqarRows(task, HELDOUT)
     if task.vocab > model.config.vocab_size:
@@ -143,6 +144,7 @@ def evaluate_mqar(
                 variables, *put_batch(mesh, tokens_BT, place_BQ, answer_BQ), forward=forward
             )
             nll_BQ, right_BQ = to_host(*found)
+            check_finite(nll_BQ)
             count = min(size, rows - first)
             right_R[first : first + count] = right_BQ[:count].sum(axis=1)
             nats += float(nll_BQ[:count].sum(dtype=np.float64))

@@ -1,6 +1,5 @@
 """Tables for people: task scores beside the paper's, and held-out loss by position."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from mmfree_jax.evaluate.needle import NeedleScore
 from mmfree_jax.evaluate.perplexity import HeldOut, Interval
 from mmfree_jax.evaluate.recall import MqarScore, RightShare
 from mmfree_jax.evaluate.tasks import PAPER_TASKS
+from mmfree_jax.readable import perplexity
 
 # Zero-shot accuracy (%), arXiv 2406.02528, Table 1, in the order of `PAPER_TASKS` below. The
 # average printed for the 370M MatMul-free model, 40.3, is not that of its six scores (39.97).
@@ -86,13 +86,14 @@ def held_out_table(result: HeldOut) -> Table:
         table.add_column(name, justify="right")
 
     def row(label: str, x: Interval) -> None:
+        bits = result.bits_per_byte(x.mean)
         interval = "" if x.low is None or x.high is None else f"{x.low:.4f} - {x.high:.4f}"
         table.add_row(
             label,
             f"{x.mean:.4f}",
             interval,
-            f"{math.exp(x.mean):.2f}",
-            f"{result.bits_per_byte(x.mean):.4f}",
+            f"{perplexity(x.mean):.2f}",
+            "" if bits is None else f"{bits:.4f}",
             f"{x.tokens:,}",
             f"{x.documents:,}",
         )

@@ -28,6 +28,7 @@ from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.batching import (
     HEAD_POSITIONS,
     batch_rows,
+    check_finite,
     free_memory,
     put_batch,
     replicate,
@@ -171,6 +172,7 @@ class Scorer:
         Raises:
           DataError: a query without scored tokens or context, too long, or with a token that
             the model does not have.
+          CheckpointError: the model gives logits that are not finite.
         """
         self._check(queries)
         scores: list[Score | None] = [None] * len(queries)
@@ -299,6 +301,7 @@ class Scorer:
 
 def _fetch(batch: list[_Piece], result: tuple[jax.Array, jax.Array]) -> list[Score]:
     sums_B, greedy_B = to_host(*result)
+    check_finite(sums_B[: len(batch)])
     return [Score(float(sums_B[i]), bool(greedy_B[i])) for i in range(len(batch))]
 
 

@@ -5,7 +5,6 @@ Shapes: W windows of text, T tokens in each, D hidden channels, V vocabulary.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.errors import DataError
+from mmfree_jax.errors import CheckpointError, DataError
 from mmfree_jax.export import onnx_session
 from mmfree_jax.export.onnx_session import OnnxModel
 from mmfree_jax.infer import as_weights, generate
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.weights import Params, Weights
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.readable import perplexity
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def compare(
     Raises:
       DataError: windows of one token, tokens that the model does not have, or an export of
         another model.
+      CheckpointError: logits of either that are not finite.
     """
     if (found := export.manifest["vocab_size"]) != model.config.vocab_size:
         raise DataError(
@@ -94,6 +95,11 @@ def compare(
         own_WV = np.asarray(_logits(variables, hidden_WTD[:, t], config=config), np.float64)
         found_WV, state = export.step(tokens_WT[:, t : t + 1], state)
         found_WV = found_WV.astype(np.float64)
+        for whose, logits_WV in (("model", own_WV), ("export", found_WV)):
+            if not np.isfinite(logits_WV).all():
+                raise CheckpointError(
+                    f"the {whose}'s logits are not finite at token {t}: its weights are damaged"
+                )
         largest = max(largest, float(np.abs(own_WV - found_WV).max()))
         own_WV, found_WV = _log_softmax(own_WV), _log_softmax(found_WV)
         kl += float(np.sum(np.exp(own_WV) * (own_WV - found_WV)))
@@ -106,8 +112,8 @@ def compare(
         count,
         kl / count,
         same / count,
-        math.exp(loss / count),
-        math.exp(export_loss / count),
+        perplexity(loss / count),
+        perplexity(export_loss / count),
         largest,
     )
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from mmfree_jax.errors import ConfigError
@@ -17,7 +18,11 @@ _TASKS = {"results": dict, "config": {"model_args": {"model": str}}}
 _LOSS = {
     "model": str,
     "data": str,
-    "loss": {"mean": (int, float), "documents": int, "bits_per_byte": {"mean": (int, float)}},
+    "loss": {
+        "mean": (int, float),
+        "documents": int,
+        "bits_per_byte": {"mean": (int, float, NoneType)},
+    },
 }
 
 
@@ -44,12 +49,12 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Loss on held-out documents of a data set: nats a token, and bits a byte of text."""
+    """Loss on held-out documents of a data set: nats a token, and bits a byte of text, if any."""
 
     data: str
     documents: int
     nats: float
-    bits_per_byte: float
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,11 @@ def _settings(folder: str, fingerprint: str) -> dict[str, Any]:
 def _evaluation(evaluations: Evaluations) -> str:
     lines = []
     if (held_out := evaluations.held_out) is not None:
+        bits = held_out.bits_per_byte
         lines += [
             f"Held-out documents of {_line(held_out.data)} ({held_out.documents:,}): "
-            f"{held_out.nats:.4f} nats a token, {held_out.bits_per_byte:.4f} bits a byte.",
+            f"{held_out.nats:.4f} nats a token"
+            + ("." if bits is None else f", {bits:.4f} bits a byte."),
             "",
         ]
     if evaluations.tasks:

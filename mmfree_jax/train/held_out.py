@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from mmfree_jax.data.pipeline import EvalBatches
 from mmfree_jax.parallel.sharding import place_batch
+from mmfree_jax.readable import bits_per_byte, perplexity
 from mmfree_jax.saved.history import Record
 from mmfree_jax.train.loss import Batch, TokenLosses
-from mmfree_jax.train.metrics import bits_per_byte, perplexity
 
 
 @dataclass(frozen=True)

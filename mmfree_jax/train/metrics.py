@@ -21,22 +21,13 @@ from mmfree_jax.errors import TrainingError
 from mmfree_jax.files import disk_errors, write_text
 from mmfree_jax.model.weights import ternary_weights
 from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.readable import perplexity
 from mmfree_jax.saved.history import Record, read_history
 
 # Where a loop's time goes: waiting for data; the step; held-out loss, samples and the shares of
 # ternary weights; and what a checkpoint keeps the loop waiting for.
 SECTIONS = ("data", "step", "eval", "checkpoint")
 _OF_A_START = ("compile", "restore")
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it, NaN of NaN."""
-    return math.exp(loss) if not loss >= 700 else math.inf
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
-    """Nats a token to bits a byte of text; None when the data set's text size is unknown."""
-    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
 class Stopwatch:

@@ -1,6 +1,7 @@
 """`mmfree bench kernels`: rows, limits, the chart and the table of choices."""
 
 import json
+import math
 
 import jax
 import pytest
@@ -90,6 +91,10 @@ def test_the_winner_has_the_least_sum_and_ran_everywhere():
         _row("broken", (64,), 0.1),
         {**_row("broken", (64,), 0.1), "ms": None, "error": "lost"},
         _row("peer", (64,), 0.01, candidate=False),
+        _row("wrong", (64,), 0.1, differ=math.nan),
+        _row("wrong", (64,), 0.1, op="norm_quant backward", differ=0.0),
+        _row("lost", (64,), 0.1),
+        _row("lost", (64,), 0.1, op="norm_quant backward", differ=math.inf),
     ]
     del rows[5]["ms"]
     table = choices.choose(rows)

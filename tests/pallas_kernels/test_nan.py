@@ -7,6 +7,7 @@ lowered, holds a bare maximum or minimum of floats. XLA's programs are run on su
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -31,6 +32,7 @@ from mmfree_jax.pallas_kernels.norm_quant.api import norm_quant
 from mmfree_jax.pallas_kernels.packed_matmul.api import pack, quantize_rows, scaled_matmul
 from mmfree_jax.pallas_kernels.recurrence import pallas_gpu
 from mmfree_jax.pallas_kernels.ternary_matmul.api import ternary_matmul
+from mmfree_jax.pallas_kernels.timing import largest_difference
 
 ROWS, COLUMNS, BAD = 3, 128, 1  # BAD: the row with the NaN
 FORMS = ("own", "outer", "residual", "times_silu", "gated", "weight")
@@ -349,3 +351,12 @@ def test_a_token_chosen_without_all_programs_is_not_read(lost, random_model):
     assert 0 <= int(token[0, 0]) < 64
     assert (int(token[0, 0]) == 9) == (lost is None)
     assert bool((patience == 0).all()) == (lost is not None)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_is_the_largest_difference(place):
+    """Python's max leaves out one behind a number, so that a wrong kernel would agree."""
+    expected = (jnp.ones(4), jnp.ones(3))
+    got = tuple(x.at[0].set(jnp.nan) if i == place else x for i, x in enumerate(expected))
+    assert math.isnan(largest_difference(got, expected))
+    assert largest_difference(expected, expected) == 0

@@ -1,18 +1,24 @@
 """Scores of sequences and held-out loss, against direct computation."""
 
 import dataclasses
+import io
 import itertools
 
 import jax
 import numpy as np
 import pytest
 from initial_params import initial_params
+from rich.console import Console
 
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.data.dataset import open_dataset
-from mmfree_jax.errors import ConfigError, DataError
+from mmfree_jax.data.mqar import Mqar
+from mmfree_jax.data.writer import write_dataset
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.evaluate import perplexity
 from mmfree_jax.evaluate.perplexity import POSITIONS, evaluate_held_out
+from mmfree_jax.evaluate.recall import evaluate_mqar
+from mmfree_jax.evaluate.report import held_out_table
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model_config import DENSE, ModelConfig
@@ -249,3 +255,34 @@ def test_held_out_settings_are_checked(mlgru, byte_data):
     for settings in ({"window": 0}, {"context": 0}, {"batch_size": 0}, {"max_documents": 0}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             evaluate_held_out(*mlgru, dataset, **settings)
+
+
+def test_logits_that_are_not_finite_are_no_scores(mlgru, byte_data):
+    """Argmax finds a NaN, so that the answer that has one would count as chosen."""
+    model, params = mlgru
+    params = dict(params, final_norm={"scale": params["final_norm"]["scale"].at[0].set(np.nan)})
+    with pytest.raises(CheckpointError, match=r"logits are not finite.*--compute-dtype"):
+        Scorer(model, params).score([Query([1, 2, 3], 1)])
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        evaluate_held_out(model, params, open_dataset(byte_data, "heldout"), window=32)
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        evaluate_mqar(model, params, Mqar(2, 32), 16, 4)
+
+
+def test_documents_without_bytes_to_predict_have_no_bits_a_byte(mlgru, tmp_path):
+    """Of documents of one byte, without a start token, the end tokens alone are predicted."""
+    model, params = mlgru
+    identity = {"kind": "byte", "vocab_size": 256, "sha256": "0", "bos_id": None, "eos_id": 0}
+    documents = [np.array([letter, 0], np.uint16) for letter in range(97, 105)]
+    write_dataset(tmp_path / "data", {"heldout": documents}, identity)
+    result = evaluate_held_out(model, params, open_dataset(tmp_path / "data", "heldout"))
+    assert result.loss.tokens == 8
+    assert result.to_dict()["loss"]["bits_per_byte"] == {"mean": None, "low": None, "high": None}
+    console = Console(width=120, file=io.StringIO())
+    console.print(held_out_table(result))
+    assert f"{result.loss.mean:.4f}" in console.file.getvalue()
+
+
+def test_a_loss_whose_exponential_no_float_holds():
+    result = perplexity.HeldOut(perplexity.Interval(800.0, None, None, 1, 1), 1.0, (), None)
+    assert result.perplexity == result.to_dict()["loss"]["perplexity"] == np.inf

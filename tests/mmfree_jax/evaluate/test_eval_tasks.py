@@ -191,6 +191,33 @@ def test_the_command_measures_held_out_loss(oracle_folder, byte_data, tmp_path, 
     assert values["by_position"][0]["from"] == 0
 
 
+def test_a_second_question_leaves_the_first_ones_record(oracle_folder, byte_data, tmp_path, capsys):
+    def measure(data, *flags):
+        argv = ["eval", "--model", str(oracle_folder), "--data", str(data), "--no-progress"]
+        return main([*argv, "--output", str(tmp_path / "out"), "--window", "32", *flags])
+
+    out, other = tmp_path / "out/oracle", tmp_path / "other"
+    shutil.copytree(byte_data, other)
+    assert measure(byte_data, "--limit", "2") == 0
+    first = (out / "held_out.json").read_bytes()
+    assert measure(byte_data, "--limit", "2") == 0
+    assert [file.name for file in out.iterdir()] == ["held_out.json"]  # the same one again
+    assert "kept" not in capsys.readouterr().out
+
+    assert measure(other, "--limit", "2") == 0
+    assert f"kept: {out / 'held_out_1.json'} (of other data" in capsys.readouterr().out
+    assert (out / "held_out_1.json").read_bytes() == first
+    assert json.loads((out / "held_out.json").read_text())["data"] == str(other)
+    assert measure(other, "--limit", "3") == 0
+    assert json.loads((out / "held_out_2.json").read_text())["limit"] == 2
+    assert json.loads((out / "held_out.json").read_text())["limit"] == 3
+
+    (out / "held_out.json").write_text("mine")
+    assert measure(other) == 2
+    assert (out / "held_out.json").read_text() == "mine"
+    assert "no earlier output" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

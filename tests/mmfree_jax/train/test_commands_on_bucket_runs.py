@@ -51,6 +51,10 @@ def test_scores_go_into_a_bucket(run, bucket_of_runs, byte_data, capsys):
     found = json.loads(read_bytes(parse_url(file)))
     assert found["model"] == run
     assert found["loss"]["mean"] > 0
+    assert main(["eval", "--model", run, *data, "--limit", "1", "--output", scores]) == 0
+    assert f"kept: {scores}/whole/held_out_1.json" in capsys.readouterr().out
+    assert json.loads(read_bytes(parse_url(f"{scores}/whole/held_out_1.json"))) == found
+    assert json.loads(read_bytes(parse_url(file)))["limit"] == 1
 
 
 def test_a_bucket_for_scores_that_is_not_there_is_told_before_the_model_is_read(capsys):

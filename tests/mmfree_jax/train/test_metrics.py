@@ -11,13 +11,12 @@ import pytest
 
 from mmfree_jax.errors import TrainingError
 from mmfree_jax.model_config import DENSE, ModelConfig
+from mmfree_jax.readable import bits_per_byte, perplexity
 from mmfree_jax.train.metrics import (
     History,
     Stopwatch,
     TernaryMonitor,
     Window,
-    bits_per_byte,
-    perplexity,
     read_history,
     to_json_line,
 )

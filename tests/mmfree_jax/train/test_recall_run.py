@@ -95,6 +95,9 @@ def test_the_commands_score_a_saved_model(runs, tmp_path, capsys):
     again = json.loads((out / "parts" / "needle.json").read_text())
     assert again["text"] == str(tmp_path / "data")
     assert again["text_sha256"] != record["text_sha256"]
+    assert json.loads((out / "parts" / "needle_1.json").read_text()) == record
+    assert (out / "parts" / "needle_1.png").is_file()
+    assert (out / "parts" / "needle.png").is_file()
 
     (out / "parts" / "mqar.json").write_text("mine")
     assert main(["eval", "mqar", *argv]) == 2
