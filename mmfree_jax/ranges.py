@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -111,7 +112,19 @@ def check_values(
         allowed = next(ranges(hints.get(name)), Range())
         for number in _numbers(value):
             if not allowed.holds(number):
-                raise ConfigError(f"{title(name)} is {value!r}: set {_way_out(number, allowed)}")
+                way_out = _way_out(number, allowed)
+                raise ConfigError(f"{title(name)} is {value!r}: set {way_out}")
+            if number % 1 and {*_kinds(hints.get(name))} == {int}:
+                raise ConfigError(f"{title(name)} is {value!r}: set a whole number")
+
+
+def _kinds(hint: Any) -> Iterator[type]:
+    """int and float, as an annotation names them."""
+    if hint in (int, float):
+        yield hint
+    elif typing.get_origin(hint) is not Literal:
+        for part in typing.get_args(hint):
+            yield from _kinds(part)
 
 
 def _way_out(number: float, allowed: Range) -> str:
@@ -150,8 +163,8 @@ def ranges(hint: Any) -> Iterator[Range]:
             yield from ranges(part)
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+def _numbers(value: Any) -> Iterator[Any]:
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's too
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.errors import CheckpointError, ConfigError, DataError
+from mmfree_jax.errors import CheckpointError
 from mmfree_jax.infer import decode
+from mmfree_jax.infer.checks import check_options, check_prompts, check_streams
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.infer.sample import Sampling, row_keys
 from mmfree_jax.model import LanguageModel
@@ -113,10 +114,10 @@ def generate(
     """
     config = model.config
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = check_prompts(config, prompts, session)
     batch = len(prompts)
-    _check_options(config, max_new_tokens, stop_ids)
-    keys = row_keys(*_streams(batch, seed, streams))
-    check_prompts(config, prompts, session)
+    stop_ids = check_options(config, max_new_tokens, stop_ids)
+    keys = row_keys(*check_streams(batch, seed, streams))
     weights = params if isinstance(params, Unstacked) else as_weights(params, config)
     own = _make_room(config, prompts, session, max_new_tokens)
     own = _read_prompts(weights, config, own, prompts)
@@ -184,69 +185,6 @@ def prefill(
 @jax.jit
 def _all_finite(logits_BV: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(logits_BV))
-
-
-def _check_options(config: ModelConfig, max_new_tokens: int, stop_ids: Sequence[int]) -> None:
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: set 0 or more")
-    for token in stop_ids:
-        if not 0 <= token < config.vocab_size:
-            raise ConfigError(
-                f"stop_ids holds {token}: the model's ids go from 0 to {config.vocab_size - 1}"
-            )
-
-
-def _streams(
-    batch: int, seed: int | Sequence[int], streams: Sequence[tuple[int, int]] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Seeds, uint32 [B], and the two numbers behind them, uint32 [B, 2], of each row."""
-    one_for_all = isinstance(seed, (int, np.integer))
-    if streams is None:
-        streams = [(row if one_for_all else 0, 0) for row in range(batch)]
-    if len(streams) != batch:
-        raise ConfigError(f"streams has {len(streams)} entries: give {batch}, one a prompt")
-    seeds = [seed] * batch if isinstance(seed, (int, np.integer)) else list(seed)
-    if len(seeds) != batch:
-        raise ConfigError(
-            f"seed has {len(seeds)} entries: give one number, or {batch}, one a prompt"
-        )
-    for value in seeds:
-        if not 0 <= value < 2**32:
-            raise ConfigError(f"seed is {value}: set a number from 0 to 2^32 - 1")
-    return np.array(seeds, np.uint32), np.array(streams, np.uint32).reshape(batch, 2)
-
-
-def check_prompts(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], session: Session | None
-) -> None:
-    """Refuses prompts that the model cannot read, or that do not fit the session.
-
-    Raises:
-      DataError: there is none, one is empty, or has an id that the model does not have.
-      ConfigError: the session is of another size.
-    """
-    if not prompts:
-        raise DataError("prompts is empty: give at least one prompt")
-    if session is not None and session.logits_BV.shape != (len(prompts), config.vocab_size):
-        rows, vocabulary = session.logits_BV.shape
-        raise ConfigError(
-            f"session has {rows} rows and a vocabulary of {vocabulary}, but there are "
-            f"{len(prompts)} prompts and {config.vocab_size} tokens: use a session of this model, "
-            "with one row a prompt (see fork and select_rows)"
-        )
-    read = np.zeros(len(prompts)) if session is None else np.asarray(session.state.position_B)
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0 and read[row] == 0:
-            raise DataError(
-                f"prompt {row} is empty: give at least one token, for example the tokenizer's "
-                "start-of-text token"
-            )
-        for place, token in enumerate(prompt):
-            if not 0 <= token < config.vocab_size:
-                raise DataError(
-                    f"prompt {row} has token id {token} at position {place}: the model's ids go "
-                    f"from 0 to {config.vocab_size - 1}"
-                )
 
 
 def _make_room(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mmfree_jax.errors import ConfigError, DataError
-from mmfree_jax.infer.api import FinishReason, check_prompts, generate
+from mmfree_jax.infer.api import FinishReason, generate
+from mmfree_jax.infer.checks import check_options, check_prompts, rows_of
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.model import LanguageModel
 
@@ -180,7 +181,7 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     stop_at_end: bool = True,
     on_text: OnText | None = None,
     session: Session | None = None,
@@ -193,8 +194,8 @@ def generate_text(
       params: as `generate` takes them.
       tokenizer: of the model.
       prompts: texts, or token ids.
-      stop: strings that end an answer; they are not part of it, but they are read, so that the
-        session goes on behind them.
+      stop: strings that end an answer, or one; they are not part of it, but they are read, so that
+        the session goes on behind them.
       stop_at_end: also end an answer at the tokenizer's end-of-text token.
       on_text: called with (row, new text) as whole characters are generated.
       session: from an earlier call; prompts are appended to it.
@@ -205,15 +206,17 @@ def generate_text(
       DataError: a prompt without tokens, or a token id that the model does not have.
       ConfigError: an empty stop string, or an option that does not fit.
     """
-    if "" in stop:
-        raise ConfigError("stop holds an empty string: give at least one character")
+    stop = [stop] if isinstance(stop, str) else list(stop or ())
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise ConfigError(f"stop holds {text!r}: give texts of at least one character")
     ids = [
-        encode_prompt(tokenizer, p, first=session is None) if isinstance(p, str) else list(p)
-        for p in prompts
+        encode_prompt(tokenizer, p, first=session is None) if isinstance(p, str) else p
+        for p in rows_of(prompts)
     ]
-    check_prompts(model.config, ids, session)  # what follows reads the texts of the ids
+    ids = check_prompts(model.config, ids, session)  # what follows reads the texts of the ids
     rows = [AnswerText(tokenizer, prompt, stop) for prompt in ids]
-    stop_ids = list(options.pop("stop_ids", ()))
+    stop_ids = check_options(model.config, 0, options.pop("stop_ids", ()))
     if stop_at_end and tokenizer.eos_id is not None:
         stop_ids.append(tokenizer.eos_id)
 

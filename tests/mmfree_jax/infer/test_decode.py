@@ -287,12 +287,32 @@ def test_master_weights_of_ternary_layers_are_dropped(bitlinear):
         ([[1]], {"seed": -1}, ConfigError, "seed is -1"),
         ([[1]], {"streams": [(0, 0), (1, 0)]}, ConfigError, "streams has 2 entries"),
         ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
+        ([[1]], {"temperature": np.float32(-1)}, ConfigError, "temperature"),
+        ("ab", {}, DataError, "prompts is 'ab': give a list"),
+        ([1, 2], {}, DataError, "prompt 0 is 1: give a list of token ids"),
+        (["ab"], {}, DataError, "prompt 0 is 'ab'.*generate_text"),
+        ([[1, 2.5]], {}, DataError, "prompt 0 has 2.5 at position 1: give whole"),
+        ([np.array([True, False])], {}, DataError, "prompt 0 has True at position 0"),
+        ([[1]], {"max_new_tokens": 2.5}, ConfigError, "max_new_tokens is 2.5: set a whole"),
+        ([[1]], {"stop_ids": 5}, ConfigError, "stop_ids is 5: give a list"),
+        ([[1]], {"seed": 1.5}, ConfigError, "seed is 1.5: set a whole"),
+        ([[1]], {"streams": [(0,)]}, ConfigError, "no pairs"),
+        ([[1]], {"top_k": 2.5}, ConfigError, "top_k is 2.5: set a whole"),
     ],
 )
 def test_bad_input_is_named(prompts, options, error, match):
     model, params = build(BASE)
     with pytest.raises(error, match=match):
         api.generate(model, params, prompts, **options)
+
+
+def test_arrays_are_prompts_and_settings_too():
+    model, params = build(BASE)
+    wanted = api.generate(model, params, [[1, 2, 3]], max_new_tokens=4, seed=7).tokens
+    for prompts in (np.array([[1, 2, 3]], np.uint8), jnp.array([[1, 2, 3]]), [jnp.arange(1, 4)]):
+        options = {"max_new_tokens": np.int64(4), "seed": jnp.uint32(7)}
+        found = api.generate(model, params, prompts, **options, stop_ids=np.array([], int))
+        assert found.tokens == wanted
 
 
 def test_logits_that_are_not_finite_are_an_error():

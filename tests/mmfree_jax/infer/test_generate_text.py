@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from initial_params import initial_params
 
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.infer import TextStream, generate_text, sample_text
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model_config import ModelConfig
@@ -173,3 +173,17 @@ def test_sample_text_starts_with_its_prompt_which_may_be_empty(model, special):
 def test_an_empty_stop_string_is_refused(model):
     with pytest.raises(ConfigError, match="stop"):
         generate_text(*model, ByteTokenizer(), ["a"], stop=[""])
+
+
+def test_a_text_alone_is_one_stop_string_and_no_list_of_prompts(model):
+    """Its characters would each be taken for one."""
+    options = {"max_new_tokens": 12, "temperature": 0}
+    whole = generate_text(*model, ByteTokenizer(), [[1, 2]], **options)
+    character = whole.texts[0][2]
+    stop = whole.texts[0][2:4] + "!"
+    found = generate_text(*model, ByteTokenizer(), [[1, 2]], stop=stop, **options)
+    assert found.texts == whole.texts
+    found = generate_text(*model, ByteTokenizer(), [[1, 2]], stop=character, **options)
+    assert found.texts == [whole.texts[0].partition(character)[0]]
+    with pytest.raises(DataError, match="prompts is 'ab': give a list"):
+        generate_text(*model, ByteTokenizer(), "ab", **options)
