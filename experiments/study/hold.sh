@@ -83,17 +83,17 @@ pack() { # NAME: what `measure` does first, where there is time for nothing else
 collect() {
   cd "$HOLD"
   local sweep
+  mkdir -p sweeps runs
   for sweep in sweeps/study2-rates sweeps/study2; do
     test -f "$sweep/results.csv" || continue
     "$PYTHON" -m mmfree_jax.experiments.study.document_losses "$sweep" \
       --data "${SOURCES[@]/#/data/study/}" --out "$sweep/documents.npz"
   done
   # What goes on elsewhere: tables, failures, the rule. Kept small, it also travels to the next hold.
-  find sweeps experiments/results/study2/rate_rule.json \( -name results.csv -o -name 'failures' -o \
-    -name 'rate_rule.json' -o -name 'documents.npz' \) -print 2>/dev/null > state.txt
-  tar cJf "$OUT/state.tar.xz" -T state.txt
+  find sweeps experiments/results/study2 \( -name results.csv -o -name 'failures' -o \
+    -name 'rate_rule.json' -o -name 'documents.npz' \) -print > state.txt
+  test ! -s state.txt || tar cJf "$OUT/state.tar.xz" -T state.txt
   # What is looked at: metrics, summaries, settings, ends of logs.
-  mkdir -p sweeps runs
   find sweeps runs -path '*/cache' -prune -o \( -name metrics.jsonl -o -name summary.json -o -name 'config.yaml' \
     -o -name '*.log' -o -name 'rates.csv' -o -name 'best.csv' \) -print > records.txt
   tar c -T records.txt | xz -T0 -6 | split -b 15M - "$OUT/records.tar.xz."

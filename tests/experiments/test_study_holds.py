@@ -76,3 +76,24 @@ def test_parcels_arrive_whole_and_data_of_another_study_are_refused(repository, 
     assert (hold / "data" / "study" / "law" / "train-00000.bin").read_bytes() == noise
     assert unpacked.returncode != 0
     assert "data/study/classic_books" in unpacked.stdout + unpacked.stderr
+
+
+def test_what_was_measured_of_a_model_leaves_without_sweeps_and_exports(repository, tmp_path):
+    hold, out = tmp_path / "hold", tmp_path / "out"
+    out.mkdir()
+    for name in ("after/steps.json", "after/packed/packed.safetensors", "after/scratch/model.onnx"):
+        (hold / name).parent.mkdir(parents=True, exist_ok=True)
+        (hold / name).write_text(name)
+    (hold / "runs/61M").mkdir(parents=True)
+    (hold / "runs/61M/summary.json").write_text("{}")
+    done = run(SCRIPTS[1], "collect", cwd=repository, HOLD=hold, OUT=out)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for first in out.glob("*.aa"):
+        with tarfile.open(first) as archive:
+            found |= {m.name: archive.extractfile(m).read() for m in archive if m.isfile()}
+    assert found == {
+        "after/steps.json": b"after/steps.json",
+        "after/packed/packed.safetensors": b"after/packed/packed.safetensors",
+        "runs/61M/summary.json": b"{}",
+    }
