@@ -28,7 +28,7 @@ from mmfree_jax.saved import huggingface, model_folder, packed, run_model
 from mmfree_jax.saved.checkpoint_copy import copy_parameters
 from mmfree_jax.saved.kinds import Kind, kind_of
 from mmfree_jax.saved.run_directory import METRICS, TOKENIZER, load_config
-from mmfree_jax.saved.tensor_names import known_extra, tensor_map
+from mmfree_jax.saved.tensor_names import check_tied_head, known_extra, tensor_map
 from mmfree_jax.saved.tensors import Slot, TensorFolder, TensorMap, read_params
 from mmfree_jax.storage import Url
 
@@ -220,6 +220,7 @@ def _open(folder: Path, place: Path | Url, step: Step | None) -> SavedModel:
             "model",
             tensor_map(found.config, tied=found.tied),
             functools.partial(known_extra, tied=found.tied),
+            tied=found.tied,
         ),
     )
 
@@ -264,7 +265,12 @@ def _open_packed(folder: Path, place: Path | Url) -> SavedModel:
 
 
 def _reader(
-    folder: Path, stem: str, slots: TensorMap, is_extra: Callable[[str], bool]
+    folder: Path,
+    stem: str,
+    slots: TensorMap,
+    is_extra: Callable[[str], bool],
+    *,
+    tied: bool = False,
 ) -> Callable[[Shapes, Mesh | None], dict[str, Any]]:
     """Reads some or all parameters from safetensors files."""
 
@@ -273,6 +279,8 @@ def _reader(
             name: tuple(s for s in found if s.path in shapes) for name, found in slots.items()
         }
         with TensorFolder(folder, stem) as tensors:
+            if tied and "head/weight" in shapes:
+                check_tied_head(tensors, slots)
             return read_params(
                 tensors,
                 {name: found for name, found in wanted.items() if found},

@@ -5,8 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from mmfree_jax.errors import CheckpointError
 from mmfree_jax.model_config import ModelConfig
-from mmfree_jax.saved.tensors import Slot, TensorMap
+from mmfree_jax.saved.tensors import Slot, TensorFolder, TensorMap
+
+_HEAD = "lm_head.weight"
 
 
 def tensor_map(config: ModelConfig, *, tied: bool = False) -> TensorMap:
@@ -25,7 +28,7 @@ def tensor_map(config: ModelConfig, *, tied: bool = False) -> TensorMap:
     if tied:
         slots[embedding] += (head,)
     else:
-        slots["lm_head.weight"] = (head,)
+        slots[_HEAD] = (head,)
     if config.head_linear.input_norm:
         slots["lm_head.norm.weight"] = (Slot("head/norm_scale", (width,)),)
     slots["model.norm.weight"] = (Slot("final_norm/scale", (width,)),)
@@ -87,8 +90,26 @@ def known_extra(name: str, *, tied: bool) -> bool:
     # The authors' module creates q_conv1d where the convolutions are not shared, and never calls
     # it.
     return name.endswith(("rotary_emb.inv_freq", "attn.q_conv1d.weight")) or (
-        tied and name == "lm_head.weight"
+        tied and name == _HEAD
     )
+
+
+def check_tied_head(tensors: TensorFolder, slots: TensorMap) -> None:
+    """Refuses a head that is stored beside the embedding, which it should equal, and does not.
+
+    Some versions of transformers use it, others the embedding in its place.
+
+    Raises:
+      CheckpointError: the two differ.
+    """
+    embedding = next(name for name, found in slots.items() if found[0].path == "embedding/weight")
+    if not {_HEAD, embedding} <= tensors.names:
+        return
+    if not np.array_equal(tensors.read(_HEAD), tensors.read(embedding)):
+        raise CheckpointError(
+            f"{tensors.folder}: {_HEAD} differs from {embedding}, though tie_word_embeddings is "
+            "true: set that to false in a copy of config.json to use it, or remove the tensor"
+        )
 
 
 def stored_tensor(leaf: Any, slot: Slot) -> np.ndarray:

@@ -16,7 +16,7 @@ from mmfree_jax.cli.main import main
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.data.tokenizer import load_tokenizer
 from mmfree_jax.data.train_bpe import train_bpe
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.saved import huggingface
@@ -214,6 +214,13 @@ def test_a_tied_head_is_a_copy(tmp_path):
     (tmp_path / "hf/config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
     _, params = load_pretrained(tmp_path / "hf")
     np.testing.assert_array_equal(params["head"]["weight"], params["embedding"]["weight"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    load_pretrained(tmp_path / "hf")
+    tensors["lm_head.weight"][3, 0] += 1
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens"):
+        load_pretrained(tmp_path / "hf")
 
 
 def test_import_and_export_keep_every_end_token(tmp_path):
