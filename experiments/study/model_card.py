@@ -229,7 +229,7 @@ Percent of questions answered (`mmfree eval needle`). "no fact": the same questi
 
 {_table(rows)}
 
-Each is compared with the trained model in float32 by XLA, on the machine that trained it: greedy streams of 200 tokens behind stretches of held-out text, and the predictions of each token of others. `trained` and `packed` compute in the dtypes of training; the others in float32 (docs/inference.md, docs/edge.md, docs/interop.md).{said}"""  # noqa: E501
+Each is compared with the trained model in float32 by XLA, on the machine that trained it: greedy streams of 200 tokens behind stretches of held-out text, and the predictions of each token of others. `trained` and `packed` compute in the dtypes of training; the others in float32, packed and ONNX with the embedding as it is stored, in bfloat16 (fast: int8) (docs/inference.md, docs/edge.md, docs/interop.md).{said}"""  # noqa: E501
 
     def _written(self) -> str:
         if not self._samples:
