@@ -26,6 +26,7 @@ from mmfree_jax.config_io import check_keys
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.evaluate.encoding import encode_pair
 from mmfree_jax.evaluate.forward import FloatForward, Forward
+from mmfree_jax.evaluate.generation_options import generation_options, most_tokens
 from mmfree_jax.evaluate.scoring import Query, Scorer
 from mmfree_jax.evaluate.task_errors import check_is_file, task_errors
 from mmfree_jax.evaluate.tasks import write_task_files
@@ -242,15 +243,12 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _prompt(self, text: str, options: dict[str, Any]) -> list[int]:
-        room = self.max_length - int(options.get("max_gen_toks", _GENERATED))
+        room = self.max_length - most_tokens(options)
         ids = self.tok_encode(text) or [self.prefix_token_id]
         return ids[-max(1, room) :]
 
     def _continue(self, prompts: dict[int, list[int]], options: dict[str, Any]) -> list[str]:
         """Answers to prompts, by their place among all requests, which chooses what is drawn."""
-        until = options.get("until") or []
-        stop = [until] if isinstance(until, str) else list(until)
-        sampled = bool(options.get("do_sample", False))
         output = generate_text(
             self.scorer.model,
             self.scorer.variables,
@@ -258,11 +256,7 @@ class HarnessModel(TemplateLM):
             list(prompts.values()),
             streams=[(i, 0) for i in prompts],
             stop_ids=self._end_ids,
-            stop=[s for s in stop if s],
-            max_new_tokens=int(options.get("max_gen_toks", _GENERATED)),
-            temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
-            top_p=float(options.get("top_p", 1.0)),
-            top_k=options.get("top_k"),
+            **generation_options(options),
         )
         return output.texts
 
@@ -278,9 +272,6 @@ class HarnessModel(TemplateLM):
                 self._on_batch()
 
             yield advance
-
-
-_GENERATED = 256  # lm-eval's own default for max_gen_toks
 
 
 def run_tasks(

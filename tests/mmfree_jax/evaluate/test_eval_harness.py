@@ -1,5 +1,6 @@
 """lm-eval's requests through the adapter, to an oracle model whose every probability is known."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -14,6 +15,7 @@ from bigram_oracle import bigram_logits, make_adapter, oracle_params
 from lm_eval.api.instance import Instance
 
 from mmfree_jax.evaluate import harness
+from mmfree_jax.evaluate.generation_options import generation_options
 
 
 def _log_p(tokens, table=None):
@@ -53,6 +55,30 @@ def test_generate_until(adapter):
     ]
     got = adapter.generate_until(_requests("generate_until", arguments))
     assert got == ["bcde", "lmno", "uv"]
+
+
+def test_options_of_generated_text_are_read_as_lm_eval_reads_them(adapter):
+    asked = {"max_new_tokens": 3, "num_beams": 1, "top_k": 0}
+    got = adapter.generate_until(_requests("generate_until", [("a", asked)]))
+    assert got == ["bcd"]
+    utils = importlib.import_module("lm_eval.models.utils")
+    for options in (
+        {"temperature": 0.7},
+        {"temperature": 0.7, "do_sample": False},
+        {"temperature": 0.7, "do_sample": True, "min_p": 0.1, "repetition_penalty": 1.5},
+        {"max_tokens": 5, "max_new_tokens": 4, "until": "x"},
+        {"max_completion_tokens": 6, "top_p": 0.5},
+        {},
+    ):
+        theirs = utils.normalize_gen_kwargs(options, 256)
+        ours = generation_options(options)
+        assert ours["max_new_tokens"] == theirs["max_gen_toks"]
+        assert ours["stop"] == theirs["until"]
+        assert ours["temperature"] == theirs.get("temperature", 0.0)
+        for name in ("top_p", "min_p", "repetition_penalty"):
+            assert ours.get(name) == theirs.get(name)
+    with pytest.warns(UserWarning, match="num_beams = 4, which changes nothing"):
+        generation_options({"num_beams": 4})
 
 
 def test_long_contexts_are_cut_on_the_left():
