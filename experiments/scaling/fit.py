@@ -6,7 +6,7 @@ import numpy as np
 
 from mmfree_jax.experiments.scaling.descent import typical_residual
 from mmfree_jax.experiments.scaling.errors import ScalingError
-from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, resolve, targets
+from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, refuse_constant, resolve, targets
 from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
 from mmfree_jax.experiments.scaling.laws import Law, get_law
 from mmfree_jax.experiments.scaling.models import Inputs, Model
@@ -135,6 +135,7 @@ def fit_law(
             f"runs: {len(frame)} runs cannot determine the {len(form.parameters)} parameters of "
             f"{form.name} ({form.formula}); add runs, or name a law with fewer by --law or --laws"
         )
+    refuse_constant(form.target, log_loss)
     model = form.build(x)
     found = search(form, x, log_loss, objective, restarts=restarts, seed=seed)
     scale = typical_residual(model, objective, log_loss, found.point)

@@ -305,6 +305,19 @@ def targets(frame: RunFrame, name: str) -> np.ndarray:
     return np.maximum(_shares(frame, name, " or choose another with --law"), 1e-9)
 
 
+def refuse_constant(name: str, log_values: np.ndarray, whose: str = "runs") -> None:
+    """Refuses a target that is the same in all runs [n]: any parameters that make one number fit.
+
+    Raises:
+        ScalingError: it is.
+    """
+    if len(log_values) > 1 and np.ptp(log_values) == 0:
+        raise ScalingError(
+            f"column: '{name}' is {np.exp(log_values[0]):g} in all {len(log_values)} {whose}, "
+            "which no law can be told from; give runs that differ in it"
+        )
+
+
 def _shares(frame: RunFrame, name: str, way_out: str) -> np.ndarray:
     """A column of shares of 1, or an error that names the first row that has none."""
     column = getattr(frame, name)

@@ -27,7 +27,9 @@ def before_fit(law: Law, x: Inputs) -> list[str]:
     axes = [a for a in law.inputs if not (law.name == "gadre" and a == "compute")]
     for axis in axes:
         levels = distinct(x[axis])
-        if law.floor and levels <= 3:
+        if levels == 1:
+            out.append(f"all runs have the same {axis}: what the law says of it is set by nothing")
+        elif law.floor and levels <= 3:
             out.append(f"{levels} distinct values of {axis}: three points cannot fix a floor, so "
                        f"{law.floor} and the exponent are set by the noise")  # fmt: skip
         elif not law.floor and levels <= 3:

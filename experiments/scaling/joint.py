@@ -9,7 +9,7 @@ import numpy as np
 from mmfree_jax.experiments.scaling.descent import exact, typical_residual
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import Fit, Interval
-from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, join, resolve
+from mmfree_jax.experiments.scaling.frame import RunFrame, inputs, join, refuse_constant, resolve
 from mmfree_jax.experiments.scaling.grouped import grouped
 from mmfree_jax.experiments.scaling.identifiability import after_fit, before_fit
 from mmfree_jax.experiments.scaling.joint_law import (
@@ -150,6 +150,8 @@ def fit_joint(
     x = inputs(frame, form.inputs, size=size, flops=flops) | {FAMILY: of_family}
     log_loss = np.log(frame.loss)
     whole_law, joint = joint_law(sharing), bind(sharing, x)
+    for family, rows in zip(sharing.families, joint.rows, strict=True):
+        refuse_constant("loss", log_loss[rows], f"runs of {family}")
     alone = [
         search(form, rows_of(x, k), log_loss[rows], objective, restarts=restarts, seed=seed)
         for k, rows in enumerate(joint.rows)

@@ -235,6 +235,14 @@ def _check_rows(found: Snapshot) -> None:
         row = found.rows.get(run.name)
         if row is None:
             continue
+        said = {"family": run.family, "size": run.size, "seed": str(run.seed)}
+        if changed := [name for name, value in said.items() if row[name] != value]:
+            raise SweepError(f"{path}: {run.name} has {changed[0]} {row[changed[0]]!r}, where its "
+                             f"name says {said[changed[0]]!r}: restore the file")  # fmt: skip
+        if run.rate_known and not math.isclose(float(row["learning_rate"]), run.learning_rate,
+                                               rel_tol=1e-6):  # fmt: skip
+            raise SweepError(f"{path}: {run.name} has learning_rate {row['learning_rate']}, where "
+                             f"its plan says {run.learning_rate:g}: restore the file")  # fmt: skip
         if row["config_hash"] != config_hash(run.config):
             way_out = "give another --out"
             if row["config_hash"] == config_hash(replace_model(run.config, vocab_size=32_000)):

@@ -8,12 +8,15 @@ it is still the one that was read; who comes second reads anew.
 
 import csv
 import io
+import math
 import random
+import re
 import time
 from pathlib import Path
 
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.files import lock, write_text
+from mmfree_jax.readable import brief
 from mmfree_jax.storage import ChangedError, Url, create, find_object, read_bytes, replace
 from mmfree_jax.text_files import decode_text, read_text
 
@@ -34,6 +37,20 @@ it went on from, trunk_tokens: how many of its tokens that one trained ("" witho
 LATER = ("batch_size", "b2", "weight_decay", "warmup_steps", "trunk", "trunk_tokens")
 """Columns that older tables lack: "" in their rows."""
 
+_WHOLE = (
+    "params", "params_non_embedding", "params_ternary", "tokens", "steps", "seed", "parallel",
+    "device_count", "batch_size", "warmup_steps", "trunk_tokens",
+)  # fmt: skip
+_LOSSES = ("loss", "bits_per_byte", "train_loss")
+"""A run that diverged has none that is finite."""
+_NUMBERS = (
+    "flops", "budget", "learning_rate", "tokens_per_s", "mfu", "train_s", "wall_s", "b2",
+    "weight_decay",
+)  # fmt: skip
+_NEEDED = ("run", "family", "size", "params_non_embedding", "tokens", "flops", "learning_rate",
+           "seed", "loss")  # fmt: skip
+"""Columns without an empty cell."""
+
 Row = dict[str, str]
 
 
@@ -46,9 +63,15 @@ def read_results(out: Path) -> list[Row]:
     """Rows of the table in `out`, in order of finishing; none if there is no table yet.
 
     Raises:
-      SweepError: the file is not such a table.
+      SweepError: the file is not such a table, or a cell is none that a run can have.
     """
-    path = out / RESULTS
+    rows = _read(out / RESULTS)
+    _check_cells(rows, out / RESULTS)
+    return rows
+
+
+def _read(path: Path) -> list[Row]:
+    """Rows of a table as they are."""
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -74,6 +97,36 @@ def _rows(text: str, path: Path | Url) -> list[Row]:
     return [empty | dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 
+def _check_cells(rows: list[Row], path: Path) -> None:
+    """Refuses what no run can have written: somebody may have edited the file."""
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, 2):
+        for column in COLUMNS:
+            if wrong := _wrong_cell(column, row[column]):
+                raise SweepError(f"{path}, line {number}: {column} is {brief(row[column])}, "
+                                 f"{wrong}: restore the file")  # fmt: skip
+        if (before := seen.setdefault(row["run"], number)) != number:
+            raise SweepError(f"{path}, line {number} is run {brief(row['run'])} again, as line "
+                             f"{before}: delete one of them")  # fmt: skip
+
+
+def _wrong_cell(column: str, text: str) -> str | None:
+    """What is wrong with a cell, which somebody may have edited; None: nothing."""
+    if not text:
+        return "not given" if column in _NEEDED else None
+    if column in _WHOLE:
+        return None if re.fullmatch("[0-9]+", text) else "not a whole number"
+    if column not in (*_LOSSES, *_NUMBERS):
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return "not a number"
+    if value < 0:
+        return "below 0"
+    return None if column in _LOSSES or math.isfinite(value) else "not finite"
+
+
 def append_result(out: Path | Url, row: Row) -> None:
     """Adds one row; one of the same run and config that is there already stays as it is.
 
@@ -90,7 +143,8 @@ def append_result(out: Path | Url, row: Row) -> None:
         return
     path = out / RESULTS
     with lock(out / f".{RESULTS}.lock", str(path), wait=True):
-        if (text := _with_row(read_results(out), row, path)) is not None:
+        # Whatever is wrong with another run's row, this one is kept.
+        if (text := _with_row(_read(path), row, path)) is not None:
             write_text(path, text)
 
 

@@ -7,6 +7,7 @@ from synthetic_runs import draw_runs, isoflop_design
 from mmfree_jax.experiments.scaling.errors import ScalingError
 from mmfree_jax.experiments.scaling.fit import fit_law
 from mmfree_jax.experiments.scaling.frame import make_frame
+from mmfree_jax.experiments.scaling.joint import fit_joint
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.uncertainty import clusters_of, groups_of, resampling_weights
 
@@ -66,6 +67,24 @@ def test_rows_of_a_run_are_resampled_together():
     weights = resampling_weights(clusters, 50, np.random.default_rng(0))
     np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
     assert set(weights[:, [0, 2, 3, 4]].sum(1)) == {4.0}
+
+
+def test_losses_that_are_all_alike_are_refused():
+    """Any E + A + B fits them, and each resample is the same: the intervals would be points."""
+    size, tokens = (v.ravel() for v in np.meshgrid([1e7, 1e8, 1e9], [1e9, 1e10, 1e11]))
+    frame = make_frame(params=size, tokens=tokens, loss=np.full(9, 3.0))
+    with pytest.raises(ScalingError, match="'loss' is 3 in all 9 runs"):
+        fit_law(frame, resamples=20)
+    other = make_frame(params=size, tokens=tokens, loss=2 + 1e3 * size**-0.4 + 1e3 * tokens**-0.4)
+    with pytest.raises(ScalingError, match="'loss' is 3 in all 9 runs of flat"):
+        fit_joint({"good": other, "flat": frame}, resamples=0)
+
+
+def test_one_size_sets_nothing_of_sizes():
+    frame = make_frame(params=1e7, tokens=np.geomspace(1e9, 1e11, 9),
+                       loss=np.geomspace(3.5, 2.5, 9))  # fmt: skip
+    fit = fit_law(frame, resamples=0, profile=False, holdout=False)
+    assert any("all runs have the same params" in w for w in fit.warnings)
 
 
 def test_three_points_cannot_fix_a_floor():

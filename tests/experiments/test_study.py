@@ -301,7 +301,8 @@ def table(folder, sizes):
                 loss = floor + a * n**-alpha + 560 * (ratio * n) ** -0.36
                 rows.append(dict.fromkeys(COLUMNS, "") | {
                     "run": f"{family}-{size}-{ratio}", "family": family, "size": size,
-                    "params": 1.2 * n, "params_non_embedding": n, "tokens": ratio * n,
+                    "params": round(1.2 * n), "params_non_embedding": round(n),
+                    "tokens": round(ratio * n),
                     "flops": (7 if family == "matmulfree" else 6) * n * ratio * n, "seed": 0,
                     "learning_rate": 1e-3, "loss": loss + 0.002 * rng.standard_normal(),
                     "trunk": f"{family}-{size}-trunk",
