@@ -190,7 +190,7 @@ class Scorer:
         vocab = self.model.config.vocab_size
         for i, query in enumerate(queries):
             length = len(query.tokens)
-            if not 0 < query.scored < length:
+            if not 0 < query.scored < length or query.scored % 1:
                 raise DataError(
                     f"query {i} scores {query.scored} of {length} tokens: score at least one, and "
                     "give at least one token before them"
@@ -200,7 +200,10 @@ class Scorer:
                     f"query {i} has {length} tokens: cut it to max_length + 1 "
                     f"({self.max_length + 1})"
                 )
-            if min(query.tokens) < 0 or max(query.tokens) >= vocab:
+            tokens = np.asarray(query.tokens)
+            if tokens.dtype.kind not in "iu":
+                raise DataError(f"query {i} has tokens of {tokens.dtype}: give whole numbers")
+            if tokens.min() < 0 or tokens.max() >= vocab:
                 bad = next(t for t in query.tokens if not 0 <= t < vocab)
                 raise DataError(
                     f"query {i} has token id {bad}: the model's ids go from 0 to {vocab - 1}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmfree_jax.errors import CheckpointError, DataError
 from mmfree_jax.export import manifest as manifests
+from mmfree_jax.export.tokens import check_tokens
 from mmfree_jax.installed import import_optional, install_command
 
 # Tokens of a prompt that are read at once: memory stays bounded, and products fill the cores.
@@ -34,8 +35,13 @@ class OnnxModel:
         return np.zeros((layers, batch, width), np.float32)
 
     def step(self, tokens_BT: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [B, V] after the last of the tokens, and the new state."""
-        feeds = {"tokens": np.asarray(tokens_BT, np.int64), "state": state}
+        """Logits [B, V] after the last of the tokens, and the new state.
+
+        Raises:
+          DataError: no whole numbers, or ids that the model does not have.
+        """
+        tokens_BT = check_tokens(np.asarray(tokens_BT), self.manifest["vocab_size"])
+        feeds = {"tokens": tokens_BT.astype(np.int64), "state": state}
         logits_BV, state = self.session.run(["logits", "next_state"], feeds)
         return logits_BV, state
 

@@ -36,6 +36,7 @@ from jax import export as jax_export
 from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.export import manifest as manifests
 from mmfree_jax.export.supported import check_supported
+from mmfree_jax.export.tokens import check_tokens
 from mmfree_jax.files import write_bytes
 from mmfree_jax.model import State, packed_model
 from mmfree_jax.model.packing import packed_from_tree
@@ -78,8 +79,12 @@ class Program:
         return jnp.zeros((layers, batch, width), jnp.float32)
 
     def step(self, tokens_B1: Any, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits [B, V] after one token a row, and the new state."""
-        tokens_B1 = jnp.asarray(tokens_B1, jnp.int32)
+        """Logits [B, V] after one token a row, and the new state.
+
+        Raises:
+          DataError: no whole numbers, or ids that the model does not have (looked at on the host).
+        """
+        tokens_B1 = jnp.asarray(self._checked(tokens_B1), jnp.int32)
         result: Any = self.programs[STEP].call(self.weights, tokens_B1, state)
         return result
 
@@ -87,9 +92,13 @@ class Program:
         self, tokens_BC: Any, length_B: Any, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The same after the first `length` tokens of each row; the rest is padding."""
-        tokens_BC, length_B = jnp.asarray(tokens_BC, jnp.int32), jnp.asarray(length_B, jnp.int32)
+        tokens_BC = jnp.asarray(self._checked(tokens_BC), jnp.int32)
+        length_B = jnp.asarray(length_B, jnp.int32)
         result: Any = self.programs[PREFILL].call(self.weights, tokens_BC, length_B, state)
         return result
+
+    def _checked(self, tokens: Any) -> Any:
+        return check_tokens(tokens, self.manifest["vocab_size"])
 
 
 @dataclass(frozen=True)

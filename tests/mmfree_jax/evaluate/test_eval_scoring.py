@@ -159,6 +159,8 @@ def test_scores_on_a_mesh_are_the_same(mlgru):
         (Query([1, 2, 3], 3), "scores 3 of 3"),
         (Query([1, VOCAB], 1), f"token id {VOCAB}"),
         (Query([1, -1], 1), "token id -1"),
+        (Query([1, 2.5], 1), "tokens of float64: give whole"),
+        (Query([1, 2, 3], 1.5), "scores 1.5 of 3"),
         (Query([1] * 34, 1), "34 tokens"),
     ],
 )

@@ -380,6 +380,10 @@ def test_a_token_that_the_model_does_not_have_is_refused(exact):
         onnx_session.prefill(exact, [1, 264], exact.start())
     with pytest.raises(DataError, match="empty"):
         onnx_session.prefill(exact, [], exact.start())
+    # The runtime counts -1 from the end, and takes 2.5 for 2.
+    for tokens, words in (([[-1]], "id -1"), ([[2.5]], "float64"), ([3], "shape"), ([[]], "shape")):
+        with pytest.raises(DataError, match=words):
+            exact.step(np.array(tokens), exact.start())
 
 
 def chat(folder, *arguments, typed="", stderr=subprocess.PIPE):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.errors import CheckpointError, ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError, DataError
 from mmfree_jax.export import manifest, stablehlo
 from mmfree_jax.infer import load_model, prefill
 from mmfree_jax.model import LanguageModel
@@ -58,6 +58,9 @@ def test_reloaded_programs_give_the_models_numbers(packed, folder):
     session = prefill(model, variables, [[90], [91]], session=session)
     same(logits_BV, session.logits_BV)
     same(state, session.state.layers["h"])
+    for tokens, words in (([[-1]], "id -1"), ([[90.5]], "float64"), ([90], "shape")):
+        with pytest.raises(DataError, match=words):
+            program.step(tokens, program.start(1))
 
 
 def same(found, want):
