@@ -14,8 +14,10 @@ PYTHON=${PYTHON:-python3}
 TARGET=${TARGET:-$PYTHON}
 PARCEL=${PARCEL:-44M}
 SOURCES="classic_books more_books gutenberg novels old_spelling modern_prose abstracts law proposals manuals"
-# The machine brings JAX with what it needs; pyarrow is large and reads Parquet alone.
-LEFT_OUT="jax jaxlib numpy scipy ml_dtypes opt_einsum pyarrow"
+# The machine brings JAX with what it needs; pyarrow is large and reads Parquet alone. It brings
+# transformers too, which refuses a newer huggingface_hub than its own, and what both rest on.
+LEFT_OUT="jax jaxlib numpy scipy ml_dtypes opt_einsum pyarrow huggingface_hub hf_xet tokenizers
+  safetensors sentencepiece filelock fsspec httpx2 httpcore2 truststore"
 export JAX_PLATFORMS=cpu
 
 packages() {

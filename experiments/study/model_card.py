@@ -173,7 +173,7 @@ Nats a token over all sources; late positions are of long books alone."""
 
 {_table(rows)}
 
-Zero examples, lm-eval's definitions; 1.96 standard errors. Where the interval holds chance, the model cannot do the task. The tasks' own texts are not in this repository; whether parts of them occur in the training text was not looked into."""  # noqa: E501
+Zero examples, lm-eval's definitions; 1.96 standard errors. Where the interval holds chance, nothing shows that the model can do the task. The tasks' own texts are not in this repository; whether parts of them occur in the training text was not looked into."""  # noqa: E501
 
     def _needle(self) -> str:
         names = [
