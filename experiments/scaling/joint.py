@@ -21,7 +21,7 @@ from mmfree_jax.experiments.scaling.joint_law import (
     rows_of,
     share,
 )
-from mmfree_jax.experiments.scaling.laws import get_law
+from mmfree_jax.experiments.scaling.laws import Law, get_law
 from mmfree_jax.experiments.scaling.models import FAMILY
 from mmfree_jax.experiments.scaling.objectives import Objective
 from mmfree_jax.experiments.scaling.profile import Profile, profile_intervals
@@ -102,7 +102,7 @@ def by_family(frames: Sequence[tuple[str, RunFrame]]) -> dict[str, RunFrame]:
 
 def fit_joint(
     families: Mapping[str, RunFrame],
-    law: str = "chinchilla",
+    law: str | Law = "chinchilla",
     objective: Objective | None = None,
     *,
     shared: Sequence[str] = ("E",),
@@ -130,10 +130,10 @@ def fit_joint(
             law needs is missing, a law that reads further columns, or a family has fewer runs
             than the law parameters.
     """
-    form = get_law(law)
+    form = law if isinstance(law, Law) else get_law(law)
     if form.also:
-        raise ScalingError(f"joint: the law {law} reads the column {form.also[0]!r} besides and is "
-                           "fitted to one family at a time; leave out --joint")  # fmt: skip
+        raise ScalingError(f"joint: the law {form.name} reads the column {form.also[0]!r} besides "
+                           "and is fitted to one family at a time; leave out --joint")  # fmt: skip
     sharing = share(form, list(families), shared)
     objective = objective or Objective(form.objective)
     for name, frame in families.items():

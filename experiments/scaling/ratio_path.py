@@ -15,7 +15,8 @@ from mmfree_jax.experiments.scaling.joint import JointFit
 from mmfree_jax.experiments.scaling.joint_law import bind
 from mmfree_jax.experiments.scaling.laws import Law
 from mmfree_jax.experiments.scaling.lead import Lead, measure_lead
-from mmfree_jax.experiments.scaling.models import FAMILY
+from mmfree_jax.experiments.scaling.misfit import Beside
+from mmfree_jax.experiments.scaling.models import FAMILY, Model
 from mmfree_jax.experiments.scaling.training_cost import TrainingCost
 from mmfree_jax.experiments.scaling.uncertainty import corrected_quantiles
 
@@ -63,27 +64,63 @@ def losses_on_path(
     return law.loss(np.atleast_2d(parameters), {"params": n, "tokens": ratio * n})
 
 
-def refit_jointly(fit: JointFit, log_losses: np.ndarray) -> dict[str, np.ndarray]:
+def bound(fit: JointFit) -> tuple[Model, np.ndarray]:
+    """A joint law bound to its runs, and their log losses [n], a family behind the other."""
+    families = list(fit.fits.values())
+    x = {name: np.concatenate([f.inputs[name] for f in families]) for name in families[0].inputs}
+    x[FAMILY] = np.repeat(np.arange(len(families)), [len(f.log_loss) for f in families])
+    return bind(fit.sharing, x).whole, np.concatenate([f.log_loss for f in families])
+
+
+def log_losses_of(fit: JointFit) -> np.ndarray:
+    """Of the runs of a joint fit, a family behind the other [n]."""
+    return bound(fit)[1]
+
+
+def gradient_of(fit: JointFit, point: np.ndarray) -> np.ndarray:
+    """Of the joint law's log losses in its coordinates, at a point [n, Q]."""
+    return bound(fit)[0].evaluate(point[None]).gradient[0].T
+
+
+def residuals_of(fit: JointFit, points: np.ndarray, log_losses: np.ndarray) -> np.ndarray:
+    """Log losses [R, n] less those of the joint law at points of its coordinates [R, Q]."""
+    return log_losses - bound(fit)[0].evaluate(points).value
+
+
+def parameters_of(fit: JointFit, points: np.ndarray) -> dict[str, np.ndarray]:
+    """Family -> parameters of its law [R, P] at points of the joint coordinates [R, Q]."""
+    found = bound(fit)[0].to_parameters(points)
+    return {name: found[:, fit.sharing.positions(k)] for k, name in enumerate(fit.sharing.families)}
+
+
+@dataclass(frozen=True)
+class JointRefits:
+    """Refits of a joint law; those that diverged are left out.
+
+    Attributes:
+        points: in the coordinates of the joint fit [R, Q].
+        parameters: family -> parameters of its law [R, P].
+        rows: which of the losses these are of, by number [R].
+    """
+
+    points: np.ndarray
+    parameters: dict[str, np.ndarray]
+    rows: np.ndarray
+
+
+def refit_jointly(fit: JointFit, log_losses: np.ndarray) -> JointRefits:
     """Refits a joint law to other losses of the same runs, warm-started from its optima.
 
     Args:
         fit: of the runs; they stand in its order, a family behind the other.
         log_losses: [R, n].
-
-    Returns:
-        Family -> parameters of its law [R, P]; refits that diverged are left out of all.
     """
-    families = list(fit.fits.values())
-    x = {name: np.concatenate([f.inputs[name] for f in families]) for name in families[0].inputs}
-    x[FAMILY] = np.repeat(np.arange(len(families)), [len(f.log_loss) for f in families])
-    whole = bind(fit.sharing, x).whole
-    own = np.concatenate([f.log_loss for f in families])
+    whole, own = bound(fit)
     scale = typical_residual(whole, fit.objective, own, fit.search.point)
     points, values = refit(whole, fit.objective, log_losses, np.ones(log_losses.shape),
                            fit.search.optima, scale=scale)  # fmt: skip
     good = np.isfinite(points).all(1) & np.isfinite(values)
-    found = whole.to_parameters(points[good])
-    return {name: found[:, fit.sharing.positions(k)] for k, name in enumerate(fit.sharing.families)}
+    return JointRefits(points[good], parameters_of(fit, points[good]), np.flatnonzero(good))
 
 
 def path_gap(
@@ -95,6 +132,7 @@ def path_gap(
     ends: tuple[float, float],
     computes: Sequence[float],
     level: float = 0.95,
+    beside: Beside | None = None,
 ) -> PathGap:
     """The gap of two families of a joint fit along one ratio.
 
@@ -108,6 +146,7 @@ def path_gap(
         ends: log10 FLOPs of the smallest and the largest model on the path.
         computes: log10 FLOPs, evenly spaced, at which the lead is asked for.
         level: of the intervals.
+        beside: what the law misses, in the fit and in the refits; None: nothing.
 
     Raises:
         ScalingError: fewer than 20 refits.
@@ -118,12 +157,20 @@ def path_gap(
                            "more")  # fmt: skip
 
     def both(log10_c: np.ndarray, at: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        return [
-            losses_on_path(fit.sharing.law, at[name], costs[name], ratio, log10_c)
-            for name in families
-        ]
+        found = []
+        for name in families:
+            loss = losses_on_path(fit.sharing.law, at[name], costs[name], ratio, log10_c)
+            if beside is not None:
+                n = size_on_path(costs[name], ratio, log10_c)
+                missed = beside.of_refits if at is draws else beside.of_fit
+                loss = loss * np.exp(missed(name, n, ratio * n))
+            found.append(loss)
+        return found
 
-    fitted = {name: fit.fits[name].vector()[None] for name in families}
+    fitted = {
+        name: (fit.fits[name].vector() if beside is None else beside.fitted[name])[None]
+        for name in families
+    }
     at_ends = np.array(ends)
     first, second = both(at_ends, fitted)
     gap = (first - second)[0]

@@ -21,10 +21,14 @@ class TrunkNoise:
     branch: float = 0.0008
     freedom: int = 0
 
+    def covariance(self, rows: Sequence[Row]) -> np.ndarray:
+        """Of the errors of runs' log losses [n, n]."""
+        trunk = trunks_of(rows)
+        return self.trunk**2 * (trunk[:, None] == trunk) + self.branch**2 * np.eye(len(rows))
+
     def draw(self, rows: Sequence[Row], count: int, rng: np.random.Generator) -> np.ndarray:
         """Errors of log losses [count, n]: one for each trunk, and one for each run."""
-        names = [row["trunk"] or row["run"] for row in rows]
-        trunk = np.unique(names, return_inverse=True)[1]
+        trunk = trunks_of(rows)
         shared = self.trunk * rng.standard_normal((count, int(trunk.max()) + 1))
         return shared[:, trunk] + self.branch * rng.standard_normal((count, len(rows)))
 
@@ -33,6 +37,12 @@ class TrunkNoise:
         source = f"{self.freedom} repeated runs" if self.freedom else "assumed: no seeds yet"
         return (f"noise of log losses: {self.trunk:.4f} a trunk, {self.branch:.4f} a run besides "
                 f"({source})")  # fmt: skip
+
+
+def trunks_of(rows: Sequence[Row]) -> np.ndarray:
+    """Number of each run's trunk [n]; a run without one has its own."""
+    names = [row["trunk"] or row["run"] for row in rows]
+    return np.unique(names, return_inverse=True)[1]
 
 
 def trunk_noise(rows: Sequence[Row]) -> TrunkNoise:

@@ -74,7 +74,7 @@ def test_a_known_slope_is_found_within_its_interval(known):
     frames = {name: fit.fits[name].frame for name in fit.fits}
     own = np.log(np.concatenate([f.loss for f in frames.values()]))
     noisy = own + 0.002 * rng.standard_normal((100, len(own)))
-    draws = refit_jointly(fit, noisy)
+    draws = refit_jointly(fit, noisy).parameters
     costs = dict.fromkeys(frames, COST)
     for ratio in (20, 80):
         ends = (14.5, 17.0)
@@ -99,7 +99,8 @@ def test_equal_families_have_no_slope():
     fit = fit_joint(frames, size="non-embedding", flops="exact", resamples=0, profile=False,
                     restarts=8)  # fmt: skip
     own = np.log(np.concatenate([f.loss for f in frames.values()]))
-    draws = refit_jointly(fit, own + 0.002 * rng.standard_normal((100, len(own))))  # fmt: skip
+    noisy = own + 0.002 * rng.standard_normal((100, len(own)))
+    draws = refit_jointly(fit, noisy).parameters
     found = path_gap(fit, draws, dict.fromkeys(frames, COST), ("first", "second"), 20, (14.5, 17.0),
                      [15.0, 16.0])  # fmt: skip
     assert found.slope_interval[0] < 0 < found.slope_interval[1]

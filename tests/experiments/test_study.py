@@ -323,7 +323,8 @@ def analyse(path, *more):
 
 def test_the_slope_of_known_families_is_found(tmp_path):
     path = table(tmp_path / "a", SIZES)
-    (at_20,) = analyse(path, "--ratios", "20")["paths"]
+    whole = analyse(path, "--ratios", "20")
+    (at_20,) = whole["paths"]
 
     def gap(log10_c):  # 20 N tokens cost 140 N^2 and 120 N^2
         losses = []
@@ -339,6 +340,14 @@ def test_the_slope_of_known_families_is_found(tmp_path):
     assert at_20["slope"] == pytest.approx(true, abs=0.012)
     assert at_20["slope_interval"][0] < true < at_20["slope_interval"][1]
     assert at_20["without_law"]["slope"] == pytest.approx(true, abs=0.012)
+    assert "note: beyond the noise the law misses log losses by 0.00" in whole["text"]
+    low, high = gap_slope.HELD[20, "slope"]
+    assert f"nats a decade (held in {low:.0%} to {high:.0%}): it narrows" in whole["text"]
+
+
+def test_only_intervals_that_were_tried_say_how_often_they_hold():
+    assert gap_slope.held(20.0, "slope").startswith(" (held in ")
+    assert gap_slope.held(40.0, "slope") == gap_slope.held(20.5, "slope") == ""
 
 
 def test_a_table_of_two_sizes_is_analysed_and_of_one_noted(tmp_path):
