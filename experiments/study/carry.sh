@@ -4,15 +4,15 @@
 #   bash experiments/study/carry.sh make TEXT   packages and prepared data; resumes what it began
 #   bash experiments/study/carry.sh tasks       the paper's six tasks and lm-eval, 8 MB
 #   bash experiments/study/carry.sh load N      parcel N, in the place of another: .carry/
-# Parcel 0 is the packages, and results that go on; the others are the data. TEXT is the folder of
+# Parcels from 0 on: the packages, with results that go on, then the data. TEXT is the folder of
 # classic_books.jsonl.zst and english_mixed-*.jsonl.zst. Run from the repository's root. CARRY names
 # the folder of what is made, PYTHON an interpreter that has the project, TARGET one of the
-# machine's version of Python.
+# machine's version of Python, PARCEL the largest size of one: the repository travels with each.
 set -eo pipefail
 CARRY=${CARRY:-/tmp/carry}
 PYTHON=${PYTHON:-python3}
 TARGET=${TARGET:-$PYTHON}
-PARCEL=${PARCEL:-44M}
+PARCEL=${PARCEL:-24M}
 SOURCES="classic_books more_books gutenberg novels old_spelling modern_prose abstracts law proposals manuals"
 # The machine brings JAX with what it needs; pyarrow is large and reads Parquet alone. It brings
 # transformers too, which refuses a newer huggingface_hub than its own, and what both rest on.
@@ -74,26 +74,27 @@ make() { # TEXT
   mkdir -p "$CARRY"
   packages
   data "$1"
-  rm -f "$CARRY"/part-*
+  rm -f "$CARRY"/packages-* "$CARRY"/part-*
+  split -b "$PARCEL" -d "$CARRY/site.tar.xz" "$CARRY/packages-"
   split -b "$PARCEL" -d "$CARRY/data.tar.xz" "$CARRY/part-"
   ls -la "$CARRY"
 }
 
 load() { # N
-  local parts=("$CARRY"/part-*)
+  local packages=("$CARRY"/packages-*)
+  local parcels=("${packages[@]}" "$CARRY"/part-*)
   rm -rf .carry
   mkdir .carry
-  if [ "$1" = 0 ]; then
-    cp "$CARRY/site.tar.xz" .carry/
-    git rev-parse HEAD > .carry/commit
-    test ! -f "$CARRY/state.tar.xz" || cp "$CARRY/state.tar.xz" .carry/
-  elif [ "$1" = tasks ]; then
+  git rev-parse HEAD > .carry/commit
+  echo "${#packages[@]}" > .carry/packages
+  if [ "$1" = tasks ]; then
     cp "$CARRY/tasks.tar.xz" .carry/
   else
-    cp "${parts[$1 - 1]}" .carry/
+    cp "${parcels[$1]}" .carry/
   fi
+  if [ "$1" = 0 ] && [ -f "$CARRY/state.tar.xz" ]; then cp "$CARRY/state.tar.xz" .carry/; fi
   ls -la .carry
-  echo "parcel $1 of 0 to ${#parts[@]}"
+  echo "parcel $1 of 0 to $((${#parcels[@]} - 1))"
 }
 
 "$@"

@@ -27,14 +27,23 @@ read -ra SOURCES <<< "classic_books more_books gutenberg novels old_spelling mod
 # Paths in the configs are relative to the folder in which sweeps run.
 mkdir -p "$HOLD/experiments/results/study2"
 ln -sfn "$REPO/experiments/configs" "$HOLD/experiments/configs"
-cp -rn "$REPO/experiments/results/study2/." "$HOLD/experiments/results/study2/"
+tar c -C "$REPO/experiments/results/study2" . |
+  tar x --skip-old-files -C "$HOLD/experiments/results/study2"
 
 receive() {
   mkdir -p "$HOLD/parts"
-  test ! -f .carry/site.tar.xz || tar xJf .carry/site.tar.xz -C "$HOLD"
   test ! -f .carry/tasks.tar.xz || tar xJf .carry/tasks.tar.xz -C "$HOLD"
   test ! -f .carry/commit || cp .carry/commit "$HOLD/commit"
-  for part in .carry/part-*; do test ! -f "$part" || mv "$part" "$HOLD/parts/"; done
+  local parcel
+  for parcel in .carry/packages-* .carry/part-*; do
+    test ! -f "$parcel" || mv "$parcel" "$HOLD/parts/"
+  done
+  # Packages are unpacked as soon as all of their parcels are here.
+  local there=("$HOLD"/parts/packages-*)
+  if [ -f "${there[0]}" ] && [ "${#there[@]}" = "$(cat .carry/packages)" ]; then
+    cat "${there[@]}" | tar xJ -C "$HOLD"
+    rm "${there[@]}"
+  fi
   # Tables of earlier holds: their runs are not made again.
   test ! -f .carry/state.tar.xz || tar xJf .carry/state.tar.xz -C "$HOLD"
   ls "$HOLD" "$HOLD/parts"

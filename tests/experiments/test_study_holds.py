@@ -48,8 +48,9 @@ def test_parcels_arrive_whole_and_data_of_another_study_are_refused(repository, 
     carry, hold = tmp_path / "carry", tmp_path / "hold"
     (carry / "site").mkdir(parents=True)
     (carry / "site" / "package.py").write_text("here = True\n")
-    (carry / "data" / "study" / "law").mkdir(parents=True)
     noise = os.urandom(20_000)
+    (carry / "site" / "package.so").write_bytes(noise)
+    (carry / "data" / "study" / "law").mkdir(parents=True)
     (carry / "data" / "study" / "law" / "train-00000.bin").write_bytes(noise)
     for name in ("site", "data"):
         with tarfile.open(carry / f"{name}.tar.xz", "w:xz") as archive:
@@ -57,20 +58,22 @@ def test_parcels_arrive_whole_and_data_of_another_study_are_refused(repository, 
     # What was made before is kept: only the parcels are cut anew.
     made = run(SCRIPTS[0], "make", "no-text", cwd=repository, CARRY=carry, PARCEL="8K")
     assert made.returncode == 0, made.stderr
-    parts = sorted(path.name for path in carry.glob("part-*"))
-    assert parts == ["part-00", "part-01", "part-02"]
+    parcels = sorted(path.name for path in carry.glob("pa*-0*"))
+    assert parcels == [f"{kind}-0{i}" for kind in ("packages", "part") for i in range(3)]
 
-    for number in range(1 + len(parts)):
+    for number in range(len(parcels)):
         loaded = run(SCRIPTS[0], "load", str(number), cwd=repository, CARRY=carry)
-        assert loaded.stdout.splitlines()[-1] == f"parcel {number} of 0 to 3"
+        assert loaded.stdout.splitlines()[-1] == f"parcel {number} of 0 to 5"
         # Each call to the machine sends one parcel; what came before has been moved aside.
         received = run(SCRIPTS[1], "receive", cwd=repository, HOLD=hold)
         assert received.returncode == 0, received.stderr
+        assert (hold / "site" / "package.so").exists() == (number >= 2)
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True
     ).stdout
     assert (hold / "commit").read_text() == head
     assert (hold / "site" / "package.py").read_text() == "here = True\n"
+    assert (hold / "site" / "package.so").read_bytes() == noise
 
     unpacked = run(SCRIPTS[1], "data", cwd=repository, HOLD=hold)
     assert (hold / "data" / "study" / "law" / "train-00000.bin").read_bytes() == noise
