@@ -3,20 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnx
 import onnxruntime
 import optax
 import pytest
-from onnx import helper
+from onnx_folders import DAMAGE, chat, continuation, damage, rewrite, run_graph
 
 import mmfree_jax
 from mmfree_jax.cli.main import main
@@ -125,27 +122,6 @@ def test_sums_are_the_integers_of_training_bit_for_bit(product, columns, rows):
     want = np.asarray(want_q, np.int32) @ trits_NK.T.astype(np.int32)
     np.testing.assert_array_equal(found.astype(np.int32), want)
     assert (found == np.round(found)).all()
-
-
-def run_graph(g, outputs, constants, **inputs):
-    """What onnxruntime computes of some of a graph's tensors."""
-    value = helper.make_tensor_value_info
-    given = [value(k, onnx.TensorProto.FLOAT, [None] * v.ndim) for k, v in inputs.items()]
-    read = {name for node in g.nodes for name in node.input}
-    initializers = [
-        onnx.numpy_helper.from_array(v, k) for k, v in constants.items() if k in read
-    ] + list(g.constants.values())
-    if g.product == "integer":
-        initializers = [
-            onnx_graph.as_numbers(t) if t.name.endswith(".codes") else t for t in initializers
-        ]
-    wanted = [value(name, onnx.TensorProto.FLOAT, None) for name in outputs]
-    graph = helper.make_graph(g.nodes, "part", given, wanted, initializers)
-    versions = {"": onnx_graph.OPSETS[g.product], "com.microsoft": 1}
-    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
-    ir_version = onnx_graph.IR_VERSIONS[g.product]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
-    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)
 
 
 @pytest.mark.parametrize("graph", ["graph", "web_graph"])
@@ -304,57 +280,6 @@ def test_an_existing_folder_is_kept_unless_told(exports, capsys):
     assert "mmfree: error:" in capsys.readouterr().err
 
 
-def damage(kind, folder):
-    data, text = folder / "model.onnx.data", folder / "export.json"
-    if kind == "truncated":
-        data.write_bytes(data.read_bytes()[:-100])
-    elif kind == "altered":
-        contents = bytearray(data.read_bytes())
-        contents[len(contents) // 2] ^= 1
-        data.write_bytes(contents)
-    elif kind == "missing":
-        data.unlink()
-    elif kind == "manifest":
-        text.write_text(text.read_text()[:-50])
-    elif kind == "newer":
-        text.write_text(json.dumps(json.loads(text.read_text()) | {"version": 9}))
-    elif kind == "runtime":
-        rewrite(text, onnxruntime=">=99.1")
-    elif kind == "bos":
-        text.write_text(re.sub(r'"bos_token_id": \d+', '"bos_token_id": 7', text.read_text()))
-    elif kind == "unsigned bos":
-        rewrite(text, sign=False, bos_token_id="7")
-    elif kind == "unsigned files":
-        rewrite(text, sign=False, files=0)
-    elif kind == "unsigned entry":
-        rewrite(text, sign=False, files={"model.onnx": {"sha256": "0"}})
-    elif kind == "a list":
-        text.write_text("[1]")
-
-
-def rewrite(path, sign=True, **changes):
-    """Changes export.json and signs it anew, or leaves it unsigned as older versions did."""
-    values = json.loads(path.read_text()) | changes
-    del values["sha256"]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(values | {"sha256": digest} if sign else values))
-
-
-DAMAGE = {
-    "truncated": "model.onnx.data has",
-    "altered": "checksum",
-    "missing": "model.onnx.data",
-    "manifest": "export.json",
-    "newer": "newer",
-    "runtime": "99.1",
-    "bos": "own checksum",
-    "unsigned bos": "bos_token_id",
-    "unsigned files": "files",
-    "unsigned entry": "bytes",
-    "a list": "export.json",
-}
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_folder_is_refused(kind, exports, tmp_path):
     folder = shutil.copytree(exports / "exact", tmp_path / "copy")
@@ -386,24 +311,6 @@ def test_a_token_that_the_model_does_not_have_is_refused(exact):
             exact.step(np.array(tokens), exact.start())
 
 
-def chat(folder, *arguments, typed="", stderr=subprocess.PIPE):
-    """Runs the shipped example in a process that can import neither JAX nor this package."""
-    blocked = (
-        "import sys; sys.modules.update(dict.fromkeys(('jax', 'jaxlib', 'flax', 'mmfree_jax')))"
-    )
-    run = f"{blocked}; import runpy; runpy.run_path('chat.py', run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-c", run, "--threads", "1", *arguments],
-        cwd=folder,
-        env={name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        input=typed,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_an_export_of_an_older_version_loads(exports, tmp_path):
     folder = shutil.copytree(exports / "exact", tmp_path / "copy")
     rewrite(folder / "export.json", sign=False)
@@ -432,18 +339,6 @@ def test_the_examples_speed_stands_below_its_text_where_both_go_to_one_file(expo
     options = ("--prompt", "So", "--max-new-tokens", "3")
     both = chat(exports / "exact", *options, stderr=subprocess.STDOUT).stdout
     assert re.search(r"^So.*\n\[\d+ tokens read [^\n]*\]\n\Z", both, re.S)
-
-
-def continuation(export, prompt, count, state=None):
-    """The likeliest text, and the state after it."""
-    logits_V, state = onnx_session.prefill(
-        export, prompt, export.start() if state is None else state
-    )
-    tokens = []
-    for _ in range(count):
-        tokens.append(int(np.argmax(logits_V)))
-        logits_V, state = onnx_session.prefill(export, tokens[-1:], state)
-    return ByteTokenizer().decode(tokens), state
 
 
 def test_every_end_token_of_the_folder_ends_an_answer(saved, exact, tmp_path):
