@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,13 +89,7 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     changes = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        where = f"{path}.{name}" if path else name
-        if name in changes:
-            raise ConfigError(
-                f"config key {brief(where)} occurs twice, as {brief(key)} too: keep one"
-            )
+    for name, where, value in _named(values, path):
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(fields)}"
@@ -112,7 +106,7 @@ def from_dict(cls: type[T], values: dict[str, Any], base: T | None = None, path:
     return cls(**changes) if base is None else dataclasses.replace(base, **changes)  # type: ignore[type-var]
 
 
-def underscored(values: dict[Any, Any], path: str) -> dict[Any, Any]:
+def underscored(values: dict[Any, Any], path: str) -> dict[str, Any]:
     """Nested settings with the fields' own names: YAML may spell them as flags, with dashes.
 
     Args:
@@ -122,16 +116,24 @@ def underscored(values: dict[Any, Any], path: str) -> dict[Any, Any]:
     Raises:
       ConfigError: a field is there in both spellings.
     """
-    named: dict[Any, Any] = {}
+    return {
+        name: underscored(value, where) if isinstance(value, dict) else value
+        for name, where, value in _named(values, path)
+    }
+
+
+def _named(values: dict[Any, Any], path: str) -> Iterator[tuple[str, str, Any]]:
+    """The field's own name of each key, where it stands, and its value."""
+    seen = set()
     for key, value in values.items():
-        name = key.replace("-", "_") if isinstance(key, str) else key
-        where = f"{path}.{name}"
-        if name in named:
+        name = str(key).replace("-", "_")
+        where = f"{path}.{name}" if path else name
+        if name in seen:
             raise ConfigError(
                 f"config key {brief(where)} occurs twice, as {brief(key)} too: keep one"
             )
-        named[name] = underscored(value, where) if isinstance(value, dict) else value
-    return named
+        seen.add(name)
+        yield name, where, value
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -7,7 +7,6 @@
 #   bash experiments/study/hold.sh rates                   report of the rates, the rule put in place
 #   bash experiments/study/hold.sh model NAME PRESET RATE  a run of configs/model-61M.yaml; goes on too
 #   bash experiments/study/hold.sh measure NAME TWIN ...   all that is measured of both; goes on too
-#   bash experiments/study/hold.sh pack NAME               the model alone, packed
 #   bash experiments/study/hold.sh collect                 all that leaves, in $OUT: 8 files of 16 MiB
 # Run from the repository's root. HOLD names the folder that is kept between the commands, PYTHON
 # the interpreter. The same `sweep` command goes on where the one before was cut off.
@@ -83,12 +82,6 @@ measure() { # NAME TWIN [--minutes M] [--jobs N] ...
   "$PYTHON" -m mmfree_jax.experiments.study.measure_model --run "runs/$name" --twin "runs/$twin" "$@"
 }
 
-pack() { # NAME: what `measure` does first, where there is time for nothing else
-  cd "$HOLD"
-  "$PYTHON" -m mmfree_jax pack --model "runs/$1" --step best --bits 1.6 --embedding bfloat16 \
-    --max-file-mb 16 --agreement-prompts 0 --out "packed/$1"
-}
-
 collect() {
   cd "$HOLD"
   local sweep
@@ -108,7 +101,6 @@ collect() {
   tar c -T records.txt | xz -T0 -6 | split -b 15M - "$OUT/records.tar.xz."
   # Exports can be made again, and are large.
   test ! -d after || tar c --exclude after/scratch after | split -b 15M - "$OUT/after.tar."
-  test ! -d packed || tar c packed | split -b 15M - "$OUT/packed.tar."
   ls -la "$OUT"
 }
 

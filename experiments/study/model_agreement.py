@@ -37,6 +37,7 @@ import numpy as np
 from mmfree_jax.data.dataset import HELDOUT, TokenDataset, open_dataset
 from mmfree_jax.errors import DataError, MMFreeError
 from mmfree_jax.experiments.study.model_steps import FORMS
+from mmfree_jax.export.agreement import LogitSums
 from mmfree_jax.files import write_text
 from mmfree_jax.infer.agreement import Streams, compare_streams, greedy_streams
 from mmfree_jax.installed import import_optional, versions
@@ -181,32 +182,20 @@ def compare_logits(
     Raises:
       DataError: a program's logits are not finite.
     """
-    kl = same = loss = found_loss = largest = 0.0
+    sums = LogitSums()
     for own_TV, found_TV, tokens_T in zip(own_WTV, found_WTV, tokens_WT, strict=True):
-        own, found = own_TV[:-1].astype(np.float64), found_TV[:-1].astype(np.float64)
-        largest = max(largest, float(np.abs(own - found).max()))
-        own, found = _log_softmax(own), _log_softmax(found)
-        kl += float(np.sum(np.exp(own) * (own - found)))
-        same += float(np.sum(own.argmax(-1) == found.argmax(-1)))
-        targets = (np.arange(len(own)), tokens_T[1:])
-        loss -= float(own[targets].sum())
-        found_loss -= float(found[targets].sum())
-    count = tokens_WT.shape[0] * (tokens_WT.shape[1] - 1)
-    if not math.isfinite(loss + found_loss):
+        sums.add(own_TV[:-1], found_TV[:-1], tokens_T[1:])
+    if not math.isfinite(sums.loss + sums.other_loss):
         raise DataError("the logits are not finite: the model, or the program, is broken")
+    found = sums.agreement()
     return {
-        "tokens": count,
-        "kl_nats": kl / count,
-        "same_top_1": same / count,
-        "perplexity_of_float32": math.exp(loss / count),
-        "perplexity": math.exp(found_loss / count),
-        "largest_difference": largest,
+        "tokens": found.tokens,
+        "kl_nats": found.kl,
+        "same_top_1": found.same_top,
+        "perplexity_of_float32": found.perplexity,
+        "perplexity": found.export_perplexity,
+        "largest_difference": found.largest_difference,
     }
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.sum(np.exp(x), -1, keepdims=True))
 
 
 def _streams(found: Streams, wanted: Streams) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from mmfree_jax.evaluate.tasks import PAPER_TASKS
 from mmfree_jax.experiments.study.documents import read_losses
 from mmfree_jax.experiments.study.measure_model import OF_A_RUN, RECORD, read_record
 from mmfree_jax.experiments.study.model_steps import FORMS
+from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.packed import open_packed
-from mmfree_jax.text_files import parse_json, read_json, read_text
+from mmfree_jax.saved.run_directory import METRICS
+from mmfree_jax.text_files import read_json
 
 PROVENANCE = ("command", "commit", "device", "begun", "seconds", "checkpoints")
 FLATTERED = ("law", "manuals")
@@ -123,18 +125,14 @@ class Measured:
         """What a run says of itself at its end."""
         return read_json(self.folder / "runs" / name / "summary.json")
 
-    def metrics(self, name: str) -> list[dict[str, Any]]:
-        """A run's records, line by line."""
-        lines = read_text(self.folder / "runs" / name / "metrics.jsonl").splitlines()
-        return [parse_json(line) for line in lines if line]
-
     def _training(self, name: str) -> dict[str, Any]:
         """Provenance of a training, whose device is the one on which it was then measured.
 
         The command is that of the resolved config, which is published beside the model.
         """
         summary = self.summary(name)
-        times = [r["unix_time"] for r in self.metrics(name) if "unix_time" in r]
+        records = read_history(self.folder / "runs" / name / METRICS)
+        times = [r["unix_time"] for r in records if "unix_time" in r]
         after = next((s for s in self.steps.values() if name in s.get("checkpoints", {})), {})
         begun = np.datetime_as_string(np.datetime64(int(min(times)), "s")) if times else None
         return {

@@ -79,7 +79,7 @@ def parse(
 def _refuse_repeated_lists(target: Callable[..., Any], argv: Sequence[str]) -> None:
     """Of `--input a --input b` the first would be lost without a word."""
     given = [a.partition("=")[0].replace("_", "-") for a in argv if a.startswith("--")]
-    for flag in (f"--{name}" for name, takes_several in _flags(target) if takes_several):
+    for flag in (f"--{name}" for name, _, takes_several in _flags(target) if takes_several):
         if given.count(flag) > 1:
             raise ConfigError(
                 f"{flag} is given {given.count(flag)} times: give it once, with all its values "
@@ -87,8 +87,8 @@ def _refuse_repeated_lists(target: Callable[..., Any], argv: Sequence[str]) -> N
             )
 
 
-def _flags(target: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """The flags of a dataclass or function, without dashes, and whether one takes a list."""
+def _flags(target: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """The flags of a dataclass or function, without dashes: name, type, whether it takes a list."""
     plain = typing.get_type_hints(target)
     for name, marked in typing.get_type_hints(target, include_extras=True).items():
         flag, hint = f"{prefix}{name}".replace("_", "-"), plain[name]
@@ -99,12 +99,13 @@ def _flags(target: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
             yield from _flags(hint, prefix if is_beside else f"{flag}.")
         elif name != "return" and tyro.conf.Positional not in marks:
             kinds = {typing.get_origin(h) for h in (hint, *typing.get_args(hint))}
-            yield flag, bool(kinds & {tuple, list}) and tyro.conf.UseAppendAction not in marks
+            takes_several = bool(kinds & {tuple, list}) and tyro.conf.UseAppendAction not in marks
+            yield flag, hint, takes_several
 
 
 def _meant(target: Any, argv: Sequence[str]) -> dict[str, str]:
     """Flags in `argv` that are not ours, and which of ours has that meaning."""
-    ours = [name for name, _ in _flags(target)]
+    ours = [name for name, _, _ in _flags(target)]
     known = {"--" + name for name in ours} | {"--" + _negated(name) for name in ours}
     meant = {}
     for argument in argv:
@@ -118,26 +119,14 @@ def _meant(target: Any, argv: Sequence[str]) -> dict[str, str]:
 
 def _valued_switch(target: Any, argv: Sequence[str]) -> tuple[str, str] | None:
     """The two forms of a flag that is on or off, where `argv` gives it true or false; else None."""
-    switches = {f"--{flag}": f"--{_negated(flag)}" for flag in _switches(target)}
+    names = [name for name, hint, _ in _flags(target) if hint is bool]
+    switches = {f"--{name}": f"--{_negated(name)}" for name in names}
     for argument, after in itertools.pairwise([*argv, ""]):
         flag, equals, value = argument.partition("=")
         flag = flag.replace("_", "-")
         if flag in switches and (value if equals else after).lower() in _TRUTHS:
             return flag, switches[flag]
     return None
-
-
-def _switches(target: Any, prefix: str = "") -> Iterator[str]:
-    """The flags of a dataclass or function that are on or off, without dashes."""
-    marked = typing.get_type_hints(target, include_extras=True)
-    for name, hint in typing.get_type_hints(target).items():
-        flag = f"{prefix}{name}".replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            marks = getattr(marked[name], "__metadata__", ())
-            is_beside = any(getattr(mark, "name", None) == "" for mark in marks)
-            yield from _switches(hint, prefix if is_beside else f"{flag}.")
-        elif hint is bool and name != "return":
-            yield flag
 
 
 def _negated(flag: str) -> str:

@@ -53,6 +53,47 @@ class Agreement:
         )
 
 
+@dataclass
+class LogitSums:
+    """Sums over predicted tokens of what an `Agreement` is made of, as they are added up."""
+
+    tokens: int = 0
+    kl: float = 0.0
+    same: float = 0.0
+    loss: float = 0.0
+    other_loss: float = 0.0
+    largest: float = 0.0
+
+    def add(self, own_NV: np.ndarray, other_NV: np.ndarray, targets_N: np.ndarray) -> None:
+        """Adds N predictions.
+
+        Args:
+          own_NV: logits of the model.
+          other_NV: of what is compared with it.
+          targets_N: the tokens that came.
+        """
+        own_NV, other_NV = own_NV.astype(np.float64), other_NV.astype(np.float64)
+        self.largest = max(self.largest, float(np.abs(own_NV - other_NV).max()))
+        own_NV, other_NV = _log_softmax(own_NV), _log_softmax(other_NV)
+        self.kl += float(np.sum(np.exp(own_NV) * (own_NV - other_NV)))
+        self.same += float(np.sum(own_NV.argmax(-1) == other_NV.argmax(-1)))
+        at = (np.arange(len(targets_N)), targets_N)
+        self.loss -= float(own_NV[at].sum())
+        self.other_loss -= float(other_NV[at].sum())
+        self.tokens += len(targets_N)
+
+    def agreement(self) -> Agreement:
+        """The means over what was added."""
+        return Agreement(
+            self.tokens,
+            self.kl / self.tokens,
+            self.same / self.tokens,
+            perplexity(self.loss / self.tokens),
+            perplexity(self.other_loss / self.tokens),
+            self.largest,
+        )
+
+
 def compare(
     model: LanguageModel, params: Params | Weights, export: OnnxModel, tokens_WT: np.ndarray
 ) -> Agreement:
@@ -90,32 +131,17 @@ def compare(
     variables = as_weights(params, config)
     hidden_WTD, _ = _hidden(variables, jnp.asarray(tokens_WT, jnp.int32), config=config)
     state = export.start(W)
-    kl = same = loss = export_loss = largest = 0.0
+    sums = LogitSums()
     for t in range(T - 1):
-        own_WV = np.asarray(_logits(variables, hidden_WTD[:, t], config=config), np.float64)
+        own_WV = np.asarray(_logits(variables, hidden_WTD[:, t], config=config))
         found_WV, state = export.step(tokens_WT[:, t : t + 1], state)
-        found_WV = found_WV.astype(np.float64)
         for whose, logits_WV in (("model", own_WV), ("export", found_WV)):
             if not np.isfinite(logits_WV).all():
                 raise CheckpointError(
                     f"the {whose}'s logits are not finite at token {t}: its weights are damaged"
                 )
-        largest = max(largest, float(np.abs(own_WV - found_WV).max()))
-        own_WV, found_WV = _log_softmax(own_WV), _log_softmax(found_WV)
-        kl += float(np.sum(np.exp(own_WV) * (own_WV - found_WV)))
-        same += float(np.sum(own_WV.argmax(-1) == found_WV.argmax(-1)))
-        targets = (np.arange(W), tokens_WT[:, t + 1])
-        loss -= float(own_WV[targets].sum())
-        export_loss -= float(found_WV[targets].sum())
-    count = W * (T - 1)
-    return Agreement(
-        count,
-        kl / count,
-        same / count,
-        perplexity(loss / count),
-        perplexity(export_loss / count),
-        largest,
-    )
+        sums.add(own_WV, found_WV, tokens_WT[:, t + 1])
+    return sums.agreement()
 
 
 def same_continuations(

@@ -69,7 +69,7 @@ def test_every_meaning_is_an_option_of_some_command():
 
     targets = [InspectConfig, evaluate, GenerateConfig, Info, plot, TokenizerTrainConfig, Train,
                PrepareConfig, Edge, Infer, _Run]  # fmt: skip
-    options = {name for target in targets for name, _ in _flags(target)}
+    options = {name for target in targets for name, _, _ in _flags(target)}
     options |= {name.rpartition(".")[2] for name in options}
     # Parameters of functions inside of commands: launch local, export-hf, bench kernels.
     options |= {"n", "devices-per-process", "overwrite", "dtype", "tokens"}
