@@ -39,6 +39,14 @@ def test_objects_of_any_name_and_size_come_back_as_they_went(bucket):
     ]
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\n--==0==--", b"\r\n\r\n"])
+def test_what_ends_like_a_part_of_a_message_comes_back_as_it_went(bucket, end):
+    client = _client(bucket)
+    for data in (end, bytes(range(256)) + end, end + b"x" * (6 << 20) + end):
+        client.pipe_file(f"{bucket.url}/x", data)
+        assert client.cat_file(f"{bucket.url}/x") == data
+
+
 @pytest.mark.parametrize("size", [10, 6 << 20])
 def test_of_many_writers_that_create_an_object_one_succeeds(bucket, size, tmp_path):
     client = _client(bucket)

@@ -9,13 +9,15 @@ with moto 5.2.5 and gcp-storage-emulator 2026.7.19:
   GCS  no precondition at all. The proxy adds `ifGenerationMatch` and `ifGenerationNotMatch` (0 is
        "no such object") to uploads of every kind, copies, rewrites, composed objects, deletions and
        reads (a resumable upload is asked when it begins and with each part, the last one too), and
-       lets an upload be given up.
+       lets an upload be given up. The emulator reads a multipart upload as an e-mail and loses a
+       carriage return at its end to the line break behind; the proxy sends it base64.
 
 What is left unlike the real ones: lists come in one page (GCS), signatures and tokens are not
 checked (a `Fault` stands for those that expired: status 401 of GCS, 400 of S3, 403 where they may
 not), GCS's emulator answers one request at a time and takes no empty upload of type media.
 """
 
+import base64
 import contextlib
 import itertools
 import json
@@ -132,6 +134,23 @@ def _object(body: bytes, path: str, query: dict[str, str]) -> tuple[str, str]:
     return uploaded[1], json.loads(metadata[1] if metadata else body)["name"]
 
 
+def _multipart_as_base64(request: Request) -> bytes:
+    """A multipart upload's body with the object's data as base64; another's as it is."""
+    kind = request.headers.get("Content-Type", "")
+    if not kind.startswith("multipart/related"):
+        return request.body
+    boundary = re.escape(kind.partition("boundary=")[2].strip("\"'").encode())
+    parts = re.fullmatch(
+        rb"(--%b(\r?\n).*?\2--%b\2.*?\2)\2(.*)(\2--%b--\s*)" % ((boundary,) * 3),
+        request.body,
+        re.DOTALL,
+    )
+    assert parts is not None, request.body[:1000]
+    head, newline, data, end = parts.groups()
+    encoding = b"Content-Transfer-Encoding: base64"
+    return head + encoding + 2 * newline + base64.b64encode(data) + end
+
+
 @contextlib.contextmanager
 def serve_gcs() -> Iterator[BucketServer]:
     """A GCS emulator in memory, until the block ends."""
@@ -143,7 +162,7 @@ def serve_gcs() -> Iterator[BucketServer]:
         while server._api._httpd is None:  # `is_running` is set just after
             time.sleep(0.01)
         address = server._api._httpd.server_address
-        with FaultyProxy(address, _gcs_error, _check_generation) as proxy:
+        with FaultyProxy(address, _gcs_error, _check_generation, _multipart_as_base64) as proxy:
             environment = {
                 "STORAGE_EMULATOR_HOST": proxy.url,
                 "TENSORSTORE_GCS_HTTP_URL": proxy.url,

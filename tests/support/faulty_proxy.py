@@ -78,6 +78,11 @@ def passes(request: Request, ask: Callable[[str, str], Answer]) -> Answer | None
     return None
 
 
+def as_sent(request: Request) -> bytes:
+    """The body, unchanged."""
+    return request.body
+
+
 class FaultyProxy:
     """The proxy; used as a context.
 
@@ -90,12 +95,15 @@ class FaultyProxy:
         upstream: tuple[str, int],
         error: Callable[[int, str], Answer],
         check: Callable[[Request, Callable[[str, str], Answer]], Answer | None] = passes,
+        body: Callable[[Request], bytes] = as_sent,
     ) -> None:
         """`upstream`: (host, port); `error`: (status, code or "") -> answer; `check`: (request,
-        ask(method, target) of the server) -> answer that takes the request's place, or None."""
+        ask(method, target) of the server) -> answer that takes the request's place, or None;
+        `body`: request -> body that the server gets."""
         self._upstream = upstream
         self._error = error
         self._check = check
+        self._body = body
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._released = threading.Event()
@@ -205,10 +213,10 @@ class FaultyProxy:
         sent = [(n, v) for n, v in sent if n.lower() != "expect"]
         if request.method in ("GET", "HEAD"):
             refused = self._check(request, self.ask)
-            return refused or self.ask(request.method, request.raw, sent, request.body)
+            return refused or self.ask(request.method, request.raw, sent, self._body(request))
         with self._writing:
             refused = self._check(request, self.ask)
-            return refused or self.ask(request.method, request.raw, sent, request.body)
+            return refused or self.ask(request.method, request.raw, sent, self._body(request))
 
 
 class _Server(ThreadingHTTPServer):
