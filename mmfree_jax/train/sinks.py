@@ -13,6 +13,7 @@ from mmfree_jax.files import write_text
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.saved.history import Record
 from mmfree_jax.saved.run_directory import TENSORBOARD, WANDB_ID
+from mmfree_jax.train.event_file import EventFile
 
 
 class Sink(Protocol):
@@ -37,25 +38,34 @@ def _scalars(record: Record) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes TensorBoard events; those beyond the step restored are marked as purged."""
+    """Writes TensorBoard events; those beyond the step restored are marked as purged.
+
+    Training goes on without them where the disk is full: metrics.jsonl has it all.
+    """
 
     def __init__(self, folder: Path, restored_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(
-            str(folder), purge_step=restored_step + 1 if restored_step else None
-        )
+        goes_on = restored_step > 0 or (folder.is_dir() and any(folder.iterdir()))
+        self._file = EventFile(folder, purge_step=restored_step + 1 if goes_on else None)
+        self._lost = False
 
     def write(self, record: Record) -> None:
         """Writes the numbers, and samples as text."""
-        for name, value in _scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])
-        if record["kind"] == "sample":
-            self._writer.add_text("sample", record["text"], record["step"])
+        texts = {"sample": record["text"]} if record["kind"] == "sample" else {}
+        self._try(lambda: self._file.write(record["step"], _scalars(record), texts))
 
     def close(self) -> None:
-        """Flushes the events."""
-        self._writer.close()
+        """Closes the file."""
+        self._try(self._file.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        if self._lost:
+            return
+        try:
+            act()
+        except OSError as e:
+            self._lost = True
+            reason = f"{self._file.path} cannot be written: {e.strerror}"
+            print(f"warning: nothing more is logged to TensorBoard ({reason})", file=sys.stderr)
 
 
 class WandB:

@@ -16,6 +16,7 @@ from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.model_config import LinearConfig
 from mmfree_jax.parallel.sharding import make_mesh, process_rows
 from mmfree_jax.saved.history import read_history
+from mmfree_jax.train.event_file import EventFile
 from mmfree_jax.train.held_out import evaluate
 from mmfree_jax.train.plot import draw_metrics
 from mmfree_jax.train.run_display import format_record
@@ -133,14 +134,14 @@ def test_a_source_of_little_weight_has_a_row_all_the_same(mixture):
 
 @pytest.mark.usefixtures("traced_once", "cached_compilation")
 def test_a_run_records_each_source(small_run, mixture, tmp_path):
-    from tensorboardX import SummaryWriter
-
     written = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            SummaryWriter,
-            "add_scalar",
-            lambda self, name, value, step: written.update({(name, step): value}),
+            EventFile,
+            "write",
+            lambda self, step, values, texts: written.update(
+                {(name, step): value for name, value in values.items()}
+            ),
         )
         run = dataclasses.replace(
             small_run,
