@@ -10,35 +10,36 @@ from mmfree_jax.files import write_text
 from mmfree_jax.text_files import read_json
 
 GENERATION = "generation_config.json"
-_FILES = ("config.json", GENERATION)
 
 
 def end_ids(folder: str | Path) -> tuple[int, ...]:
-    """Every `eos_token_id`, a number or a list, of config.json and generation_config.json.
+    """The `eos_token_id`, a number or a list, of generation_config.json, else of config.json.
 
-    Empty where a folder has neither; the tokenizer's own end token is not looked at.
+    As in transformers 5, a generation_config.json stands in config.json's place, also where it
+    names no id. Empty where a folder has neither; the tokenizer's own end token is not looked at.
 
     Raises:
-      ConfigError: a file is malformed, or an id is no whole number of 0 or more.
+      ConfigError: the file is malformed, or an id is no whole number of 0 or more.
     """
-    found: dict[int, None] = {}
-    for name in _FILES:
-        file = Path(folder) / name
-        if not file.is_file():
-            continue
-        try:
-            fields = read_json(file)
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{file} cannot be read ({e}): repair or remove it") from e
-        value = fields.get("eos_token_id") if isinstance(fields, dict) else None
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        for token in ids:
-            if type(token) is not int or token < 0:
-                raise ConfigError(
-                    f"{file}: eos_token_id is {value!r}: give a token id or a list of them"
-                )
-            found[token] = None
-    return tuple(found)
+    for name in (GENERATION, "config.json"):
+        if (file := Path(folder) / name).is_file():
+            return _ids(file)
+    return ()
+
+
+def _ids(file: Path) -> tuple[int, ...]:
+    try:
+        fields = read_json(file)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{file} cannot be read ({e}): repair or remove it") from e
+    value = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if type(token) is not int or token < 0:
+            raise ConfigError(
+                f"{file}: eos_token_id is {value!r}: give a token id or a list of them"
+            )
+    return tuple(dict.fromkeys(ids))
 
 
 def write_end_ids(folder: Path, ids: Sequence[int], **others: Any) -> None:

@@ -27,11 +27,12 @@ MOST_COUNT = 2**31 - 1
 _LONGEST_STOP = 1000  # characters
 _MOST_LIST = 2**24
 _NO_TOOLS = "this server calls no tools"
+_NO_AUDIO = "this model hears and speaks nothing"
 
 IGNORED = frozenset(
     (
-        "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-        "service_tier", "store", "user",
+        "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "safety_identifier", "service_tier", "store", "user",
     )
 )  # fmt: skip
 """Fields about the client or OpenAI's own service, which change no answer."""
@@ -178,40 +179,88 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class _RefusalPart:
+    type: Annotated[str, one_of("text", "refusal")]
+    refusal: Annotated[str, text]
+
+
+@dataclass(frozen=True)
 class _GivenMessage:
     role: Annotated[str, one_of("system", "developer", "user", "assistant")]
-    content: Annotated[str, lambda value, name: _content(value, name)]
+    content: Annotated[str | None, lambda value, name: _content(value, name)] = None
     name: Annotated[str | None, text] = None
 
 
-def _content(value: Any, name: str) -> str:
+@dataclass(frozen=True)
+class _GivenAnswer(_GivenMessage):
+    content: Annotated[str | None, lambda value, name: _content(value, name, ("refusal",))] = None
+    refusal: Annotated[str | None, text] = None
+
+
+_PART_IGNORED = frozenset(("annotations", "prompt_cache_breakpoint"))
+
+
+def _content(value: Any, name: str, others: tuple[str, ...] = ()) -> str:
     """Text, or parts of text, which are put together with a line end between them."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise bad_field(name, value, "give a string, or a list of parts of type text")
-    for i, part in enumerate(value):  # other kinds have fields of their own
-        if isinstance(part, dict) and isinstance(kind := part.get("type"), str):
-            one_of("text")(kind, f"{name}[{i}].type")
-    parts = [
-        read_object(_Part, part, name=f"{name}[{i}]", ignored=frozenset(("annotations",)))
-        for i, part in enumerate(value)
-    ]
-    return "\n".join(part.text for part in parts)
+    texts = []
+    for i, part in enumerate(value):
+        place, kind = f"{name}[{i}]", part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str):  # other kinds have fields of their own
+            one_of("text", *others)(kind, f"{place}.type")
+        if kind == "refusal":
+            texts.append(read_object(_RefusalPart, part, name=place).refusal)
+        else:
+            texts.append(read_object(_Part, part, name=place, ignored=_PART_IGNORED).text)
+    return "\n".join(texts)
+
+
+def _message(given: Any, name: str) -> Message:
+    """A turn; an answer may be empty (`null`), as clients hand it back, or a refusal."""
+    role = given.get("role") if isinstance(given, dict) else None
+    if role in ("tool", "function"):
+        raise bad_field(f"{name}.role", role, _NO_TOOLS)
+    if role != "assistant":
+        read = read_object(_GivenMessage, given, name=name, refused=_MESSAGE_REFUSED)
+        if read.content is None:
+            raise RequestError(
+                f"{name}.content is missing: give it, only an answer may be without",
+                param=f"{name}.content",
+                code="missing_required_parameter",
+            )
+        return Message("system" if role == "developer" else read.role, read.content, read.name)
+    answer = read_object(
+        _GivenAnswer,
+        given,
+        name=name,
+        ignored=frozenset(("annotations",)),
+        refused=_MESSAGE_REFUSED,
+        idle={"tool_calls": ([],)},
+    )
+    if answer.content and answer.refusal:
+        raise RequestError(
+            f"{name} has both content and refusal: an answer is one of them",
+            param=f"{name}.refusal",
+            code="invalid_value",
+        )
+    return Message(answer.role, answer.content or answer.refusal or "", answer.name)
+
+
+_MESSAGE_REFUSED = {
+    "tool_calls": _NO_TOOLS,
+    "tool_call_id": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "audio": _NO_AUDIO,
+}
 
 
 def _messages(value: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise bad_field(name, value, "give a list of at least one message")
-    refused = {"tool_calls": _NO_TOOLS, "tool_call_id": _NO_TOOLS, "function_call": _NO_TOOLS}
-    found = []
-    for i, given in enumerate(value):
-        if isinstance(given, dict) and given.get("role") in ("tool", "function"):
-            raise bad_field(f"{name}[{i}].role", given["role"], _NO_TOOLS)
-        read = read_object(_GivenMessage, given, name=f"{name}[{i}]", refused=refused)
-        role = "system" if read.role == "developer" else read.role
-        found.append(Message(role, read.content, read.name))
-    return tuple(found)
+    return tuple(_message(given, f"{name}[{i}]") for i, given in enumerate(value))
 
 
 @dataclass(frozen=True)
@@ -257,11 +306,23 @@ CHAT_REFUSED = {
     "parallel_tool_calls": _NO_TOOLS,
     "functions": _NO_TOOLS,
     "function_call": _NO_TOOLS,
-    "audio": "this model hears and speaks nothing",
+    "audio": _NO_AUDIO,
+    "moderation": "this server moderates nothing",
     "prediction": "this model takes no predicted text",
     "reasoning_effort": "this model answers without reasoning first",
+    "verbosity": "this model has no such setting, max_tokens bounds its answers",
     "web_search_options": "this server searches nothing",
 }
+_CHAT_IDLE = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+"""What clients send that hold no tools, and OpenAI's own defaults."""
 
 
 def read_completion(body: Any) -> CompletionBody:
@@ -270,7 +331,8 @@ def read_completion(body: Any) -> CompletionBody:
     Raises:
       RequestError: a field is missing, unknown, refused or wrong.
     """
-    return read_object(CompletionBody, body, ignored=IGNORED, refused=COMPLETION_REFUSED)
+    idle = {"suffix": ("",)}
+    return read_object(CompletionBody, body, ignored=IGNORED, refused=COMPLETION_REFUSED, idle=idle)
 
 
 def read_chat(body: Any) -> ChatBody:
@@ -279,7 +341,7 @@ def read_chat(body: Any) -> ChatBody:
     Raises:
       RequestError: a field is missing, unknown, refused or wrong.
     """
-    return read_object(ChatBody, body, ignored=IGNORED, refused=CHAT_REFUSED)
+    return read_object(ChatBody, body, ignored=IGNORED, refused=CHAT_REFUSED, idle=_CHAT_IDLE)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ same as nothing, as OpenAI's clients send it. Nothing here imports JAX.
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mmfree_jax.ranges import SMALLEST, Range
@@ -105,6 +105,7 @@ def read_object(
     name: str = "",
     ignored: frozenset[str] = frozenset(),
     refused: Mapping[str, str] | None = None,
+    idle: Mapping[str, Sequence[Any]] | None = None,
 ) -> _T:
     """A dataclass from a JSON object.
 
@@ -114,6 +115,7 @@ def read_object(
       name: of the object in messages; "": it is the whole body.
       ignored: fields that change nothing here and are passed over.
       refused: fields that others know and this server does not, and what to say of each.
+      idle: values of refused fields that ask for nothing beyond what is done anyway.
 
     Raises:
       RequestError: it is no object; a field is missing, unknown, refused or wrong.
@@ -124,6 +126,8 @@ def read_object(
     hints = typing.get_type_hints(target, include_extras=True)
     for key, given in value.items():
         if key in hints or key in ignored or given is None:
+            continue
+        if any(type(given) is type(v) and given == v for v in (idle or {}).get(key, ())):
             continue
         way_out = (refused or {}).get(key)
         if way_out is None:

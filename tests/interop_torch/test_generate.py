@@ -1,6 +1,7 @@
 """Generation with exports: the state as cache, padding, beams, the pipeline."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, pipeline  # noqa: E402
 
 from mmfree_jax import infer  # noqa: E402
 from mmfree_jax.model_config import ModelConfig  # noqa: E402
+from mmfree_jax.saved.end_tokens import end_ids  # noqa: E402
 
 PLAIN = ModelConfig(
     vocab_size=48,
@@ -182,3 +184,18 @@ def test_weights_that_change_are_ternarised_again(plain):
         assert layer.bfloat16()(x).dtype == torch.bfloat16
         assert layer.ternary()[0].dtype == torch.bfloat16
         layer.float()
+
+
+@pytest.mark.parametrize(
+    "generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 2}, {"eos_token_id": [2, 5]}]
+)
+def test_the_tokens_that_end_a_text_are_those_of_transformers(plain, tmp_path, generation):
+    plain.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": [7, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    theirs = type(plain).from_pretrained(tmp_path).generation_config.eos_token_id
+    theirs = [theirs] if isinstance(theirs, int) else theirs
+    assert end_ids(tmp_path) == tuple(theirs or ())

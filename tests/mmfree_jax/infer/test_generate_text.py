@@ -9,6 +9,7 @@ from initial_params import initial_params
 
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.infer import TextStream, generate_text, sample_text
+from mmfree_jax.infer.text import AnswerText
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model_config import ModelConfig
 
@@ -138,6 +139,20 @@ def test_a_stop_string_ends_the_text_wherever_it_starts(model):
     read = int(out.session.state.position_B[0])
     assert read == 2 + len(out.tokens[0])
     assert tokenizer.decode(out.tokens[0]).endswith(stop)
+
+
+@pytest.mark.parametrize("stop", [("cd", "bcd", "d"), ("bcd", "d", "cd")])
+def test_of_stop_strings_in_one_token_the_earliest_in_the_text_ends_it(stop):
+    class Words(ByteTokenizer):
+        def decode(self, ids):
+            return "".join(["a", "bcde"][i] for i in ids)
+
+    text = AnswerText(Words(), (), stop)
+    assert text.push(0, 1) + text.flush() == "a"
+    # One that came with an earlier token ends the text, whatever would have begun before it.
+    text = AnswerText(ByteTokenizer(), (), ("bcd", "c"))
+    assert "".join(text.push(byte) for byte in b"abc") == "ab"
+    assert text.stopped
 
 
 def test_eos_ends_an_answer_unless_ignored(model):

@@ -86,8 +86,21 @@ def test_a_bad_field_of_a_chat_is_named(name):
          "messages[0].content[0].text"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
          "messages[0].tool_calls"),
-        ({"tools": []}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "system", "content": "x", "refusal": "y"}]},
+         "messages[0].refusal"),
+        ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
+         "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "y"}]},
+         "messages[0].refusal"),
+        ({"messages": [{"role": "assistant", "content": None, "audio": {"id": "x"}}]},
+         "messages[0].audio"),
+        ({"tools": [1]}, "tools"),
+        ({"tools": False}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
         ({"functions": [1]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"modalities": ["audio"]}, "modalities[0]"),
@@ -141,6 +154,23 @@ def test_what_programs_send_is_read():
     assert chat.messages == (
         Message("system", "a"), Message("user", "b\nc", "eve"), Message("assistant", "d"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({"content": None, "tool_calls": []}, ""),
+        ({}, ""),
+        ({"content": None, "refusal": "No.", "annotations": [{"type": "url_citation"}]}, "No."),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]}, "a\nb"),
+    ],
+)
+def test_answers_that_clients_hand_back_are_read(answer, text):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant"} | answer]
+    body = {"model": "m", "messages": messages, "tools": [], "tool_choice": "none",
+            "parallel_tool_calls": True, "functions": [], "function_call": "auto",
+            "reasoning_effort": "none", "verbosity": "medium"}  # fmt: skip
+    assert read_chat(body).messages[1] == Message("assistant", text)
 
 
 @pytest.mark.parametrize(

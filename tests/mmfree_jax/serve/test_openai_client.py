@@ -1,6 +1,8 @@
 """What OpenAI's own client gets from a real server on loopback."""
 
+import importlib
 import json
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from served import NAME, small_model
 
 from mmfree_jax.data.tokenizer import ByteTokenizer
 from mmfree_jax.infer import generate_text
+from mmfree_jax.serve import bodies
 
 PROMPT = "We hold these truths"
 GREEDY = {"model": NAME, "temperature": 0, "prompt": PROMPT}
@@ -197,6 +200,35 @@ def test_a_prompt_that_was_read_before_is_counted_as_cached(client):
     assert first.prompt_tokens_details.cached_tokens == 0
     assert second.prompt_tokens_details.cached_tokens > 0
     assert second.prompt_tokens == first.prompt_tokens
+
+
+def test_an_answer_handed_back_as_the_client_gave_it_is_a_turn(client):
+    ask = {"model": NAME, "temperature": 0, "max_tokens": 4, "tools": []}
+    user = {"role": "user", "content": "Hi"}
+    answer = client.chat.completions.create(**ask, messages=[user]).choices[0].message
+    empty = answer.model_copy(update={"content": None})
+    for given, text in ((answer, answer.content), (empty, "")):
+        messages = [user, given.model_dump(), user]
+        got = client.chat.completions.create(**ask, messages=messages).choices[0].message.content
+        prompt = f"User: Hi\nAssistant: {text}\nUser: Hi\nAssistant:"
+        want = client.completions.create(model=NAME, prompt=prompt, temperature=0, max_tokens=4)
+        assert got == want.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("read", "params", "own"),
+    [
+        (bodies.read_chat, "chat.completion_create_params", {"messages": []}),
+        (bodies.read_completion, "completion_create_params", {"prompt": "x"}),
+    ],
+)
+def test_every_field_that_the_client_can_send_is_known(read, params, own):
+    """An unknown field is told as such; what OpenAI has and this server has not, is refused."""
+    base = importlib.import_module(f"openai.types.{params}").CompletionCreateParamsBase
+    for name in typing.get_type_hints(base):
+        with pytest.raises(bodies.RequestError) as e:
+            read({"model": "m", "n": 0} | own | {name: object()})
+        assert e.value.code != "unknown_parameter", name
 
 
 def test_errors_are_the_clients_own(client):
