@@ -1,6 +1,7 @@
 """Shared fixtures: simulated devices, small disks, reference files and prepared data."""
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
@@ -48,6 +49,20 @@ import pytest  # noqa: E402
 from bucket_servers import Bucket, BucketServer, new_bucket, serve_gcs, serve_s3  # noqa: E402
 
 from mmfree_jax.data import writer  # noqa: E402
+
+# Hypothesis draws the same cases each time, and fails nobody for being slow to do so. To have it
+# draw others: `pytest --hypothesis-profile=default`. The environment of `make torch` has none.
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "same",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("same")
 
 _DATA = Path(__file__).resolve().parent / "data"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from quick_trainer import TRAINER, quiet, starts
+from quick_trainer import TRAINER, after, quiet, starts
 
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
@@ -115,9 +115,9 @@ def test_a_repaired_failure_is_forgotten(make_sweep, trainer, tmp_path):
 def test_cut_off_runs_go_on(make_sweep, trainer, monkeypatch):
     sweep = make_sweep(rates=(4e-3,))
     monkeypatch.setenv("FAKE", "slow")
-    began = time.monotonic()
-    tally = run_sweep(sweep, Options(parallel=2, max_minutes=1.5 / 60), say=quiet, command=trainer)
-    assert time.monotonic() - began < 30
+    # Each would wait for ever: that the sweep returns is the end of its time.
+    options, clock = Options(parallel=2, max_minutes=1), after(lambda: len(starts(sweep)) == 2)
+    tally = run_sweep(sweep, options, say=quiet, command=trainer, clock=clock)
     assert sorted(tally.stopped) == sorted(starts(sweep))
     assert len(tally.stopped) == 2
     assert {snapshot(sweep).status(r) for r in snapshot(sweep).runs} == {"cut off"}
@@ -133,7 +133,6 @@ def test_a_signal_stops_the_runs_and_is_reported(make_sweep, trainer, monkeypatc
     def interrupt():
         while not starts(sweep):
             time.sleep(0.05)
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
@@ -157,21 +156,29 @@ def test_small_runs_share_a_device_and_large_ones_do_not(make_sweep, trainer):
 def test_runs_are_spread_over_the_gpus_before_they_share_one(make_sweep, trainer, monkeypatch):
     monkeypatch.setenv("FAKE", "slow")
     sweep = make_sweep(rates=(1e-3, 2e-3, 4e-3), sizes=["rung-1M"])
-    options = Options(parallel=2, gpus=("4", "6"), max_minutes=2 / 60)
-    run_sweep(sweep, options, say=quiet, command=trainer)
-    seen = [p.read_text() for p in Path(sweep.out).glob("runs/*/gpu")]
-    assert sorted(seen) in (["4", "4", "6"], ["4", "6", "6"])
+    options = Options(parallel=2, gpus=("4", "6"), max_minutes=1)
+
+    def gpus():
+        return sorted(filter(None, (p.read_text() for p in Path(sweep.out).glob("runs/*/gpu"))))
+
+    run_sweep(sweep, options, say=quiet, command=trainer, clock=after(lambda: len(gpus()) == 3))
+    assert gpus() in (["4", "4", "6"], ["4", "6", "6"])
 
 
 def test_one_run_of_a_shape_compiles_for_the_others(make_sweep, trainer, monkeypatch):
     monkeypatch.setenv("FAKE", "compiles")  # and never comes to train
     sweep = make_sweep(rates=(1e-3, 2e-3))
-    options = Options(parallel=4, max_minutes=1 / 60, grace_seconds=5)
-    tally = run_sweep(sweep, options, say=quiet, command=trainer)
+    looks = iter(range(5))  # that others could have been started at
+
+    def long_since():
+        return len(starts(sweep)) >= 2 and next(looks, None) is None
+
+    options = Options(parallel=4, max_minutes=1)
+    tally = run_sweep(sweep, options, say=quiet, command=trainer, clock=after(long_since))
     assert len({name.split("-t")[0] for name in starts(sweep)}) == len(starts(sweep)) == 2
-    assert len(tally.done) + len(tally.stopped) == 2
+    assert len(tally.stopped) == 2
     monkeypatch.delenv("FAKE")
-    assert len(run_sweep(sweep, Options(parallel=4), say=quiet, command=trainer).done) >= 2
+    assert len(run_sweep(sweep, Options(parallel=4), say=quiet, command=trainer).done) == 4
     assert len(read_results(Path(sweep.out))) == 4
 
 
@@ -220,7 +227,8 @@ def test_two_sweeps_at_once_do_not_run_a_run_twice(make_sweep, trainer, monkeypa
 
     thread = threading.Thread(target=second)
     thread.start()
-    run_sweep(sweep, Options(max_minutes=2.5 / 60), say=quiet, command=trainer)
+    clock = after(lambda: not thread.is_alive())
+    run_sweep(sweep, Options(max_minutes=1), say=quiet, command=trainer, clock=clock)
     thread.join()
     assert len(tallies[0].elsewhere) == 1
     assert [len(s) for s in starts(sweep).values()] == [1]

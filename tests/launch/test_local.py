@@ -6,8 +6,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -163,11 +161,15 @@ def test_a_flood_of_output_does_not_hold_up_the_end_of_the_others():
 
 def test_nothing_is_left_behind():
     seen = []
-    thread = threading.Timer(0.3, lambda: [p.kill() for p in seen])
-    thread.start()
-    _run("import time; time.sleep(600)", 2, meddle=seen.extend, grace_seconds=5)
-    assert all(process.poll() is not None for process in seen)
-    time.sleep(0)
+
+    def kill_both(processes):
+        seen.extend(processes)
+        for process in processes:
+            process.kill()
+
+    _run("import time; time.sleep(600)", 2, meddle=kill_both, grace_seconds=60)
+    assert all(process.returncode is not None for process in seen)
+    assert len(seen) == 2
 
 
 def test_gpus_are_shared_out():

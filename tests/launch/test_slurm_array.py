@@ -60,7 +60,6 @@ def test_a_task_out_of_time_saves_and_is_put_back(job, told):
     while not list(Path("out").glob("runs/*/starts")):
         assert going.poll() is None
         time.sleep(0.05)
-    time.sleep(0.3)
     going.send_signal(told)
     text, _ = going.communicate(timeout=60)
     assert going.returncode == 143, text

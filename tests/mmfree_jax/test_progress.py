@@ -13,17 +13,24 @@ from mmfree_jax.cli.prompts import Prompt
 from mmfree_jax.config_io import dump_yaml
 from mmfree_jax.progress import Display, Lines, fit
 
-# Goes through two stages and stays in the second if it is told to.
+# Goes through two stages and stays in the second if it is told to. What is said within a stage is
+# drawn at the next of the drawings that come by themselves: where there are any, it waits for that.
 _PROGRAM = """
 import sys, time
-from mmfree_jax.progress import show_progress
-with show_progress("reading books") as show:
-    time.sleep(0.3)
+from mmfree_jax import progress
+drawn, draw = [], progress.LiveLine._draw
+def noted(self):
+    state, row = self.state, draw(self)
+    drawn.extend([state] if self.state is state else [])
+    return row
+progress.LiveLine._draw = noted
+with progress.show_progress("reading books") as show:
     show.line("read 3 books")
     show.stage("training")
     for done in (85, 150):
         show.update(done, 150, "loss 2.5", "grad 1.25", count=f"{done}/150")
-        time.sleep(0.3)
+        while show.is_live and show.state not in drawn:
+            time.sleep(0.01)
     print("a line on standard output")
     print("a warning", file=sys.stderr)
     while "stay" in sys.argv:

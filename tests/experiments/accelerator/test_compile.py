@@ -112,7 +112,7 @@ def test_wide_machines_read_the_matrix_in_fewer_beats():
     assert beats[0] == 16 * beats[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 21), st.integers(0, 6), st.integers(0, 5), st.integers(0, 2**32 - 1))
 def test_loads_and_stores_move_words_and_clear_what_lies_behind(n, address, offset, seed):
     machine = Machine(lanes=8, vector_length=21)

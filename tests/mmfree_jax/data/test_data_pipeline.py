@@ -72,7 +72,7 @@ def oracle_row(docs, r, seq_len):
     return tokens, targets, segments
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     seq_len=st.integers(1, 40),

@@ -281,7 +281,7 @@ def test_long_documents_are_cut_at_line_ends(tmp_path):
     assert a.splits == b.splits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     text=st.text(alphabet="ab\né🙂", max_size=60), size=st.integers(4, 20), block=st.integers(1, 9)
 )

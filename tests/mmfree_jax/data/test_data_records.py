@@ -30,7 +30,7 @@ def test_sixteen_and_thirty_two_bits_without_a_mark_are_no_utf_8(tmp_path):
 # Separators.
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     documents=st.lists(st.text("ab<|>\n", max_size=12), min_size=1, max_size=6),
     separator=st.sampled_from(["<|>", "aab", "\n\n", "|\n"]),

@@ -75,7 +75,7 @@ def test_byte_tokenizer_keeps_any_bytes(data):
     assert tokenizer_lib.ByteTokenizer().decode_bytes([256, *data, 257, 300]) == data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_bpe_round_trip(bpe, text):
     check_round_trip(bpe, text)
@@ -96,13 +96,13 @@ def test_bpe_learns_words_and_is_deterministic(bpe):
     assert first.sha256 != bpe.sha256
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
 def test_sentencepiece_round_trip(mistral, text):
     check_round_trip(mistral, text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     parts=st.lists(st.sampled_from([*HARD, *WORDS, "\n", "a\n\n b", " \r\n", "Ünï\nc\t\n", "1\n'"]))
 )

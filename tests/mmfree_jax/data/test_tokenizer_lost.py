@@ -31,7 +31,7 @@ def of_bytes(tokens):
     return make(tokens, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(LETTERS + "xyzÉ日\n", max_size=30))
 def test_what_is_counted_is_what_decoding_lacks(text):
     """The library itself says what it drops: the decoded text is shorter by just that."""

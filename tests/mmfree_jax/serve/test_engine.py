@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from passing_time import an_hour_passes_once
 from small_packed_model import BASE
 from small_served_model import (
     FOUR,
@@ -222,7 +223,10 @@ def test_time_limits_hold_in_the_queue_and_running() -> None:
         assert events(late) == [End("timeout", Usage(3, 0, 0), over)]
         for handle in slow:
             handle.cancel()
-        limited = events(running.submit(changed(long, time_limit_s=1.0)))
+        assert {events(handle)[-1].reason for handle in slow} == {"cancelled"}
+        before = running.statistics().completion_tokens
+        with an_hour_passes_once(lambda: running.statistics().completion_tokens > before):
+            limited = events(running.submit(changed(long, time_limit_s=100.0)))
         assert limited[-1].reason == "timeout"
         assert limited[-1].usage.completion_tokens == len(answer(limited)) > 0
 

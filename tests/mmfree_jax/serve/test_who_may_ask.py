@@ -20,9 +20,7 @@ BODY = {"model": NAME, "prompt": "x", "max_tokens": 1}
 
 @pytest.fixture(scope="module")
 def guarded(engine):
-    limits = ServiceLimits(
-        body_bytes=2000, prompt_tokens=50, max_tokens=30, choices=5, body_seconds=0.3
-    )
+    limits = ServiceLimits(body_bytes=2000, prompt_tokens=50, max_tokens=30, choices=5)
     keys = ("first-key", "second-key")
     with served(engine, limits, lent=True, keys=keys, allowed_origins=["https://a.example"]) as s:
         yield s
@@ -63,18 +61,20 @@ def test_what_is_too_much_is_refused(guarded):
     assert ask(guarded, b'{"model": "\xff"}') == (400, None, "invalid_json")
 
 
-def test_a_body_without_a_length_is_bounded_and_one_that_is_late_too(guarded):
+def test_a_body_without_a_length_is_bounded_and_one_that_is_late_too(guarded, engine):
     connection = HTTPConnection("127.0.0.1", guarded.port, timeout=30)
     headers = {"Authorization": "Bearer first-key", "Content-Type": "application/json"}
     pieces = (b" " * 500 for _ in range(10))
     connection.request("POST", "/v1/completions", pieces, headers, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
-    with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as late:
+    with (
+        served(engine, ServiceLimits(body_seconds=0.3), lent=True) as hasty,
+        socket.create_connection(("127.0.0.1", hasty.port), timeout=30) as late,
+    ):
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        late.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n{head}\r\n".encode()
-        )
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n{head}"
+        late.sendall(f"{head}\r\n".encode())
         assert b" 408 " in late.recv(100)
 
 
