@@ -1,10 +1,10 @@
-"""Writing files and folders that appear whole or not at all; locks; digests.
+"""Writing files and folders that appear whole or not at all; locks; digests. No JAX is imported.
 
 Files are written beside their place under a name that `is_leftover` knows, synced and renamed;
 their modes follow the umask. A disk that is full or read-only gives one line (`OutputError`).
 
 A file may be replaced if it begins as the command's own do (`check_file`); which folders may be is
-in `outputs.py`. Nothing here imports JAX.
+in `outputs.py`.
 """
 
 import contextlib
@@ -321,16 +321,26 @@ def take_lock(path: StrPath, what: str, *, wait: bool = False) -> int:
     """
     check_local(path, "output")
     with disk_errors(what, "choose a writable folder"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            _flock(descriptor, what, wait=wait)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, owner().encode(), 0)
-        except BaseException:
+        while True:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                _flock(descriptor, what, wait=wait)
+                if _is_still(descriptor, path):  # else its holder has removed it meanwhile
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, owner().encode(), 0)
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
-            raise
-    return descriptor
+
+
+def _is_still(descriptor: int, path: StrPath) -> bool:
+    """Whether the open file is the one that has the name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
 
 
 def _flock(descriptor: int, what: str, *, wait: bool) -> None:

@@ -36,6 +36,7 @@ from mmfree_jax.saved.checkpoint_files import (
     remove,
     remove_unfinished,
     set_aside,
+    steps_set_aside,
 )
 from mmfree_jax.saved.manifest import (
     DamagedCheckpointError,
@@ -151,9 +152,10 @@ def find_newest(
             warnings.warn(f"{e}; falling back to the checkpoint before", stacklevel=2)
             continue
         return step
-    if steps:
+    # An earlier start may have found it, and no start may then begin anew over its records.
+    if damaged := steps or steps_set_aside(folder)[::-1]:
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}): "
+            f"every checkpoint in {folder} is damaged ({', '.join(map(str, damaged))}): "
             "give another --run-dir"
         )
     return None

@@ -79,15 +79,31 @@ def steps_there(folder: Place) -> list[tuple[int, bool]]:
             return []
         names = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()]
         return sorted((int(p.name), (p / MANIFEST).is_file()) for p in names)
-    found: dict[str, set[str]] = {}
+    return sorted(
+        (step, MANIFEST in names)
+        for step, names in _objects_there(folder).items()
+        if MANIFEST in names or DAMAGED not in names
+    )
+
+
+def _objects_there(folder: Url) -> dict[int, set[str]]:
+    """Names of the objects of each step in a bucket."""
+    found: dict[int, set[str]] = {}
     for held in list_below(folder):
         step, _, name = held.url.key.removeprefix(f"{folder.key}/").partition("/")
-        found.setdefault(step, set()).add(name)
-    return sorted(
-        (int(step), MANIFEST in names)
-        for step, names in found.items()
-        if step.isdecimal() and (MANIFEST in names or DAMAGED not in names)
-    )
+        if step.isdecimal():
+            found.setdefault(int(step), set()).add(name)
+    return found
+
+
+def steps_set_aside(folder: Place) -> list[int]:
+    """Steps of checkpoints that were found damaged and have not been saved again, oldest first."""
+    if isinstance(folder, Path):
+        names = [p.name.partition(".damaged") for p in folder.glob("*.damaged*")]
+        steps = {int(step) for step, _, _ in names if step.isdecimal()}
+        return sorted(steps - {step for step, whole in steps_there(folder) if whole})
+    found = _objects_there(folder)
+    return sorted(s for s, names in found.items() if DAMAGED in names and MANIFEST not in names)
 
 
 def sizes(folder: Place) -> dict[str, int]:

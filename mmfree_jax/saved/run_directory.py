@@ -7,7 +7,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmfree_jax.config import TrainConfig
@@ -18,6 +18,8 @@ from mmfree_jax.parallel import processes
 from mmfree_jax.saved.kinds import RUN_CONFIG as CONFIG
 
 METRICS = "metrics.jsonl"
+EARLIER_METRICS = "metrics.earlier.jsonl"
+"""What a start that left no checkpoint had recorded; `metrics.earlier-1.jsonl` of the next."""
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
@@ -32,6 +34,8 @@ LOCK = ".lock"
 def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float = 15.0) -> None:
     """Process 0 locks `run_dir` until `held` closes; the others check that they see the same.
 
+    A folder that is made here goes if `held` closes with an error before a run is in it.
+
     Raises:
       InUseError: another job holds it.
       OutputError: it cannot be written to.
@@ -39,7 +43,7 @@ def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float =
     """
 
     def take() -> str:
-        held.enter_context(lock(run_dir / LOCK, f"run_dir {run_dir}"))
+        held.enter_context(_locked(run_dir))
         return owner()
 
     found = processes.first(take)
@@ -56,6 +60,27 @@ def open_run_dir(run_dir: Path, held: contextlib.ExitStack, *, patience: float =
         f"run_dir {run_dir.absolute()} is not the folder that process 0 writes to: put it on a "
         "file system that all hosts share",
     )
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    is_new = not run_dir.exists()
+    with lock(run_dir / LOCK, f"run_dir {run_dir}"):
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                _remove_unbegun(run_dir)
+            raise
+
+
+def _remove_unbegun(run_dir: Path) -> None:
+    """Removes a folder that holds no run yet, whose lock is held."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in run_dir.iterdir()} <= {LOCK, RUN_ID}:
+            for name in (RUN_ID, LOCK):
+                (run_dir / name).unlink(missing_ok=True)
+            run_dir.rmdir()  # not if another job has locked it anew
 
 
 def see_holder(

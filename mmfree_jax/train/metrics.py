@@ -23,6 +23,7 @@ from mmfree_jax.model.weights import ternary_weights
 from mmfree_jax.model_config import ModelConfig
 from mmfree_jax.readable import perplexity
 from mmfree_jax.saved.history import Record, read_history
+from mmfree_jax.saved.run_directory import EARLIER_METRICS
 
 # Where a loop's time goes: waiting for data; the step; held-out loss, samples and the shares of
 # ternary weights; and what a checkpoint keeps the loop waiting for.
@@ -180,11 +181,31 @@ def to_json_line(record: Record) -> str:
     return json.dumps(_json_value(record), ensure_ascii=False) + "\n"
 
 
+def _keep_aside(path: Path) -> Path | None:
+    """Gives a metrics.jsonl with records of steps another name; None: there is none."""
+    with contextlib.suppress(TrainingError):  # a damaged one is kept too
+        if not any(record.get("step") for record in read_history(path)):
+            return None
+    target, number = path.with_name(EARLIER_METRICS), 1
+    while target.exists():
+        name = f"{Path(EARLIER_METRICS).stem}-{number}{path.suffix}"
+        target, number = path.with_name(name), number + 1
+    return path.rename(target)
+
+
 class History:
-    """The run's metrics.jsonl. Opening it drops what lies beyond the step restored."""
+    """The run's metrics.jsonl. Opening it drops what lies beyond the step restored.
+
+    Without such a step the records of an earlier start, which saved nothing, are kept aside.
+
+    Attributes:
+      kept_as: the file that has them; None: there are none.
+    """
 
     def __init__(self, path: Path, restored_step: int) -> None:
         self.path = path
+        with disk_errors(path):
+            self.kept_as = None if restored_step else _keep_aside(path)
         found = read_history(path) if restored_step else []
         kept = [r for r in found if r.get("step", 0) <= restored_step]
         write_text(path, "".join(map(to_json_line, kept)))

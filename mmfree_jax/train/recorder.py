@@ -38,6 +38,7 @@ class Recorder:
     Attributes:
       watch: where the time goes; the loop opens its sections.
       last: the newest record of each kind.
+      kept_as: the file with the records of an earlier start that saved nothing; None: no such.
       progress: what is shown; the loop says its stages there.
     """
 
@@ -66,6 +67,7 @@ class Recorder:
         self.watch = watch or Stopwatch(clock)
         self._earlier = _earlier(run_dir, restored_step, saved_goodput)
         self._history = History(run_dir / METRICS, restored_step) if _is_writer() else None
+        self.kept_as = self._history.kept_as if self._history else None
         self._before = self._history.seconds if self._history else 0.0
         self._sinks, self.progress = list(sinks), progress
         self._schedule = make_schedule(config.optimizer, config.steps)

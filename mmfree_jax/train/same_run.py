@@ -15,7 +15,7 @@ from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.manifest import newest_manifest
-from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, load_config
+from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY, load_config
 from mmfree_jax.storage import Url
 from mmfree_jax.train.branch_source import same_source
 from mmfree_jax.train.schedule import make_schedule, schedule_values, weight_decay
@@ -173,7 +173,8 @@ def check_run_dir(run_dir: Path, config: TrainConfig, place: Path | Url | None =
       place: the run directory as its user knows it, with the checkpoints; None: `run_dir`.
 
     Raises:
-      ConfigError: names what differs, or that `checkpoint.resume` is off.
+      ConfigError: names what differs, or says that `checkpoint.resume` is off, or that the
+        checkpoints of a run are gone.
     """
     place = place or run_dir
     manifest = newest_manifest(place / CHECKPOINTS)
@@ -185,8 +186,13 @@ def check_run_dir(run_dir: Path, config: TrainConfig, place: Path | Url | None =
             )
         check_same_run(place, manifest.config, config, manifest.step)
         return
-    # Not a checkpoint yet, but a history that a restart would replace.
+    # Not a checkpoint yet, but what a restart would replace.
     history = read_history(run_dir / METRICS)
     step = max((r["step"] for r in history if r.get("kind") == "train"), default=0)
     if step and (run_dir / CONFIG).exists():
         check_same_run(place, to_dict(load_config(run_dir)), config, 0)
+    if step and (run_dir / SUMMARY).exists():  # no run gets one before it has saved
+        raise ConfigError(
+            f"run_dir {place} holds the records of a run of {step} steps, whose checkpoints are "
+            "gone: give another --run-dir, or remove that folder"
+        )

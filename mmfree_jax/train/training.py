@@ -166,6 +166,9 @@ def train(
         if run.is_reduced:
             recorder.event(start.step, describe_layout(run))
         is_told = "event" in recorder.last
+        if recorder.kept_as is not None:
+            kept = f"the records of an earlier start are kept in {recorder.kept_as.name}"
+            recorder.event(start.step, f"{kept}: it saved no checkpoint to go on from")
         for note in start.notes:
             recorder.event(start.step, note)
         if run.origin.parent is not None and not is_told:

@@ -31,10 +31,10 @@ def assert_same(one, other):
         np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
-def losses_of(run_dir):
+def losses_of(run_dir, name="metrics.jsonl"):
     return {
         r["step"]: (r["loss"], r["grad_norm"], r["learning_rate"], r["tokens"])
-        for r in read_history(run_dir / "metrics.jsonl")
+        for r in read_history(run_dir / name)
         if r["kind"] == "train"
     }
 

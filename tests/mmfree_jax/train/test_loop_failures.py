@@ -7,6 +7,7 @@ import threading
 
 import jax.numpy as jnp
 import pytest
+from run_contents import events_of, losses_of
 from whole_runs import replace
 
 from mmfree_jax.config import TrainConfig
@@ -209,3 +210,36 @@ def test_too_little_memory_names_settings_that_can_be_typed():
     )
     least = replace(config, batch_size=2, loss_chunk=1, model__remat="full")
     assert training._out_of_memory(least).endswith(": set --mesh.fsdp 2 on as many more devices")
+
+
+def test_nothing_of_an_earlier_start_is_replaced_without_a_word(small_run, tmp_path):
+    """A start that saved nothing keeps its records aside; a run without its checkpoints stays."""
+    run_dir = tmp_path / "run"
+    config = replace(small_run, run_dir=str(run_dir), steps=4, eval__batches=0)
+
+    def fail(done):
+        if done == 3:
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            train(config, on_step=fail)
+    first = (run_dir / "metrics.earlier.jsonl").read_bytes()
+    train(config)
+    assert (run_dir / "metrics.earlier.jsonl").read_bytes() == first
+    started, failed, whole = (
+        losses_of(run_dir, name)
+        for name in ("metrics.earlier.jsonl", "metrics.earlier-1.jsonl", "metrics.jsonl")
+    )
+    assert started.keys() == {1, 2} == failed.keys()
+    assert started.items() | failed.items() < whole.items()
+    assert "kept in metrics.earlier-1.jsonl" in events_of(run_dir)[0]
+    before = {path: path.read_bytes() for path in run_dir.glob("*.*")}
+    (run_dir / "checkpoints" / "4").rename(run_dir / "checkpoints" / "4.damaged")
+    with pytest.raises(ConfigError, match="records of a run of 4 steps, whose checkpoints are go"):
+        train(config)
+    (run_dir / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .*/checkpoints is damaged .4."):
+        train(config)
+    del before[run_dir / "summary.json"]
+    assert before == {path: path.read_bytes() for path in run_dir.glob("*.*")}
