@@ -9,7 +9,7 @@ from mmfree_jax.experiments.sweep.options import Tally
 from mmfree_jax.experiments.sweep.pauses import PAUSES, record_pause
 from mmfree_jax.experiments.sweep.planned_run import PlannedRun
 from mmfree_jax.experiments.sweep.process import Outcome, code_version
-from mmfree_jax.experiments.sweep.record import make_row, write_failure
+from mmfree_jax.experiments.sweep.record import make_row, trained_on, write_failure
 from mmfree_jax.experiments.sweep.state import Snapshot, run_folder, snapshot
 from mmfree_jax.experiments.sweep.table import append_result
 
@@ -75,7 +75,7 @@ class Endings:
                                     "train.eval.batches above 0"), 0)  # fmt: skip
             return
         if pause is not None:
-            record_pause(self._folder.path, run, pause, loss)
+            record_pause(self._folder.path, run, pause, loss, data=trained_on(summary))
             self._folder.publish(f"{PAUSES}/{run.name}.json")
             self._tally.paused.append(run.name)
             self._tell(run, f"loss {loss:.4f} at step {pause} of {run.config.steps}, where it "

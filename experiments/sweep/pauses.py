@@ -106,22 +106,30 @@ def saved_flops(runs: Sequence[PlannedRun], halving: HalvingConfig) -> float:
     return saved
 
 
-def record_pause(out: Path, run: PlannedRun, step: int, loss: float) -> None:
-    """Keeps the loss of a run at a pause. The run's lock is to be held."""
-    losses = read_pauses(out, run) | {step: loss}
+def record_pause(
+    out: Path, run: PlannedRun, step: int, loss: float, *, data: str | None = None
+) -> None:
+    """Keeps the loss of a run at a pause, and the data that it is of. Its lock is to be held."""
+    losses = read_pauses(out, run, data=data) | {step: loss}
     record = {
         "run": run.name,
         "config_hash": config_hash(run.config),
+        "data_fingerprint": data,
         "losses": [[step, loss] for step, loss in sorted(losses.items())],
     }
     write_text(out / PAUSES / f"{run.name}.json", json.dumps(record) + "\n")
 
 
-def read_pauses(out: Path, run: PlannedRun) -> dict[int, float]:
+def read_pauses(out: Path, run: PlannedRun, *, data: str | None = None) -> dict[int, float]:
     """Step -> held-out loss at the pauses that a run has come to.
 
+    Args:
+      out: the sweep's folder.
+      run: of the plan.
+      data: fingerprint of its data; None: not known.
+
     Raises:
-      SweepError: the file is damaged, or of a run of other settings.
+      SweepError: the file is damaged, or of a run of other settings or on other data.
     """
     path = out / PAUSES / f"{run.name}.json"
     try:
@@ -138,4 +146,8 @@ def read_pauses(out: Path, run: PlannedRun) -> dict[int, float]:
     if record["config_hash"] != config_hash(run.config):
         raise SweepError(f"{path}: {run.name} was run with other settings (hash "
                          f"{record['config_hash']}): give another --out")  # fmt: skip
+    there = record.get("data_fingerprint")
+    if None not in (there, data) and there != data:
+        raise SweepError(f"{path}: {run.name} was run on other data ({there}, now {data}): give "
+                         "another --out")  # fmt: skip
     return {int(step): float(loss) for step, loss in record["losses"]}

@@ -17,6 +17,7 @@ import mmfree_jax
 from mmfree_jax.children import Children
 from mmfree_jax.compiled_programs import is_chosen
 from mmfree_jax.installed import own_version
+from mmfree_jax.json_shape import fault
 from mmfree_jax.signals import EXIT_CODES, STOPPING
 from mmfree_jax.text_files import read_json
 
@@ -83,7 +84,8 @@ def outcome(code: int, log: Path, summary: dict[str, Any] | None) -> Outcome:
     """What an exit code, the end of the log and summary.json say together."""
     if code == 0:
         if summary is None:
-            return Outcome("failed", "error", "the trainer ended well but left no summary.json")
+            return Outcome("failed", "error", "the trainer ended well but left no summary.json "
+                           "that can be read")  # fmt: skip
         if summary.get("status") == "complete":
             return Outcome("complete")
         return Outcome("stopped", reason=f"stopped by {summary.get('stopped_by')}")
@@ -136,13 +138,35 @@ def _last_line(log: Path) -> str:
     return lines[-1][:500] if lines else "the log is empty"
 
 
+_NUMBER = (int, float)
+_SUMMARY = {
+    "status": str,
+    "step": int,
+    "tokens": int,
+    "training_flops": _NUMBER,
+    "parameters": {"total": int, "non_embedding": int, "ternary": int},
+    "device": {"kind": str, "count": int},
+    "versions": {},
+}
+_OF_A_RUN = {
+    "origin": {"tokens": int},
+    "data": {"fingerprints": [str]},
+    **dict.fromkeys(
+        ("eval_loss", "eval_bits_per_byte", "train_loss", "tokens_per_s", "mfu", "seconds"), _NUMBER
+    ),
+}
+"""What a summary may lack, or have null."""
+
+
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """A run's summary.json; None where it is absent or unreadable."""
+    """A run's summary.json; None where it is absent, unreadable or damaged."""
     try:
         value = read_json(run_dir / "summary.json")
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    given = {} if fault(value, {}) else {k: v for k, v in value.items() if v is not None}
+    wanted = _SUMMARY | {name: kind for name, kind in _OF_A_RUN.items() if name in given}
+    return None if fault(given, wanted) else value
 
 
 def code_version() -> str:

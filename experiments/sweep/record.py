@@ -10,13 +10,24 @@ from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import MMFreeError
 from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
 from mmfree_jax.experiments.sweep.process import Outcome, host_name, read_summary
-from mmfree_jax.experiments.sweep.state import data_fingerprint
+from mmfree_jax.experiments.sweep.state import data_fingerprint, settings_hash
 from mmfree_jax.experiments.sweep.table import Row
 from mmfree_jax.files import write_text
 
 
-def finished_summary(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The summary of a run that is complete, or has paused, under the same settings; else None."""
+def trained_on(summary: dict[str, Any]) -> str | None:
+    """The data that a run was trained on, as `data_fingerprint`; None: its summary does not say."""
+    if "data" not in summary:
+        return None
+    return "+".join(fingerprint[:16] for fingerprint in summary["data"]["fingerprints"])
+
+
+def finished_summary(run: PlannedRun, run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The summary of a run that is complete, or has paused, under the same settings; else None.
+
+    Nor is that of a run on other data, which were prepared anew in the folder since: the trainer
+    says so.
+    """
     summary, status = read_summary(run_dir), "complete" if config.stop_at is None else "stopped"
     if summary is None or summary.get("status") != status:
         return None
@@ -27,6 +38,8 @@ def finished_summary(run_dir: Path, config: TrainConfig) -> dict[str, Any] | Non
         same = config_hash(from_dict(TrainConfig, there)) == config_hash(config)
     except MMFreeError:  # the trainer says what is wrong with it
         return None
+    data = trained_on(summary)
+    same &= data is None or data_fingerprint(run) in (None, data)
     return summary if same else None
 
 
@@ -75,7 +88,7 @@ def make_row(
         "code": code,
         "jax": str(summary["versions"].get("jax")),
         "config_hash": config_hash(run.config),
-        "data_fingerprint": data_fingerprint(run) or "",
+        "data_fingerprint": trained_on(summary) or data_fingerprint(run) or "",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "batch_size": str(run.config.batch_size),
         "b2": number(run.config.optimizer.b2),
@@ -93,6 +106,7 @@ def write_failure(out: Path, run: PlannedRun, result: Outcome, code: int) -> Non
         "kind": result.kind,
         "reason": result.reason,
         "code": code,
+        "config_hash": settings_hash(run),
         "host": host_name(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "log": f"logs/{run.name}.log",

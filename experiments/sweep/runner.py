@@ -258,7 +258,7 @@ class _Scheduler:
             config = grouped(run.config, self._sweep)
             place = self._folder.told(str(run_dir))
             config = dataclasses.replace(config, run_dir=place, stop_at=pause)
-            summary = None if run.stage == "trunk" else finished_summary(run_dir, config)
+            summary = None if run.stage == "trunk" else finished_summary(run, run_dir, config)
             if summary is not None:
                 # Cut off between the end of training and the row.
                 self._endings.with_result(run, summary, wall=None, sharing=sharing, pause=pause)

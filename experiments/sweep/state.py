@@ -9,7 +9,7 @@ where it paused) and locks/NAME.lock (held while it runs).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from mmfree_jax.experiments.sweep.branches import (
     trunk_hash,
     trunk_state,
     trunks_first,
+    up_to,
     with_trunks,
 )
 from mmfree_jax.experiments.sweep.config import SweepConfig
@@ -97,7 +98,7 @@ class Snapshot:
             return "done"
         if is_locked(out / "locks" / f"{run.name}.lock"):
             return "running"
-        if run.name in self.failures:
+        if _failure_of(self.failures, run) is not None:
             return "failed"
         if run.name in self.halved.dropped:
             return "dropped"
@@ -131,6 +132,21 @@ def data_fingerprint(run: PlannedRun) -> str | None:
     if not paths or not all(map(_is_there, paths)):
         return None
     return "+".join(open_rows(p).fingerprint[:16] for p in paths)
+
+
+def settings_hash(run: PlannedRun) -> str:
+    """`config_hash` of a run, of a trunk `trunk_hash`."""
+    return (trunk_hash if run.stage == "trunk" else config_hash)(run.config)
+
+
+def _failure_of(failures: Mapping[str, dict[str, Any]], run: PlannedRun) -> dict[str, Any] | None:
+    """Why a run failed; None: it did not, or under other settings, or these are not known yet.
+
+    Records of older versions do not say under which, and count.
+    """
+    failure = failures.get(run.name)
+    made = None if failure is None else failure.get("config_hash")
+    return failure if made in (None, settings_hash(run)) else None
 
 
 def _is_there(path: str) -> bool:
@@ -182,7 +198,9 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
     tuning = tuning_runs(sweep)
     halved = Halved()
     if sweep.halving.is_on:
-        losses = {run.name: read_pauses(out, run) for run in tuning}
+        of_paths = {run.config.data.paths: run for run in tuning}
+        data = {paths: data_fingerprint(run) for paths, run in of_paths.items()}
+        losses = {r.name: read_pauses(out, r, data=data[r.config.data.paths]) for r in tuning}
         halved = halve(tuning, sweep.halving, lambda r, step: losses[r.name].get(step), loss_of)
 
     def loss_of_tuning(run: PlannedRun) -> float | None:
@@ -200,8 +218,8 @@ def snapshot(sweep: SweepConfig) -> Snapshot:
         trunks, main = with_trunks(main, alone)
         for run in main:
             failed = _failed_trunk(out, failures, run, run.trunk)
-            if failed is not None and run.name not in rows:
-                failures.setdefault(run.name, failed)
+            if failed is not None and run.name not in rows and not _failure_of(failures, run):
+                failures[run.name] = failed
     found = Snapshot(sweep, rows, failures, tuning, main, choices, trunks, halved)
     _check_rows(found)
     for trunk in trunks:
@@ -214,10 +232,16 @@ def _failed_trunk(
     out: Path, failures: dict[str, dict[str, Any]], run: PlannedRun, trunk: str | None
 ) -> dict[str, Any] | None:
     """Why a trunk failed before it came to where a run branches; None where it did not."""
-    if trunk not in failures or trunk_state(out, trunk).is_ready_for(run):
+    failure = None
+    if trunk in failures:
+        failure = _failure_of(failures, up_to(run, [max(1, run.full_rate_steps)]))
+    if failure is None or trunk_state(out, trunk or "").is_ready_for(run):
         return None
-    failure = failures[trunk]
-    return {**failure, "reason": f"its trunk {trunk} failed: {failure['reason']}"}
+    return {
+        **failure,
+        "config_hash": config_hash(run.config),
+        "reason": f"its trunk {trunk} failed: {failure['reason']}",
+    }
 
 
 def _loss(
@@ -225,7 +249,7 @@ def _loss(
 ) -> float | None:
     if run.name in rows:
         return float(rows[run.name]["loss"])
-    return math.inf if failures.get(run.name, {}).get("kind") == "diverged" else None
+    return math.inf if (_failure_of(failures, run) or {}).get("kind") == "diverged" else None
 
 
 def _check_rows(found: Snapshot) -> None:
