@@ -7,11 +7,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run make torch")
 
-from transformers import AutoTokenizer, pipeline  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    pipeline,
+)
 
 from mmfree_jax import infer  # noqa: E402
 from mmfree_jax.model_config import ModelConfig  # noqa: E402
+from mmfree_jax.saved.convert import export_hf  # noqa: E402
 from mmfree_jax.saved.end_tokens import end_ids  # noqa: E402
+from mmfree_jax.saved.open_model import open_model  # noqa: E402
+from mmfree_jax.saved.pack import pack  # noqa: E402
 
 PLAIN = ModelConfig(
     vocab_size=48,
@@ -184,6 +192,83 @@ def test_weights_that_change_are_ternarised_again(plain):
         assert layer.bfloat16()(x).dtype == torch.bfloat16
         assert layer.ternary()[0].dtype == torch.bfloat16
         layer.float()
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_weights_that_change_by_their_data_are_seen_by_the_next_text(export, call):
+    """As optimisers, averages and merged adapters change them: no tensor counts such a change."""
+    model = export(PLAIN).torch_model()
+    ids = torch.tensor([PROMPTS[0]])
+
+    def read():
+        if call == "generate":
+            scores = greedy(model, ids, max_new_tokens=2, output_logits=True,
+                            return_dict_in_generate=True).logits  # fmt: skip
+            return torch.stack(scores)
+        return model(ids).logits
+
+    with torch.no_grad():
+        before = read()
+        for weight in (model.model.layers[1].attn.o_proj.weight, model.lm_head.weight):
+            weight.data.neg_()
+        changed = read()
+        model.train()
+        model.eval()
+        assert torch.equal(changed, read())
+        assert not torch.equal(changed, before)
+
+
+def test_a_packed_model_takes_other_weights(export, tmp_path):
+    ours = export(PLAIN).ours
+    pack(open_model(ours), tmp_path / "packed")
+    export_hf(tmp_path / "packed", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        before = model(ids).logits
+        # Their negatives: packed trits are one more than what they stand for.
+        names = ("lm_head.packed", "lm_head.scale")
+        tensors = {name: model.state_dict()[name].clone() for name in names}
+        model.load_state_dict({names[0]: 0xAA - tensors[names[0]]}, strict=False)
+        torch.testing.assert_close(model(ids).logits, -before)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\), not \[2, 5\]"),
+        ({"attention_mask": torch.ones(1, 5)}, r"attention_mask has shape \(1, 5\), not \[2, 5\]"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, "position_ids begin again"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "position_ids begin again"),
+        ({"output_attentions": True}, "has no attentions"),
+        ({"past_key_values": DynamicCache()}, "the state is a DynamicCache"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "input_ids hold no tokens"),
+    ],
+)
+@pytest.mark.parametrize("door", ["model", "base"])
+def test_what_it_has_not_is_refused_in_one_line(plain, given, match, door):
+    model = plain if door == "model" else plain.model
+    with pytest.raises(ValueError, match=match) as e:
+        model(**{"input_ids": torch.arange(10).reshape(2, 5)} | given)
+    assert "\n" not in str(e.value)
+
+
+def test_a_state_of_other_rows_or_of_another_model_is_refused(export, plain):
+    ids = torch.arange(10).reshape(2, 5)
+    state = plain(ids, use_cache=True)[-1]
+    with pytest.raises(ValueError, match="the state is of 2 rows, 1 are given"):
+        plain(ids[:1], past_key_values=state)
+    deeper = export(dataclasses.replace(PLAIN, num_layers=3)).torch_model()
+    with pytest.raises(ValueError, match="the state has 2 layers, the model 3"):
+        deeper(ids, past_key_values=state)
+
+
+def test_positions_of_padded_rows_are_taken(plain):
+    ids, mask = padded(PROMPTS, "left")
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        given = plain(ids, attention_mask=mask, position_ids=positions).logits
+        assert torch.equal(given, plain(ids, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize(

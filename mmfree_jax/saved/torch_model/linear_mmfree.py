@@ -104,15 +104,20 @@ class BitLinear(nn.Linear):
         # The weight that was ternarised last, its version, and its trits and scale.
         self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None
 
+    def forget(self) -> None:
+        """Drops the trits: the weight may have changed unseen, by its `.data`."""
+        self._kept = None
+
     def train(self, mode: bool = True) -> "BitLinear":
         """Forgets the trits too."""
-        self._kept = None
+        self.forget()
         return super().train(mode)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits [N, K] in the dtype of the product, and their scale in float32.
 
-        Without gradients, in evaluation, they are kept: a model that writes a text ternarises once.
+        Without gradients, in evaluation, they are kept: a model that writes a text ternarises once,
+        and anew for the next one (`forget`).
         """
         weight, dtype = self.weight, _product_dtype(self.weight)
         keeps = not (self.training or torch.is_grad_enabled() or weight.is_inference())
@@ -147,17 +152,22 @@ class PackedBitLinear(nn.Module):
         size = (out_features, -(-in_features // 4))
         self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(1))
-        self._trits: Tensor | None = None
+        # What was unpacked last, its version, and its trits.
+        self._kept: tuple[Tensor, int, Tensor] | None = None
 
     def trits(self) -> Tensor:
         """[N, K] in the dtype of the product, unpacked when first asked for."""
-        dtype, device = _product_dtype(self.norm.weight), self.packed.device
-        kept = self._trits
-        if kept is None or (kept.dtype, kept.device) != (dtype, device):
-            planes = [(self.packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)]
-            kept = torch.cat(planes, dim=1)[:, : self.in_features].to(dtype)
-            self._trits = kept
-        return kept
+        dtype, packed = _product_dtype(self.norm.weight), self.packed
+        keeps = not packed.is_inference()  # which has no version
+        if keeps and self._kept is not None:
+            of, version, trits = self._kept
+            same = of is packed and version == packed._version
+            if same and (trits.dtype, trits.device) == (dtype, packed.device):
+                return trits
+        planes = [(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)]
+        trits = torch.cat(planes, dim=1)[:, : self.in_features].to(dtype)
+        self._kept = (packed, packed._version, trits) if keeps else None
+        return trits
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the norm's dtype."""
@@ -170,3 +180,10 @@ def bit_linear(in_features: int, out_features: int, config: HGRNBitConfig) -> nn
     """A linear layer in the form that the config says."""
     kind = PackedBitLinear if config.packed else BitLinear
     return kind(in_features, out_features, config)
+
+
+def forget_trits(model: nn.Module) -> None:
+    """Lets the layers of a model ternarise again."""
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.forget()

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .checks_mmfree import OTHERS, check_others, check_state, token_mask
 from .configuration_mmfree import HGRNBitConfig, HGRNBitPackedConfig
-from .linear_mmfree import BitLinear, RMSNorm, bit_linear
+from .linear_mmfree import BitLinear, RMSNorm, bit_linear, forget_trits
 from .recurrence_mmfree import HGRNBitState, Recurrence, ShortConvolution, UncalledConvolution
 
 # transformers renamed the recurrent state in its outputs.
@@ -198,6 +199,9 @@ class HGRNBitModel(HGRNBitPreTrainedModel):
           output_hidden_states: return the stream before each block, and the normed last one.
           return_dict: False: a tuple.
           kwargs: positions and the like, which are not read.
+
+        Raises:
+          ValueError: what is given does not fit, or asks for what this model has not.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -208,13 +212,11 @@ class HGRNBitModel(HGRNBitPreTrainedModel):
         state = past_key_values if cache is None else cache
         if state is None:
             state = HGRNBitState(len(self.layers))
-        mask = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, not [B, T]"
-                )
-            mask = attention_mask[:, -x.shape[1] :].float()
+        check_state(state, len(x), len(self.layers))
+        if not state.seen:
+            forget_trits(self)
+        mask = token_mask(x, attention_mask)
+        check_others(mask, kwargs)
         bounds: Sequence[Tensor | None] = [None] * len(self.layers)
         if self.lower_bounds is not None:
             share = self.lower_bounds.float().softmax(dim=0)
@@ -299,7 +301,7 @@ class HGRNBitForCausalLM(HGRNBitPreTrainedModel, GenerationMixin):
         given: dict[str, Any] = {"input_ids": input_ids}
         if state is not None and next_sequence_length is not None:
             given = {"input_ids": input_ids[:, -next_sequence_length:]}
-        elif state is not None and state.seen:
+        elif getattr(state, "seen", 0):
             length = (input_ids if attention_mask is None else attention_mask).shape[1]
             if length <= state.seen:
                 raise ValueError(
@@ -314,6 +316,7 @@ class HGRNBitForCausalLM(HGRNBitPreTrainedModel, GenerationMixin):
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
+            "output_attentions": kwargs.get("output_attentions"),
         }
 
     def forward(
@@ -337,8 +340,11 @@ class HGRNBitForCausalLM(HGRNBitPreTrainedModel, GenerationMixin):
           labels: [B, T], the tokens themselves, -100 where none is to be predicted; gives a loss.
           use_cache, output_hidden_states, return_dict: as there.
           logits_to_keep: of the last so many tokens, or at these places; 0: all.
-          kwargs: of the loss.
+          kwargs: of the loss; see there for others.
         """
+        state = past_key_values if cache is None else cache
+        if isinstance(self.lm_head, BitLinear) and not getattr(state, "seen", 0):
+            self.lm_head.forget()
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -348,6 +354,7 @@ class HGRNBitForCausalLM(HGRNBitPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **{name: kwargs.pop(name) for name in OTHERS if name in kwargs},
         )
         x = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -15,6 +15,7 @@ from mmfree_jax.cli.main import main
 RUN = Path(__file__).parent / "old/run"
 NAMES = [
     "README.md",
+    "checks_mmfree.py",
     "config.json",
     "configuration_mmfree.py",
     "generation_config.json",
@@ -125,7 +126,7 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(export, server, monkeypatch
     assert [line.split() for line in listed] == [
         [f"{size:,}", name] for size, name in zip(sizes, NAMES, strict=True)
     ]
-    assert last == f"me/words: 11 files, {sum(sizes):,} bytes; dry run: nothing is sent"
+    assert last == f"me/words: {len(NAMES)} files, {sum(sizes):,} bytes; dry run: nothing is sent"
 
 
 def test_what_cannot_be_sent_to_is_refused_before_anything_is_written(export, monkeypatch):

@@ -20,6 +20,7 @@ from mmfree_jax.saved.pack import pack
 
 CONFIG = ModelConfig(vocab_size=32, hidden_size=18, num_layers=2, intermediate_size=10)
 CODE = {
+    "checks_mmfree.py",
     "configuration_mmfree.py",
     "linear_mmfree.py",
     "modeling_mmfree.py",
