@@ -21,7 +21,7 @@ FIELDS |= {"bos_token_id": int | None, "eos_token_id": int | None, "tokenizer": 
 
 
 def fail(message: str) -> NoReturn:  # noqa: D103
-    sys.exit(f"chat.py: error: {message}")
+    argparse.ArgumentParser().exit(2, f"chat.py: error: {message}\n")
 
 
 def package(name: str) -> Any:  # noqa: D103
@@ -76,6 +76,8 @@ def read_tokens(session: Any, ids: list[int], state: np.ndarray) -> tuple[np.nda
     for first in range(0, len(ids), CHUNK):
         feeds = {"tokens": np.array([ids[first : first + CHUNK]], np.int64), "state": state}
         logits, state = session.run(["logits", "next_state"], feeds)
+    if not np.isfinite(logits).all():
+        fail("the model's logits are not finite: its weights are damaged, export a sound one")
     return logits[0], state
 
 
@@ -83,7 +85,7 @@ def sample(logits: np.ndarray, args: argparse.Namespace, random: np.random.Gener
     """The likeliest token at temperature 0, otherwise one drawn from the top k (0: from all)."""
     if args.temperature == 0:
         return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / args.temperature
+    scaled = (logits - logits.max()).astype(np.float64) / args.temperature
     if 0 < args.top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -args.top_k)[-args.top_k]] = -np.inf
     # The largest of logits with Gumbel noise is a draw from their softmax.
@@ -124,6 +126,9 @@ def main() -> None:
     flag("--seed", type=int, default=0)
     flag("--threads", type=int, default=0, help="0: one a core")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not 0 <= value < 2**31:
+            fail(f"--{name.replace('_', '-')} is {value}: give a number from 0 to {2**31 - 1}")
     manifest = read_manifest(args.model)
     encode, decode = load_tokenizer(args.model, manifest)
     onnxruntime, needed = package("onnxruntime"), manifest["onnxruntime"].removeprefix(">=")

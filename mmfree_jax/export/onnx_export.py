@@ -127,6 +127,8 @@ def export_onnx(
         page = 0
         if web and model.tokenizer_path is not None:
             page = write_page(folder, load_tokenizer(model.tokenizer_path))
+            # Its tokenizer is a copy of the model's, and no part of the page to change.
+            tokenizer["web_tokenizer"] = manifest.file_entry(folder / "web/tokenizer.json")
         values = _manifest(model, grade, stored, tokenizer, files)
         written = manifest.write(folder, manifest.FORMAT, values)
     size = sum(entry["bytes"] for entry in files.values()) + written + page

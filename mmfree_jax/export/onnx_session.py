@@ -115,10 +115,19 @@ def prefill(
 def greedy(
     model: OnnxModel, prompt: Sequence[int], *, chunk: int = CHUNK, state: np.ndarray | None = None
 ) -> Iterator[int]:
-    """The likeliest continuation of a prompt, token by token and without end."""
+    """The likeliest continuation of a prompt, token by token and without end.
+
+    Raises:
+      DataError: as `prefill`.
+      CheckpointError: the model gives logits that are not finite, of which none is the likeliest.
+    """
     state = model.start() if state is None else state
     logits_V, state = prefill(model, prompt, state, chunk=chunk)
     while True:
+        if not np.isfinite(logits_V).all():
+            raise CheckpointError(
+                "the model's logits are not finite: its weights are damaged, export a sound one"
+            )
         token = int(np.argmax(logits_V))
         yield token
         logits_BV, state = model.step(np.array([[token]]), state)

@@ -65,12 +65,18 @@ def damage(kind, folder):
         text.write_text("[1]")
 
 
+def manifest_of(folder, *, sign=True, **changes):
+    """The bytes of export.json with changes: signed anew, as it was, or (None) not at all."""
+    values = json.loads((folder / "export.json").read_text()) | changes
+    found = values.pop("sha256")
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    signature = {} if sign is None else {"sha256": digest if sign else found}
+    return json.dumps(values | signature).encode()
+
+
 def rewrite(path, sign=True, **changes):
     """Changes export.json and signs it anew, or leaves it unsigned as older versions did."""
-    values = json.loads(path.read_text()) | changes
-    del values["sha256"]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(values | {"sha256": digest} if sign else values))
+    path.write_bytes(manifest_of(path.parent, sign=True if sign else None, **changes))
 
 
 DAMAGE = {

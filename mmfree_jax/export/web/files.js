@@ -30,6 +30,54 @@ export async function fetchJson(root, name) {
   }
 }
 
+// What is read of export.json, and what each has to be.
+const FIELDS = {
+  files: (v) => typeof v === "object" && v !== null && Object.values(v).every(isEntry),
+  graph: (v) => typeof v === "string",
+  state_shape: (v) => Array.isArray(v) && v.length === 3 && v.every((n) => Number.isInteger(n) && n > 0),
+  start_ids: (v) => Array.isArray(v),
+};
+
+const isEntry = (v) => Number.isInteger(v?.bytes) && v.bytes >= 0 && typeof v.sha256 === "string";
+
+/** export.json, of a format and version that this page reads, as it was written. */
+export async function fetchManifest(root, format, version) {
+  const manifest = await fetchJson(root, "export.json");
+  if (manifest?.format !== format || manifest.version !== version) {
+    throw new LoadError(
+      `export.json is of format ${manifest?.format} ${manifest?.version}, this page reads ${format} ` +
+        `${version}: use the page of the release that exported the model`,
+    );
+  }
+  const wrong = Object.keys(FIELDS).filter((name) => !FIELDS[name](manifest[name]));
+  if (wrong.length > 0) throw new LoadError(`export.json is damaged (${wrong.join(", ")}): ${AGAIN}`);
+  const { sha256, ...signed } = manifest; // older exports have none
+  const found = sha256 && (await digestOf(new TextEncoder().encode(canonical(signed))));
+  if (found && found !== sha256) {
+    throw new LoadError(`export.json does not match its own checksum: ${AGAIN}`);
+  }
+  return manifest;
+}
+
+/** A value as Python's `json.dumps(value, sort_keys=True)` writes it. */
+function canonical(value) {
+  if (Array.isArray(value)) return `[${value.map(canonical).join(", ")}]`;
+  if (typeof value !== "object" || value === null) {
+    const escaped = (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`;
+    return JSON.stringify(value).replace(/[\u0080-\uffff]/g, escaped);
+  }
+  const names = Object.keys(value).sort();
+  return `{${names.map((name) => `${canonical(name)}: ${canonical(value[name])}`).join(", ")}}`;
+}
+
+/** SHA-256 in hexadecimal; null where the browser has none: it offers it to pages from https or this
+ * machine only. */
+async function digestOf(bytes) {
+  if (!globalThis.crypto?.subtle) return null;
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (b) => b.toString(16).padStart(2, "0")).join("");
+}
+
 /**
  * The bytes of a file that export.json lists.
  *
@@ -41,7 +89,7 @@ export async function fetchJson(root, name) {
  */
 export async function fetchChecked(root, name, entry, onBytes) {
   const response = await open(root, name);
-  const bytes = new Uint8Array(entry.bytes);
+  const bytes = room(name, entry.bytes);
   const reader = response.body.getReader();
   let size = 0;
   for (;;) {
@@ -59,13 +107,18 @@ export async function fetchChecked(root, name, entry, onBytes) {
   if (size !== entry.bytes) {
     throw new LoadError(`${name} has ${size} bytes, export.json says ${entry.bytes}: ${AGAIN}`);
   }
-  // Browsers offer checksums to pages from https or this machine only.
-  if (globalThis.crypto?.subtle) {
-    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-    const hex = Array.from(digest, (b) => b.toString(16).padStart(2, "0")).join("");
-    if (hex !== entry.sha256) {
-      throw new LoadError(`${name} does not have the checksum that export.json says: ${AGAIN}`);
-    }
+  const found = await digestOf(bytes);
+  if (found !== null && found !== entry.sha256) {
+    throw new LoadError(`${name} does not have the checksum that export.json says: ${AGAIN}`);
   }
   return bytes;
+}
+
+function room(name, size) {
+  try {
+    return new Uint8Array(size);
+  } catch {
+    const shown = `${Math.round(size / 1e6)} MB`;
+    throw new LoadError(`this browser has no room for ${name} (${shown}): close tabs, or take a smaller model`);
+  }
 }

@@ -1,5 +1,5 @@
 // The model, off the page's thread: loads an export, keeps the state, and generates.
-import { fetchChecked, fetchJson, LoadError } from "./files.js";
+import { fetchChecked, fetchJson, fetchManifest, LoadError } from "./files.js";
 import { chooseToken, randomNumbers } from "./sampling.js";
 import { makeTokenizer, TextStream } from "./tokenizer.js";
 
@@ -48,14 +48,8 @@ async function load(root, threads) {
         `${MINIMUM_RUNTIME} or newer (npm ci && npm run build)`,
     );
   }
-  manifest = await fetchJson(root, "export.json");
-  if (manifest.format !== FORMAT || manifest.version !== VERSION) {
-    throw new LoadError(
-      `export.json is of format ${manifest.format} ${manifest.version}, this page reads ${FORMAT} ` +
-        `${VERSION}: use the page of the release that exported the model`,
-    );
-  }
-  tokenizer = makeTokenizer(await fetchJson(root, "web/tokenizer.json"), tokenizers);
+  manifest = await fetchManifest(root, FORMAT, VERSION);
+  tokenizer = makeTokenizer(await tokenizerSpec(root), tokenizers);
 
   ort.env.wasm.numThreads = threads || threadCount();
   ort.env.wasm.wasmPaths = new URL("vendor/", import.meta.url).href;
@@ -92,6 +86,14 @@ async function load(root, threads) {
 }
 
 let Tensor;
+
+/** What the page knows of the tokenizer; older exports list no checksum of it. */
+async function tokenizerSpec(root) {
+  const name = "web/tokenizer.json";
+  const entry = manifest.web_tokenizer;
+  if (!entry) return fetchJson(root, name);
+  return JSON.parse(new TextDecoder().decode(await fetchChecked(root, name, entry, () => {})));
+}
 
 /** The graph for WebAssembly, and the files that hold its weights. */
 function graphFiles() {
@@ -170,6 +172,11 @@ async function step(ids) {
   const outputs = await session.run({ tokens, state });
   state = outputs.next_state;
   logits = outputs.logits.data;
+  if (!logits.every(Number.isFinite)) {
+    throw new LoadError(
+      "the model's logits are not finite: its weights are damaged, export a sound one",
+    );
+  }
   read += ids.length;
 }
 

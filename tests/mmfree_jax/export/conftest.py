@@ -27,12 +27,12 @@ def _export(folder: Path, tokenizer: tokenizer_lib.Tokenizer, save_model: Any) -
     )
     params = initial_params(config, 1)
     tokenizer.save(folder / "tokenizer")
-    source = save_model(folder / "random", config, params, folder / "tokenizer")
+    source = save_model(folder / "zufällig 🎲", config, params, folder / "tokenizer")
     onnx_export.export_onnx(source, folder / "export")
     return folder / "export"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory, save_model):
     """An export with its page as `npm ci && npm run build` leave it."""
     if shutil.which("npm") is None:
@@ -43,7 +43,7 @@ def site(tmp_path_factory, save_model):
         yield site
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     pytest.importorskip("selenium", reason="selenium is not installed")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):

@@ -287,7 +287,7 @@ def test_a_damaged_folder_is_refused(kind, exports, tmp_path):
     with pytest.raises((CheckpointError, ConfigError), match=DAMAGE[kind]):
         onnx_session.load(folder)
     answer = chat(folder, "--prompt", "x")
-    assert answer.returncode == 1
+    assert answer.returncode == 2
     assert answer.stdout == ""
     assert answer.stderr.startswith("chat.py: error:")
     assert DAMAGE[kind] in answer.stderr
@@ -321,7 +321,7 @@ def test_an_export_of_an_older_version_loads(exports, tmp_path):
 
 def test_the_example_is_short():
     lines = onnx_export.CHAT.read_text().splitlines()
-    assert len(lines) < 150
+    assert len(lines) < 160
     assert not any("jax" in line for line in lines if line.lstrip().startswith(("import", "from")))
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import page_audit
 import pytest
+from onnx_folders import manifest_of
 from page_tokenizers import HARD, make_tokenizers
 
 from mmfree_jax.cli.main import main
 from mmfree_jax.experiments.bench import browser as browser_lib
 from mmfree_jax.experiments.bench.browser import (
-    Site,
     answer,
     configure,
     show,
@@ -71,7 +71,7 @@ def test_the_page_streams_what_python_generates(site, browser, query):
 
 def test_stop_ends_an_answer_and_the_next_prompt_goes_on(site, browser, monkeypatch):
     # Without an end token, so that nothing but Stop ends the answer.
-    endless = {"export.json": _manifest(site, eos_token_id=None, end_ids=[])}
+    endless = {"export.json": manifest_of(site.folder, eos_token_id=None, end_ids=[])}
     monkeypatch.setattr(site, "instead", endless)
     assert show(browser, site) == "ready", text_of(browser, "error")
     configure(browser, temperature=0, max_tokens=100000)
@@ -132,42 +132,6 @@ def test_tokenizers_give_pythons_ids_and_bytes_in_the_browser(site, browser):
         assert found == expected, name
 
 
-def _manifest(site: Site, **changes) -> bytes:
-    manifest = json.loads((site.folder / "export.json").read_text())
-    return json.dumps(manifest | changes).encode()
-
-
-def test_what_is_wrong_with_the_files_is_said(site, browser, monkeypatch):
-    data = (site.folder / "model.onnx.data").read_bytes()
-    graph = json.loads((site.folder / "export.json").read_text())["web_graph"]
-    tokenizer = json.loads((site.folder / "web" / "tokenizer.json").read_text())
-    tokenizer["checks"][0][1][0] += 1
-    old = b"export const env = {versions: {common: '1.23.2', web: '1.23.2'}, wasm: {}};"
-    worker = (site.folder / "web" / "worker.js").read_bytes()
-    no_simd = b"WebAssembly.validate = () => false;\n" + worker
-    faults = {
-        "model.onnx.data has 1000 bytes": {"model.onnx.data": data[:1000]},
-        "model.onnx.data does not have the checksum": {
-            "model.onnx.data": data[:-1] + bytes([data[-1] ^ 1])
-        },
-        f"{graph} is missing (HTTP 404": {graph: None},
-        "export.json is missing": {"export.json": None},
-        "export.json is not JSON": {"export.json": b'{"format": '},
-        "export.json is of format mmfree-onnx 9": {"export.json": _manifest(site, version=9)},
-        "other ids here than in Python": {"web/tokenizer.json": json.dumps(tokenizer).encode()},
-        "npm ci && npm run build": {"web/vendor/ort.wasm.min.mjs": None},
-        "no WebAssembly SIMD": {"web/worker.js": no_simd},
-        "onnxruntime-web 1.23.2 does not read two-bit weights": {
-            "web/vendor/ort.wasm.min.mjs": old
-        },
-    }
-    for message, instead in faults.items():
-        monkeypatch.setattr(site, "instead", instead)
-        assert show(browser, site, "?threads=1") == "failed", message
-        assert message in text_of(browser, "error")
-        assert not browser.find_element("id", "send").is_enabled()
-
-
 def test_a_page_opened_as_a_file_says_that_it_needs_a_server(site, browser):
     browser.get((site.folder / "web" / "index.html").as_uri())
     assert "python -m http.server" in text_of(browser, "error")
@@ -208,7 +172,7 @@ def test_a_reload_keeps_the_conversation_and_the_model_goes_on(site, browser, mo
     # Of another model the conversation is not: its state would be meaningless.
     browser.find_element("id", "prompt").send_keys("kept")
     files = json.loads((site.folder / "export.json").read_text())["files"]
-    other = _manifest(site, files=files | {"more": {"bytes": 1, "sha256": "0"}})
+    other = manifest_of(site.folder, files=files | {"more": {"bytes": 1, "sha256": "0"}})
     monkeypatch.setattr(site, "instead", {"export.json": other})
     assert _reload(browser) == "ready"
     assert (text_of(browser, "log"), _value(browser, "prompt")) == ("", "kept")
@@ -225,7 +189,7 @@ def test_a_reload_keeps_the_conversation_and_the_model_goes_on(site, browser, mo
 
 
 def test_what_was_asked_is_there_again_when_a_reload_cuts_the_answer(site, browser, monkeypatch):
-    endless = {"export.json": _manifest(site, eos_token_id=None, end_ids=[])}
+    endless = {"export.json": manifest_of(site.folder, eos_token_id=None, end_ids=[])}
     monkeypatch.setattr(site, "instead", endless)
     assert show(browser, site) == "ready", text_of(browser, "error")
     configure(browser, temperature=0, max_tokens=100000)
@@ -300,7 +264,7 @@ def test_the_page_is_worked_by_keyboard_and_has_names_for_screen_readers(
     site, browser, monkeypatch
 ):
     # Without an end token, so that nothing but Escape ends the answer.
-    endless = {"export.json": _manifest(site, eos_token_id=None, end_ids=[])}
+    endless = {"export.json": manifest_of(site.folder, eos_token_id=None, end_ids=[])}
     monkeypatch.setattr(site, "instead", endless)
     assert show(browser, site) == "ready", text_of(browser, "error")
     assert _focused(browser) == "prompt"
