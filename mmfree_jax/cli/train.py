@@ -12,7 +12,7 @@ import tyro
 
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.config import TrainConfig, replace_model
-from mmfree_jax.config_io import read_settings, with_settings
+from mmfree_jax.config_io import from_dict, read_settings, with_settings
 from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.no_effect import without_effect
@@ -145,23 +145,27 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
         return base
     from mmfree_jax.train.init_from import training_config  # imports JAX
 
-    return dataclasses.replace(base, model=training_config(source, base.model))
+    begun = _settings_begun(str(_given("run_dir", argv, values) or TrainConfig.run_dir)) or {}
+    own = from_dict(TrainConfig, begun).model if begun.get("init_from") == source else None
+    return dataclasses.replace(base, model=training_config(source, base.model, own))
 
 
 def _branch(argv: list[str], values: dict[str, Any]) -> TrainConfig | None:
     """The config that a branch starts from, if flags or a config file ask for one."""
 
-    def given(name: str) -> Any:
-        in_file = values.get(name, values.get(name.replace("_", "-")))
-        return last_place(argv, "--" + name.replace("_", "-")) or in_file
-
-    source = given("branch_from")
+    source = _given("branch_from", argv, values)
     if not isinstance(source, str):
         return None
     from mmfree_jax.train.branch_source import branch_config  # imports JAX
 
     check_place(source, "branch_from")
-    return branch_config(source, str(given("run_dir") or TrainConfig.run_dir))
+    return branch_config(source, str(_given("run_dir", argv, values) or TrainConfig.run_dir))
+
+
+def _given(name: str, argv: list[str], values: dict[str, Any]) -> Any:
+    """A place that a flag or else a config file's values give; None: neither does."""
+    in_file = values.get(name, values.get(name.replace("_", "-")))
+    return last_place(argv, "--" + name.replace("_", "-")) or in_file
 
 
 def last_value(argv: list[str], flag: str) -> str | None:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from mmfree_jax.errors import CheckpointError
+from mmfree_jax.files import sha256
 from mmfree_jax.model.parameters import unflatten
 from mmfree_jax.parallel.sharding import param_shardings
 from mmfree_jax.ranges import Step
@@ -15,7 +16,7 @@ from mmfree_jax.saved import checkpoint
 from mmfree_jax.saved import manifest as manifests
 from mmfree_jax.saved.array_files import read_arrays
 from mmfree_jax.saved.best import best_checkpoint
-from mmfree_jax.saved.checkpoint_files import Place
+from mmfree_jax.saved.checkpoint_files import Place, read_manifest_bytes
 from mmfree_jax.saved.run_directory import CHECKPOINTS
 
 _LOOKS = 3
@@ -91,6 +92,30 @@ def kept_checkpoint(run: Place, step: int) -> Place:
     return where / str(step)
 
 
+def check_still_there(folder: Place, checksum: str) -> None:
+    """Call after reading a checkpoint of a run that may go on.
+
+    Of a chunk that is deleted while it is read, zeros may be all that is noticed. What a run
+    deletes loses its manifest first.
+
+    Args:
+      folder: of the checkpoint.
+      checksum: SHA-256 of its manifest before.
+
+    Raises:
+      CheckpointError: it was deleted meanwhile.
+    """
+    try:
+        there = sha256(read_manifest_bytes(folder)) == checksum
+    except OSError:
+        there = False
+    if not there:
+        raise CheckpointError(
+            f"checkpoint {folder} was deleted while it was read, as a run does that keeps its "
+            "newest alone: run the command again, or train that run with --checkpoint.keep-every"
+        )
+
+
 def read_params(
     folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
 ) -> dict[str, Any]:
@@ -102,8 +127,24 @@ def read_params(
       mesh: to lay them out on by the sharding table; None: the default device.
 
     Raises:
-      CheckpointError: the checkpoint has other shapes, or cannot be read.
+      CheckpointError: the checkpoint has other shapes, cannot be read, or was deleted meanwhile.
     """
+    try:
+        checksum = sha256(read_manifest_bytes(folder))
+    except OSError:
+        checksum = ""  # of one that is gone already
+    try:
+        params = _read_params(folder, shapes, mesh)
+    except CheckpointError:
+        check_still_there(folder, checksum)
+        raise
+    check_still_there(folder, checksum)
+    return params
+
+
+def _read_params(
+    folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+) -> dict[str, Any]:
     wanted = unflatten(shapes)
     saved = manifests.read_manifest(folder).leaves
     for name, shape_and_dtype in manifests.leaf_types({"params": wanted}).items():

@@ -22,7 +22,7 @@ from mmfree_jax.saved.checkpoint_files import Place, read_manifest_bytes
 from mmfree_jax.saved.manifest import Manifest, read_manifest
 from mmfree_jax.saved.origin import Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, LOCK
-from mmfree_jax.saved.run_model import find_checkpoint
+from mmfree_jax.saved.run_model import check_still_there, find_checkpoint
 from mmfree_jax.train.branch_source import Source, find_manifest, lies_in, parse_source
 from mmfree_jax.train.flops import count_flops
 from mmfree_jax.train.optimizer import make_optimizer
@@ -83,10 +83,9 @@ def take_branch(run: Run) -> Branch:
     try:
         restored = processes.together(lambda: restore(folder, abstract, check_files=False))
     except CheckpointError:
-        processes.first(lambda: _check_still_there(folder, checksum))
+        processes.first(lambda: check_still_there(folder, checksum))
         raise
-    # Of a chunk that is deleted while it is read, zeros may be all that is noticed.
-    processes.first(lambda: _check_still_there(folder, checksum))
+    processes.first(lambda: check_still_there(folder, checksum))
     return Branch(
         _converted(restored.state, run),
         _origin(run, source.run, parent, manifest, checksum),
@@ -106,18 +105,6 @@ def _choose(source: Source) -> tuple[int, str, list[str]]:
     if isinstance(source.run, Path) and is_locked(source.run / LOCK):
         notes.append(f"{source.run} is in use by another job, which goes on undisturbed")
     return int(folder.name), sha256(read_manifest_bytes(folder)), notes
-
-
-def _check_still_there(folder: Place, checksum: str) -> None:
-    try:
-        there = sha256(read_manifest_bytes(folder)) == checksum
-    except OSError:
-        there = False
-    if not there:
-        raise CheckpointError(
-            f"checkpoint {folder} was deleted while it was read, as a run does that keeps its "
-            "newest alone: run the command again, or train that run with --checkpoint.keep-every"
-        )
 
 
 def _check(run: Run, folder: Place, parent: TrainConfig, manifest: Manifest) -> None:

@@ -96,7 +96,8 @@ def start_state(run: Run, watch: Stopwatch, copies: LocalCopies | None) -> Start
         )
     state = init_sharded(run.config, run.optimizer, run.mesh)
     if run.config.init_from is not None:
-        params = initial_params(run.config.init_from, run.config, run.mesh, run.data)
+        params, account = initial_params(run.config.init_from, run.config, run.mesh, run.data)
+        notes.append(account)
         state = dataclasses.replace(state, params=params)
     return Start(run, state, notes=tuple(notes))
 

@@ -235,7 +235,7 @@ def test_weights_of_a_run_take_no_data_of_another_tokenizer(parent, other_data):
     same, other = (open_dataset(other_data(sha256), "train") for sha256 in ("0", "1"))
     with pytest.raises(DataError, match=f"init_from {parent} with byte .*same tokenizer"):
         initial_params(parent, config, data=[same, other])
-    assert initial_params(parent, config, data=[same])["head"]
+    assert initial_params(parent, config, data=[same])[0]["head"]
 
 
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(parent, tmp_path):
