@@ -194,12 +194,11 @@ def check_file(
     Args:
       path: the file, or the URL of an object, there or not.
       begins: regular expression for the first 1,000 bytes of the command's earlier outputs.
-      beside: files that are written with it, on this machine or in a bucket as it is: they are
-        earlier outputs where it is one.
+      beside: files that are written with it, where it is: earlier outputs where it is one.
       sources: files that the command reads.
 
     Raises:
-      OutputError: it is a source, or holds what the command did not write.
+      OutputError: it is a folder or a source, or holds what the command did not write.
       ConfigError: it is a URL of what is no bucket.
       StorageError: the bucket is missing, refuses, or cannot be reached.
     """
@@ -217,13 +216,14 @@ def check_file(
         return
     with disk_errors(place, "choose another file"):
         files = (place, *(locate(file, "output") for file in beside))
+        if folders := [file for file in files if isinstance(file, Path) and file.is_dir()]:
+            raise OutputError(f"{folders[0]} is a folder: give the name of a file")
         there = [file for file in files if isinstance(file, Path) and os.path.isfile(file)]
         for file in there:
             if any(os.path.exists(s) and os.path.samefile(file, s) for s in sources):
                 raise _is_read(file)
-        for file in there:
-            if not (os.path.isfile(place) and is_earlier(place)):
-                raise _is_no_output(file)
+        if there and not (os.path.isfile(place) and is_earlier(place)):
+            raise _is_no_output(there[0])
 
 
 def _is_read(file: StrPath | Url) -> OutputError:

@@ -55,6 +55,11 @@ class Machine:
                 raise ConfigError(f"{name} is {value}: set {least} or more")
         if self.lanes % 4:
             raise ConfigError(f"lanes is {self.lanes}: choose a multiple of 4, for whole bytes")
+        if self.sigmoid_entries not in (0, 8, 16, 32, 64) or not -1 <= self.newton_steps <= 5:
+            raise ConfigError(
+                f"sigmoid_entries is {self.sigmoid_entries} and newton_steps {self.newton_steps}: "
+                "set 8, 16, 32 or 64, and 0 to 5"
+            )
         if self.cycles_per_beat < 1 or self.clock_mhz <= 0:
             raise ConfigError(
                 f"cycles_per_beat is {self.cycles_per_beat} and clock_mhz {self.clock_mhz}: set at "

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,9 +72,10 @@ def load(folder: Path) -> Compiled:
         if meta.pop("memory_sha256", None) not in (None, sha256(memory.data)):
             raise DataError(f"{folder}/memory.bin does not match its checksum: compile again")
         own = meta.pop("program_sha256", None)
-        places = {name: (int(a), int(n)) for name, (a, n) in meta["places"].items()}
         machine = from_dict(Machine, meta["machine"])
-        stride, frac = int(meta["token_stride"]), meta["frac"]
+        places = {name: (a, n) for name, (a, n) in meta["places"].items()}
+        stride, frac = meta["token_stride"], meta["frac"]
+        _check(places, stride, frac, len(memory) * 4 // machine.lanes)
     except OSError as e:
         raise DataError(
             f"{e.filename} cannot be read ({e.strerror}): give a folder that `mmfree hardware "
@@ -91,6 +93,22 @@ def load(folder: Path) -> Compiled:
             "runs from a file by itself"
         )
     return Compiled(program, memory, places, machine, stride, frac)
+
+
+def _check(places: Any, stride: Any, frac: Any, beats: int) -> None:
+    """Refuses what no program has; `beats` of memory are there."""
+    numbers = [stride, *frac.values(), *(n for place in places.values() for n in place)]
+    if wrong := fault(numbers, [int], "token_stride, frac or places"):
+        raise ValueError(wrong)
+    for name, (address, n) in places.items():
+        if not (0 <= address < beats and n > 0):
+            raise ValueError(f"{name} is at {address}, the memory has {beats} beats")
+    if stride < 0 or any(not -1000 <= n <= 1000 for n in frac.values()):
+        raise ValueError(f"token_stride is {stride} and frac {frac}")
+    if stride and not ({"embedding", "logits"} <= places.keys() and "logits" in frac):
+        raise ValueError("a whole model has embedding and logits")
+    if "embedding" in places and stride * places["embedding"][1] > beats:
+        raise ValueError("the embedding reaches beyond the memory")
 
 
 def _program_digest(program: Sequence[Instruction]) -> str:

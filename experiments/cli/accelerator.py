@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,9 +157,9 @@ def run(
         compiled = load(place)
     memory, machine = compiled.memory, compiled.machine
     assert memory is not None
-    if out is not None and out.is_file():
+    if out is not None:
         check_file(out, "", sources=[place, place / "memory.bin"])
-        if out.stat().st_size != len(memory):
+        if out.is_file() and out.stat().st_size != len(memory):
             raise ConfigError(f"{out} is not replaced: it is no memory of this; choose another")
     ids = _token_ids(tokens, compiled)
     if generate and (backend != "simulator" or not ids):
@@ -215,10 +216,10 @@ def _token_ids(text: str, compiled: Any) -> list[int]:
         if compiled.token_stride:
             raise ConfigError("--tokens is empty: a whole model needs token ids, for example 1,5,2")
         return []
-    try:
-        ids = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--tokens is {text!r}: give token ids separated by commas") from None
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*-?\d{1,10}\s*", part, re.ASCII) for part in parts):
+        raise ConfigError(f"--tokens is {text!r}: give token ids separated by commas")
+    ids = [int(part) for part in parts]
     if not compiled.token_stride:
         raise ConfigError("--tokens is given, but the program is not of a whole model")
     rows = compiled.places["embedding"][1]

@@ -130,6 +130,9 @@ def test_a_file_is_replaced_that_begins_as_the_commands_own_do(tmp_path):
     figure.write_bytes(b"of the same")
     files.check_file(out, r'\{\s*"law"', beside=[figure])
     files.check_file("/dev/null", "no such beginning")
+    for place, beside in ((tmp_path, []), (out, [tmp_path])):  # told before there is work to lose
+        with pytest.raises(OutputError, match="is a folder: give the name of a file"):
+            files.check_file(place, r'\{\s*"law"', beside=beside)
     with pytest.raises(OutputError, match=f"{figure} is not replaced: it is read"):
         files.check_file(out, r'\{\s*"law"', beside=[figure], sources=[tmp_path / "." / "x.png"])
     out.write_bytes(b'{\n "name": "law"}')

@@ -1,6 +1,8 @@
 """The laws against the paper's tables, estimates, and the command line."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +103,16 @@ def test_report_command(capsys):
     assert "the model is a transformer" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def whole_program(tmp_path_factory, save_model):
+    """A program of a whole model."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_model(folder / "model", CONFIG, random_params(CONFIG))
+    command = ["hardware", "compile", "--model", folder / "model", "--out", folder / "program"]
+    assert main([str(part) for part in command]) == 0
+    return folder / "program"
+
+
 def test_compile_and_run_commands(tmp_path, capsys, save_model):
     saved = save_model(tmp_path / "master", CONFIG, random_params(CONFIG))
     pack(saved, tmp_path / "model", embedding="float32")
@@ -151,12 +163,51 @@ def test_compile_and_run_commands(tmp_path, capsys, save_model):
     assert main([*run, "--out", str(tmp_path / "notes")]) == 2
     assert "is not replaced" in capsys.readouterr().err
     assert (program / "memory.bin").read_bytes() == before
+    # Before it runs, a place that cannot be written is told.
+    assert main([*run, "--out", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert ("is a folder" in output.err, output.out) == (True, "")
+    for ids in ("1_0", "\u0665", "3,,4", "3;4"):
+        assert main([*run[:-1], ids]) == 2
+        assert "give token ids separated by commas" in capsys.readouterr().err
     # A damaged program is refused with its line.
     file = program / "program.asm"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:4], "MUL v1, v2", *lines[5:]]))
     assert main(["hardware", "run", "--program", str(program), "--tokens", "3"]) == 2
     assert "line 5: 'MUL v1, v2': MUL needs n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("token_stride", -1, "token_stride is -1"),
+        ("token_stride", "4", "token_stride, frac or places is '4'"),
+        ("token_stride", 10**9, "the embedding reaches beyond the memory"),
+        ("frac/logits", "x", "token_stride, frac or places is 'x'"),
+        ("frac/logits", 99999, "99999"),
+        ("frac", {}, "a whole model has embedding and logits"),
+        ("places/logits", [10**9, 4], "logits is at 1000000000, the memory has"),
+        ("places/logits", [-5, 4], "logits is at -5, the memory has"),
+        ("places/embedding", [0], "not enough values"),
+        ("places", {}, "a whole model has embedding and logits"),
+        ("machine/sigmoid_entries", 5, "sigmoid_entries is 5"),
+        ("machine/newton_steps", -7, "newton_steps -7"),
+    ],
+)
+def test_a_program_whose_fields_cannot_be_is_refused_without_a_checksum_too(
+    whole_program, tmp_path, capsys, path, value, told
+):
+    program = shutil.copytree(whole_program, tmp_path / "program")
+    meta = json.loads((program / "program.json").read_text())
+    del meta["sha256"]  # as programs of older versions
+    *above, last = path.split("/")
+    functools.reduce(dict.__getitem__, above, meta)[last] = value
+    (program / "program.json").write_text(json.dumps(meta))
+    assert main(["hardware", "run", "--program", str(program), "--tokens", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "program.json is malformed" in error
+    assert told in error
 
 
 def test_run_one_file_of_assembly(tmp_path, capsys):
