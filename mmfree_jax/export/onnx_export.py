@@ -21,7 +21,7 @@ from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.export.web_page import write_page
 from mmfree_jax.files import write_bytes
-from mmfree_jax.infer.text import start_tokens
+from mmfree_jax.infer.text import check_tokenizer, start_tokens
 from mmfree_jax.outputs import new_folder
 from mmfree_jax.places import locate
 from mmfree_jax.saved.end_tokens import end_ids
@@ -90,7 +90,8 @@ def export_onnx(
       OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
       StorageError: the bucket refuses, or cannot be reached.
       CheckpointError: the source is damaged.
-      DataError: the web page has no means for the model's tokenizer.
+      DataError: the tokenizer makes ids that the model does not have, or the web page has no means
+        for it.
     """
     check_supported(model.config)
     c = model.config
@@ -101,6 +102,8 @@ def export_onnx(
             "--grade fast"
         )
     stored = embedding or default_embedding(model, grade)
+    if model.tokenizer_path is not None:
+        check_tokenizer(model, load_tokenizer(model.tokenizer_path))
     with new_folder(
         out, command=COMMAND, sources=[str(model.place)], overwrite=overwrite, last=manifest.FILE
     ) as folder:

@@ -9,6 +9,7 @@ from mmfree_jax.infer.api import FinishReason, generate
 from mmfree_jax.infer.checks import check_options, check_prompts, rows_of
 from mmfree_jax.infer.decode import Session
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model_config import ModelConfig
 
 _REPLACEMENT = "\ufffd"
 # A character is at most four bytes, so at most three tokens can be waiting for its last one.
@@ -273,7 +274,12 @@ def sample_text(
     return prompt + output.texts[0]
 
 
-def check_tokenizer(model: LanguageModel, tokenizer: Any) -> None:
+class _HasConfig(Protocol):
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+def check_tokenizer(model: _HasConfig, tokenizer: Any) -> None:
     """Refuses a tokenizer that makes ids which the model does not have.
 
     Raises:

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 import optax
 import pytest
+from initial_params import initial_params
 from onnx_folders import DAMAGE, chat, continuation, damage, rewrite, run_graph
 
 import mmfree_jax
@@ -259,6 +260,14 @@ def test_sums_that_float32_cannot_hold_are_refused(saved, tmp_path):
     tensors = dataclasses.replace(saved, config=config)
     with pytest.raises(ConfigError, match="140000 columns"):
         onnx_export.export_onnx(tensors, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path, save_model):
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    source = save_model(tmp_path / "m", ODD, initial_params(ODD, 1), tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="the tokenizer has 258 tokens, the model 61"):
+        onnx_export.export_onnx(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
