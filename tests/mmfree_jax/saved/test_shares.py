@@ -145,3 +145,21 @@ def test_a_copy_is_made_only_beside_what_training_needs(state, monkeypatch):
     assert not copies(Snapshots())
     monkeypatch.setattr(shares, "memory_of", lambda device: None)
     assert not copies(Snapshots())
+
+
+def test_small_arrays_that_devices_hold_alike_are_written_by_one(mesh, tmp_path, monkeypatch):
+    cut = []
+    slice_in_dim = jax.lax.slice_in_dim
+
+    def noted(x, **place):
+        cut.append(x.nbytes)
+        return slice_in_dim(x, **place)
+
+    monkeypatch.setattr(jax.lax, "slice_in_dim", noted)
+    alike = NamedSharding(mesh, PartitionSpec())
+    large, small = (jax.device_put(np.ones((8, n), np.float32), alike) for n in (2**14, 2**13))
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, {"large": large, "small": small}, METADATA)
+    checkpointer.wait()
+    assert set(cut) == {large.nbytes}
+    assert len(cut) >= 8
