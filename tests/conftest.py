@@ -33,11 +33,12 @@ if "XDG_CACHE_HOME" not in os.environ:
 _COMPILED = tempfile.TemporaryDirectory(prefix="mmfree-compiled-")
 os.environ |= quick_compilation.cached_in(_COMPILED.name)
 
-# A shell starts what it puts into the background with these ignored, and every child of ours would
-# inherit that: tests interrupt children.
+# A shell starts what it puts into the background with the first two ignored, and `nohup` the last,
+# and every child of ours would inherit that: tests interrupt children and close their terminals.
 for _signal, _handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
 ):
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _handler)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 from typing import Any
 
 import pytest
@@ -32,8 +33,25 @@ _TRACED: dict[tuple[Any, ...], Any] = {}
 
 @pytest.fixture
 def traced_once(monkeypatch):
-    """Runs of one shape share their traced programs: a module may make some thirty runs."""
+    """Runs of one shape share their traced programs: a module may make some thirty runs.
+
+    Their curves are drawn, but not rendered, which took as long as their steps; those of the run
+    `finished` are.
+    """
     _share_traces(monkeypatch)
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda self, file, *, format, **_: file.write(_empty_image(format)),
+    )
+
+
+@functools.cache
+def _empty_image(kind: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    file = io.BytesIO()
+    Figure(figsize=(1, 1)).canvas.print_figure(file, format=kind)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")
