@@ -143,11 +143,13 @@ def main() -> None:
     prompts = iter(lambda: input("\n> "), None) if args.prompt is None else [args.prompt]
     try:
         for prompt in prompts:
+            ids, first = [*first, *encode(prompt.encode().decode())] or manifest["start_ids"], []
             print(args.prompt or "", end="", flush=True)
-            ids, first = [*first, *encode(prompt)] or manifest["start_ids"], []
             state = answer(session, manifest, decode, ids, state, args, random)
     except (EOFError, KeyboardInterrupt):
         print()
+    except UnicodeError as e:
+        fail(f"the prompt is not UTF-8 ({e}): type it in a terminal, or convert the text")
 
 
 if __name__ == "__main__":

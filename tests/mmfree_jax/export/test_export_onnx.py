@@ -377,6 +377,12 @@ def test_the_examples_state_carries_over_the_conversation(exact, exports):
     assert answer.stdout == f"\n> {first}\n\n> {second}\n\n> \n"
 
 
+def test_a_prompt_that_is_no_text_is_refused(exports):
+    answer = chat(exports / "exact", "--prompt", "\udcff")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("chat.py: error: the prompt is not UTF-8")
+
+
 def test_the_examples_draws_are_reproducible_and_matter(exports):
     def draw(seed):
         return chat(exports / "fast", "--prompt", "So", "--seed", seed, "--max-new-tokens", "40")
