@@ -16,6 +16,7 @@ from typing import Any, Literal
 import mmfree_jax
 from mmfree_jax.children import Children
 from mmfree_jax.compiled_programs import is_chosen
+from mmfree_jax.files import disk_errors
 from mmfree_jax.installed import own_version
 from mmfree_jax.json_shape import fault
 from mmfree_jax.signals import EXIT_CODES, STOPPING
@@ -60,10 +61,16 @@ def child_environment(
 def start(
     children: Children, command: Sequence[str], log: Path, env: dict[str, str], lock: int
 ) -> subprocess.Popen:
-    """Starts a run. It keeps the lock for as long as it lives: saving, after a sweep's death."""
-    with open(log, "ab") as stream:
-        stream.write(_HEADER + datetime.now(UTC).isoformat(timespec="seconds").encode() + b"\n")
-        stream.flush()
+    """Starts a run. It keeps the lock for as long as it lives: saving, after a sweep's death.
+
+    Raises:
+      OutputError: the log cannot be written.
+    """
+    with contextlib.ExitStack() as opened:
+        with disk_errors(log):
+            stream = opened.enter_context(open(log, "ab", buffering=0))
+            began = datetime.now(UTC).isoformat(timespec="seconds")
+            stream.write(_HEADER + began.encode() + b"\n")
         return children.start(
             command, stdout=stream, stderr=subprocess.STDOUT, env=env, pass_fds=(lock,)
         )

@@ -17,9 +17,8 @@ from mmfree_jax.files import write_text
 
 def trained_on(summary: dict[str, Any]) -> str | None:
     """The data that a run was trained on, as `data_fingerprint`; None: its summary does not say."""
-    if "data" not in summary:
-        return None
-    return "+".join(fingerprint[:16] for fingerprint in summary["data"]["fingerprints"])
+    data = summary.get("data")
+    return None if data is None else "+".join(digest[:16] for digest in data["fingerprints"])
 
 
 def finished_summary(run: PlannedRun, run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:

@@ -246,7 +246,8 @@ class _Scheduler:
 
     def _start(self, run: PlannedRun, slots: list[int]) -> None:
         try:
-            lock = take_lock(self._out / "locks" / f"{run.name}.lock", run.name)
+            file = self._out / "locks" / f"{run.name}.lock"
+            lock = take_lock(file, f"{file}, the lock of {run.name},")
         except InUseError:
             self._tally.elsewhere.append(run.name)
             return

@@ -1,11 +1,13 @@
 """What a sweep takes of records that an earlier one left: only what is of its settings and data."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 from quick_trainer import TRAINER, quiet, starts
 
+from mmfree_jax.errors import OutputError
 from mmfree_jax.experiments.sweep.errors import SweepError
 from mmfree_jax.experiments.sweep.pauses import record_pause
 from mmfree_jax.experiments.sweep.runner import Options, run_sweep
@@ -31,6 +33,9 @@ def test_a_row_names_the_data_that_its_run_was_trained_on(make_sweep, trainer):
     run_sweep(sweep, Options(), say=quiet, command=trainer)
     (row,) = read_results(Path(sweep.out))
     assert row["data_fingerprint"] == now
+    _change_summary(sweep, data=None)  # which does not say
+    run_sweep(sweep, Options(), say=quiet, command=trainer)
+    assert read_results(Path(sweep.out))[0]["data_fingerprint"] == now
     assert len(starts(sweep)[name]) == 1
     # Prepared anew in the same folder between the run's end and its row: the trainer must say so.
     _change_summary(sweep, data={"fingerprints": ["f" * 64]})
@@ -89,3 +94,21 @@ def test_pauses_on_other_data_are_refused(make_sweep, tmp_path):
     path.write_text(path.read_text().replace(data_fingerprint(run), "0" * 16))
     with pytest.raises(SweepError, match=r"was run on other data \(0000000000000000, now "):
         snapshot(sweep)
+
+
+@pytest.mark.parametrize("name", ["locks", "logs"])
+def test_a_full_disk_ends_the_sweep_in_a_line_that_names_the_file(make_sweep, trainer, name):
+    sweep, before = make_sweep(**ONE), resource.getrlimit(resource.RLIMIT_FSIZE)
+    (run,) = snapshot(sweep).main
+    folder = Path(sweep.out) / name
+    folder.mkdir(parents=True)
+    file = folder / f"{run.name}.{name[:-1]}"
+    file.write_bytes(b"." * 20_000)  # what a lock's file holds is replaced; a log is added to
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if name == "locks" else 20_000, before[1]))
+        with pytest.raises(OutputError, match=f"^{file}[^\n]* cannot be written .File too large"):
+            run_sweep(sweep, Options(), say=quiet, command=trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not starts(sweep)
