@@ -27,7 +27,7 @@ _FILE_BYTES = 256 * 2**20
 """Many files rather than one, so that several threads write, digest and read them."""
 _PART_BYTES = 2**16
 """Of what several devices hold alike each writes a part, if parts have so many bytes: under a
-profiler, cutting all arrays was two fifths of the start of a small model's save on eight devices."""
+profiler, to cut all was two fifths of the start of a small model's save on eight devices."""
 _IN_FLIGHT_BYTES = 2 * 2**30
 """On the way from the devices to files at once. Their host memory is pinned, which is slow to
 get (2 GB/s) and comes from a pool that XLA limits to 64 GiB."""
