@@ -175,7 +175,7 @@ def test_a_prompt_in_the_exported_chat(tmp_path):
     encode, decode = chat.load_tokenizer(tmp_path, {"tokenizer": "tokenizer.json"})
     assert not {0, 1, 2, 3} & set(encode("a</s><s>"))
     assert decode(encode("a</s><s>")) == "a</s><s>"
-    assert len(Path(chat.__file__).read_text().splitlines()) < 150  # as the README says
+    assert len(Path(chat.__file__).read_text().splitlines()) < 160  # as docs/edge.md says
 
 
 def test_what_spells_the_token():

@@ -1,5 +1,7 @@
 """Models in buckets are those of the folders they were copied from."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from bucket_files import do_not_wait, put_folder
@@ -19,7 +21,8 @@ def model(save_model, tmp_path, monkeypatch):
     monkeypatch.setenv("MMFREE_CACHE", str(tmp_path / "cache"))
     do_not_wait(monkeypatch)
     ByteTokenizer().save(tmp_path / "tokenizer")
-    return save_model(tmp_path / "model", BASE, build(BASE)[1], tmp_path / "tokenizer")
+    config = dataclasses.replace(BASE, vocab_size=ByteTokenizer.vocab_size)
+    return save_model(tmp_path / "model", config, build(config)[1], tmp_path / "tokenizer")
 
 
 def test_weights_and_tokenizer_are_those_of_the_folder_and_fetched_once(model, bucket):
