@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmfree_jax.config import EvalConfig, TrainConfig, tokens_per_step
 from mmfree_jax.experiments.sweep.plan import flops_per_token
-from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash, data_name
 
 TRUNKS = "trunks"
 
@@ -83,7 +83,7 @@ def trunk_data(folder: Path) -> str | None:
     manifest = newest_manifest(folder / CHECKPOINTS)
     if manifest is None:  # none yet, or the trainer says what is wrong with it
         return None
-    return "+".join(fingerprint[:16] for fingerprint in manifest.data["fingerprints"])
+    return data_name(manifest.data["fingerprints"])
 
 
 def trunks_first(trunks: Sequence[PlannedRun], runs: Sequence[PlannedRun]) -> list[PlannedRun]:

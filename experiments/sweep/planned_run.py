@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,6 +114,11 @@ def format_tokens(tokens: float) -> str:
         if tokens >= unit:
             return f"{tokens / unit:.4g}{letter}"
     return f"{tokens / 1e3:.4g}K"
+
+
+def data_name(fingerprints: Iterable[str]) -> str:
+    """Data sets in the table: sixteen hex digits of each one's fingerprint, joined by "+"."""
+    return "+".join(fingerprint[:16] for fingerprint in fingerprints)
 
 
 def config_hash(config: TrainConfig) -> str:

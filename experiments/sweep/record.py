@@ -8,7 +8,7 @@ from typing import Any
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict, read_yaml
 from mmfree_jax.errors import MMFreeError
-from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash, data_name
 from mmfree_jax.experiments.sweep.process import Outcome, host_name, read_summary
 from mmfree_jax.experiments.sweep.state import data_fingerprint, settings_hash
 from mmfree_jax.experiments.sweep.table import Row
@@ -18,7 +18,7 @@ from mmfree_jax.files import write_text
 def trained_on(summary: dict[str, Any]) -> str | None:
     """The data that a run was trained on, as `data_fingerprint`; None: its summary does not say."""
     data = summary.get("data")
-    return None if data is None else "+".join(digest[:16] for digest in data["fingerprints"])
+    return None if data is None else data_name(data["fingerprints"])
 
 
 def finished_summary(run: PlannedRun, run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ from mmfree_jax.experiments.sweep.plan import (
     tuning_runs,
     without_repeats,
 )
-from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash
+from mmfree_jax.experiments.sweep.planned_run import PlannedRun, config_hash, data_name
 from mmfree_jax.experiments.sweep.rates import Choice, choose_rates
 from mmfree_jax.experiments.sweep.table import RESULTS, Row, read_results
 from mmfree_jax.experiments.sweep.widening import widened
@@ -123,7 +123,7 @@ def run_folder(out: Path, run: PlannedRun) -> Path:
 
 
 def data_fingerprint(run: PlannedRun) -> str | None:
-    """Sixteen hex digits of each data set's fingerprint, joined by "+"; None before it is there.
+    """The `data_name` of a run's data; None before they are there.
 
     Raises:
       DataError: the data are there and damaged.
@@ -131,7 +131,7 @@ def data_fingerprint(run: PlannedRun) -> str | None:
     paths = run.config.data.paths
     if not paths or not all(map(_is_there, paths)):
         return None
-    return "+".join(open_rows(p).fingerprint[:16] for p in paths)
+    return data_name(open_rows(p).fingerprint for p in paths)
 
 
 def settings_hash(run: PlannedRun) -> str:
