@@ -10,10 +10,12 @@ import sys
 import numpy as np
 import onnx
 import onnxruntime
+from initial_params import initial_params
 from onnx import helper
 
 from mmfree_jax.data.tokenizer import ByteTokenizer
-from mmfree_jax.export import onnx_graph, onnx_session
+from mmfree_jax.export import onnx_export, onnx_graph, onnx_session
+from mmfree_jax.model_config import ModelConfig
 
 
 def run_graph(g, outputs, constants, **inputs):
@@ -35,6 +37,24 @@ def run_graph(g, outputs, constants, **inputs):
     ir_version = onnx_graph.IR_VERSIONS[g.product]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)
+
+
+def random_export(folder, tokenizer, save_model):
+    """An export of a model with random weights, and these."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        num_layers=2,
+        intermediate_size=96,
+        compute_dtype="float32",
+        residual_dtype="float32",
+        remat="none",
+    )
+    params = initial_params(config, 1)
+    tokenizer.save(folder / "tokenizer")
+    source = save_model(folder / "zufällig 🎲", config, params, folder / "tokenizer")
+    onnx_export.export_onnx(source, folder / "export")
+    return folder / "export", params
 
 
 def damage(kind, folder):

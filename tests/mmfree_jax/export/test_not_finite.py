@@ -5,14 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from initial_params import initial_params
-from onnx_folders import chat, rewrite
+from onnx_folders import chat, random_export, rewrite
 from page_tokenizers import make_tokenizers
 
 from mmfree_jax.errors import CheckpointError
 from mmfree_jax.experiments.bench.browser import Site, configure, show, text_of, type_prompt, wait
-from mmfree_jax.export import manifest, onnx_export, onnx_session
-from mmfree_jax.model_config import ModelConfig
+from mmfree_jax.export import manifest, onnx_session
 
 WORDS = "the model's logits are not finite: its weights are damaged"
 SOUND, DAMAGED = "My fellow", "My fellow ü"
@@ -23,24 +21,17 @@ def damaged(tmp_path_factory, save_model):
     """An export whose embedding of one token, the last of `DAMAGED`, is NaN."""
     folder = tmp_path_factory.mktemp("damaged")
     tokenizer = make_tokenizers()["sentencepiece"]
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=64, num_layers=2, intermediate_size=96,
-        compute_dtype="float32", residual_dtype="float32", remat="none",
-    )  # fmt: skip
-    params = initial_params(config, 1)
+    export, params = random_export(folder, tokenizer, save_model)
     last = tokenizer.encode(DAMAGED)[-1]
     assert last not in tokenizer.encode(SOUND)
-    tokenizer.save(folder / "tokenizer")
-    source = save_model(folder / "random", config, params, folder / "tokenizer")
-    onnx_export.export_onnx(source, folder / "export")
     # Such a model is not exported: the number is put into the file, which is signed again.
-    data = folder / "export/model.onnx.data"
+    data = export / "model.onnx.data"
     row = np.asarray(params["embedding"]["weight"][last], "<f4").tobytes()
     head, tail = data.read_bytes().split(row)
     data.write_bytes(head + np.full(64, np.nan, "<f4").tobytes() + tail)
-    listed = json.loads((folder / "export/export.json").read_text())["files"]
-    rewrite(folder / "export/export.json", files=listed | {data.name: manifest.file_entry(data)})
-    return folder / "export"
+    listed = json.loads((export / "export.json").read_text())["files"]
+    rewrite(export / "export.json", files=listed | {data.name: manifest.file_entry(data)})
+    return export
 
 
 def test_the_greedy_loop_takes_no_likeliest_of_nan(damaged):
