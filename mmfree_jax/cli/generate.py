@@ -366,7 +366,7 @@ def _load_tokenizer(config: GenerateConfig, saved: Any, *, needed: bool) -> Any:
 
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else saved.tokenizer()
     if tokenizer is not None:
-        check_tokenizer(saved.model(), tokenizer)
+        check_tokenizer(saved.config, tokenizer)
     elif needed:
         raise DataError(
             f"model {config.model} has no tokenizer: give --tokenizer, or --prompt-ids without "

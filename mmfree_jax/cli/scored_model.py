@@ -67,7 +67,7 @@ class ScoredModel:
             raise DataError(
                 f"model {self.saved.place} has no tokenizer: put tokenizer.json into its folder"
             )
-        check_tokenizer(self.model, tokenizer)
+        check_tokenizer(self.saved.config, tokenizer)
         return tokenizer
 
 

@@ -148,7 +148,7 @@ def _open(config: ServeConfig, show: Any) -> Any:
     if place is None:
         raise DataError(f"model {config.model} has no tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(place)
-    check_tokenizer(model, tokenizer)
+    check_tokenizer(saved.config, tokenizer)
     chat = find_chat_format(tokenizer, place)
     ends = dict.fromkeys(end_ids(saved.path))
     if tokenizer.eos_id is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.data.tokenizer import load_tokenizer
+from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.export import manifest, onnx_graph
 from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
@@ -102,8 +102,10 @@ def export_onnx(
             "--grade fast"
         )
     stored = embedding or default_embedding(model, grade)
+    tokenizer = None
     if model.tokenizer_path is not None:
-        check_tokenizer(model, load_tokenizer(model.tokenizer_path))
+        tokenizer = load_tokenizer(model.tokenizer_path)
+        check_tokenizer(c, tokenizer)
     with new_folder(
         out, command=COMMAND, sources=[str(model.place)], overwrite=overwrite, last=manifest.FILE
     ) as folder:
@@ -117,10 +119,10 @@ def export_onnx(
             )
             made = onnx_graph.to_model(graph, data.tensors)
             write_bytes(folder / name, made.SerializeToString())
-        tokenizer = _copy_tokenizer(model.tokenizer_path, folder)
-        own = [] if tokenizer["eos_token_id"] is None else [tokenizer["eos_token_id"]]
+        of_text = _copy_tokenizer(tokenizer, folder)
+        own = [] if of_text["eos_token_id"] is None else [of_text["eos_token_id"]]
         # Every token that ends a text; eos_token_id is the tokenizer's alone.
-        tokenizer["end_ids"] = list(dict.fromkeys([*own, *end_ids(model.path)]))
+        of_text["end_ids"] = list(dict.fromkeys([*own, *end_ids(model.path)]))
         shutil.copyfile(CHAT, folder / CHAT.name)
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -128,11 +130,11 @@ def export_onnx(
                 files[name] = manifest.file_entry(path)
         # Not among the listed files: a page may be changed, or left out on a device.
         page = 0
-        if web and model.tokenizer_path is not None:
-            page = write_page(folder, load_tokenizer(model.tokenizer_path))
+        if web and tokenizer is not None:
+            page = write_page(folder, tokenizer)
             # Its tokenizer is a copy of the model's, and no part of the page to change.
-            tokenizer["web_tokenizer"] = manifest.file_entry(folder / "web/tokenizer.json")
-        values = _manifest(model, grade, stored, tokenizer, files)
+            of_text["web_tokenizer"] = manifest.file_entry(folder / "web/tokenizer.json")
+        values = _manifest(model, grade, stored, of_text, files)
         written = manifest.write(folder, manifest.FORMAT, values)
     size = sum(entry["bytes"] for entry in files.values()) + written + page
     return ExportReport(locate(out, "out"), size, stored)
@@ -142,7 +144,7 @@ def _manifest(
     model: SavedModel,
     grade: Grade,
     embedding: Embedding,
-    tokenizer: dict[str, Any],
+    of_text: dict[str, Any],
     files: dict[str, Any],
 ) -> dict[str, Any]:
     c = model.config
@@ -158,7 +160,7 @@ def _manifest(
         },
         "vocab_size": c.vocab_size,
         "state_shape": [c.num_layers, 1, c.state_size],
-        **tokenizer,
+        **of_text,
         "onnxruntime": f">={manifest.ONNXRUNTIME}",
         "graph": GRAPH,
         "web_graph": WEB_GRAPH,
@@ -166,11 +168,10 @@ def _manifest(
     }
 
 
-def _copy_tokenizer(source: Path | None, folder: Path) -> dict[str, Any]:
+def _copy_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> dict[str, Any]:
     """Copies a model's tokenizer files; what the manifest says of it."""
-    if source is None:
+    if tokenizer is None:
         return {"tokenizer": None, "bos_token_id": None, "eos_token_id": None, "start_ids": []}
-    tokenizer = load_tokenizer(source)
     tokenizer.save(folder)
     name = next(
         name

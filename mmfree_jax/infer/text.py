@@ -274,19 +274,14 @@ def sample_text(
     return prompt + output.texts[0]
 
 
-class _HasConfig(Protocol):
-    @property
-    def config(self) -> ModelConfig: ...
-
-
-def check_tokenizer(model: _HasConfig, tokenizer: Any) -> None:
+def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
     """Refuses a tokenizer that makes ids which the model does not have.
 
     Raises:
       DataError: its vocabulary is larger than the model's.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}:"
-            " give the tokenizer that the model was trained with"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "give the tokenizer that the model was trained with"
         )

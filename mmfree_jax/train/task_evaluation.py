@@ -64,7 +64,7 @@ def open_tasks(config: TrainConfig, tokenizer: Tokenizer | None) -> "TaskScores 
     from mmfree_jax.evaluate.task_scores import TaskScores
 
     assert tokenizer is not None
-    check_tokenizer(LanguageModel(config.model), tokenizer)
+    check_tokenizer(config.model, tokenizer)
     return TaskScores(options.tasks, folder if folder.is_dir() else None, limit=options.tasks_limit)
 
 
