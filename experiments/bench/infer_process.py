@@ -223,7 +223,9 @@ def measure_prefill(task: dict[str, Any]) -> dict[str, Any]:
 
     def run() -> jax.Array:
         session = decode.init_session(config, batch, tokens)
-        return decode.prefill(weights, session, prompt, length, config=config).logits_BV
+        fresh = not config.recurrent  # as `infer.prefill` has it
+        session = decode.prefill(weights, session, prompt, length, config=config, fresh=fresh)
+        return session.logits_BV
 
     first_s, times = _times(run, task["repeats"])
     return {

@@ -120,7 +120,7 @@ def generate(
     keys = row_keys(*check_streams(batch, seed, streams))
     weights = params if isinstance(params, Unstacked) else as_weights(params, config)
     own = _make_room(config, prompts, session, max_new_tokens)
-    own = _read_prompts(weights, config, own, prompts)
+    own = _read_prompts(weights, config, own, prompts, fresh=session is None)
 
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length"] * batch
@@ -230,7 +230,10 @@ def _read_prompts(
     config: ModelConfig,
     session: Session,
     prompts: Sequence[Sequence[int]],
+    *,
+    fresh: bool = False,
 ) -> Session:
+    """`session`, donated, after the prompts; `fresh`: it has read nothing yet."""
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:
@@ -242,7 +245,13 @@ def _read_prompts(
             tokens[row, : len(piece)] = piece
             length[row] = len(piece)
         session = decode.prefill(
-            weights, session, jnp.asarray(tokens), jnp.asarray(length), config=config
+            weights,
+            session,
+            jnp.asarray(tokens),
+            jnp.asarray(length),
+            config=config,
+            # A program of its own, which recurrent models have no use for.
+            fresh=fresh and start == 0 and not config.recurrent,
         )
         start += size
     return session

@@ -82,6 +82,8 @@ def forward(
     tokens_BT: jax.Array,
     state: State,
     segment_ids_BT: jax.Array | None,
+    *,
+    fresh: bool = False,
 ) -> tuple[jax.Array, State]:
     """`LanguageModel.decode` of the model.
 
@@ -89,11 +91,11 @@ def forward(
       Logits after each row's last token [B, V], and the new state.
     """
     return LanguageModel(config).apply(
-        weights, tokens_BT, state, segment_ids_BT, method=LanguageModel.decode
+        weights, tokens_BT, state, segment_ids_BT, fresh=fresh, method=LanguageModel.decode
     )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="session")
+@functools.partial(jax.jit, static_argnames=("config", "fresh"), donate_argnames="session")
 def prefill(
     weights: DecodingWeights,
     session: Session,
@@ -101,6 +103,7 @@ def prefill(
     length_B: jax.Array,
     *,
     config: ModelConfig,
+    fresh: bool = False,
 ) -> Session:
     """Reads a piece of each row's prompt.
 
@@ -110,9 +113,12 @@ def prefill(
       tokens_BT: int32; what follows a row's length is padding.
       length_B: int32, tokens of the piece in each row; may be 0.
       config: static.
+      fresh: static; the session has read nothing, so that attention need not look at its cache.
     """
     held_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
-    logits_BV, state = forward(weights, config, tokens_BT, session.state, held_BT.astype(jnp.int32))
+    logits_BV, state = forward(
+        weights, config, tokens_BT, session.state, held_BT.astype(jnp.int32), fresh=fresh
+    )
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
     outside = jnp.where(held_BT, tokens_BT, config.vocab_size)
     return Session(

@@ -111,24 +111,38 @@ def _mix(
         q_BTHK = rms_norm(q_BTHK, q_norm_K, eps=c.norm_eps).astype(q_BTHK.dtype)
         k_BTGK = rms_norm(k_BTGK, k_norm_K, eps=c.norm_eps).astype(k_BTGK.dtype)
     frequency_F = rope.frequencies(c.head_channels, theta=c.rope_theta, scaling=c.rope_scaling)
-    q_BTHK = rope.rotate(q_BTHK, steps.positions_BT, frequency_F)
-    k_BTGK = rope.rotate(k_BTGK, steps.positions_BT, frequency_F)
+    fresh = steps.positions_BT is None
+    positions_BT = jnp.arange(T, dtype=jnp.int32)[None] if fresh else steps.positions_BT
+    q_BTHK = rope.rotate(q_BTHK, positions_BT, frequency_F)
+    k_BTGK = rope.rotate(k_BTGK, positions_BT, frequency_F)
     if c.ternary_qk:
         q_BTHK, k_BTGK = (_ternary_heads(x, steps.strength) for x in (q_BTHK, k_BTGK))
     new_state: dict[str, Any] = {}
-    if state is None:
+    if state is None or fresh:
         out_BTHK = functional.causal_attention(
             q_BTHK,
             k_BTGK,
             v_BTGK,
-            steps.segment_ids_BT,
+            None if fresh else steps.segment_ids_BT,  # Nothing before padding looks at it.
             partition=steps.partition((B, T, c.kv_heads)),
             implementation=c.attention_kernel,
         )
+        if state is not None:
+            new_state = state | {
+                name: functional.begin_cache(state[name], x_BTGK)
+                for name, x_BTGK in (("k", k_BTGK), ("v", v_BTGK))
+            }
     else:
         start_BT, new_state["start"] = _document_starts(steps, state["start"])
         out_BTHK, new_state["k"], new_state["v"] = functional.cached_attention(
-            q_BTHK, k_BTGK, v_BTGK, state["k"], state["v"], steps.positions_BT, start_BT
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            state["k"],
+            state["v"],
+            steps.positions_BT,
+            start_BT,
+            implementation=c.attention_kernel,
         )
     _, (out_BTD,) = ops.linears([weights.o_proj], out_BTHK.reshape(B, T, c.query_size))
     return x_BTD, out_BTD, new_state

@@ -220,12 +220,15 @@ def cached_attention(
     v_cache_BSGK: jax.Array,
     positions_BT: jax.Array,
     start_BT: jax.Array,
+    *,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention over a key-value cache, after this call's keys and values are written to it.
 
     Each row stands at positions of its own, so that prompts of different lengths share a
     batch: padding on the right is overwritten by the tokens that follow. `start_BT` is the place
-    of the first token of each one's document, before which it does not see.
+    of the first token of each one's document, before which it does not see. cuDNN, chosen as in
+    `causal_attention`, keeps no [T, S] array of a head; one token is always XLA's.
 
     Returns:
       The output [B, T, H, K] and the updated caches [B, S, H, K].
@@ -240,10 +243,18 @@ def cached_attention(
     key_places = jnp.arange(k_cache_BSGK.shape[1])[None, None, None, :]
     mask = key_places <= positions_BT[:, None, :, None]
     mask &= key_places >= start_BT[:, None, :, None]
+    by_cudnn = implementation == "cudnn" or (implementation is None and _cudnn_can(q_BTHK, None))
     out = jax.nn.dot_product_attention(
         q_BTHK,
         k_cache_BSGK.astype(q_BTHK.dtype),
         v_cache_BSGK.astype(q_BTHK.dtype),
         mask=mask,
+        implementation="cudnn" if by_cudnn and q_BTHK.shape[1] > 1 else "xla",
     )
     return out, k_cache_BSGK, v_cache_BSGK
+
+
+def begin_cache(cache_BSGK: jax.Array, x_BTGK: jax.Array) -> jax.Array:
+    """A cache of nothing yet, with keys or values at its first places, as many as it has."""
+    count = min(cache_BSGK.shape[1], x_BTGK.shape[1])
+    return cache_BSGK.at[:, :count].set(x_BTGK[:, :count].astype(cache_BSGK.dtype))

@@ -138,6 +138,8 @@ class LanguageModel(nn.Module):
         tokens_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
         state: State | None = None,
+        *,
+        fresh: bool = False,
     ) -> tuple[jax.Array, State | None]:
         """The residual stream after the last block, before the final norm.
 
@@ -145,6 +147,8 @@ class LanguageModel(nn.Module):
           tokens_BT: int token ids.
           segment_ids_BT: documents within each row, from 1; 0 is padding on the right.
           state: to go on from (see `init_state`); None: start afresh and return none.
+          fresh: the state is one that has read nothing, and each row one document, so that
+            attention need look at nothing but these tokens.
 
         Returns:
           [B, T, D] in the residual dtype, and the state after each row's last token that is
@@ -173,7 +177,13 @@ class LanguageModel(nn.Module):
             (given,) = of_layers
         x_BTD, layers = run(
             constrain_batch(self.embedding(tokens_BT)),
-            Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT, self._strength()),
+            Rows(
+                None if fresh else positions_BT,
+                segment_ids_BT,
+                reset_BT,
+                padding_BT,
+                self._strength(),
+            ),
             given,
             None if state is None else state.layers,
         )
@@ -197,17 +207,22 @@ class LanguageModel(nn.Module):
         return self.get_variable("quantizers", "strength") if given else None
 
     def decode(
-        self, tokens_BT: jax.Array, state: State, segment_ids_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        state: State,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        fresh: bool = False,
     ) -> tuple[jax.Array, State]:
         """Consumes tokens and predicts what follows each row's last one.
 
         T = 1 is one step of generation; T > 1 reads a prompt (0 in segment_ids marks padding
-        on the right of shorter ones).
+        on the right of shorter ones); `fresh` as in `hidden`.
 
         Returns:
           [B, V] float32 logits after the last token that is not padding, and the new state.
         """
-        x_BTD, new_state = self.hidden(tokens_BT, segment_ids_BT, state)
+        x_BTD, new_state = self.hidden(tokens_BT, segment_ids_BT, state, fresh=fresh)
         assert new_state is not None  # a state went in
         last_B = new_state.position_B - state.position_B - 1
         x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

@@ -79,7 +79,8 @@ class Steps(NamedTuple):
       reset_BT: True where what came before is dropped; None: nowhere.
       padding_BT: True where the state is held; None: nowhere, or nobody reads the last state.
       partition: how [B, T, D] lies on the mesh, None for any that the compiler chooses.
-      positions_BT: int32, of rotary positions.
+      positions_BT: int32, of rotary positions; None: 0, 1, ... of rows that are a document each
+        and begin here, with padding on the right.
       segment_ids_BT: int32 documents, 0 for padding; None: one document a row.
       strength: of the quantisers of activations; None: 1.
     """

@@ -19,14 +19,15 @@ class Rows(NamedTuple):
     """What every block is told about its rows.
 
     Attributes:
-      positions_BT: int32, for rotary positions.
+      positions_BT: int32, for rotary positions; None: 0, 1, ... of rows that are a document each
+        and begin here, with padding on the right.
       segment_ids_BT: int32 documents, 0 for padding; None: one document a row.
       reset_BT: True where the recurrent state is dropped.
       padding_BT: True where the recurrent state is held.
       strength: of the activations' quantisers; None: 1.
     """
 
-    positions_BT: jax.Array
+    positions_BT: jax.Array | None
     segment_ids_BT: jax.Array | None
     reset_BT: jax.Array | None
     padding_BT: jax.Array | None

@@ -54,9 +54,13 @@ def hidden(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
     state: State | None = None,
+    *,
+    fresh: bool = False,
 ) -> tuple[jax.Array, State | None]:
     """As `LanguageModel.hidden`."""
-    x_BTD, update_BTD, after = _layers(packed, config, tokens_BT, state, segment_ids_BT)
+    x_BTD, update_BTD, after = _layers(
+        packed, config, tokens_BT, state, segment_ids_BT, fresh=fresh
+    )
     return x_BTD + update_BTD.astype(x_BTD.dtype), after
 
 
@@ -74,6 +78,7 @@ def decode(
     state: State,
     segment_ids_BT: jax.Array | None = None,
     *,
+    fresh: bool = False,
     kernels: bool | None = None,
     unroll: int | None = None,
     interpret: bool = False,
@@ -86,6 +91,7 @@ def decode(
       tokens_BT: int32.
       state: to go on from.
       segment_ids_BT: 0 marks padding on the right; None: there is none.
+      fresh: as in `LanguageModel.hidden`.
       kernels: compute the linear layers by the GPU kernels; None: on a GPU, or all in the decode
         op where it serves the call.
       unroll: periods of layers in one round of the loop over them; None: all with the kernels, so
@@ -100,7 +106,7 @@ def decode(
         return decode_token(packed, config, tokens_BT[:, 0], state, held_B)
     how: Any = {"kernels": kernels, "interpret": interpret}
     x_BTD, update_BTD, after = _layers(
-        packed, config, tokens_BT, state, segment_ids_BT, unroll=unroll, **how
+        packed, config, tokens_BT, state, segment_ids_BT, fresh=fresh, unroll=unroll, **how
     )
     assert after is not None  # a state went in
     last_B11 = (after.position_B - state.position_B - 1)[:, None, None]
@@ -115,6 +121,7 @@ def _layers(
     state: State | None,
     segment_ids_BT: jax.Array | None,
     *,
+    fresh: bool = False,
     kernels: bool | None = None,
     unroll: int | None = None,
     interpret: bool = False,
@@ -128,7 +135,7 @@ def _layers(
         length_B = jnp.sum(~padding_BT, axis=1, dtype=jnp.int32)
     kernels = _by_kernels(packed, kernels)
     start_B = jnp.zeros((B,), jnp.int32) if state is None else state.position_B
-    positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+    positions_BT = None if fresh else start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     steps = layer.Steps(reset_BT, padding_BT, whole, positions_BT, segment_ids_BT)
     recur = recurrence(config, steps)
 

@@ -212,6 +212,43 @@ def test_repetition_penalty_counts_prompt_and_answer(config):
     assert set(np.flatnonzero(seen[0])) == {1, 2, 3, *out.tokens[0]}
 
 
+@pytest.mark.parametrize("pattern", ["attention", "mlgru,attention"])
+def test_rows_that_begin_need_no_cache(pattern):
+    """Read as what has no past, and as what goes on from a session of nothing."""
+    config = dataclasses.replace(ATTENTION, mixer=pattern)
+    _, params = build(config)
+    weights = as_weights(params, config)
+    # 32 tokens of padding in all, for a cache of 24 places.
+    tokens = np.zeros((3, 32), np.int32)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, : len(prompt)] = prompt
+    lengths = [len(prompt) for prompt in PROMPTS]
+    fresh, other = (
+        decode.prefill(
+            weights,
+            decode.init_session(config, 3, 24),
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            config=config,
+            fresh=fresh,
+        )
+        for fresh in (True, False)
+    )
+    np.testing.assert_allclose(fresh.logits_BV, other.logits_BV, atol=1e-5)
+    # What follows looks at the places that hold a prompt, and overwrites the others.
+    after = [
+        decode.prefill(
+            weights, session, jnp.asarray([[4, 8]] * 3), jnp.asarray([2] * 3), config=config
+        )
+        for session in (fresh, other)
+    ]
+    np.testing.assert_allclose(after[0].logits_BV, after[1].logits_BV, atol=1e-5)
+    for row, prompt in enumerate(PROMPTS):
+        whole = np.asarray([[*prompt, 4, 8]])
+        logits = full_forward(config)(whole, np.ones_like(whole))[0, -1]
+        np.testing.assert_allclose(after[0].logits_BV[row], logits, atol=1e-4)
+
+
 def test_seen_tokens_are_kept_without_a_penalty_too():
     model, params = build(BASE)
     out = api.generate(model, params, [[1, 2]], max_new_tokens=10, seed=3, **DRAW)

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.model import functional
-from mmfree_jax.model.functional import causal_attention
+from mmfree_jax.model.functional import cached_attention, causal_attention
 
 ROWS_AND_HEADS = P(("data", "fsdp"), None, "tensor")
 
@@ -87,6 +87,26 @@ def test_cudnn_takes_forward_and_backward(monkeypatch, documents):
     assert text.count(f"@{name}Backward(") == 1
     assert "CAUSAL" in text
     assert "dot_general" not in text  # nothing is left to XLA
+
+
+def test_cudnn_reads_a_prompt_over_a_cache_and_xla_one_token(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    cache = jnp.zeros((2, 256, 2, 64), jnp.bfloat16)
+
+    def lowered(T):
+        q, k, v, _ = operands(B=2, T=T, H=4, G=2, K=64, dtype=jnp.bfloat16)
+        positions = jnp.arange(T)[None] + jnp.asarray([[0], [7]])
+        return lower_for_cuda(
+            lambda *given: cached_attention(
+                *given, positions, jnp.zeros_like(positions), implementation="cudnn"
+            ),
+            q, k, v, cache, cache,
+        )  # fmt: skip
+
+    prompt, token = lowered(64), lowered(1)
+    assert prompt.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
+    assert "dot_general" not in prompt
+    assert "__cudnn" not in token
 
 
 def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(monkeypatch):
