@@ -48,17 +48,69 @@ def test_batch_1(records, compare):
     compare("docs/inference.md", lines)
 
 
-def test_batch_1_beside_transformers(records, compare):
-    memory, speed = (
-        {s: value(records, s, "transformer-bf16") / value(records, s, "packed") for s in SIZES}
-        for value in (peak, decode)
-    )
-    assert max(memory.values()) == memory["13B"]
-    lines = [
-        f"takes {memory['370M']:.1f} (370M) to {memory['13B']:.1f} times (13B) less memory",
-        f"and {min(speed.values()):.1f} to {max(speed.values()):.1f} times less time a token",
-        _rate_of_the_largest(records),
+def test_the_dense_forms_rate_of_then(records, compare):
+    compare("docs/inference.md", [_rate_of_the_largest(records)])
+
+
+def test_batch_1_since_the_dense_forms_were_mended(records, compare):
+    name, lines = "h200/infer.json", []
+    ratios = {"memory": [], "speed": []}
+    for size in ("370M", "1.3B", "2.7B", "13B"):
+        rows = [records.row(name, work="decode", size=size, form=form, batch=1) for form in FORMS]
+        ms = [row["ms_per_token"]["median"] for row in rows]
+        packed, plus = rows[0], rows[2]
+        rate = plus["weights_gb"] / ms[2]
+        lines.append(
+            f"| {size} | {packed['peak_gb']:.2f} | {plus['peak_gb']:.2f} | "
+            f"{' | '.join(f'{x:.3f}' for x in ms)} | {rate:.2f} |"
+        )
+        ratios["memory"].append(plus["peak_gb"] / packed["peak_gb"])
+        ratios["speed"].append(ms[2] / ms[0])
+    memory, speed = ratios["memory"], ratios["speed"]
+    assert max(memory) == memory[-1]
+    prompts = [
+        [
+            records.row(name, work="prefill", size=size, form=form)["ms"]
+            for size in ("370M", "1.3B", "2.7B")
+        ]
+        for form in ("packed", "transformer-bf16")
     ]
+    ours, theirs = (" {:.1f}, {:.1f} and {:.1f}".format(*(x["median"] for x in p)) for p in prompts)
+    few = [
+        row["ms_per_token"]["median"] for row in records[name]["rows"] if row["size"] == "1.3B"
+        and (row["work"], row["form"]) == ("decode", "packed")
+    ]  # fmt: skip
+    lines += [
+        f"takes {memory[0]:.1f} (370M) to {memory[-1]:.1f} times (13B) less memory and "
+        f"{min(speed):.1f} to {max(speed):.1f} times less time a token",
+        f"took{ours} ms packed",
+        "spread to {:.0f}, {:.0f} and {:.0f})".format(*(x["max"] for x in prompts[0])),
+        f"and{theirs} for Transformer++",
+        "1.3B as it is chosen now: {:.3f}, {:.3f}, {:.3f} and {:.3f} ms".format(*few[1:]),
+        records[name]["commands"][0],
+    ]
+    compare("docs/inference.md", lines)
+
+
+def test_the_papers_lengths(records, compare):
+    def cell(work, tokens, form):
+        for row in records["h200/paper.json"]["rows"]:
+            length = row["context" if work == "generate" else "tokens"] if (
+                row["work"] == {"generate": "decode", "read": "prefill"}[work]
+            ) else None  # fmt: skip
+            if (length, row["form"]) == (tokens, form):
+                rate = row.get("tokens_per_s") or 1e3 * tokens / row["ms"]["median"]
+                return f"{rate:,.0f}, {row['energy']['mj_per_token']:,.1f} mJ", row["peak_gb"]
+        return "-", None
+
+    lines = []
+    for work in ("generate", "read"):
+        for tokens in (500, 1000, 4000, 8000, 16000):
+            cells = [
+                cell(work, tokens, form)[0] for form in ("packed", "transformer-bf16", "hf-llama")
+            ]
+            lines.append(f"| {work} | {tokens:,} | {' | '.join(cells)} |")
+    lines.append(f"({cell('read', 16000, 'transformer-bf16')[1]:.1f} GB at 16,000)")
     compare("docs/inference.md", lines)
 
 
@@ -173,7 +225,11 @@ def test_before_and_after(records, compare):
         row = records.row("h100/before_after.json", task=task)
         return [f"{statistics.median(row[when]):.3f}" for when in ("before_ms", "after_ms")]
 
-    lines = []
+    again = [
+        f"{statistics.median(row['ms_per_token']):.3f}"
+        for row in records["h200/decode_before_after.json"]["rows"]
+    ]
+    lines = ["{} ms before the rooms moved, {} now".format(*again)]
     for rows, place in ((1, "370M"), (1, "1.3B"), (1, "2.7B")):
         before, after = medians(f"decode-{place}-{rows}")
         ms = " ms" if place == "370M" else ""

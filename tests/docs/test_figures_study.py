@@ -113,6 +113,21 @@ def test_gap(records, compare):
     compare(DOCUMENT, lines)
 
 
+def test_two_longer_runs(records, compare):
+    ours, twin = records["h200/trained_61M.json"]["runs"]
+    lines, ends = [], []
+    for label, run in (("MatMul-free", ours), ("Transformer++", twin)):
+        losses = {point["step"]: point["loss"] for point in run["held_out"]}
+        cells = [f"{losses[step]:.3f}" for step in (2000, 10_000, 20_000, 34_000, 43_000)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+        ends.append(losses[43_000])
+    lines.append(f"The gap is {ends[0] - ends[1]:.3f} nats")
+    assert ours["summary"]["tokens"] == 43_000 * 16_384
+    lines.append(f"{ours['summary']['tokens'] / 1e6:.0f}M tokens or 11.5 a parameter")
+    assert round(ours["summary"]["tokens"] / 61.1e6, 1) == 11.5
+    compare("docs/scaling-study.md", lines)
+
+
 def test_ablations(table, losses, compare):
     ours = losses["matmulfree", "7M", 12]
     best = {row["family"]: float(row["loss"]) for row in table("ablation-best.csv")}

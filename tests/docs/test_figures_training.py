@@ -299,6 +299,22 @@ def test_small_models(records, compare):
     compare("docs/kernels.md", lines)
 
 
+def test_small_models_on_an_h200(records, compare):
+    record = records["h200/small_models.json"]
+    small, large = (found["measurement"] for found in record["records"])
+    kernels = record["records"][1]["kernels"]
+    norms = sum(k["ms"] for name, k in kernels.items() if name.startswith("norm_"))
+    lines = [
+        f"took {small['step_ms']:.1f} and {large['step_ms']:.1f} ms unrolled, "
+        f"{small['tokens_per_s'] / 1e3:,.0f}k and {large['tokens_per_s'] / 1e3:,.0f}k tokens/s",
+        f"of {record['records'][1]['device_ms']:.1f} ms that rung-61M's kernels took under the "
+        f"profiler, the norms took {norms:.1f}, XLA's Triton products "
+        f"{kernels['gemm_fusion_dot']['ms']:.1f}.",
+    ]
+    passed = records.text("h200/on_gpu.txt").count("\npassed tests/on_gpu/")
+    compare("docs/kernels.md", [*lines, f"and all {passed} on an H200"])
+
+
 def test_cuts_of_the_recurrence(records, compare):
     found = {
         (row["unroll"], row["channels"], row["stages"]): sorted(row["device_ms"])[1]

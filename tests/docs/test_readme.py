@@ -35,11 +35,11 @@ def readme():
 def decoding(records):
     """Rows of a token at batch 1."""
     for size, start in (
-        ("370M", "370M, a token at batch 1, NVIDIA H100"),
+        ("370M", "370M, a token at batch 1, NVIDIA H200"),
         ("13B", "13B, likewise"),
     ):
         ours, plus = (
-            records.row("h100/infer.json", work="decode", size=size, form=form, batch=1)
+            records.row("h200/infer.json", work="decode", size=size, form=form, batch=1)
             for form in ("packed", "transformer-bf16")
         )
         notes = (" (packed, 2 bits)", " (bfloat16)") if size == "370M" else ("", "")
@@ -47,7 +47,7 @@ def decoding(records):
             f"{row['ms_per_token']['median']:.{digits}f} ms, {row['peak_gb']:.2f} GB{note}"
             for row, digits, note in zip((ours, plus), (3, 2), notes, strict=True)
         ]
-        command = next(c for c in records["h100/infer.json"]["commands"] if size in c)
+        command = next(c for c in records["h200/infer.json"]["commands"] if size in c)
         assert all(form in command for form in ("packed", "transformer-bf16"))  # one run
         yield f"| {start} | {' | '.join(cells)} |"
 
@@ -104,6 +104,12 @@ def study(records):
             cells.append(f"{float(run['loss']):.3f} nats")
             ratio[size] = float(run["tokens"]) / float(run["params_non_embedding"])
         yield f"| held-out loss, {size} parameters, 24M tokens | {' | '.join(cells)} |"
+    longer = records["h200/trained_61M.json"]["runs"]
+    ends = [run["summary"] for run in longer]
+    assert [run["run"] for run in longer] == ["61M", "61M-transformer"]
+    assert {end["tokens"] for end in ends} == {704_512_000}
+    cells = " | ".join(f"{end['eval_loss']:.3f} nats" for end in ends)
+    yield f"| held-out loss, 61M parameters, 705M tokens of other text | {cells} |"
     late = [read_runs([table], where=[f"family = {family}"]) for family in FAMILIES]
     both = trend(pair(*(frame.take(frame.tokens >= 1e7) for frame in late))).per_both
     assert both > 0
