@@ -42,6 +42,11 @@ def kernel(
 ) -> Callable[..., Any]:
     """`plgpu.kernel` of one warpgroup a program, which sets its barriers itself.
 
+    Lowering one takes tenths of a second to seconds. Functions that make kernels are therefore
+    jitted: JAX then traces and lowers a kernel once for all calls of the same shapes and options,
+    and writes it into the program once, where every layer would have a copy. XLA puts it back
+    into each place before it does anything else.
+
     Raises:
       MosaicError: the first device is a GPU that is no Hopper.
     """

@@ -1,5 +1,6 @@
 """The parameter tree by path: names joined by slashes, as files and messages have them."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -21,9 +22,18 @@ def param_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.lru_cache(maxsize=32)  # a run asks several times, and tracing a model takes a second
 def _shapes(config: ModelConfig, mixers: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     del mixers  # a user's module that was loaded anew has others under the same names
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
-    return flatten(tree["params"])
+    return flatten(jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)))
+
+
+def init_params(config: ModelConfig, rng: jax.Array) -> dict[str, Any]:
+    """The parameters that a model begins with. Pure: jit or eval_shape it.
+
+    Neither shapes nor values depend on how the model is computed, of which this takes what starts
+    soonest: layers in a loop, as they take many times as long to compile one by one; and products
+    of floats, since each size of an int8 product that is new to a GPU is tried out there.
+    """
+    how = dataclasses.replace(config, scan_layers=True, matmul_kernel="xla_bf16")
+    return dict(LanguageModel(how).init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def param_count(config: ModelConfig) -> int:

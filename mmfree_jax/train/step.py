@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.model import LanguageModel, Master, Ternary, training_weights
-from mmfree_jax.model.parameters import param_shapes, unflatten
+from mmfree_jax.model.parameters import init_params, param_shapes, unflatten
 from mmfree_jax.model.training_forms import config_of_form, weights_of_form
 from mmfree_jax.model.weights import Blended, is_ternary
 from mmfree_jax.model_config import ModelConfig
@@ -46,8 +46,7 @@ class TrainState:
 
 def init_state(config: TrainConfig, optimizer: Optimizer, rng: jax.Array) -> TrainState:
     """The state before the first step. Pure: jit or eval_shape it."""
-    params = dict(LanguageModel(config.model).init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
-    return _first_state(optimizer, params)
+    return _first_state(optimizer, init_params(config.model, rng))
 
 
 def _first_state(optimizer: Optimizer, params: dict[str, Any]) -> TrainState:

@@ -3,7 +3,8 @@
 s8 wgmma wants the axis that is summed over to be the contiguous one, in both operands. So for dX
 the gradient is rounded as it lies and the trits are turned; for dW the gradient is rounded into
 its transpose and the quantised inputs are turned. All three kernels are bound by memory: they
-read the gradient twice and write it twice in 8 bits. The numbers are `int8_backward.py`'s.
+read the gradient twice and write it twice in 8 bits. The numbers are `int8_backward.py`'s. Why the
+functions are jitted, `mosaic.kernel` says.
 """
 
 import functools
@@ -28,6 +29,7 @@ def _rows_plan(n: int) -> tuple[int, int]:
     return (8 if n <= 8192 else 16), 132 * pl.cdiv(8192, n)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def quantize_rows(
     d: jax.Array, x_scale: jax.Array | None, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -93,6 +95,7 @@ def _scale(largest: jax.Array) -> jax.Array:
     return jnp.where(largest < jnp.inf, at_least(largest, TINY) / LARGEST, jnp.nan)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def quantize_columns(
     d: jax.Array, x_scale: jax.Array, largest: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -131,6 +134,7 @@ def _columns_kernel(d_ref: Ref, x_scale_ref: Ref, inverse_ref: Ref, q_ref: Ref) 
     q_ref[...] = rounded(folded * inverse_ref[...][None, :]).astype(jnp.int8).T
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def transpose(a: jax.Array, *, interpret: bool = False) -> jax.Array:
     """[M, K] int8 to [K, M]; M and K are multiples of 64 and 128.
 

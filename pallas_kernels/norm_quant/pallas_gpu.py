@@ -56,6 +56,7 @@ def _fits(rows: int, k: int, row_bytes: int, vectors: int) -> bool:
     return mosaic.fits(rows * row_bytes + 4 * k * vectors + _SCALAR_BYTES)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "outer_eps", "gated", "plan", "interpret"))
 def norm_quant(
     x: jax.Array,
     weights: tuple[jax.Array | None, ...],
@@ -95,6 +96,7 @@ def norm_quant(
     return outputs.get("sum", x), qs, tuple(scalars[f"scale{j}"] for j in range(count)), stats
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "input_dtype", "plan", "interpret"))
 def norm_backward(
     x: jax.Array,
     weights: tuple[jax.Array | None, ...],

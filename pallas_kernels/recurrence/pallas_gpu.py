@@ -29,6 +29,7 @@ MLGRU_BACKWARD_MANY = Config(unroll=8, stages=2)
 TAKES_HELD = True
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def forward(
     *args: Any, config: Config = FORWARD, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -36,6 +37,7 @@ def forward(
     return steps.forward(_bind(config, interpret), *args)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def backward(
     *args: Any, config: Config = BACKWARD, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -43,6 +45,7 @@ def backward(
     return steps.backward(_bind(config, interpret), *args)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def mlgru_forward(
     i_BTD: jax.Array,
     *args: Any,
@@ -56,6 +59,7 @@ def mlgru_forward(
     return steps.mlgru_forward(_bind(config, interpret), i_BTD, *args, **held)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def mlgru_backward(
     i_BTD: jax.Array, *args: Any, config: Config | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:

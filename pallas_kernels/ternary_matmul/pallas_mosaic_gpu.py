@@ -55,6 +55,8 @@ class Config:
         )
 
 
+# By itself in the program: see `mosaic.kernel`.
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config", "multiprocessors", "gated"))
 def ternary_matmul(
     x_q: jax.Array,
     x_scale: jax.Array,

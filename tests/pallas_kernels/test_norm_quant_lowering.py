@@ -93,3 +93,36 @@ def test_training_a_layer(implementation, form):
         ((256, 256), jnp.float32),
     )
     assert kernels(text, implementation)
+
+
+@pytest.mark.parametrize("backward", ["bf16", "int8"])
+def test_layers_of_one_shape_share_their_kernels(backward):
+    """Written once each, not once a layer: they are most of a program's text, and of its start."""
+
+    def gradient(layers, x, bs, ws, implementation):
+        def loss(x, bs, ws):
+            for b, w in [*zip(bs, ws, strict=True)][:layers]:
+                trits, scale = ternarize(jax.lax.stop_gradient(w))
+                (y,) = bitlinear_many(
+                    x, (b,), (w,), (trits,), (scale,), eps=1e-6, implementation=implementation,
+                    backward=backward,
+                )  # fmt: skip
+                x = x + y
+            return jnp.sum(x.astype(jnp.float32))
+
+        return jax.value_and_grad(loss, (0, 1, 2))(x, bs, ws)
+
+    def written(layers):
+        text = lower(
+            functools.partial(gradient, layers),
+            "pallas_mosaic_gpu",
+            ((1024, 1024), jnp.bfloat16),
+            ((4, 1024), jnp.float32),
+            ((4, 1024, 1024), jnp.float32),
+        )
+        return text.count("@mosaic_gpu_v2("), text.count("xla.gpu.triton(")
+
+    mosaic, triton = written(2)  # with one alone no gradient goes on to another
+    assert written(4) == (mosaic, triton)
+    assert mosaic
+    assert (triton > 0) == (backward == "int8")

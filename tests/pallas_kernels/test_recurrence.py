@@ -231,3 +231,20 @@ def test_an_explicit_kernel_fails_loudly_where_it_cannot_run():
     f = jnp.ones((1, 4, 32))
     with pytest.raises(Exception, match=r"(?i)interpret|cpu|platform"):
         linear_recurrence(f, f, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_layers_of_one_shape_share_their_kernels(bounded):
+    x, h = jnp.ones((2, 64, 32)), jnp.zeros((2, 32))
+    bound = jnp.zeros(32) if bounded else None
+    walks = (
+        lambda: pallas_gpu.forward(x, x, None, None),
+        lambda: pallas_gpu.backward(x, x, None, None, x, h),
+        lambda: pallas_gpu.mlgru_forward(x, x, bound, None, None),
+        lambda: pallas_gpu.mlgru_backward(x, x, bound, x, None, None, x, h),
+    )
+    for walk in walks:
+        jaxpr = jax.make_jaxpr(lambda walk=walk: [walk() for _ in range(3)])()
+        inner = [eqn.params["jaxpr"] for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
+        assert len(inner) == 3
+        assert len({id(each) for each in inner}) == 1

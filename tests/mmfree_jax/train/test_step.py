@@ -1,6 +1,7 @@
 """The training step: one device, many devices, micro-batches, non-finite values."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -12,7 +13,8 @@ import pytest
 from mmfree_jax.config import MeshConfig, OptimizerConfig, TrainConfig, replace_model
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel, Master
-from mmfree_jax.model.parameters import flatten, param_shapes
+from mmfree_jax.model.parameters import flatten, init_params, param_shapes
+from mmfree_jax.pallas_kernels import integer_products
 from mmfree_jax.parallel.sharding import check_divisible, make_mesh, param_spec
 from mmfree_jax.presets import preset
 from mmfree_jax.train.loss import loss_sums
@@ -237,6 +239,32 @@ def test_remat_and_unrolled_layers_change_nothing(one_step):
     ):
         _, metrics = _run(replace_model(config, **changes), batch, state)
         np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scan_layers": False, "remat": "states"},
+        {"scan_layers": False, "mixer": "mlgru,attention", "num_layers": 4},
+        {"bitlinear": "textbook", "matmul_kernel": "xla_f32"},
+    ],
+)
+@pytest.mark.parametrize("name", ["tiny", "tiny-transformer"])
+def test_a_seed_gives_the_parameters_of_the_model_as_it_is_computed(name, changes):
+    model, key = replace_model(_config(name), **changes).model, jax.random.key(3)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    expected = jax.jit(LanguageModel(model).init)(key, tokens)["params"]
+    found = jax.jit(functools.partial(init_params, model))(key)
+    jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
+
+
+def test_parameters_are_made_without_a_trial_of_products(monkeypatch):
+    model = replace_model(_config(), hidden_size=96).model  # whose products nothing has asked for
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(integer_products, "_wrong_sums", lambda *shape: pytest.fail(str(shape)))
+    made = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    assert made["embedding"]["weight"].shape == (model.vocab_size, 96)
 
 
 def test_each_remat_policy_recomputes_less_than_the_one_before():
