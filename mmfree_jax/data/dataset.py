@@ -15,15 +15,18 @@ target exactly once.
 Nothing here imports JAX.
 """
 
+import bisect
 import hashlib
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmfree_jax.data.dataset_index import DatasetIndex, load_index
 from mmfree_jax.data.shards import (
+    DOCUMENT_DTYPE,
     BucketShards,
     OpenShard,
     open_files,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 TRAIN, HELDOUT = "train", "heldout"
 
 Row = dict[str, np.ndarray]
+PADDING = {"tokens": 0, "targets": -1, "segment_ids": 0}
+"""What a place of a row holds behind the last token."""
 
 
 class TokenDataset:
@@ -73,8 +78,8 @@ class TokenDataset:
             self.open_shard = BucketShards(self.path, self.shards, index.token_dtype, cache)
         else:
             self.open_shard = open_files(self.path, self.shards, index.token_dtype)
-        self._token_starts = np.cumsum([0] + [s.tokens for s in self.shards])
-        self._document_starts = np.cumsum([0] + [s.documents for s in self.shards])
+        self._token_starts = [0, *itertools.accumulate(s.tokens for s in self.shards)]
+        self._document_starts = [0, *itertools.accumulate(s.documents for s in self.shards)]
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +119,7 @@ class TokenDataset:
         """Tokens `start` ... `stop` - 1 of the stream, int32 [stop - start]."""
         parts = []
         for k in range(*self._shard_range(start, stop)):
-            offset = int(self._token_starts[k])
+            offset = self._token_starts[k]
             with self.open_shard(k) as shard:
                 part = shard.tokens[max(0, start - offset) : stop - offset]
                 parts.append(part.astype(np.int32))
@@ -124,8 +129,8 @@ class TokenDataset:
         """Tokens of document `i`, with its BOS and EOS, int32."""
         if not 0 <= i < self.num_documents:
             raise IndexError(f"document {i} of {self.num_documents}")
-        shard = int(np.searchsorted(self._document_starts, i, side="right")) - 1
-        i -= int(self._document_starts[shard])
+        shard = bisect.bisect_right(self._document_starts, i) - 1
+        i -= self._document_starts[shard]
         with self.open_shard(shard) as found:
             start = int(found.ends[i - 1]) if i else 0
             return found.tokens[start : int(found.ends[i])].astype(np.int32)
@@ -134,11 +139,14 @@ class TokenDataset:
         """Positions p with `start` < p < `stop` at which a document begins, int64, sorted."""
         found = []
         for k in range(*self._shard_range(start, stop)):
-            offset = int(self._token_starts[k])
+            offset = self._token_starts[k]
+            # In the ends' own type: for another, numpy converts every end of the shard first.
+            bounds = np.array([max(0, start - offset) + 1, max(0, stop - offset)], DOCUMENT_DTYPE)
             with self.open_shard(k) as shard:
-                low = int(np.searchsorted(shard.ends, max(0, start - offset), side="right"))
-                high = int(np.searchsorted(shard.ends, max(0, stop - offset), side="left"))
+                low, high = shard.ends.searchsorted(bounds)
                 found.append(shard.ends[low:high].astype(np.int64) + offset)
+        if len(found) == 1:
+            return found[0]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def row(self, r: int, seq_len: int) -> Row:
@@ -151,54 +159,82 @@ class TokenDataset:
         Raises:
           DataError: a token id is beyond the vocabulary, so the shard is damaged.
         """
-        if not 0 <= r < self.num_rows(seq_len, partial=True):
-            raise IndexError(f"row {r} of {self.num_rows(seq_len, partial=True)}")
+        return {name: array[0] for name, array in read_rows([(self, r)], seq_len).items()}
+
+    def span(self, r: int, seq_len: int) -> tuple[int, int]:
+        """Position of the first token of row `r`, and one past that of its last target."""
         start = r * seq_len
         stop = min(start + seq_len + 1, self.num_tokens)
-        length = stop - start - 1
-        tokens = self.tokens(start, stop)
-        if int(tokens.max()) >= self.vocab_size:
-            at = start + int(tokens.argmax())
-            raise DataError(
-                f"{self.path} ({self.split}): token id {int(tokens.max())} at position {at} is "
-                f"beyond the vocabulary of {self.vocab_size}: a shard is damaged; check it with "
-                f"`mmfree data inspect {self.path} --verify`"
-            )
-        begins = self.document_ends(start, stop) - start
-        targets = tokens[1:].copy()
-        targets[begins - 1] = -1
-        segments = 1 + np.searchsorted(begins, np.arange(length), side="right")
-        row = {
-            "tokens": tokens[:-1],
-            "targets": targets,
-            "segment_ids": segments.astype(np.int32),
-        }
-        return row if length == seq_len else pad_row(row, seq_len)
+        if not (r >= 0 and stop - start > 1):
+            raise IndexError(f"row {r} of {self.num_rows(seq_len, partial=True)}")
+        return start, stop
 
     def shards_of_row(self, r: int, seq_len: int) -> range:
         """Numbers of the shards that hold tokens of row `r`."""
-        start = r * seq_len
-        return range(*self._shard_range(start, min(start + seq_len + 1, self.num_tokens)))
+        return range(*self._shard_range(*self.span(r, seq_len)))
 
     def predicted_in_row(self, r: int, seq_len: int) -> int:
         """Number of targets in row `r`."""
-        start = r * seq_len
-        stop = min(start + seq_len + 1, self.num_tokens)
+        start, stop = self.span(r, seq_len)
         return stop - start - 1 - len(self.document_ends(start, stop))
 
     def _shard_range(self, start: int, stop: int) -> tuple[int, int]:
         """First and one past the last shard that hold any of tokens `start` ... `stop` - 1."""
-        first = int(np.searchsorted(self._token_starts, start, side="right")) - 1
-        return first, int(np.searchsorted(self._token_starts, stop, side="left"))
+        first = bisect.bisect_right(self._token_starts, start) - 1
+        return first, bisect.bisect_left(self._token_starts, stop)
 
 
-def pad_row(row: Row, seq_len: int) -> Row:
-    """`row` lengthened to `seq_len` with padding (token 0, target -1, segment 0)."""
-    fill = {"tokens": 0, "targets": -1, "segment_ids": 0}
-    return {
-        k: np.pad(v, (0, seq_len - len(v)), constant_values=fill[k]).astype(np.int32)
-        for k, v in row.items()
+def read_rows(picks: Sequence[tuple[TokenDataset, int] | None], seq_len: int) -> Row:
+    """Rows of prepared data sets as a batch; None is a row of padding.
+
+    The arrays of a batch are made at once: made row by row, they took longer than the steps of
+    the smallest models.
+
+    Returns:
+      tokens, targets, segment_ids: int32 [len(picks), seq_len]. A split's last row may be shorter:
+      the rest is padding (token 0, target -1, segment 0).
+
+    Raises:
+      DataError: a token id is beyond the vocabulary, so the shard is damaged.
+    """
+    tokens = np.zeros((len(picks), seq_len + 1), np.int32)
+    begins = np.zeros((len(picks), seq_len + 1), np.bool_)  # where a document does, or the row
+    begins[:, 0] = True
+    lengths = []
+    for i, pick in enumerate(picks):
+        if pick is None:
+            lengths.append(0)
+            continue
+        dataset, r = pick
+        start, stop = dataset.span(r, seq_len)
+        tokens[i, : stop - start] = dataset.tokens(start, stop)
+        begins[i, dataset.document_ends(start, stop) - start] = True
+        lengths.append(stop - start - 1)
+    for pick, largest in zip(picks, tokens.max(axis=1).tolist(), strict=True):
+        if pick is not None and largest >= pick[0].vocab_size:
+            raise _beyond_vocabulary(*pick, seq_len)
+    targets = tokens[:, 1:].copy()
+    targets[begins[:, 1:]] = PADDING["targets"]
+    batch = {
+        "tokens": tokens[:, :-1].copy(),
+        "targets": targets,
+        "segment_ids": np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
     }
+    for i, length in enumerate(lengths):
+        if length < seq_len:
+            for name, fill in PADDING.items():
+                batch[name][i, length:] = fill
+    return batch
+
+
+def _beyond_vocabulary(dataset: TokenDataset, r: int, seq_len: int) -> DataError:
+    start, stop = dataset.span(r, seq_len)
+    tokens = dataset.tokens(start, stop)
+    return DataError(
+        f"{dataset.path} ({dataset.split}): token id {int(tokens.max())} at position "
+        f"{start + int(tokens.argmax())} is beyond the vocabulary of {dataset.vocab_size}: a shard "
+        f"is damaged; check it with `mmfree data inspect {dataset.path} --verify`"
+    )
 
 
 def open_dataset(

@@ -7,25 +7,30 @@ processes sees the same global batch, and a run resumes by asking for the row th
 A batch is `{"tokens", "targets", "segment_ids"}`, int32 [rows, T]: see ARCHITECTURE.md.
 """
 
+import bisect
 import dataclasses
 import itertools
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
+import grain.experimental
 import numpy as np
 
 from mmfree_jax.config import DataConfig
+from mmfree_jax.data.ahead import Ahead
 from mmfree_jax.data.dataset import (
     HELDOUT,
+    PADDING,
     TRAIN,
     Row,
+    TokenDataset,
     check_compatible,
-    pad_row,
+    read_rows,
 )
 from mmfree_jax.data.fetch_ahead import fetch_ahead
 from mmfree_jax.data.row_source import RowSource, has_split, open_rows
@@ -61,7 +66,8 @@ def make_train_iterator(
     padded: int | None = None,
     rows: Sequence[int] | None = None,
     start_row: int = 0,
-) -> grain.DatasetIterator[Batch]:
+    place: Callable[[Batch], Any] | None = None,
+) -> Ahead[Any]:
     """Batches of training rows without end, from row `start_row` of the shuffled order on.
 
     Every epoch has a permutation of its own. Without `config.weights` the folders are
@@ -74,10 +80,12 @@ def make_train_iterator(
       padded: rows with those of padding behind them; None: there are none.
       rows: which of them to read and return; None: all.
       start_row: number of the first batch's first row.
+      place: what is done with each batch ahead, in order and in the prefetching thread, as putting
+        it on devices; None: nothing.
 
     Returns:
-      An iterator over dicts of int32 [len(rows), seq_len]; `close()` stops its prefetching
-      threads.
+      An iterator over dicts of int32 [len(rows), seq_len], or over what `place` makes of them;
+      `config.prefetch` are made ahead by a thread, which `close()` ends.
 
     Raises:
       ConfigError: a row lies outside the batch.
@@ -99,28 +107,26 @@ def make_train_iterator(
     """
     mine = _check_rows(max(batch_size, padded or 0), rows)
     datasets = open_mixture(config)
-    shuffled = _shuffled_rows(datasets, config)
-    _ = shuffled[0]  # grain sets up its statistics on first use, which is not thread-safe
-    padding = _padding(config.seq_len)
+    order = _row_order(datasets, config)
+    order(0)  # grain sets up its statistics on first use, which is not thread-safe
 
-    def batch_at(i: int) -> Batch:
-        first = start_row + i * batch_size
-        picks: list[Any] = [shuffled[first + j] for j in mine if j < batch_size]
-        found = [datasets[k].row(r, config.seq_len) for k, r in picks]
-        return stack_rows(found + [padding] * (len(mine) - len(found)))
+    def picks(first: int) -> list[tuple[RowSource, int] | None]:
+        found = [order(first + j) if j < batch_size else None for j in mine]
+        return [pick and (datasets[pick[0]], pick[1]) for pick in found]
 
-    def in_order() -> Iterator[Any]:
+    def in_order() -> Iterator[tuple[int, int]]:
         for first in itertools.count(start_row, batch_size):
-            yield from (shuffled[first + j] for j in mine)
+            yield from (order(first + j) for j in mine)
+
+    def batches() -> Iterator[Any]:
+        for first in itertools.count(start_row, batch_size):
+            batch = _read(picks(first), config.seq_len)
+            yield batch if place is None else place(batch)
 
     stop = fetch_ahead(datasets, in_order(), config.seq_len)
-    steps = grain.MapDataset.range((sys.maxsize - start_row) // batch_size - 1).map(batch_at)
-    options = grain.ReadOptions(
-        num_threads=min(2, config.prefetch), prefetch_buffer_size=config.prefetch
-    )
-    batches = iter(steps.to_iter_dataset(options))
-    weakref.finalize(batches, stop.set)
-    return batches
+    ahead = Ahead(batches(), config.prefetch)
+    weakref.finalize(ahead, stop.set)
+    return ahead
 
 
 def check_length(dataset: RowSource, seq_len: int) -> None:
@@ -150,37 +156,64 @@ def _check_rows(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def _shuffled_rows(datasets: Sequence[RowSource], config: DataConfig) -> grain.MapDataset:
+def _row_order(
+    datasets: Sequence[RowSource], config: DataConfig
+) -> Callable[[int], tuple[int, int]]:
     """An endless map from row number to (index into `datasets`, row)."""
     counts = []
     for dataset in datasets:
         check_length(dataset, config.seq_len)
         counts.append(dataset.num_rows(config.seq_len))
-    # Grain adds the epoch to the seed: hash it first, so that neighbouring seeds and
+    # The epoch is added to the seed: hash it first, so that neighbouring seeds and
     # neighbouring folders do not repeat each other's epochs.
     seeds = np.random.SeedSequence(config.seed % 2**64).generate_state(len(datasets), np.uint32)
 
     if not config.weights or len(datasets) == 1:
-        starts = np.cumsum([0, *counts])
+        *starts, total = itertools.accumulate(counts, initial=0)
 
-        def locate(i: int) -> tuple[int, int]:
-            k = int(np.searchsorted(starts, i, side="right")) - 1
-            return k, i - int(starts[k])
+        def together(i: int) -> tuple[int, int]:
+            row = _shuffled(i, total, int(seeds[0]))
+            k = bisect.bisect_right(starts, row) - 1
+            return k, row - starts[k]
 
-        together = grain.MapDataset.range(int(starts[-1]))
-        return together.shuffle(seed=int(seeds[0])).repeat().map(locate)
+        return together
 
     def of_folder(k: int) -> grain.MapDataset:
-        rows = grain.MapDataset.range(counts[k]).shuffle(seed=int(seeds[k])).repeat()
-        return rows.map(lambda r: (k, r))
+        return grain.MapDataset.range(sys.maxsize).map(lambda i: (k, i))
 
-    return grain.MapDataset.mix([of_folder(k) for k in range(len(datasets))], config.weights)
+    mixed: Any = grain.MapDataset.mix(list(map(of_folder, range(len(datasets)))), config.weights)
+
+    def apart(i: int) -> tuple[int, int]:
+        k, place = mixed[i]
+        return k, _shuffled(place, counts[k], int(seeds[k]))
+
+    return apart
 
 
-def _padding(seq_len: int) -> Row:
-    """A row that weighs nothing."""
-    empty = np.zeros(0, np.int32)
-    return pad_row({"tokens": empty, "targets": empty, "segment_ids": empty}, seq_len)
+def _shuffled(i: int, count: int, seed: int) -> int:
+    """Place `i` of endless epochs, each a permutation of 0 ... `count` - 1 of its own.
+
+    It is grain's `MapDataset.range(count).shuffle(seed=seed).repeat()[i]` without the layers, of
+    which each costs more than the permutation does.
+    """
+    epoch, place = divmod(i, count)
+    return grain.experimental.index_shuffle(
+        place, max_index=count - 1, seed=(seed + epoch) % 2**32, rounds=4
+    )
+
+
+def _read(picks: Sequence[tuple[RowSource, int] | None], seq_len: int) -> Batch:
+    """Rows of any sources as a batch, int32 [len(picks), seq_len]; None is a row of padding."""
+    prepared: list[tuple[TokenDataset, int] | None] = []
+    for pick in picks:
+        if pick is None:
+            prepared.append(None)
+        elif isinstance(pick[0], TokenDataset):
+            prepared.append((pick[0], pick[1]))
+    if len(prepared) == len(picks):
+        return read_rows(prepared, seq_len)
+    padding = {name: np.full(seq_len, fill, np.int32) for name, fill in PADDING.items()}
+    return stack_rows([pick[0].row(pick[1], seq_len) if pick else padding for pick in picks])
 
 
 def stack_rows(rows: Sequence[Row]) -> Batch:
@@ -238,12 +271,11 @@ class EvalBatches:
         return found
 
     def __iter__(self) -> Iterator[Batch]:
-        padding = _padding(self._seq_len)
         for b in range(self.num_batches):
             places = [b * self.batch_size + j for j in self.rows]
-            picks = [self._picks[i] if i < len(self._picks) else None for i in places]
-            rows = [p and self._datasets[p[0]].row(p[1], self._seq_len) for p in picks]
-            yield stack_rows([row or padding for row in rows])
+            found = [self._picks[i] if i < len(self._picks) else None for i in places]
+            picks = [pick and (self._datasets[pick[0]], pick[1]) for pick in found]
+            yield _read(picks, self._seq_len)
 
 
 def make_eval_batches(

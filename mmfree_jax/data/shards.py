@@ -89,8 +89,8 @@ def open_files(folder: Path, shards: Sequence[ShardInfo], token_dtype: str) -> O
     Raises:
       DataError: a file is missing or has another size than the index says.
     """
-    mapped = [_map(folder, info, token_dtype, folder) for info in shards]
-    return lambda k: contextlib.nullcontext(mapped[k])
+    mapped = [contextlib.nullcontext(_map(folder, info, token_dtype, folder)) for info in shards]
+    return mapped.__getitem__
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,6 @@ def _map_file(file: Path, size: int, dtype: np.dtype, folder: Path | Url) -> np.
                 f"{named} has {found} bytes, its index says {size}: the shard is damaged; "
                 f"{made_again(folder)}"
             )
-        return np.memmap(file, dtype=dtype, mode="r")
+        return np.asarray(np.memmap(file, dtype=dtype, mode="r"))  # plain: its slices cost less
     except OSError as e:
         raise DataError(f"{named}: {e.strerror}; restore it, or {made_again(folder)}") from e

@@ -25,7 +25,7 @@ class Goodput:
 
     Attributes:
       step: steps that count, with the host's work beside them.
-      data: waiting for batches.
+      data: waiting for batches while no step ran.
       eval: held-out losses, samples, shares of ternary weights.
       checkpoint: what saving kept the loop waiting for.
       compile: the training step.

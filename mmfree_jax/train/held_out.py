@@ -79,14 +79,25 @@ def evaluate(
       on_batch: called with the number of each batch, from 0, before it is read.
     """
     sums = np.zeros((len(batches.sources), 3))  # loss, predicted right, predicted
+
+    def add(number: int, found: TokenLosses) -> None:
+        found = jax.device_get(found)
+        per_row = np.stack([np.sum(x, axis=1, dtype=np.float64) for x in found], axis=1)
+        sources = batches.sources_of(number)
+        np.add.at(sums, sources[sources >= 0], per_row[sources >= 0])
+
+    # The next batch is made and dispatched while the devices are at one.
+    under_way: tuple[int, TokenLosses] | None = None
     for number, host_batch in enumerate(batches):
         on_batch(number)
         batch = place_batch(mesh, host_batch, batches.rows, batches.batch_size)
         with jax.set_mesh(mesh):
-            found = jax.device_get(eval_step(params, batch))
-        per_row = np.stack([np.sum(x, axis=1, dtype=np.float64) for x in found], axis=1)
-        sources = batches.sources_of(number)
-        np.add.at(sums, sources[sources >= 0], per_row[sources >= 0])
+            found = eval_step(params, batch)
+        if under_way is not None:
+            add(*under_way)
+        under_way = number, found
+    if under_way is not None:
+        add(*under_way)
     by_source = {
         source.name: _mean(row, source.bytes_per_token)
         for source, row in zip(batches.sources, sums, strict=True)

@@ -1,7 +1,8 @@
 """The training loop.
 
 Each turn dispatches one step and then reads the metrics of the step before, so that the
-device always has a step queued while the host reads, logs and fetches the next batch.
+device always has a step queued while the host reads and logs. Batches are made and put on the
+devices by a thread; what the loop waits for one counts as lost to data only while no step runs.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmfree_jax.data.ahead import Ahead
 from mmfree_jax.data.pipeline import make_train_iterator
 from mmfree_jax.data.verification import Verification
 from mmfree_jax.errors import TrainingError
@@ -24,7 +26,7 @@ from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.local_copies import LocalCopies
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.held_out import evaluate
-from mmfree_jax.train.metrics import TernaryMonitor
+from mmfree_jax.train.metrics import Stopwatch, TernaryMonitor
 from mmfree_jax.train.profiler import Profiler
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, write_report
@@ -36,6 +38,10 @@ from mmfree_jax.train.stop import STOP_CODES, Consensus, StopRequest, reason_of
 from mmfree_jax.train.task_evaluation import GO_ON, OUT_OF_TIME, left_out, score_tasks
 
 Sampler = Callable[..., str]
+_Batch = dict[str, jax.Array]
+
+_LOOK_S = 0.001
+"""While a batch is late: how often the loop looks whether the devices have run out of work."""
 
 
 class Loop:
@@ -68,8 +74,7 @@ class Loop:
         self._monitor = TernaryMonitor(run.config.model)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._ternary: dict[str, Any] = {}
-        self._iterator: Any = None
-        self._rows: tuple[int, ...] = ()
+        self._batches: Ahead[_Batch] | None = None
         profile = run.run_dir / "profile"
         self._profiler = Profiler(run.config.log.profile_steps, profile, self._read_metrics)
         self.compile_seconds = 0.0
@@ -87,16 +92,17 @@ class Loop:
         if start and _is_due(config.eval.tasks_every_steps, start):
             self._score_tasks(state, start)  # if a signal ended it before
         if start < end:
-            padded = self._run.step_config.batch_size
-            self._rows = process_rows(self._run.mesh, (padded, config.data.seq_len))
-            self._iterator = make_train_iterator(
+            padded, mesh = self._run.step_config.batch_size, self._run.mesh
+            rows = process_rows(mesh, (padded, config.data.seq_len))
+            self._batches = batches = make_train_iterator(
                 config.data,
                 batch_size=config.batch_size,
                 padded=padded,
-                rows=self._rows,
+                rows=rows,
                 start_row=self._run.origin.row_at(start, config.batch_size),
+                place=lambda batch: place_batch(mesh, batch, rows, padded),
             )
-            batch = self._next_batch()
+            batch = next(batches)
             step_of = self._compile(state, batch, start)
             recorder.start()
             recorder.progress.stage(TRAINING)
@@ -112,8 +118,7 @@ class Loop:
             if self._on_step:
                 self._on_step(done)
             if done < end:
-                with watch.section("data"):
-                    batch = self._next_batch()
+                batch = next_batch(batches, watch, metrics["loss"])
             stopped_by = self._after_step(state, done)
         if stopped_by is None and done < config.steps:
             stopped_by = "stop_at"
@@ -150,10 +155,6 @@ class Loop:
         if done and form != quantizer.form_at(done - 1, steps):
             self._recorder.event(done, f"the layers that are trained are {form} from here on")
         return form
-
-    def _next_batch(self) -> dict[str, jax.Array]:
-        size = self._run.step_config.batch_size
-        return place_batch(self._run.mesh, next(self._iterator), self._rows, size)
 
     def _compile(
         self, state: TrainState, batch: dict[str, jax.Array], start: int
@@ -331,8 +332,25 @@ class Loop:
         """Stops the profiler and the data threads."""
         with contextlib.suppress(Exception):
             self._profiler.stop()
-        if self._iterator is not None and hasattr(self._iterator, "close"):
-            self._iterator.close()
+        if self._batches is not None:
+            self._batches.close()
+
+
+def next_batch(batches: Ahead[_Batch], watch: Stopwatch, under_way: Any) -> _Batch:
+    """The next batch; the time until it is there goes to "step" while a step runs, else to "data".
+
+    While the devices are at work nothing is lost by waiting.
+
+    Args:
+      batches: made ahead.
+      watch: of the loop.
+      under_way: an array that the step dispatched last makes.
+    """
+    with watch.section("step"):
+        while not batches.wait(_LOOK_S) and not under_way.is_ready():
+            pass
+    with watch.section("data"):
+        return next(batches)
 
 
 def _with_schedule(compiled: Any, schedule: Any, state: TrainState, batch: Any) -> Any:

@@ -25,8 +25,8 @@ from mmfree_jax.readable import perplexity
 from mmfree_jax.saved.history import Record, read_history
 from mmfree_jax.saved.run_directory import EARLIER_METRICS
 
-# Where a loop's time goes: waiting for data; the step; held-out loss, samples and the shares of
-# ternary weights; and what a checkpoint keeps the loop waiting for.
+# Where a loop's time goes: waiting for data while no step runs; the step; held-out loss, samples
+# and the shares of ternary weights; and what a checkpoint keeps the loop waiting for.
 SECTIONS = ("data", "step", "eval", "checkpoint")
 _OF_A_START = ("compile", "restore")
 

@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import re
+import tracemalloc
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,10 @@ from mmfree_jax.errors import ConfigError, DataError
 
 IDENTITY = {"kind": "byte", "vocab_size": 258, "sha256": "x", "bos_id": 256, "eos_id": 257}
 T = 16
+GOLDEN = {
+    (): [[122, 241, 214, 164], [13, 33, 69, 189]],
+    (0.6, 0.3, 0.1): [[242, 91, 224, 33], [99, 227, 111, 47]],
+}
 
 
 def documents(seed, count=120, longest=60, vocab_size=258):
@@ -98,6 +104,56 @@ def test_rows_are_what_the_definition_says(tmp_path_factory, seed, seq_len, shar
     for i, ids in enumerate(docs):
         np.testing.assert_array_equal(data.document(i), ids)
     assert verify_checksums(dataset_lib.load_index(folder)) == []
+
+
+def test_a_batch_is_its_rows_and_padding(tmp_path):
+    sets, docs = [], []
+    for k, longest in enumerate((3, 50, 200)):  # documents in a row: many, some, one
+        docs.append(documents(k, 20, longest))
+        folder = tmp_path / str(k)
+        writer.write_dataset(folder, {"train": docs[k]}, IDENTITY, shard_tokens=90)
+        sets.append(dataset_lib.open_dataset(folder))
+    last = sets[1].num_rows(T, partial=True) - 1
+    assert sets[1].num_rows(T) == last  # which is short
+    numbers = [(2, 3), (0, 1), None, (1, last), (0, 0), (2, 3), None]
+    batch = dataset_lib.read_rows([n and (sets[n[0]], n[1]) for n in numbers], T)
+    padding = (np.zeros(T), np.full(T, -1), np.zeros(T))
+    wanted = [padding if n is None else oracle_row(docs[n[0]], n[1], T) for n in numbers]
+    for got, want in zip(batch.values(), zip(*wanted, strict=True), strict=True):
+        np.testing.assert_array_equal(got, np.stack(want))
+        assert got.dtype == np.int32
+        assert got.flags.c_contiguous
+    for r in (-1, last + 1):
+        with pytest.raises(IndexError, match=f"row {r} of {last + 1}"):
+            sets[1].row(r, T)
+
+
+def test_a_row_costs_no_copy_of_its_shards_ends(tmp_path):
+    writer.write_dataset(tmp_path / "d", {"train": [np.arange(2)] * 50_000}, IDENTITY)
+    data = dataset_lib.open_dataset(tmp_path / "d")
+    data.row(0, T)
+    tracemalloc.start()
+    data.row(1, T)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000
+
+
+@pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 5), (97, 3), (2**18 + 1, 2**32 - 1)])
+def test_the_order_is_grains(count, seed):
+    endless = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+    places = [*range(200), *range(3 * count - 20, 3 * count + 20), 10**12 + 7]
+    got = [pipeline._shuffled(i, count, seed) for i in places if i >= 0]
+    assert got == [endless[i] for i in places if i >= 0]
+
+
+def test_batches_stay_those_of_earlier_versions(folders):
+    """First tokens of rows, as a run that began long ago would have read them."""
+    paths = tuple(str(folders / str(i)) for i in range(3))
+    config = DataConfig(paths=paths, seq_len=T, seed=11)
+    for weights, want in GOLDEN.items():
+        batches = take(dataclasses.replace(config, weights=weights), 2, batch_size=4, start_row=700)
+        assert [b["tokens"][:, 0].tolist() for b in batches] == want
 
 
 @pytest.mark.parametrize("weights", [None, (0.6, 0.3, 0.1)])

@@ -18,6 +18,7 @@ from mmfree_jax.parallel.sharding import make_mesh, process_rows
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.train.event_file import EventFile
 from mmfree_jax.train.held_out import evaluate
+from mmfree_jax.train.loss import TokenLosses
 from mmfree_jax.train.plot import draw_metrics
 from mmfree_jax.train.run_display import format_record
 from mmfree_jax.train.step import jit_eval_step
@@ -107,6 +108,34 @@ def test_each_source_has_the_loss_of_its_documents_on_every_mesh(config, mixture
         whole = sum(total for total, _ in alone) / losses.total.tokens
         np.testing.assert_allclose(losses.total.loss, whole, rtol=1e-6)
     assert found[0].record()["loss/web/news"] == found[0].by_source["web/news"].loss
+
+
+def test_the_devices_have_the_next_batch_while_one_is_read(config, mixture):
+    mesh, done = make_mesh(MeshConfig(data=1), jax.devices()[:1]), []
+    rows = range(config.batch_size)
+    batches = make_eval_batches(
+        DataConfig(paths=mixture, seq_len=T), batch_size=config.batch_size, num_batches=3, rows=rows
+    )
+
+    class Found:
+        """One of a step's results, which says when it is read."""
+
+        def __init__(self, number):
+            self.number = number
+
+        def __array__(self, dtype=None, copy=None):
+            done.append(f"read {self.number}")
+            return np.ones((config.batch_size, T), np.float32)
+
+    def eval_step(params, batch):
+        number = sum(what.startswith("dispatch") for what in done)
+        done.append(f"dispatch {number}")
+        return TokenLosses(*[Found(number)] * 3)
+
+    losses = evaluate(eval_step, {}, batches, mesh)
+    firsts = list(dict.fromkeys(done))
+    assert firsts == ["dispatch 0", "dispatch 1", "read 0", "dispatch 2", "read 1", "read 2"]
+    assert losses.total.tokens == 3 * config.batch_size * T
 
 
 def test_rows_split_over_data_and_fsdp_alike_give_the_same_bits(evaluated):

@@ -1,6 +1,7 @@
 """Whole runs in this process that end badly or may not begin: losses, disks, memory, input."""
 
 import errno
+import itertools
 import logging
 import os
 import threading
@@ -88,31 +89,24 @@ def _poison(monkeypatch, steps):
 
     def loss_sums(weights, batch, **kwargs):
         objective, sums = inner(weights, batch, **kwargs)
-        bad = jnp.any(batch["tokens"][:, 0] == 255)  # see `Iterator`
+        bad = jnp.any(batch["tokens"][:, 0] == 255)  # see `poisoned`
         return jnp.where(bad, jnp.nan, 1.0) * objective, sums
 
-    class Iterator:
+    def poisoned(*args, start_row=0, batch_size, place, **kwargs):
         """The real rows, with token 255 in front on the poisoned steps."""
+        numbers = itertools.count(start_row // batch_size)
 
-        def __init__(self, *args, start_row=0, batch_size, **kwargs):
-            self._step = start_row // batch_size
-            self._inner = make_train_iterator(
-                *args, start_row=start_row, batch_size=batch_size, **kwargs
-            )
-
-        def __next__(self):
-            batch = next(self._inner)
-            if self._step in steps:
-                batch = batch | {"tokens": batch["tokens"].copy()}
+        def poison(batch):
+            if next(numbers) in steps:
                 batch["tokens"][:, 0] = 255
-            self._step += 1
-            return batch
+            return place(batch)
 
-        def close(self):
-            self._inner.close()
+        return make_train_iterator(
+            *args, start_row=start_row, batch_size=batch_size, place=poison, **kwargs
+        )
 
     monkeypatch.setattr(step_module, "loss_sums", loss_sums)
-    monkeypatch.setattr(loop, "make_train_iterator", Iterator)
+    monkeypatch.setattr(loop, "make_train_iterator", poisoned)
     monkeypatch.setattr(loop, "jit_train_step", step_module.jit_train_step)
 
 

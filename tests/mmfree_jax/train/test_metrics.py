@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from mmfree_jax.errors import TrainingError
 from mmfree_jax.model_config import DENSE, ModelConfig
 from mmfree_jax.readable import bits_per_byte, perplexity
+from mmfree_jax.train.loop import next_batch
 from mmfree_jax.train.metrics import (
     History,
     Stopwatch,
@@ -51,6 +53,32 @@ def test_sections_add_up_also_when_nested_or_open():
         clock.now += 16
     assert taken == {"data": 0, "step": 10, "eval": 4, "checkpoint": 0, "total": 15}
     assert watch.take() == {"data": 0, "step": 16, "eval": 0, "checkpoint": 0, "total": 16}
+
+
+@pytest.mark.parametrize(
+    ("batch_at", "step_at", "lost"),
+    [(100, 116, 0), (109, 116, 0), (116, 116, 0), (121, 116, 5), (107, 100, 6)],
+)
+def test_data_is_waited_for_only_while_no_step_runs(batch_at, step_at, lost):
+    """Seconds after 100 at which the next batch is there, and at which the step is done."""
+    clock = Clock()
+    watch = Stopwatch(clock)
+
+    class Batches:
+        def wait(self, seconds):
+            clock.now += clock.now < batch_at
+            return clock.now >= batch_at
+
+        def __next__(self):
+            clock.now = max(clock.now, batch_at)
+            return {}
+
+    step = SimpleNamespace(is_ready=lambda: clock.now >= step_at)
+    assert next_batch(Batches(), watch, step) == {}
+    assert watch.take() == {
+        "data": lost, "step": max(0, batch_at - 100 - lost), "eval": 0, "checkpoint": 0,
+        "total": max(0, batch_at - 100),
+    }  # fmt: skip
 
 
 def _metrics(loss, finite=1.0):
