@@ -30,9 +30,12 @@ def init_params(config: ModelConfig, rng: jax.Array) -> dict[str, Any]:
 
     Neither shapes nor values depend on how the model is computed, of which this takes what starts
     soonest: layers in a loop, as they take many times as long to compile one by one; and products
-    of floats, since each size of an int8 product that is new to a GPU is tried out there.
+    of floats, since each size of an int8 product that is new to a GPU is tried out there (those of
+    a fused BitLinear, as `matmul_kernel` has them, are refused where sums may not be exact).
     """
-    how = dataclasses.replace(config, scan_layers=True, matmul_kernel="xla_bf16")
+    how = dataclasses.replace(
+        config, scan_layers=True, bitlinear="plain", backward="bf16", matmul_kernel=None
+    )
     return dict(LanguageModel(how).init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
