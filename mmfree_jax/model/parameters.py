@@ -28,10 +28,11 @@ def _shapes(config: ModelConfig, mixers: tuple[Any, ...]) -> dict[str, jax.Shape
 def init_params(config: ModelConfig, rng: jax.Array) -> dict[str, Any]:
     """The parameters that a model begins with. Pure: jit or eval_shape it.
 
-    Neither shapes nor values depend on how the model is computed, of which this takes what starts
-    soonest: layers in a loop, as they take many times as long to compile one by one; and products
-    of floats, since each size of an int8 product that is new to a GPU is tried out there (those of
-    a fused BitLinear, as `matmul_kernel` has them, are refused where sums may not be exact).
+    Neither shapes nor values (but for how a compiler rounds the last place) depend on how the model
+    is computed, of which this takes what starts soonest: layers in a loop, as they take many times
+    as long to compile one by one; and products of floats, since each size of an int8 product that
+    is new to a GPU is tried out there (those of a fused BitLinear, as `matmul_kernel` has them, are
+    refused where sums may not be exact).
     """
     how = dataclasses.replace(
         config, scan_layers=True, bitlinear="plain", backward="bf16", matmul_kernel=None

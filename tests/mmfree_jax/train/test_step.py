@@ -256,7 +256,10 @@ def test_a_seed_gives_the_parameters_of_the_model_as_it_is_computed(name, change
     tokens = jnp.zeros((1, 1), jnp.int32)
     expected = jax.jit(LanguageModel(model).init)(key, tokens)["params"]
     found = jax.jit(functools.partial(init_params, model))(key)
-    jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
+    # The same random bits. A compiler may round their product with the deviation otherwise: with
+    # jax 0.11 on a CPU an unrolled model's differ in the last place, with 0.10 nothing does.
+    last_place = functools.partial(np.testing.assert_array_max_ulp, maxulp=1)
+    jax.tree.map(last_place, found, dict(expected))
 
 
 def test_parameters_are_made_without_a_trial_of_products(monkeypatch):
