@@ -110,17 +110,14 @@ def make_train_iterator(
     order = _row_order(datasets, config)
     order(0)  # grain sets up its statistics on first use, which is not thread-safe
 
-    def picks(first: int) -> list[tuple[RowSource, int] | None]:
-        found = [order(first + j) if j < batch_size else None for j in mine]
-        return [pick and (datasets[pick[0]], pick[1]) for pick in found]
-
     def in_order() -> Iterator[tuple[int, int]]:
         for first in itertools.count(start_row, batch_size):
             yield from (order(first + j) for j in mine)
 
     def batches() -> Iterator[Any]:
         for first in itertools.count(start_row, batch_size):
-            batch = _read(picks(first), config.seq_len)
+            picks = [order(first + j) if j < batch_size else None for j in mine]
+            batch = _read(datasets, picks, config.seq_len)
             yield batch if place is None else place(batch)
 
     stop = fetch_ahead(datasets, in_order(), config.seq_len)
@@ -202,18 +199,18 @@ def _shuffled(i: int, count: int, seed: int) -> int:
     )
 
 
-def _read(picks: Sequence[tuple[RowSource, int] | None], seq_len: int) -> Batch:
-    """Rows of any sources as a batch, int32 [len(picks), seq_len]; None is a row of padding."""
-    prepared: list[tuple[TokenDataset, int] | None] = []
-    for pick in picks:
-        if pick is None:
-            prepared.append(None)
-        elif isinstance(pick[0], TokenDataset):
-            prepared.append((pick[0], pick[1]))
-    if len(prepared) == len(picks):
-        return read_rows(prepared, seq_len)
+def _read(
+    datasets: Sequence[RowSource], picks: Sequence[tuple[int, int] | None], seq_len: int
+) -> Batch:
+    """Rows, each (index into `datasets`, row), as a batch, int32 [len(picks), seq_len].
+
+    None is a row of padding.
+    """
+    found: list[Any] = [pick and (datasets[pick[0]], pick[1]) for pick in picks]
+    if all(pick is None or isinstance(pick[0], TokenDataset) for pick in found):
+        return read_rows(found, seq_len)
     padding = {name: np.full(seq_len, fill, np.int32) for name, fill in PADDING.items()}
-    return stack_rows([pick[0].row(pick[1], seq_len) if pick else padding for pick in picks])
+    return stack_rows([pick[0].row(pick[1], seq_len) if pick else padding for pick in found])
 
 
 def stack_rows(rows: Sequence[Row]) -> Batch:
@@ -273,9 +270,8 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         for b in range(self.num_batches):
             places = [b * self.batch_size + j for j in self.rows]
-            found = [self._picks[i] if i < len(self._picks) else None for i in places]
-            picks = [pick and (self._datasets[pick[0]], pick[1]) for pick in found]
-            yield _read(picks, self._seq_len)
+            picks = [self._picks[i] if i < len(self._picks) else None for i in places]
+            yield _read(self._datasets, picks, self._seq_len)
 
 
 def make_eval_batches(

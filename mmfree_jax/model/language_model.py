@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
         c = self.config
         T = tokens_BT.shape[1]
         start_B = jnp.zeros(tokens_BT.shape[0], jnp.int32) if state is None else state.position_B
-        positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+        positions_BT = None if fresh else start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
         reset_BT = padding_BT = None
         if segment_ids_BT is not None:
             reset_BT, padding_BT = functional.document_edges(segment_ids_BT)
@@ -177,13 +177,7 @@ class LanguageModel(nn.Module):
             (given,) = of_layers
         x_BTD, layers = run(
             constrain_batch(self.embedding(tokens_BT)),
-            Rows(
-                None if fresh else positions_BT,
-                segment_ids_BT,
-                reset_BT,
-                padding_BT,
-                self._strength(),
-            ),
+            Rows(positions_BT, segment_ids_BT, reset_BT, padding_BT, self._strength()),
             given,
             None if state is None else state.layers,
         )

@@ -94,14 +94,14 @@ def test_batch_1_since_the_dense_forms_were_mended(records, compare):
 
 def test_the_papers_lengths(records, compare):
     def cell(work, tokens, form):
-        for row in records["h200/paper.json"]["rows"]:
-            length = row["context" if work == "generate" else "tokens"] if (
-                row["work"] == {"generate": "decode", "read": "prefill"}[work]
-            ) else None  # fmt: skip
-            if (length, row["form"]) == (tokens, form):
-                rate = row.get("tokens_per_s") or 1e3 * tokens / row["ms"]["median"]
-                return f"{rate:,.0f}, {row['energy']['mj_per_token']:,.1f} mJ", row["peak_gb"]
-        return "-", None
+        named = {"generate": {"work": "decode", "context": tokens},
+                 "read": {"work": "prefill", "tokens": tokens}}[work]  # fmt: skip
+        try:
+            row = records.row("h200/paper.json", form=form, **named)
+        except LookupError:
+            return "-", None
+        rate = row.get("tokens_per_s") or 1e3 * tokens / row["ms"]["median"]
+        return f"{rate:,.0f}, {row['energy']['mj_per_token']:,.1f} mJ", row["peak_gb"]
 
     lines = []
     for work in ("generate", "read"):
