@@ -3,7 +3,9 @@
 `python -m mmfree_jax.experiments.study.model_agreement --run runs/61M --step best --packed
 after/packed --form onnx-exact --data data/study/classic_books --out onnx-exact.json`
 
-The reference is the run's own weights, ternarised once, in float32 throughout, by XLA. A form is
+The reference is the run's own weights, ternarised once, in float32 throughout, by XLA; where
+`--run` is the packed folder too, as when the run is not at hand, its trits with the embedding that
+it stores. A form is
 
 - trained: the run as decoding on this device reads it, in the dtypes of training;
 - packed: the packed folder likewise; packed-float32: its trits in float32 by XLA;
@@ -206,7 +208,7 @@ def _streams(found: Streams, wanted: Streams) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures one form and writes its record."""
     parser = argparse.ArgumentParser(description="Compare a form of a model with it in float32.")
-    parser.add_argument("--run", type=Path, required=True, help="run of the model")
+    parser.add_argument("--run", type=Path, required=True, help="run of the model, or packed")
     parser.add_argument("--step", default=None, help="checkpoint, or best (the newest)")
     parser.add_argument("--packed", type=Path, required=True, help="the packed model")
     parser.add_argument("--form", choices=FORMS, required=True, help="what is compared")
@@ -225,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts: Streams = stretches(data, given.prompts, given.prompt_tokens).tolist()
         windows_WT = stretches(data, given.windows, given.length)
         trained = open_model(given.run, step=step)
+        what = "packed model" if trained.kind == "packed" else trained.kind
         own = in_float32(trained)
         logits_WTV, streams = own.logits(windows_WT), own.greedy(prompts, given.new_tokens)
         own_dtypes = as_decoded(trained).greedy(prompts, given.new_tokens)
@@ -234,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "form": given.form,
             "computed_on": form.on,
             "reference_on": own.on,
-            "reference": "the run in float32, trits by XLA",
+            "reference": f"the {what} in float32, trits by XLA",
             "data": {"path": str(given.data), "fingerprint": data.fingerprint},
             "prompts": len(prompts),
             "prompt_tokens": given.prompt_tokens,

@@ -67,6 +67,17 @@ class Card:
             return value
         return f"{value} ({factor * number.low:{form}} to {factor * number.high:{form}})"
 
+    def _elsewhere(self, *names: str) -> str:
+        """The devices of those steps that ran on another than the training; "" where none did."""
+        own = self._steps[f"train {self._model}"]["device"]
+        devices = (self._steps[name]["device"] for name in names if name in self._steps)
+        return ", ".join(dict.fromkeys(device for device in devices if device != own))
+
+    def _afterwards(self, step: str) -> str:
+        if not (device := self._elsewhere(step)):
+            return ""
+        return f" Of the MatMul-free model the packed files were read, on {device}."
+
     def _head(self) -> str:
         ternary, total = (
             self._show(f"parameters/{part}", form=",.0f") for part in ("ternary", "total")
@@ -173,7 +184,7 @@ Nats a token over all sources; late positions are of long books alone."""
 
 {_table(rows)}
 
-Zero examples, lm-eval's definitions; 1.96 standard errors. Where the interval holds chance, nothing shows that the model can do the task. The tasks' own texts are not in this repository; whether parts of them occur in the training text was not looked into."""  # noqa: E501
+Zero examples, lm-eval's definitions; 1.96 standard errors. Where the interval holds chance, nothing shows that the model can do the task. The tasks' own texts are not in this repository; whether parts of them occur in the training text was not looked into.{self._afterwards(f"tasks {self._model}")}"""  # noqa: E501
 
     def _needle(self) -> str:
         names = [
@@ -195,7 +206,7 @@ Zero examples, lm-eval's definitions; 1.96 standard errors. Where the interval h
 
 {_table(rows)}
 
-Percent of questions answered (`mmfree eval needle`). "no fact": the same question without it, so that nothing was read; ten answers are 10% by chance."""  # noqa: E501
+Percent of questions answered (`mmfree eval needle`). "no fact": the same question without it, so that nothing was read; ten answers are 10% by chance.{self._afterwards(f"needle {self._model}")}"""  # noqa: E501
 
     def _agreement(self) -> str:
         rows: Table = [("program", "streams of float32 kept", "streams of the trained dtypes kept",
@@ -206,8 +217,9 @@ Percent of questions answered (`mmfree eval needle`). "no fact": the same questi
             if kept is None:
                 continue
             prompts = (kept.rests or {})["prompts"]
+            mark = " (*)" if self._elsewhere(f"agreement {form}") else ""
             rows.append((
-                form,
+                form + mark,
                 *(f"{self._show(f'{name}/streams of {of}/kept', form='.0f')} of {prompts:.0f}"
                   for of in ("float32", "trained")),
                 self._show(f"{name}/kl_nats", form=".1e"),
@@ -224,6 +236,12 @@ Percent of questions answered (`mmfree eval needle`). "no fact": the same questi
             said = (
                 f" `mmfree pack` itself found {packing.value:.0f} of {prompts:.0f} streams kept "
                 "where it packed."
+            )
+        device = self._elsewhere(*(f"agreement {form}" for form in FORMS))
+        if device:
+            said += (
+                f" (*): on {device}, and compared with the packed files, in float32 and in the "
+                "dtypes of training."
             )
         return f"""## Agreement of programs
 

@@ -111,6 +111,19 @@ def test_the_published_folder_has_weights_card_results_and_checksums(measured, t
     assert len(json.loads(capsys.readouterr().out)["tokens"]) == 3
 
 
+def test_the_card_says_what_was_measured_elsewhere(measured, tmp_path):
+    for step in (f"needle {MODEL}", "agreement onnx-exact"):
+        measured.steps[step] = PROVENANCE | {"device": "a laptop"}
+    publish_model.publish(measured, tmp_path / MODEL)
+    card = (tmp_path / MODEL / "README.md").read_text()
+    assert (
+        "10% by chance. Of the MatMul-free model the packed files were read, on a laptop." in card
+    )
+    assert "| onnx-exact (*) | 1 of 2 |" in card
+    assert "(*): on a laptop, and compared with the packed files" in card
+    assert "looked into.\n" in card  # the tasks ran where the model was trained
+
+
 def test_losses_of_sources_together_are_those_of_all_tokens(measured):
     found = {(n.name, n.of): n for n in numbers_of(measured)}
     whole = found["held-out loss/all sources", MODEL]
@@ -202,3 +215,9 @@ def test_a_packed_model_in_float32_is_the_trained_one(byte_data, tmp_path):
     assert record["streams_of_float32"] == {"kept": 2, "agreed_tokens": [5, 5]}
     assert record["kl_nats"] == 0.0
     assert record["tokens"] == 14
+    assert record["reference"] == "the model folder in float32, trits by XLA"
+    arguments[1] = tmp_path / "packed"  # the trained weights are not at hand
+    assert model_agreement.main([str(a) for a in arguments]) == 0
+    record = json.loads((tmp_path / "form.json").read_text())
+    assert record["reference"] == "the packed model in float32, trits by XLA"
+    assert record["streams_of_float32"]["kept"] == 2
