@@ -13,7 +13,8 @@ from collections.abc import Mapping
 #  - combine thresholds: a layer's few matrices travel together, in messages large enough for
 #    the links' full rate, while a layer's still leave before the next one's are ready. With
 #    1 MiB, so that no matrix is copied into a common buffer and out of it, a step of 1.3B took
-#    as long (247.6 ms with 4 GPUs, 247.0 so) and 1.0 GiB more (results/h100/exchange.json).
+#    as long (247.6 ms with 4 GPUs, 247.0 so) and 1.0 GiB more (results/h100/exchange.json);
+#    in bfloat16 on 2 GPUs 226.1 ms, with 32 MiB 224.1, 225.0 so (results/h200/exchange.json).
 OVERLAP = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_pipelined_all_reduce=true",

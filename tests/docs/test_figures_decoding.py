@@ -92,12 +92,69 @@ def test_batch_1_since_the_dense_forms_were_mended(records, compare):
     compare("docs/inference.md", lines)
 
 
+def test_prompts_by_cudnn(records, compare):
+    name, sizes = "h200/infer.json", ("370M", "1.3B", "2.7B")
+    record = records[name]["later"]
+    assert record["date"] == "2026-11-28"
+
+    def rows(form, **wanted):
+        wanted = {"work": "prefill", "tokens": 2048, "form": form, **wanted}
+        return [records.row(name, size=size, **wanted) for size in sizes]
+
+    def three(values, digits):
+        return "{}, {} and {}".format(*(f"{value:.{digits}f}" for value in values))
+
+    now = rows("transformer-bf16", commit=record["commit"])
+    then, packed = rows("transformer-bf16"), rows("packed")
+    assert {row["repeats"] for row in now} == {5}
+    ms, ms_then, ms_packed = ([r["ms"]["median"] for r in found] for found in (now, then, packed))
+    token = {"work": "decode", "size": "370M", "form": "transformer-bf16"}
+    peaks = [
+        records.row(name, **token, **of)["peak_gb"] for of in ({"commit": record["commit"]}, {})
+    ]
+    lines = [
+        f"now, in {three(ms, 1)} ms "
+        f"({three([a / b for a, b in zip(ms_then, ms, strict=True)], 1)} times as fast",
+        f"commit {record['commit']}, {record['date']}, on such a host again",
+        f"take {three([a / b for a, b in zip(ms_packed, ms, strict=True)], 2)} of that",
+        record["command"],
+        f"Their peaks were {three([row['peak_gb'] for row in now], 2)} GB, where they had been "
+        f"{three([row['peak_gb'] for row in then], 2)}.",
+        "had {:.2f} GB in place of {:.2f}".format(*peaks),
+    ]
+    compare("docs/inference.md", lines)
+
+
+def test_dense_decoding_under_flags_of_cuda_graphs(records, compare):
+    rows = records["h200/decode_flags.json"]["rows"]
+    lines, ms = [], {}
+    for flag in dict.fromkeys(row["XLA_FLAGS"] for row in rows):
+        both = [records.row("h200/decode_flags.json", XLA_FLAGS=flag, form=f) for f in FORMS[:0:-1]]
+        label = f"`{flag}`" if flag else "none"
+        if any("failed" in row for row in both):
+            lines.append(f"| {label} | unknown to jaxlib 0.11.2, which ends the process | |")
+            continue
+        ms[label] = [row["ms_per_token"]["median"] for row in both]
+        lines.append(f"| {label} | {' | '.join(f'{x:.3f}' for x in ms[label])} |")
+    plain = ms["none"]
+    regions = ms["`--xla_gpu_graph_enable_concurrent_region=true`"]
+    before = [decode(records, "1.3B", form, name="h200/infer.json") for form in FORMS[:0:-1]]
+    lines += [
+        f"took {1 - regions[0] / plain[0]:.1%} less for Transformer++ and "
+        f"{regions[1] / plain[1] - 1:.1%} more for MatMul-free",
+        "differ by {:.1%} and {:.1%} without a flag".format(
+            *(b / a - 1 for a, b in zip(before, plain, strict=True))
+        ),
+    ]
+    compare("docs/inference.md", lines)
+
+
 def test_the_papers_lengths(records, compare):
-    def cell(work, tokens, form):
+    def cell(work, tokens, form, **of):
         named = {"generate": {"work": "decode", "context": tokens},
                  "read": {"work": "prefill", "tokens": tokens}}[work]  # fmt: skip
         try:
-            row = records.row("h200/paper.json", form=form, **named)
+            row = records.row("h200/paper.json", form=form, **named, **of)
         except LookupError:
             return "-", None
         rate = row.get("tokens_per_s") or 1e3 * tokens / row["ms"]["median"]
@@ -111,6 +168,32 @@ def test_the_papers_lengths(records, compare):
             ]
             lines.append(f"| {work} | {tokens:,} | {' | '.join(cells)} |")
     lines.append(f"({cell('read', 16000, 'transformer-bf16')[1]:.1f} GB at 16,000)")
+    compare("docs/inference.md", lines)
+    later = records["h200/paper.json"]["later"]
+    lines = [f"commit {later['commit']}, `{later['command']}`"]
+    for work, tokens in (("generate", 500), ("read", 500), ("read", 1000)):
+        cells = [
+            cell(work, tokens, form, commit=later["commit"])[0]
+            for form in ("packed", "transformer-bf16", "hf-llama")
+        ]
+        lines.append(f"| {work} | {tokens:,} | {' | '.join(cells)} |")
+    compare("docs/inference.md", lines)
+
+
+def test_the_papers_lengths_by_cudnn(records, compare):
+    def ms(tokens, form="transformer-bf16", **of):
+        wanted = {"work": "prefill", "tokens": tokens, "form": form, **of}
+        return records.row("h200/paper.json", **wanted)["ms"]
+
+    of = {"commit": records["h200/paper.json"]["later"]["commit"]}
+    packed, now, before = ms(1000, "packed", **of), ms(500, **of), ms(500)
+    assert ms(1000, **of)["median"] < packed["median"]
+    lines = [
+        f"reads {ms(1000)['median'] / ms(1000, **of)['median']:.2f} times as fast as before",
+        f"spread from {packed['min']:.1f} to {packed['max']:.1f} ms",
+        f"at 500 it took {now['min']:.1f} to {now['max']:.1f} ms, {before['min']:.1f} to "
+        f"{before['max']:.1f} before",
+    ]
     compare("docs/inference.md", lines)
 
 
@@ -279,49 +362,3 @@ def test_packed_forms(records, compare, fixed):
         f"a bfloat16 stream ({programs['float32-between']} of 64)",
     ]
     compare("docs/inference.md", lines)
-
-
-def test_serving(records, compare):
-    def row(**wanted):
-        return records.row("h100/serve.json", **wanted)
-
-    lines = []
-    for streams in (64, 128):
-        bare, served = row(work="bare loop", batch=streams), row(work="streams", streams=streams)
-        first = f"{served['first_token_p50']:.0f}, {served['first_token_p99']:.0f}"
-        each = f"{served['a_token_p50']:.2f}, {served['a_token_p99']:.2f}"
-        lines += [
-            f"| {streams} | {bare['tokens_per_s']:,.0f} | {served['tokens_per_s']:,.0f} "
-            f"| {served['share_of_bare_loop']:.1%} | {first} | {each} |",
-            f"{served['whole_tokens_per_s']:,.0f}",
-        ]
-    half, most = row(work="arrivals", load=0.5), row(work="arrivals", load=0.8)
-    lines += [
-        f"({half['requests_per_s']:.0f} requests/s) the first token comes after "
-        f"{half['first_token_p50']:.0f} ms (p50) and {half['first_token_p99']:.0f} ms (p99)",
-        f"({most['requests_per_s']:.0f} requests/s) after {most['first_token_p50']:.0f} and "
-        f"{most['first_token_p99']:.0f} ms",
-    ]
-    cold, warm = (row(work="prefix cache", cache=cache) for cache in (False, True))
-    lines.append(f"from {cold['first_token_p50']:.1f} to {warm['first_token_p50']:.1f} ms")
-    company = row(work="company")
-    lines.append(f"Of {company['streams']} greedy answers of {company['tokens']} tokens, "
-                 f"{company['equal']} are the same")  # fmt: skip
-    compare("docs/serving.md", lines)
-
-
-def test_serving_beside_llama_cpp(records, compare):
-    def row(model, prompt, streams):
-        found = {"model": model, "prompt_tokens": prompt, "streams": streams}
-        return records.row("serve/llama_cpp.json", **found)
-
-    lines = []
-    for model in ("MatMul-free, packed", "Transformer++, Q4_0", "Transformer++, Q8_0"):
-        cells = [
-            f"{found['tokens_per_s']:.1f}, {found['first_token_p50'] / 1e3:.2f}"
-            for found in (row(model, *of) for of in ((128, 1), (128, 4), (128, 16), (1024, 1)))
-        ]
-        last = row(model, 1024, 1)
-        memory, disk = last["peak_bytes"] / 1e9, last["disk_bytes"] / 1e6
-        lines.append(f"| {model} | {' | '.join(cells)} | {memory:.2f} | {disk:.0f} |")
-    compare("docs/serving.md", lines)

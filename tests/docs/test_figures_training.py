@@ -173,64 +173,6 @@ def test_off_triton(records, compare):
     compare("docs/kernels.md", lines)
 
 
-def test_several_gpus(records, compare):
-    record = records["h100/scaling.json"]
-    alone = {r["case"]["preset"]: r["tokens_per_s"] for r in record["records"] if r["devices"] == 1}
-    lines = [" ".join(record["command"])]
-    for found in record["records"]:
-        size, devices, layout = found["case"]["preset"], found["devices"], found["case"]["layout"]
-        each = found["tokens_per_s"] / devices
-        share = ""
-        if size in alone:
-            share = "100%" if devices == 1 else f"{each / alone[size]:.1%}"
-        moved = hidden = ""
-        if "exchange" in found:
-            ms = found["exchange"]["ms_a_step"]
-            moved, hidden = f"{ms:.1f}", f"{found['exchange']['hidden_ms_a_step'] / ms:.0%}"
-        cells = [
-            size, str(devices), layout.replace("one", ""), str(found["batch_size"]),
-            f"{each:,.0f}", share, f"{found['step_ms']:.1f}", f"{found['peak_gib']:.1f}", moved,
-            hidden,
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
-    compare("docs/pods.md", lines)
-
-
-def test_gradients_in_bfloat16(records, compare):
-    found = records["h100/exchange.json"]["records"]
-    alone = {r["case"]["preset"]: r["tokens_per_s"] for r in found if r["devices"] == 1}
-    lines, shares = [], []
-    for r in found:
-        size, devices, layout = r["case"]["preset"], r["devices"], r["case"]["layout"]
-        rounded = ["optimizer.gradient_dtype", "bfloat16"] in r["case"]["changes"]
-        each = r["tokens_per_s"] / devices
-        share = ""
-        if size in alone:
-            share = "100%" if devices == 1 else f"{each / alone[size]:.1%}"
-            shares += [each / alone[size]] * (devices > 1)
-        dtype = "" if devices == 1 else "bfloat16" if rounded else "float32"
-        if dtype == "float32" and not r["case"]["flags"]:  # thresholds of 1 MiB
-            lines.append(f"({each:,.0f} instead of")
-            lines.append(f"tokens/s a GPU, {r['peak_gib']:.1f} instead of")
-            continue
-        cells = [
-            size, str(devices), layout.replace("one", ""), dtype, str(r["batch_size"]),
-            f"{each:,.0f}", share, f"{r['step_ms']:.1f}", f"{r['peak_gib']:.1f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
-    lines.append(f"95% is reached nowhere yet: {max(shares):.1%} at 1.3B on two GPUs")
-    losses = {key: run["eval_loss"] for key, run in records["exchange/summaries.json"].items()}
-    worse = sum(losses[f"bfloat16-{s}"] - losses[f"float32-{s}"] for s in (0, 1)) / 2
-    lines.append(f"({worse:+.4f} nats;")
-    parts = records["h100/processes.json"]["parts"]
-    for part in ("exact", "kill"):
-        difference = parts[part]["largest relative difference of a loss"]
-        lines.append(f"to {difference:.1e}")
-    lines.append(f"the other left {parts['kill']['others left after (s)']} s later")
-    lines.append(f"the other left after {parts['stop']['others left after (s)']} s")
-    compare("docs/pods.md", lines)
-
-
 def test_paper_runs(records, compare):
     big = run(records, "2.7B")
     measured = {size: printed(records, size)[0][1:] for size in ONE}
@@ -311,8 +253,25 @@ def test_small_models_on_an_h200(records, compare):
         f"profiler, the norms took {norms:.1f}, XLA's Triton products "
         f"{kernels['gemm_fusion_dot']['ms']:.1f}.",
     ]
-    passed = records.text("h200/on_gpu.txt").count("\npassed tests/on_gpu/")
-    compare("docs/kernels.md", [*lines, f"and all {passed} on an H200"])
+    text = records.text("h200/on_gpu.txt")
+    passed = text.count("\npassed tests/on_gpu/")
+    day, commit = re.match(r"([\d-]+), .* commit (\w+):", text).groups()
+    compare("docs/kernels.md", [*lines, f"and all {passed} on an H200 ({day}, commit {commit},"])
+
+
+def test_starts(records, compare, fixed):
+    rows = records["h200/starts.json"]["rows"]
+    assert [(row.get("commit"), row["start"]) for row in rows] == [
+        (None, 1), (None, 2), ("26e4793", 1), ("26e4793", 2),
+    ]  # fmt: skip
+    ends = [fixed(row["to_the_end_of_step_1_s"], 1) for row in rows]
+    before, after = (fixed(row["before_compiling_s"], 1) for row in rows[::2])
+    lines = [
+        f"after {ends[0]} s, with nothing kept, and {ends[1]} s at commit cf9b341",
+        f"at 26e4793, where a run's parameters are made by a loop over layers, after {ends[2]} "
+        f"and {ends[3]} s (the time before the step is compiled fell from {before} to {after} s)",
+    ]
+    compare("docs/command-line.md", lines)
 
 
 def test_cuts_of_the_recurrence(records, compare):
