@@ -6,6 +6,7 @@ DATA ?= data/sotu
 # More than the two cores that CI has: tests that wait for processes leave them free.
 JOBS ?= 3
 SEED ?= 0
+PROMPT ?= The old house
 DEVICE ?= cpu
 TAG ?= mmfree:$(DEVICE)
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) $(SPREAD)
 .DEFAULT_GOAL := help
 # Half an environment, as of a Python without ensurepip, is made anew the next time.
 .DELETE_ON_ERROR:
-.PHONY: help train sample test lint format typecheck unit quick tutorials fuzz load torch gpu aot aot-tpu wheel docs docs-serve linkcheck image clean
+.PHONY: help train sample demo test lint format typecheck unit quick tutorials fuzz load torch gpu aot aot-tpu wheel docs docs-serve linkcheck image clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +32,9 @@ train: $(VENV)/.train ## Train a small MatMul-free LM on the State of the Union 
 
 sample: $(VENV)/.train ## Let the trained model write
 	$(BIN)/mmfree generate --model $(RUN) --prompt "My fellow citizens," --max-new-tokens 200 --stream
+
+demo: $(VENV)/.train ## Let the trained model of the repository write a paragraph (PROMPT=)
+	$(BIN)/mmfree generate --model experiments/results/models/61M --prompt "$(PROMPT)" --temperature 0.8 --stream
 
 test: lint typecheck unit wheel ## What CI runs first: lint, types, all tests, wheel
 	@echo "All checks passed: ruff, pyright, pytest, wheel (dist/)"

@@ -259,21 +259,6 @@ def test_small_models_and_batches(records, compare):
     compare("docs/inference.md", lines)
 
 
-def test_agreement(records, compare):
-    found = records.row(SMALL, work="agreement")
-    exact, packed, dense = (
-        (found[form]["kl_nats"], found[form]["same_top_1"])
-        for form in ("packed float32", "packed bfloat16", "unpacked bfloat16")
-    )
-    lines = [
-        f"packed kernels in float32, KL {exact[0] * 1e4:.1f}e-4 nats",
-        f"the same likeliest token in {exact[1]:.0%} of places",
-        f"packed kernels in bfloat16, KL {packed[0] * 1e3:.1f}e-3 and {packed[1]:.0%}",
-        f"the unpacked model in bfloat16, KL {dense[0] * 1e3:.1f}e-3 and {dense[1]:.0%}",
-    ]
-    compare("docs/inference.md", lines)
-
-
 def test_beside_other_hardware(records, compare):
     lines = []
     for batch in (1, 64):

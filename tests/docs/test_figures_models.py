@@ -1,0 +1,47 @@
+"""Documented figures of the published model are those of its results.json."""
+
+FOLDER = "models/61M"
+
+
+def number(records, name, of="61M"):
+    found = [n for n in records[f"{FOLDER}/results.json"]["numbers"] if n["name"] == name]
+    (wanted,) = (n for n in found if n["of"] == of)
+    return wanted
+
+
+def agreement(records, form):
+    """Cells of a form's row: texts kept, KL, likeliest tokens, perplexities."""
+
+    def value(key):
+        return number(records, f"agreement/{form}/{key}")["value"]
+
+    prompts = number(records, f"agreement/{form}/streams of float32/kept")["rests"]["prompts"]
+    return [
+        *(f"{value(f'streams of {of}/kept'):.0f} of {prompts}" for of in ("float32", "trained")),
+        f"{value('kl_nats'):.1e}".replace("e-0", "e-"),
+        f"{value('same_top_1'):.2%}",
+        f"{value('perplexity_of_float32'):.3f} -> {value('perplexity'):.3f}",
+    ]
+
+
+def test_programs_of_decoding(records, compare):
+    rows = {
+        "trained": "packed when it is opened, training's dtypes",
+        "packed": "the packed file, training's dtypes",
+        "packed-float32": "the packed file in float32 by XLA",
+    }
+    lines = [
+        f"| {label} | {' | '.join(agreement(records, form))} |" for form, label in rows.items()
+    ]
+    tokens = number(records, "agreement/packed/kl_nats")["rests"]["tokens"]
+    lines.append(f"the predictions of {tokens:,} tokens")
+    compare("docs/inference.md", lines)
+
+
+def test_a_fact_in_a_text(records, compare):
+    for depth in ("0", "0.25", "0.5", "0.75", "1"):
+        name = f"needle/256 tokens/depth {depth}/chosen"
+        ours, twin = number(records, name), number(records, name, "61M-transformer")
+        assert ours["low"] < 0.1 < ours["high"]  # one of ten
+        assert (twin["value"], twin["rests"]["asked"]) == (1.0, 20)
+    compare("docs/published-models.md", ["in each of twenty texts of 256 tokens"])
