@@ -38,6 +38,23 @@ def test_programs_of_decoding(records, compare):
     compare("docs/inference.md", lines)
 
 
+def test_programs_of_exports(records, compare):
+    (exact, _, *exact_logits), (fast, _, *fast_logits) = (
+        agreement(records, f"onnx-{grade}") for grade in ("exact", "fast")
+    )
+    labels = ("KL from the model in float32, nats", "same likeliest token", "perplexity")
+    lines = [
+        f"{label} | {' | '.join(cells)} |"  # the other rows are no figures
+        for label, *cells in zip(labels, exact_logits, fast_logits, strict=True)
+    ]
+    kept = f"| {exact} | {fast} |"
+    lines.append(f"texts of 200 greedy tokens that are those of float32 {kept}")
+    compare("docs/edge.md", lines)
+    kept, _, kl, same, perplexity = agreement(records, "transformers")
+    lines = [f"same in {same} of places, the KL divergence {kl} nats", f"perplexity {perplexity}"]
+    compare("docs/interop.md", [*lines, f"and {kept} greedy texts of 200 tokens are the same"])
+
+
 def test_a_fact_in_a_text(records, compare):
     for depth in ("0", "0.25", "0.5", "0.75", "1"):
         name = f"needle/256 tokens/depth {depth}/chosen"
