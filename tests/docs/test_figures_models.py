@@ -58,6 +58,26 @@ def test_programs_of_exports(records, compare):
     compare("docs/interop.md", lines)
 
 
+def test_tasks(records, compare):
+    tasks = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande")
+    lines = ["| chance | 25 | 25 | 25 | 25 | 50 | 50 |"]
+    for of, label in (("61M", "MatMul-free"), ("61M-transformer", "Transformer++")):
+        for metric in ("acc", "acc_norm"):
+            scored = tasks if metric == "acc" else tasks[:-1]
+            found = [number(records, f"tasks/{task}/{metric}", of) for task in scored]
+            cells = [f"{n['value']:.1f} ± {n['high'] - n['value']:.1f}" for n in found]
+            cells += [""] * (len(tasks) - len(found))
+            lines.append(f"| {label}, {metric} | {' | '.join(cells)} |")
+    loss = number(records, "held-out loss/classic_books")
+    documents, low, high = loss["rests"]["documents"], loss["low"], loss["high"]
+    lines += [
+        f"{loss['value']:.3f} nats a token (95% over {documents} documents: "
+        f"{low:.3f} to {high:.3f})",
+        f"{number(records, 'bits a byte/classic_books')['value']:.3f} bits a byte.",
+    ]
+    compare("docs/evaluation.md", lines)
+
+
 def test_a_fact_in_a_text(records, compare):
     for depth in ("0", "0.25", "0.5", "0.75", "1"):
         name = f"needle/256 tokens/depth {depth}/chosen"
