@@ -4,6 +4,7 @@ See `walked_gpu.py` for how. The cuts are the fastest of those measured on an H1
 (`python -m mmfree_jax.pallas_kernels.recurrence.benchmark`, docs/kernels.md).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 from ..mosaic import MULTIPROCESSORS
 from . import steps
 from .steps import Scan
-from .walked_gpu import Config, scan
+from .walked_gpu import WARPS, Config, scan
 
 CHANNELS = 32  # of which D must be a multiple: lanes of a warp
 FORWARD = Config()
@@ -25,6 +26,10 @@ MLGRU_BACKWARD = Config(unroll=8)
 # With four stages of a tile a multiprocessor holds four programs: of more, some would wait for
 # others to end. At 2,560 channels two stages take 0.267 ms, three 0.279, four 0.301.
 MLGRU_BACKWARD_MANY = Config(unroll=8, stages=2)
+# Stretches that a short row's tiles come out even with, of up to so many tiles. The steps beyond a
+# row's end are straight-line code like the others, with marks beside each, and what JAX spends in
+# every process on lowering the kernel grows faster than its length (docs/kernels.md).
+_SHORTEST, _MOST_TILES = 4, 4
 # `mlgru_forward` takes held_BT, where the state passes unchanged.
 TAKES_HELD = True
 
@@ -55,7 +60,7 @@ def mlgru_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """`steps.mlgru_forward` as one kernel."""
     few = _programs(i_BTD) <= MULTIPROCESSORS
-    config = config or (MLGRU_FORWARD_FEW if few else MLGRU_FORWARD)
+    config = config or even(MLGRU_FORWARD_FEW if few else MLGRU_FORWARD, i_BTD.shape[1])
     return steps.mlgru_forward(_bind(config, interpret), i_BTD, *args, **held)
 
 
@@ -67,6 +72,16 @@ def mlgru_backward(
     many = _programs(i_BTD) > 4 * MULTIPROCESSORS
     config = config or (MLGRU_BACKWARD_MANY if many else MLGRU_BACKWARD)
     return steps.mlgru_backward(_bind(config, interpret), i_BTD, *args)
+
+
+def even(config: Config, tokens: int) -> Config:
+    """`config` with shorter stretches where rows of so few tokens end within one of its tiles."""
+    unroll = config.unroll
+    while tokens % (WARPS * unroll) and unroll > _SHORTEST:
+        unroll //= 2
+    tiles, rest = divmod(tokens, WARPS * unroll)
+    fits = not rest and tiles <= _MOST_TILES
+    return dataclasses.replace(config, unroll=unroll) if fits else config
 
 
 def _programs(x_BTD: jax.Array) -> int:

@@ -22,7 +22,7 @@ from ..errors import MosaicError
 from ..refs import Ref
 from .steps import Row, Steps
 
-_WARPS = 4
+WARPS = 4
 # Marks of steps: the state does not pass; it does not, and nothing comes in; it passes unchanged.
 _RESET, _CLEARED, _HELD = 1, 2, 3
 _NAMES = {False: "linear_recurrence", True: "linear_recurrence_reversed"}
@@ -65,13 +65,13 @@ def scan(
     L, C, stages = config.unroll, config.channels, config.stages
     if D % C:
         raise MosaicError(f"{D} channels are no multiple of {C}: take implementation='xla'")
-    tiles = -(-T // (_WARPS * L))
-    pad = tiles * _WARPS * L - T
+    tiles = -(-T // (WARPS * L))
+    pad = tiles * WARPS * L - T
 
     def stretches(x_BTD: jax.Array) -> jax.Array:
         """[B, stretches, L, D]."""
         x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))) if pad else x_BTD
-        return x_BTD.reshape(B, tiles * _WARPS, L, D)
+        return x_BTD.reshape(B, tiles * WARPS, L, D)
 
     tiled = {name: stretches(x) for name, x in rows.items()}
     edges, flat = {}, {name: x.astype(jnp.float32) for name, x in (lanes or {}).items()}
@@ -89,7 +89,7 @@ def scan(
         if held_BT is not None:
             marks = jnp.where(held_BT, jnp.where(marks == _RESET, _CLEARED, _HELD), marks)
         marks = jnp.pad(marks, ((0, 0), (0, pad)), constant_values=_HELD)
-        marks = marks.reshape(B, tiles, _WARPS, L).swapaxes(2, 3)
+        marks = marks.reshape(B, tiles, WARPS, L).swapaxes(2, 3)
     f32 = jnp.float32
     if initial_BD is None:
         initial_BD = jnp.zeros((B, D), f32)
@@ -99,22 +99,22 @@ def scan(
 
     outputs = [f"out{i}" for i in range(len(steps.outputs))]
     out_type = {
-        name: jax.ShapeDtypeStruct((B, tiles * _WARPS, L, D), dtype)
+        name: jax.ShapeDtypeStruct((B, tiles * WARPS, L, D), dtype)
         for name, dtype in zip(outputs, steps.outputs, strict=True)
     }
     out_type["last"] = jax.ShapeDtypeStruct((B, D), f32)
     for i in range(steps.sums):
-        out_type[f"sum{i}"] = jax.ShapeDtypeStruct((B, _WARPS, D), f32)
+        out_type[f"sum{i}"] = jax.ShapeDtypeStruct((B, WARPS, D), f32)
 
     scratch: dict[str, Any] = {
-        f"tile:{n}": plgpu.SMEM((stages, _WARPS, L, C), x.dtype)
+        f"tile:{n}": plgpu.SMEM((stages, WARPS, L, C), x.dtype)
         for n, x in (*tiled.items(), *((n, out_type[n]) for n in outputs))
     }
-    scratch |= {f"tile:{n}": plgpu.SMEM((stages, _WARPS, C), x.dtype) for n, x in edges.items()}
+    scratch |= {f"tile:{n}": plgpu.SMEM((stages, WARPS, C), x.dtype) for n, x in edges.items()}
     if marks is not None:
-        scratch["tile:marks"] = plgpu.SMEM((stages, L, _WARPS), jnp.int32)
+        scratch["tile:marks"] = plgpu.SMEM((stages, L, WARPS), jnp.int32)
     scratch |= {f"lane:{n}": plgpu.SMEM((C,), f32) for n in (*flat, "initial")}
-    scratch |= {name: plgpu.SMEM((_WARPS, C), f32) for name in ("products", "states")}
+    scratch |= {name: plgpu.SMEM((WARPS, C), f32) for name in ("products", "states")}
     mosaic.blocks_that_fit(
         sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch.values()), 1
     )
@@ -148,11 +148,11 @@ def _kernel(
     L, C = config.unroll, config.channels
     b, d = lax.axis_index("batch"), lax.axis_index("lane") * C
     channels = pl.ds(d, C)
-    shape = (_WARPS, C)
+    shape = (WARPS, C)
     layout = vector = along = None
     if not interpret:
         layout = plgpu.Layout.TILED(
-            plgpu.Tiling(((_WARPS, C), (C // 32,))),
+            plgpu.Tiling(((WARPS, C), (C // 32,))),
             warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1,
         )  # fmt: skip
         vector, along = layout.reduce(0), layout.reduce(1)
@@ -184,7 +184,7 @@ def _kernel(
         tile = tiles - 1 - step if steps.reverse else step
         if name == "marks":
             return named[name].at[b, tile]
-        stretches = pl.ds(tile * _WARPS, _WARPS)
+        stretches = pl.ds(tile * WARPS, WARPS)
         if name == "edge":
             return named[name].at[b, stretches, channels]
         return named[name].at[b, stretches, :, channels]
@@ -236,7 +236,7 @@ def _kernel(
         scratch["states"][...] = state
         plgpu.commit_smem()
         start = full(0.0)
-        for w in range(_WARPS)[:: -1 if steps.reverse else 1]:
+        for w in range(WARPS)[:: -1 if steps.reverse else 1]:
             start = jnp.where(warp == w, wide(state_C), start)
             a_C = mosaic.load(scratch["products"].at[w], vector)
             state_C = a_C * state_C + mosaic.load(scratch["states"].at[w], vector)

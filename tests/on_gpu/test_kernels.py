@@ -121,6 +121,26 @@ def test_recurrence(gates, width):
         assert relative_rms(a, b) < 0.01
 
 
+# Rows that end within one tile, whose kernel is cut into shorter stretches; held towards their end.
+@pytest.mark.parametrize("tokens", [16, 32, 48, 96])
+@pytest.mark.parametrize("rows", [1, 256])
+def test_the_recurrence_of_short_rows(rows, tokens):
+    width = 640
+    i, f = normal(0, rows, tokens, width), normal(1, rows, tokens, width)
+    bound, start = jnp.linspace(0.0, 0.9, width), normal(2, rows, width, dtype=jnp.float32)
+    held = jnp.broadcast_to(jnp.arange(tokens) >= tokens - 5, (rows, tokens))
+
+    def results(padding, implementation):
+        options = {"padding_BT": padding, "implementation": implementation}
+        run = lambda i, f: mlgru_recurrence(i, f, bound, h0_BD=start, **options)  # noqa: E731
+        return jax.tree.leaves(jax.jit(run)(i, f))
+
+    for padding in (None, held):
+        got, expected = (results(padding, name) for name in ("pallas_gpu", "xla"))
+        for a, b in zip(got, expected, strict=True):
+            assert relative_rms(a, b) < 0.01
+
+
 @pytest.mark.parametrize("vocabulary", [2048, 8192, 32000])
 def test_cross_entropy(vocabulary):
     width, tokens = 384, 512

@@ -320,6 +320,18 @@ def test_the_recurrence_by_mosaic_gpu(width, resets):
         assert "mosaic_gpu" in compiled.as_text()
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (256, 16), (256, 96)])
+def test_the_recurrence_of_short_rows_by_mosaic_gpu(rows, tokens):
+    wide, held = ((rows, tokens, 640), jnp.bfloat16), ((rows, tokens), jnp.bool_)
+
+    def forward(i, f, bound, h0, held):
+        return pallas_gpu.mlgru_forward(i, f, bound, None, h0, held_BT=held)
+
+    lane, state = ((640,), jnp.float32), ((rows, 640), jnp.float32)
+    compiled = compile_for("cuda", forward, wide, wide, lane, state, held)
+    assert "mosaic_gpu" in compiled.as_text()
+
+
 def test_rows_of_logits_by_mosaic_gpu():
     compiled = compile_for(
         "cuda",

@@ -118,6 +118,32 @@ def test_the_mlgru_equals_the_definition(optional):
         assert relative_rms(g, e) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("unroll", "tokens", "expected"),
+    [
+        (16, 16, 4), (16, 32, 8), (16, 48, 4), (16, 64, 16), (16, 96, 8), (16, 192, 16),
+        (32, 64, 16), (32, 192, 16), (16, 512, 16), (32, 512, 32), (32, 2048, 32),
+        (16, 37, 16), (16, 80, 16), (16, 1000, 16), (32, 500, 32),
+    ],
+)  # fmt: skip
+def test_stretches_are_as_long_as_a_short_row_has_steps(unroll, tokens, expected):
+    config = recurrence.Config(unroll=unroll, stages=3)
+    assert recurrence.even(config, tokens) == recurrence.Config(unroll=expected, stages=3)
+
+
+@pytest.mark.parametrize("tokens", [16, 48])
+def test_short_rows_equal_the_definition(tokens):
+    B, D = 1, 32
+    i, f, h0 = normal(B, tokens, D), normal(B, tokens, D, seed=1), normal(B, D, seed=2)
+    held = jnp.arange(tokens)[None] >= tokens - 5
+    expected = reference.mlgru_recurrence(i[:, :-5], f[:, :-5], None, h0_BD=h0)
+    states, last = jax.jit(
+        lambda: recurrence.mlgru_forward(i, f, None, None, h0, held_BT=held, interpret=True)
+    )()
+    np.testing.assert_allclose(states[:, :-5], expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(last, expected[1], rtol=1e-5, atol=1e-6)
+
+
 def test_the_recurrence_equals_the_definition():
     B, T, D = 1, 16, 64
     f, x, dh = jax.nn.sigmoid(normal(B, T, D)), normal(B, T, D, seed=1), normal(B, T, D, seed=2)

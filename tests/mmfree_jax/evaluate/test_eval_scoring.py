@@ -223,6 +223,35 @@ def test_no_more_rows_are_read_than_shorten_it(sizes, most, multiple, rows):
     assert perplexity._fewest_rows(sizes, most, multiple, window=512) == rows
 
 
+@pytest.mark.parametrize(
+    ("fewest", "most", "multiple", "rows"),
+    [(1, 32, 1, 1), (3, 32, 1, 4), (4, 32, 1, 4), (17, 24, 1, 24), (4, 32, 4, 4), (9, 48, 3, 12)],
+)
+def test_rows_off_a_cpu_are_those_of_other_data_sets(fewest, most, multiple, rows):
+    assert perplexity._shared_rows(fewest, most, multiple) == rows
+
+
+def test_data_sets_of_different_sizes_share_one_program(mlgru, byte_data, monkeypatch):
+    dataset = open_dataset(byte_data, "heldout")
+
+    def evaluate(documents):
+        """Loss, and the programs that it took."""
+        before = perplexity._window_losses._cache_size()
+        result = evaluate_held_out(
+            *mlgru, dataset, batch_size=8, window=37, max_documents=documents
+        )
+        return result.loss.mean, perplexity._window_losses._cache_size() - before
+
+    apart = {documents: evaluate(documents) for documents in (13, 15)}
+    assert [programs for _, programs in apart.values()] == [1, 1]
+    perplexity._window_losses.clear_cache()
+    monkeypatch.setattr(perplexity, "_compiles_long", lambda: True)
+    together = {documents: evaluate(documents) for documents in (13, 15)}
+    assert [programs for _, programs in together.values()] == [1, 0]
+    for documents, (loss, _) in together.items():
+        assert loss == pytest.approx(apart[documents][0], abs=1e-5)
+
+
 def test_a_cut_memory_and_attention_see_only_their_window(mlgru, attention, byte_data):
     dataset = open_dataset(byte_data, "heldout")
     longest = max((dataset.document(i) for i in range(20)), key=len)
