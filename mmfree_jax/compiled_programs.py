@@ -20,6 +20,9 @@ _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _MOST = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _MOST_BYTES = 4 * 2**30
 """What was used least recently goes beyond it."""
+_LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_LEAST_SECONDS = 0.1
+"""JAX's own is a second, and most of a small model's programs take less."""
 
 
 def default_folder(environ: Mapping[str, str]) -> Path | None:
@@ -40,6 +43,7 @@ def keep_programs(environ: MutableMapping[str, str]) -> None:
     if folder is not None and _can_be_written(folder):
         environ[_FOLDER] = str(folder)
         environ.setdefault(_MOST, str(_MOST_BYTES))
+        environ.setdefault(_LEAST, str(_LEAST_SECONDS))
 
 
 def is_chosen(environ: Mapping[str, str]) -> bool:

@@ -79,6 +79,7 @@ measure() { # NAME TWIN [--minutes M] [--jobs N] ...
   local name=$1 twin=$2
   shift 2
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOLD/compiled}
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.1}
   "$PYTHON" -m mmfree_jax.experiments.study.measure_model --run "runs/$name" --twin "runs/$twin" "$@"
 }
 

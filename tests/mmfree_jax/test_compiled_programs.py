@@ -37,6 +37,22 @@ def test_a_second_start_finds_the_programs_of_the_first(tmp_path):
     assert (folder / ".lockfile").exists(), "without the lock JAX does not bound the folder"
 
 
+_TIMES = """
+import os
+from mmfree_jax.compiled_programs import keep_programs
+keep_programs(os.environ)
+import jax
+print(jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+
+
+def test_jax_hears_from_which_time_on_programs_are_kept(tmp_path):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", _TIMES], env=env, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("0.1\n", "")
+
+
 @pytest.mark.parametrize(
     "environ",
     [
@@ -61,6 +77,10 @@ def test_the_default_is_bounded_and_no_choice_of_the_user(tmp_path):
     assert folder.parent == tmp_path / "mmfree_jax" / "compiled"
     assert environ["JAX_COMPILATION_CACHE_DIR"] == str(folder)
     assert environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "4294967296"
+    assert environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.1"
+    chosen = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3"}
+    keep_programs(chosen)
+    assert chosen["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "3"
     assert not is_chosen(environ)
     assert not is_chosen({})
     assert is_chosen({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"})
