@@ -33,8 +33,10 @@ train: $(VENV)/.train ## Train a small MatMul-free LM on the State of the Union 
 sample: $(VENV)/.train ## Let the trained model write
 	$(BIN)/mmfree generate --model $(RUN) --prompt "My fellow citizens," --max-new-tokens 200 --stream
 
+# By the environment: what a user writes is text, not a piece of a shell's line.
+demo: export DEMO_PROMPT = $(value PROMPT)
 demo: $(VENV)/.train ## Let the trained model of the repository write a paragraph (PROMPT=)
-	$(BIN)/mmfree generate --model experiments/results/models/61M --prompt "$(PROMPT)" --temperature 0.8 --stream
+	$(BIN)/mmfree generate --model experiments/results/models/61M --prompt "$$DEMO_PROMPT" --temperature 0.8 --stream
 
 test: lint typecheck unit wheel ## What CI runs first: lint, types, all tests, wheel
 	@echo "All checks passed: ruff, pyright, pytest, wheel (dist/)"

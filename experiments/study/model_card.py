@@ -98,6 +98,7 @@ Written by `python -m mmfree_jax.experiments.study.publish_model`; every figure 
             ("parameters without embedding and head", "parameters/non_embedding", ",.0f"),
             ("steps", "training/steps", ",.0f"),
             ("tokens", "training/tokens", ",.0f"),
+            ("passes over the text", "training/passes", ".1f"),
             ("FLOPs, as counted by this project", "training/FLOPs", ".3g"),
             ("checkpoint that was kept (best held-out loss)", "training/best step", ",.0f"),
             ("its held-out loss on the way, nats", "training/best held-out loss", ".4f"),
@@ -206,7 +207,7 @@ Zero examples, lm-eval's definitions; 1.96 standard errors. Where the interval h
 
 {_table(rows)}
 
-Percent of questions answered (`mmfree eval needle`). "no fact": the same question without it, so that nothing was read; ten answers are 10% by chance.{self._afterwards(f"needle {self._model}")}"""  # noqa: E501
+Percent of questions answered (`mmfree eval needle`). "chosen": the right one of ten answers is the likeliest; "written": greedy text begins with it. "no fact": the same question without it, so that nothing was read; ten answers are 10% by chance.{self._afterwards(f"needle {self._model}")}"""  # noqa: E501
 
     def _agreement(self) -> str:
         rows: Table = [("program", "streams of float32 kept", "streams of the trained dtypes kept",
@@ -247,7 +248,7 @@ Percent of questions answered (`mmfree eval needle`). "no fact": the same questi
 
 {_table(rows)}
 
-Each is compared with the trained model in float32 by XLA, on the machine that trained it: greedy streams of 200 tokens behind stretches of held-out text, and the predictions of each token of others. `trained` and `packed` compute in the dtypes of training; the others in float32, packed and ONNX with the embedding as it is stored, in bfloat16 (fast: int8) (docs/inference.md, docs/edge.md, docs/interop.md).{said}"""  # noqa: E501
+Each is compared with the trained model in float32 by XLA, on the machine that trained it: greedy streams of 200 tokens behind stretches of held-out text, and the predictions of each token of others. `trained` and `packed` compute in the dtypes of training; the others in float32, packed and ONNX with the embedding as it is stored, in bfloat16 (fast: int8). A greedy text parts for good at the first token that is decided by little, so that few kept texts beside equal perplexities are what correct programs of other roundings give (docs/inference.md, docs/edge.md, docs/interop.md).{said}"""  # noqa: E501
 
     def _written(self) -> str:
         if not self._samples:
@@ -282,7 +283,7 @@ The text was changed: cleaned, cut and joined. Left out: sources under CC BY-SA,
     def _limits(self) -> str:
         return """## Limits
 
-It continues text; it follows no instructions and knows no conversation. What it states is not to be relied on: it is far too small, and saw far too little. Most of what it read was written before 1930 and it writes as that text does, its prejudices included; nothing was done to filter or to align it. English alone. It was trained on rows of 512 tokens: what it carries further is in the table by position. One seed: differences from the twin as small as those between seeds (docs/scaling-study-plan.md) say nothing. It has not been tested for any use."""  # noqa: E501
+It continues text; it follows no instructions and knows no conversation. What it states is not to be relied on: it is far too small, and saw far too little. Most tokens it read are of books from before 1930, most documents are web pages, abstracts, laws and manuals; it writes as they do, prejudices included, and nothing was done to filter or to align it. English alone. It was trained on rows of 512 tokens: what it carries further is in the table by position. One seed: differences from the twin as small as those between seeds (docs/scaling-study-plan.md) say nothing. It has not been tested for any use."""  # noqa: E501
 
     def _measuring(self) -> str:
         rows: Table = [("step", "command", "begun", "seconds", "device", "commit")]

@@ -202,6 +202,8 @@ def _training(m: Measured) -> Iterator[Number]:
         yield Number("training/tokens", name, summary["tokens"], "tokens", (step,))
         yield Number("training/FLOPs", name, summary["training_flops"], "FLOPs", (step,))
         yield Number("training/best step", name, summary["best"]["step"], "steps", (step,))
+        passes = summary["tokens"] / sum(summary["data"]["tokens"])
+        yield Number("training/passes", name, passes, "passes over the training text", (step,))
         held_out = summary["best"]["value"]
         yield Number("training/best held-out loss", name, held_out, "nats a token", (step,))
         for part, count in summary["parameters"].items():

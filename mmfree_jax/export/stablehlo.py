@@ -47,7 +47,7 @@ from mmfree_jax.places import locate
 from mmfree_jax.ranges import Step
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
-from mmfree_jax.saved.pack import copy_text_files, write_packed
+from mmfree_jax.saved.pack import copy_text_files, write_again, write_packed
 from mmfree_jax.saved.packed import open_packed, packed_files
 from mmfree_jax.storage import Url
 
@@ -125,14 +125,14 @@ def export_stablehlo(
     """Writes the programs and the weights.
 
     Args:
-      model: a training run, a Hugging Face folder, or a packed model at two bits.
+      model: a training run, a Hugging Face folder, or a packed model.
       out: folder to make, or its URL; see `new_folder`.
       step: checkpoint of a training run, or "best"; None: the newest.
       chunk: tokens that one call of `prefill` reads.
       overwrite: replace an earlier export.
 
     Raises:
-      ConfigError: the model is not MatMul-free throughout, or packed at 1.6 bits.
+      ConfigError: the model is not MatMul-free throughout.
       CheckpointError: the model is missing or damaged.
       OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
       StorageError: the bucket refuses, or cannot be reached.
@@ -256,13 +256,11 @@ def load(folder: str | os.PathLike[str], *, checksums: bool = True) -> Program:
 def _write_weights(model: SavedModel, folder: Path) -> None:
     """The packed weights and the tokenizer."""
     if model.kind == "packed":
-        bits = open_packed(model.path).bits
-        if bits != "2":
-            raise ConfigError(
-                f"--model {model.path} is packed at {bits} bits: pack the trained model at 2 bits"
-            )
-        for file in packed_files(model.path):
-            shutil.copyfile(file, folder / file.name)
+        if open_packed(model.path).bits != "2":  # which the programs read
+            write_again(folder / PACKED_FILE, model)
+        else:
+            for file in packed_files(model.path):
+                shutil.copyfile(file, folder / file.name)
     else:
         write_packed(folder / PACKED_FILE, model.config, model.leaf, embedding="float32")
     copy_text_files(model, folder)

@@ -27,6 +27,11 @@ _MARKS: dict[Kind, tuple[str, str]] = {
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
+def other_models(kind: Kind) -> dict[str, str]:
+    """The files that mark a model's folder as another kind than this, and what it is then."""
+    return {mark: what for other, (mark, what) in _MARKS.items() if other != kind}
+
+
 def kind_of(path: str | os.PathLike[str]) -> Kind:
     """The kind of a model's folder.
 

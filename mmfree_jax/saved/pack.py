@@ -1,4 +1,7 @@
-"""Writing a packed model, once, from trained weights: ternarising again would change the trits."""
+"""Writing a packed model, once, from trained weights: ternarising again would change the trits.
+
+A packed model is written again, at other bits or in other files, with the trits that it has.
+"""
 
 import dataclasses
 import json
@@ -8,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,7 @@ from mmfree_jax.saved.packed import (
     Bits,
     EmbeddingDtype,
     StreamAgreement,
+    open_packed,
     packed_files,
     record_agreement,
 )
@@ -82,14 +86,16 @@ def pack(
     max_bytes: int | None = None,
     measure: Callable[[SavedModel], StreamAgreement] | None = None,
 ) -> PackReport:
-    """Makes a packed model of a trained one, holding one parameter at a time.
+    """Makes a packed model of a trained one, or of a packed one, holding one parameter at a time.
 
     Args:
-      model: as `open_model` gives it, with master weights.
+      model: as `open_model` gives it. Of a packed model trits, scales and all else are taken as
+        they are.
       out: folder to make, or its URL; an earlier packed model there is not replaced.
       bits: a weight: "2", which kernels read directly, or "1.6", a fifth smaller on disk.
       embedding: dtype of the stored embedding, "float32", "bfloat16" or "int8" with one scale a
-        row; None: bfloat16 where the residual stream is bfloat16, else float32.
+        row; None: that of a packed model, else bfloat16 where the residual stream is bfloat16,
+        else float32.
       max_bytes: of a file; where the tensors do not fit into one, others lie beside it. None: one
         file.
       measure: compares the packed model with the trained one; its result goes into the file.
@@ -99,26 +105,31 @@ def pack(
       The file, its bytes, its ternary weights, and the stored embedding's relative RMS error.
 
     Raises:
-      ConfigError: the model is packed already, or has no ternary layer.
+      ConfigError: the model has no ternary layer; or is packed, with an embedding of another dtype.
       CheckpointError: its weights are damaged, or of another model.
       OutputError: `out` is, holds or lies in the model's folder, holds something, or cannot be
         written.
       StorageError: the bucket refuses, or cannot be reached.
     """
-    if model.kind == "packed":
+    again = model.kind == "packed"
+    if again and embedding not in (None, kept := stored_embedding(model)):
         raise ConfigError(
-            f"{model.path} is a packed model: ternarising is not idempotent; pack the trained model"
+            f"--embedding is {embedding}, but the packed model {model.path} has kept it in {kept} "
+            "alone: leave it out, or pack the trained model"
         )
     with new_folder(out, command="pack", sources=[str(model.place)], last=PACKED_FILE) as folder:
         file = folder / PACKED_FILE
-        report = write_packed(
-            file,
-            model.config,
-            model.leaf,
-            bits=bits,
-            embedding=embedding,
-            max_bytes=max_bytes,
-        )
+        if again:
+            report = write_again(file, model, bits=bits, max_bytes=max_bytes)
+        else:
+            report = write_packed(
+                file,
+                model.config,
+                model.leaf,
+                bits=bits,
+                embedding=embedding,
+                max_bytes=max_bytes,
+            )
         copy_text_files(model, folder)
         if measure is not None:
             agreement = measure(open_model(folder))
@@ -186,6 +197,52 @@ def write_packed(
                 write(name, np.asarray(value))
     count = sum(math.prod(shapes[name]) for name in ternary)
     return PackReport(file, _bytes_of(file.parent), count, kept, error)
+
+
+def write_again(
+    file: Path, model: SavedModel, *, bits: Bits = "2", max_bytes: int | None = None
+) -> PackReport:
+    """Writes a packed model's trits and scales, and all else that it keeps, at other bits.
+
+    How far its text agrees with the trained model's is passed on: the numbers are the same.
+
+    Args:
+      file: to write, in a folder that exists.
+      model: packed.
+      bits: a weight, as in `write_packed`.
+      max_bytes: of a file, as in `write_packed`.
+
+    Raises:
+      CheckpointError: a tensor is missing or damaged.
+      ConfigError: a tensor is larger than `max_bytes`.
+      OutputError: the file cannot be written.
+    """
+    kept = stored_embedding(model)
+    tensors = packed_tensors(model.config, bits, kept)
+    metadata = {"bits": bits, "model": json.dumps(to_dict(with_plain_scale(model.config)))}
+    groups = split(tensors, max_bytes, _METADATA_ROOM)
+    version = 1 if len(groups) == 1 else VERSION
+    count = 0
+    with split_writer(
+        file, groups, file_format=FORMAT, version=version, metadata=metadata
+    ) as write:
+        for name, _, dtype in tensors:
+            layer, _, kind = name.rpartition("/")
+            if kind == "packed":
+                trits, _ = model.ternary(f"{layer}/weight")
+                count += trits.size
+                write(name, np.asarray(_pack(jnp.asarray(trits), bits=bits)))
+            else:
+                write(name, model.leaf(name).astype(dtype))
+    if (agreement := open_packed(model.path).agreement) is not None:
+        record_agreement(file, agreement)
+    return PackReport(file, _bytes_of(file.parent), count, kept, 0.0, agreement)
+
+
+def stored_embedding(model: SavedModel) -> EmbeddingDtype:
+    """The dtype in which a packed model keeps its embedding."""
+    name = model.leaf(EMBEDDING).dtype.name
+    return next(dtype for dtype in get_args(EmbeddingDtype) if dtype == name)
 
 
 def _bytes_of(folder: Path) -> int:

@@ -34,6 +34,7 @@ from mmfree_jax.storage import Url
 from mmfree_jax.train.best import with_direction
 from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
+from mmfree_jax.train.same_run import refuse_other_models
 from mmfree_jax.train.task_evaluation import open_tasks
 
 if TYPE_CHECKING:
@@ -211,8 +212,10 @@ def take_run_dir(run: Run, held: contextlib.ExitStack) -> Run:
       InUseError, InUseElsewhereError: another job has it.
       OutputError, StorageError: it cannot be written to.
       CheckpointError: a process sees another one of that name.
+      ConfigError: something else than a run was made there.
     """
     place = locate(run.config.run_dir, "run_dir")
+    refuse_other_models(place)
     if isinstance(place, Path):
         open_run_dir(place, held)
         return run

@@ -49,6 +49,8 @@ def test_programs_of_exports(records, compare):
     ]
     kept = f"| {exact} | {fast} |"
     lines.append(f"texts of 200 greedy tokens that are those of float32 {kept}")
+    largest = number(records, "agreement/onnx-exact/largest_difference")["value"]
+    lines.append(f"logits move by up to {largest:.1f}")
     compare("docs/edge.md", lines)
     kept, _, kl, same, perplexity = agreement(records, "transformers")
     lines = [f"is the same in {same} of places"]
@@ -84,4 +86,11 @@ def test_a_fact_in_a_text(records, compare):
         ours, twin = number(records, name), number(records, name, "61M-transformer")
         assert ours["low"] < 0.1 < ours["high"]  # one of ten
         assert (twin["value"], twin["rests"]["asked"]) == (1.0, 20)
-    compare("docs/published-models.md", ["in each of twenty texts of 256 tokens"])
+    late, early = (
+        run["summary"]["eval_loss"]
+        for wanted in (0.2, 0.6)
+        for run in records["h200/trained_61M.json"]["runs"]
+        if (run["run"], run["decay_fraction"]) == ("61M-transformer", wanted)
+    )
+    lines = [f"reached {late:.3f} nats in place of {early:.3f}"]
+    compare("docs/published-models.md", ["in each of twenty texts of 256 tokens", *lines])

@@ -98,6 +98,7 @@ def test_the_published_folder_has_weights_card_results_and_checksums(measured, t
     for text in (
         f"mmfree train --config experiments/results/models/{MODEL}/training-{TWIN}.yaml",
         "4,321 ternary weights (9,876 parameters", "commit `0123456789abcdef`",
+        "| passes over the text | 2.0 | 2.0 |",
         "| law | 3.000 (2.700 to 3.300) | 3.500 (3.200 to 3.800) | -0.500 (-0.500 to -0.500) |",
         "| onnx-exact | 1 of 2 | 1 of 2 | 1.0e-06 | 99.97 | 80.500 -> 80.000 |",
         "| piqa, acc | 50 | 25.0 (23.0 to 27.0) | - | 50 |",

@@ -106,7 +106,7 @@ def _write_run(folder: Path, name: str) -> None:
         "step": 50, "tokens": 6400, "training_flops": 1e9, "seconds": 9.0,
         "best": {"step": 40, "value": 3.75}, "parameters": {"ternary": 4321, "total": 9876},
         "device": {"kind": "a card", "count": 1}, "versions": {"jax": "1", "flax": "2"},
-        "data": {"paths": ["data/law", "data/novels"]},
+        "data": {"paths": ["data/law", "data/novels"], "tokens": [1000, 2200]},
     }  # fmt: skip
     _write(folder / "summary.json", summary)
     (folder / "metrics.jsonl").write_text('{"kind": "goodput", "unix_time": 1795803797.7}\n')

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.cli.main import main
+from mmfree_jax.saved.packed import open_packed
 
 OLD = Path(__file__).parent / "old"
 
@@ -39,7 +40,7 @@ def test_what_others_wrote_is_kept(run, tmp_path, capsys):
     assert [p.name for p in out.iterdir()] == ["precious"]
 
 
-def test_a_packed_model_is_not_replaced_and_not_packed_again(run, tmp_path, capsys):
+def test_a_packed_model_is_not_replaced(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert pack("--model", run, "--out", out) == 0
     assert (out / "tokenizer/byte.json").is_file()
@@ -50,9 +51,30 @@ def test_a_packed_model_is_not_replaced_and_not_packed_again(run, tmp_path, caps
         f"mmfree: error: {out} exists already: choose another folder, or remove it yourself\n"
     )
     assert (out / "packed.safetensors").read_bytes() == data
-    assert pack("--model", out, "--out", tmp_path / "again") == 2
-    assert "ternarising is not idempotent" in capsys.readouterr().err
-    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("embedding", ["float32", "bfloat16", "int8"])
+def test_a_packed_model_is_packed_again_with_its_own_numbers(run, tmp_path, capsys, embedding):
+    straight, other, back = (tmp_path / name for name in ("straight", "other", "back"))
+    options = ["--embedding", embedding]
+    assert main(["pack", "--model", str(run), "--out", str(straight), *options,
+                 "--agreement-prompts", "1", "--agreement-tokens", "4"]) == 0  # fmt: skip
+    assert pack("--model", straight, "--out", other, "--bits", "1.6") == 0
+    assert pack("--model", other, "--out", back) == 0
+    first, second, third = (
+        (folder / "packed.safetensors").read_bytes() for folder in (straight, other, back)
+    )
+    assert first != second
+    assert first == third
+    assert (back / "tokenizer/byte.json").is_file()
+    assert open_packed(other).agreement == open_packed(straight).agreement is not None
+    changed = {"float32": "int8", "bfloat16": "float32", "int8": "bfloat16"}[embedding]
+    capsys.readouterr()
+    assert pack("--model", other, "--out", tmp_path / "n", "--embedding", changed) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mmfree: error: --embedding is {changed}, but the packed model")
+    assert f"kept it in {embedding} alone" in error
+    assert not (tmp_path / "n").exists()
 
 
 def test_the_modes_of_all_files_follow_the_umask(run, tmp_path):

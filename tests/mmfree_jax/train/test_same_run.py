@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mmfree_jax.cli.main import main
 from mmfree_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -17,7 +18,7 @@ from mmfree_jax.config import (
 from mmfree_jax.config_io import to_dict
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model_config import ModelConfig
-from mmfree_jax.train.same_run import check_same_run
+from mmfree_jax.train.same_run import check_same_run, refuse_other_models
 
 
 def _prolong(step, *, old=100, new=200, **optimizer):
@@ -93,3 +94,24 @@ def test_a_field_newer_than_the_checkpoint_has_its_default():
     saved["model"]["unknown"] = 1
     with pytest.raises(ConfigError, match=r"model\.unknown"):
         check_same_run(Path("run"), saved, TrainConfig(), 5)
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("packed.safetensors", "a packed model"),
+        ("model.yaml", "a model folder of ours"),
+        ("config.json", "a Hugging Face model"),
+        (".mmfree-output.json", "what a command made"),  # an export, prepared data
+    ],
+)
+def test_a_run_goes_into_no_folder_of_another_model(file, what, tmp_path, byte_data, capsys):
+    refuse_other_models(tmp_path)
+    (tmp_path / file).write_text("{}")
+    arguments = ["--preset", "tiny", "--data.paths", str(byte_data), "--run-dir", str(tmp_path)]
+    assert main(["train", *arguments, "--eval.sample-tokens", "0"]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error == (
+        f"mmfree: error: run_dir {tmp_path} holds {file} ({what}): give another --run-dir"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [file]
