@@ -167,7 +167,7 @@ def check_same_run(
 
 
 def refuse_other_models(place: Path | Url) -> None:
-    """Refuses a folder in which something else than a run was made, before anything is written.
+    """Refuses a folder in which something else than a run was made.
 
     A run beside another model would leave two that nothing could tell apart.
 

@@ -215,11 +215,12 @@ def take_run_dir(run: Run, held: contextlib.ExitStack) -> Run:
       ConfigError: something else than a run was made there.
     """
     place = locate(run.config.run_dir, "run_dir")
-    refuse_other_models(place)
     if isinstance(place, Path):
+        refuse_other_models(place)
         open_run_dir(place, held)
         return run
     bucket = open_bucket_run(place, held, checkpoints=CHECKPOINTS, last=SUMMARY)
+    refuse_other_models(place)  # now that the bucket is known to let this process in
     return dataclasses.replace(run, run_dir=bucket.folder, bucket=bucket)
 
 

@@ -249,10 +249,13 @@ def test_pack_and_generate_give_the_trained_models_stream(run, capsys, tmp_path)
     assert (code, err) == (0, "")
     assert out == expected
 
-    # A packed model is not packed again, and an existing one not overwritten.
-    for model, out in ((tmp_path / "p", tmp_path / "q"), (run[0], tmp_path / "p")):
-        assert main(["pack", "--model", str(model), "--out", str(out)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    # A packed model is packed again as it is, and an existing one not overwritten.
+    assert main(["pack", "--model", str(tmp_path / "p"), "--out", str(tmp_path / "q"),
+                 "--bits", "1.6", "--agreement-prompts", "0"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert run_main(capsys, "--model", tmp_path / "q", *args) == (0, expected, "")
+    assert main(["pack", "--model", str(run[0]), "--out", str(tmp_path / "p")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_saved_state_goes_on_where_it_ended(run, capsys, tmp_path):

@@ -192,6 +192,20 @@ def test_a_bucket_that_refuses_is_one_line(config, bucket: Bucket, capsys, tmp_p
     assert error.count("\n") == 1
 
 
+def test_a_run_goes_into_no_folder_of_another_model(config, bucket: Bucket, capsys, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    place = parse_url(config.run_dir)
+    write_bytes(place / "packed.safetensors", b"{}")
+    assert main(["train", "--config", str(path), "--model.vocab-size", "256"]) == 2
+    error = capsys.readouterr().err
+    assert f"run_dir {config.run_dir} holds packed.safetensors (a packed model)" in error
+    assert error.count("\n") == 1
+    # The lease is over, and stays as it does behind every writer.
+    assert sorted(list_names(place)) == [".lease.json", "packed.safetensors"]
+    assert read_bytes(place / "packed.safetensors") == b"{}"
+
+
 def test_a_missing_extra_is_one_line(config, capsys, tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(config))
