@@ -8,7 +8,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -40,7 +41,7 @@ from mmfree_jax.saved.packed import (
     packed_files,
     record_agreement,
 )
-from mmfree_jax.saved.split_file import split, split_writer
+from mmfree_jax.saved.split_file import Tensor, split, split_writer
 from mmfree_jax.storage import Url
 
 EMBEDDING = "embedding/weight"
@@ -173,13 +174,8 @@ def write_packed(
         raise ConfigError("the model has no ternary layer: there is nothing to pack")
     # The header comes first in the file: names and shapes are needed before there is a value.
     tensors = packed_tensors(config, bits, kept)
-    metadata = {"bits": bits, "model": json.dumps(to_dict(plain))}
     error = 0.0
-    groups = split(tensors, max_bytes, _METADATA_ROOM)
-    version = 1 if len(groups) == 1 else VERSION  # which earlier programs read too
-    with split_writer(
-        file, groups, file_format=FORMAT, version=version, metadata=metadata
-    ) as write:
+    with _writer(file, config, bits, tensors, max_bytes) as write:
         for param, shape in shapes.items():
             master = jnp.asarray(leaf(param), jnp.float32)
             if master.shape != shape:
@@ -219,13 +215,8 @@ def write_again(
     """
     kept = stored_embedding(model)
     tensors = packed_tensors(model.config, bits, kept)
-    metadata = {"bits": bits, "model": json.dumps(to_dict(with_plain_scale(model.config)))}
-    groups = split(tensors, max_bytes, _METADATA_ROOM)
-    version = 1 if len(groups) == 1 else VERSION
     count = 0
-    with split_writer(
-        file, groups, file_format=FORMAT, version=version, metadata=metadata
-    ) as write:
+    with _writer(file, model.config, bits, tensors, max_bytes) as write:
         for name, _, dtype in tensors:
             layer, _, kind = name.rpartition("/")
             if kind == "packed":
@@ -237,6 +228,16 @@ def write_again(
     if (agreement := open_packed(model.path).agreement) is not None:
         record_agreement(file, agreement)
     return PackReport(file, _bytes_of(file.parent), count, kept, 0.0, agreement)
+
+
+def _writer(
+    file: Path, config: ModelConfig, bits: Bits, tensors: Sequence[Tensor], max_bytes: int | None
+) -> AbstractContextManager[Callable[[str, np.ndarray], None]]:
+    """Opens a packed model's file, or its files, to write these tensors in their order."""
+    groups = split(tensors, max_bytes, _METADATA_ROOM)
+    version = 1 if len(groups) == 1 else VERSION  # which earlier programs read too
+    metadata = {"bits": bits, "model": json.dumps(to_dict(with_plain_scale(config)))}
+    return split_writer(file, groups, file_format=FORMAT, version=version, metadata=metadata)
 
 
 def stored_embedding(model: SavedModel) -> EmbeddingDtype:
