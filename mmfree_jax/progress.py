@@ -302,13 +302,16 @@ def open_display(kind: Kind, stream: TextIO, patience: float) -> Display:
 
 
 @contextlib.contextmanager
-def show_progress(stage: str, *, is_shown: bool = True) -> Iterator[Display]:
+def show_progress(
+    stage: str, *, is_shown: bool = True, patience: float = math.inf
+) -> Iterator[Display]:
     """A display on standard error for the time of the block, beside results on standard output.
 
     It begins with `stage`, if there is one yet; where not `is_shown` it shows nothing. In a file
-    there are only lines on how far something long is, so that an error stays one line.
+    there are only lines on how far something long is, so that an error stays one line, and on
+    stages that last longer than `patience` (seconds).
     """
-    display = open_display("auto" if is_shown else "none", sys.stderr, patience=math.inf)
+    display = open_display("auto" if is_shown else "none", sys.stderr, patience)
     try:
         if stage:
             display.stage(stage)

@@ -11,10 +11,12 @@ from mmfree_jax.cli.parse import Names, parse
 from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.installed import import_optional, install_command
 from mmfree_jax.places import Place, PlaceOrUrl
-from mmfree_jax.progress import show_progress
+from mmfree_jax.progress import Display, show_progress
 from mmfree_jax.ranges import AboveZero, Count, CountOrZero, Range, Step
+from mmfree_jax.readable import format_count, format_seconds
 
 PURPOSE = "mmfree serve"
+_PATIENCE = 2.0  # seconds that a stage lasts before a line is written of it
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
 
@@ -104,9 +106,13 @@ def serve(argv: Sequence[str]) -> int:
             f"--host is {config.host!r}, which others reach, and there are no keys: give "
             "--api-key-file, or --allow-open to let everybody in"
         )
+    begun = time.monotonic()
     with server.bind(config.host, config.port) as listening:
         with show_progress("starting JAX") as show:
-            service = _open(config, show)
+            given = _look_at_model(config, show)
+        # What was asked for is good: from here on a line in a file comes before no error of that.
+        with show_progress("", patience=_PATIENCE) as show:
+            service = _open(config, given, show)
         from mmfree_jax.serve.app import make_app
 
         app = make_app(
@@ -119,31 +125,37 @@ def serve(argv: Sequence[str]) -> int:
             write_seconds=config.write_seconds, drain_seconds=config.drain_seconds
         )
         address = server.address_of(listening)
-        server.Running(app, service, patience).run(
-            listening,
-            lambda: print(
-                f"serving {service.name} at {address}/v1, page at {address}/", flush=True
-            ),
-        )
+
+        def say_ready() -> None:
+            # Programs wait for this line on standard output; the other is for a log of errors.
+            print(f"serving {service.name} at {address}/v1, page at {address}/", flush=True)
+            took = format_seconds(time.monotonic() - begun)
+            print(f"mmfree serve: ready at {address} after {took}", file=sys.stderr, flush=True)
+
+        server.Running(app, service, patience).run(listening, say_ready)
     print("mmfree serve: stopped", file=sys.stderr)
     return 0
 
 
-def _open(config: ServeConfig, show: Any) -> Any:
-    """The service: the model opened, its engine started."""
+@dataclass(frozen=True)
+class _Model:
+    """A model whose weights were not read yet, and what its texts are made with."""
+
+    saved: Any
+    tokenizer: Any
+    chat: Any
+    end_ids: tuple[int, ...]
+
+
+def _look_at_model(config: ServeConfig, show: Display) -> _Model:
     from mmfree_jax.data.tokenizer import load_tokenizer, tokenizer_copy
     from mmfree_jax.infer.text import check_tokenizer
     from mmfree_jax.saved.end_tokens import end_ids
     from mmfree_jax.saved.open_model import open_model
     from mmfree_jax.serve.chat_template import find_chat_format
-    from mmfree_jax.serve.engine import Engine
-    from mmfree_jax.serve.metrics import Metrics
-    from mmfree_jax.serve.requests import Limits
-    from mmfree_jax.serve.service import Service, ServiceLimits
 
     show.stage("reading the model")
     saved = open_model(config.model, step=config.step)
-    model = saved.model()
     place = saved.tokenizer_path if config.tokenizer is None else tokenizer_copy(config.tokenizer)
     if place is None:
         raise DataError(f"model {config.model} has no tokenizer: give --tokenizer")
@@ -153,6 +165,22 @@ def _open(config: ServeConfig, show: Any) -> Any:
     ends = dict.fromkeys(end_ids(saved.path))
     if tokenizer.eos_id is not None:
         ends[tokenizer.eos_id] = None
+    possible = tuple(i for i in ends if i < saved.config.vocab_size)  # others cannot occur
+    return _Model(saved, tokenizer, chat, possible)
+
+
+def _open(config: ServeConfig, given: _Model, show: Display) -> Any:
+    """The service: the weights read, its engine started."""
+    from mmfree_jax.model.parameters import param_count
+    from mmfree_jax.serve.engine import Engine
+    from mmfree_jax.serve.metrics import Metrics
+    from mmfree_jax.serve.requests import Limits
+    from mmfree_jax.serve.service import Service, ServiceLimits
+
+    saved = given.saved
+    name = config.name or saved.path.resolve().name
+    size = format_count(param_count(saved.config))
+    show.stage(f"reading the weights of {config.model}, {size} parameters")
     limits = Limits(
         slots=config.slots,
         queue=config.max_queue,
@@ -164,15 +192,17 @@ def _open(config: ServeConfig, show: Any) -> Any:
         time_limit_s=config.request_seconds,
     )
     folder = None if config.sessions is None else Path(config.sessions)
-    engine = Engine(model, saved.weights(), limits, sessions=folder)
-    show.stage("compiling")
-    engine.start()
+    engine = Engine(saved.model(), saved.weights(), limits, sessions=folder)
+    show.stage(f"compiling programs for {name}")
+    engine.start(
+        on_program=lambda done, of, what: show.update(done, of, what, count=f"{done}/{of}")
+    )
     return Service(
-        name=config.name or saved.path.resolve().name,
+        name=name,
         engine=engine,
-        tokenizer=tokenizer,
-        chat=chat,
-        end_ids=tuple(i for i in ends if i < model.config.vocab_size),  # others cannot occur
+        tokenizer=given.tokenizer,
+        chat=given.chat,
+        end_ids=given.end_ids,
         limits=ServiceLimits(
             body_bytes=config.max_body_bytes,
             prompt_tokens=config.max_prompt_tokens,

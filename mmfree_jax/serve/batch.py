@@ -1,6 +1,7 @@
 """The batch on the device: every slot, and the programs that read and write them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,6 +18,9 @@ from mmfree_jax.serve.plan import Plan
 from mmfree_jax.serve.programs import Given, Pool
 from mmfree_jax.serve.requests import Request
 from mmfree_jax.serve.row_sampling import DRAWS, Draw, settings_of
+
+OnProgram = Callable[[int, int, str], object]
+"""Is told of a program that is compiled next: how many are, of how many, and its name."""
 
 
 @dataclass(frozen=True)
@@ -167,15 +171,29 @@ class Batch:
         """Returns when the device has done all that it was given."""
         jax.block_until_ready(self._pool.left_B)
 
-    def warm_up(self) -> None:
-        """Compiles every program but that of scored prompts, and empties the slots."""
+    def warm_up(self, on_program: OnProgram | None = None) -> None:
+        """Compiles every program but that of scored prompts, and empties the slots.
+
+        Args:
+          on_program: called before each.
+        """
+        steps: list[tuple[str, Callable[[], object]]] = [("slots", self._move_rows)]
+        for length in self._plan.piece_rows:
+            pieces = [Piece(0, [0] * length)]
+            steps.append((f"reading {length} tokens", functools.partial(self.read, pieces)))
+        for draw in DRAWS:
+            for size in self._plan.batch_sizes:
+                decode = functools.partial(self.decode, range(size), draw)
+                steps.append((f"decoding a batch of {size} ({draw})", decode))
+        for done, (name, run) in enumerate(steps):
+            if on_program is not None:
+                on_program(done, len(steps), name)
+            run()
+        self.wait()
+        self.reset()
+
+    def _move_rows(self) -> None:
+        """Runs what puts a row into a slot and takes one out."""
         self.clear(0)
         self.begin(0, Request((0,), 0))
         self.take(0)
-        for length in self._plan.piece_rows:
-            self.read([Piece(0, [0] * length)])
-        for draw in DRAWS:
-            for size in self._plan.batch_sizes:
-                self.decode(range(size), draw)
-        self.wait()
-        self.reset()

@@ -13,7 +13,7 @@ import jax
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel, Session
 from mmfree_jax.model.weights import Params, Weights, as_weights
-from mmfree_jax.serve.batch import Batch
+from mmfree_jax.serve.batch import Batch, OnProgram
 from mmfree_jax.serve.handle import Handle
 from mmfree_jax.serve.job import Job, Outbox, new_job
 from mmfree_jax.serve.plan import Plan, plan_for
@@ -120,11 +120,11 @@ class Engine:
         self._closing = self._aborting = self._failed = self._closed = False
         self._failures = self._failures_in_a_row = 0
 
-    def start(self, *, warm_up: bool = True) -> None:
+    def start(self, *, warm_up: bool = True, on_program: OnProgram | None = None) -> None:
         """Starts the thread; with `warm_up` compiles every program of decoding and reading first,
-        in the caller's thread."""
+        in the caller's thread, and calls `on_program` before each."""
         if warm_up:
-            self._batch.warm_up()
+            self._batch.warm_up(on_program)
         self._thread = threading.Thread(target=self._run, name="mmfree-engine", daemon=True)
         self._thread.start()
 
