@@ -26,6 +26,7 @@ from mmfree_jax.outputs import new_folder
 from mmfree_jax.places import locate
 from mmfree_jax.saved.end_tokens import end_ids
 from mmfree_jax.saved.open_model import SavedModel
+from mmfree_jax.saved.source_card import copy_source_card
 from mmfree_jax.storage import Url
 
 COMMAND = "export onnx"
@@ -124,6 +125,7 @@ def export_onnx(
         # Every token that ends a text; eos_token_id is the tokenizer's alone.
         of_text["end_ids"] = list(dict.fromkeys([*own, *end_ids(model.path)]))
         shutil.copyfile(CHAT, folder / CHAT.name)
+        copy_source_card(model.path, model.kind, folder)
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name not in files:

@@ -25,11 +25,12 @@ from mmfree_jax.saved.evaluations import read_evaluations
 from mmfree_jax.saved.exported_tensors import exported_tensors
 from mmfree_jax.saved.huggingface_tokenizer import FILES, write_tokenizer
 from mmfree_jax.saved.kinds import MODEL_CONFIG
-from mmfree_jax.saved.model_card import CARD, model_card
+from mmfree_jax.saved.model_card import model_card
 from mmfree_jax.saved.model_folder import write_model
 from mmfree_jax.saved.open_model import find_tokenizer, open_model
 from mmfree_jax.saved.remote_code import write_code
 from mmfree_jax.saved.run_directory import TOKENIZER
+from mmfree_jax.saved.source_card import CARD, copy_source_card
 from mmfree_jax.saved.writing import SHARD_BYTES, write_tensors
 from mmfree_jax.storage import Url
 
@@ -85,6 +86,7 @@ def import_hf(
                 shutil.copyfile(saved.path / name, folder / TOKENIZER / name)
         if ends := end_ids(saved.path):
             write_end_ids(folder, ends)
+        copy_source_card(saved.path, saved.kind, folder)
         tokenizer = _tokenizer_kind(folder)
     model_type = huggingface.read_config(saved.path).model_type
     return Converted(locate(target, "target"), param_count(saved.config), tokenizer, model_type)
@@ -167,6 +169,7 @@ def export_hf(
             bos_token_id=fields["bos_token_id"],
         )
         write_text(folder / CARD, card)
+        copy_source_card(saved.path, saved.kind, folder)
         tensors = exported_tensors(config, weights, stored_dtype)
         write_tensors(folder, tensors, shard_bytes=shard_bytes)
         if "auto_map" in fields:

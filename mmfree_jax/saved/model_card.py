@@ -18,9 +18,9 @@ from mmfree_jax.saved.history import Record, read_history
 from mmfree_jax.saved.manifest import Manifest, read_manifest
 from mmfree_jax.saved.open_model import SavedModel
 from mmfree_jax.saved.run_directory import METRICS, SUMMARY, load_config
+from mmfree_jax.saved.source_card import SOURCE_CARD, SourceCard, read_source_card
 from mmfree_jax.text_files import read_json
 
-CARD = "README.md"
 _CORPUS_LICENSES = {"sotu": "public domain"}  # of `data prepare --corpus`, see docs/data.md
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -51,6 +51,7 @@ def model_card(
     Raises:
       ConfigError: `model_license` is no identifier.
       CheckpointError: the run has no checkpoint that is whole.
+      DataError: the exported folder has a card of its own that cannot be read.
     """
     if model_license is not None and not _IDENTIFIER.fullmatch(model_license):
         raise ConfigError(
@@ -58,7 +59,10 @@ def model_card(
             "apache-2.0, mit, cc-by-4.0 or other"
         )
     remote = "auto_map" in fields
-    front: dict[str, Any] = {} if model_license is None else {"license": model_license}
+    source = read_source_card(saved.path, saved.kind)
+    front: dict[str, Any] = dict(source.license) if source else {}
+    if model_license is not None:
+        front = {"license": model_license}
     front |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -67,7 +71,8 @@ def model_card(
     sections = [
         f"# {_line(name)}",
         _model(saved, fields, tokenizer),
-        _training(saved, data_license),
+        _training(saved, data_license, has_card=source is not None),
+        _origin(saved, source),
         _evaluation(evaluations),
         _use(fields, repository or "path/to/folder", has_tokenizer=tokenizer is not None),
     ]
@@ -95,10 +100,28 @@ def _model(saved: SavedModel, fields: dict[str, Any], tokenizer: Any) -> str:
 - stored weights: {kept}{fields["torch_dtype"]}"""
 
 
-def _training(saved: SavedModel, data_license: str | None) -> str:
+def _origin(saved: SavedModel, source: SourceCard | None) -> str:
+    """What the card of the exported folder says of licences and whom it credits."""
+    if source is None:
+        return ""
+    place = saved.place
+    name = place.resolve().name if isinstance(place, Path) else place.name
+    text = (
+        f"## Where it comes from\n\nExported from {_line(name)}, whose own card lies beside this "
+        f"one: [{SOURCE_CARD}]({SOURCE_CARD})."
+    )
+    if not source.sections:
+        return text
+    quoted = "\n\n".join(f"#{section}" for section in source.sections)
+    return f"{text} What it says of licences and credits, word for word:\n\n{quoted}"
+
+
+def _training(saved: SavedModel, data_license: str | None, *, has_card: bool) -> str:
     checkpoint = saved.checkpoint()
     if checkpoint is None:
         unknown = "The folder that was exported has no records of a training run."
+        if has_card:
+            unknown = "The folder that was exported has a card, and no records of a training run."
         if data_license is not None:
             unknown += f"\n\n- licence of the data: {_line(data_license)}"
         return f"## Training\n\n{unknown}"

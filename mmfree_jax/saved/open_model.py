@@ -28,6 +28,7 @@ from mmfree_jax.saved import huggingface, model_folder, packed, run_model
 from mmfree_jax.saved.checkpoint_copy import copy_parameters
 from mmfree_jax.saved.kinds import Kind, kind_of
 from mmfree_jax.saved.run_directory import METRICS, TOKENIZER, load_config
+from mmfree_jax.saved.source_card import CARD, LEGAL_TEXTS, SOURCE_CARD
 from mmfree_jax.saved.tensor_names import check_tied_head, known_extra, tensor_map
 from mmfree_jax.saved.tensors import Slot, TensorFolder, TensorMap, read_params
 from mmfree_jax.storage import Url
@@ -230,7 +231,8 @@ def _is_of_model(name: PurePosixPath) -> bool:
     kinds = (".json", ".jinja", ".model", ".safetensors", ".yaml")
     if name.parts[:-1]:
         return name.parts[:-1] == (TOKENIZER,)
-    return not name.name.startswith(".") and (name.suffix in kinds or name.name == METRICS)
+    beside = (METRICS, CARD, SOURCE_CARD, *LEGAL_TEXTS)
+    return not name.name.startswith(".") and (name.suffix in kinds or name.name in beside)
 
 
 def _open_run(folder: Path, place: Path | Url, step: Step | None) -> SavedModel:

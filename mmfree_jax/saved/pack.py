@@ -41,6 +41,7 @@ from mmfree_jax.saved.packed import (
     packed_files,
     record_agreement,
 )
+from mmfree_jax.saved.source_card import copy_source_card
 from mmfree_jax.saved.split_file import Tensor, split, split_writer
 from mmfree_jax.storage import Url
 
@@ -307,7 +308,8 @@ def _relative_error(stored: dict[str, Any], master: np.ndarray) -> float:
 
 
 def copy_text_files(model: SavedModel, folder: Path) -> None:
-    """Puts what text needs beside a model's weights: its tokenizer, and which tokens end one."""
+    """Puts beside a model's weights what text needs, its tokenizer and which tokens end one, and
+    what the model's folder says of licences and whom it credits."""
     source = model.tokenizer_path
     if source is not None and source.is_dir():
         copy_folder(source, folder / "tokenizer")
@@ -319,3 +321,4 @@ def copy_text_files(model: SavedModel, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
     if ids := end_ids(model.path):
         write_end_ids(folder, ids)
+    copy_source_card(model.path, model.kind, folder)

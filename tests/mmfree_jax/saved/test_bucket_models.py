@@ -40,12 +40,15 @@ def test_weights_and_tokenizer_are_those_of_the_folder_and_fetched_once(model, b
 
 @pytest.mark.parametrize("bucket", ["gcs"], indirect=True)
 def test_a_model_in_a_bucket_is_packed(model, bucket, tmp_path):
+    (model.path / "README.md").write_text("# m\n\n## Licence\n\nCC0\n")
     url = put_folder(model.path, f"{bucket.url}/m")
     for source, out in ((url, "there"), (str(model.path), "here")):
         argv = ["--model", source, "--out", str(tmp_path / out), "--agreement-prompts", "0"]
         assert main(["pack", *argv]) == 0
     packed = [(tmp_path / out / "packed.safetensors").read_bytes() for out in ("there", "here")]
     assert packed[0] == packed[1]
+    for out in ("there", "here"):  # the card comes along
+        assert (tmp_path / out / "SOURCE_README.md").read_text().endswith("CC0\n")
 
 
 def test_what_cannot_be_opened_is_one_line(model, bucket):
