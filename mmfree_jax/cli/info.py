@@ -12,13 +12,20 @@ from rich.table import Table
 from mmfree_jax.cli.parse import parse
 from mmfree_jax.cli.train import base_config, with_vocabulary
 from mmfree_jax.config import MeshConfig, TrainConfig, tokens_per_step
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import CheckpointError, ConfigError
 from mmfree_jax.places import PlaceOrUrl
+from mmfree_jax.progress import show_progress
+from mmfree_jax.ranges import Step
 
 _DESCRIPTION = """Parameters by component, floating-point operations a token, and an estimate of the
 memory that training takes on each device, for a preset, a config file or a run directory; the
-flags of `mmfree train` change single fields. Nothing is compiled and no device is needed."""
+flags of `mmfree train` change single fields. Nothing is compiled and no device is needed.
 
+With --model it says what is known of a saved model: its sizes, how it is kept, its tokenizer, what
+it was trained on, its licence, and whether its files are as they were written. Exit code 2 where
+they are not."""
+
+_DEVICES = "1,2,4,8"
 _GROUPS = (
     "weight_scale groups: no Pallas kernel takes them; products go through XLA in training and "
     "decoding on every device, packed models on a GPU too, and exports are refused (docs/models.md)"
@@ -33,6 +40,13 @@ class _Arguments:
     """YAML file over it, or its URL."""
     run: PlaceOrUrl | None
     """Run directory, or its URL, instead of either."""
+    model: PlaceOrUrl | None
+    """Folder of a saved model, or its URL, to say what is known of it instead: a training run, a
+    packed model, a model folder or a Hugging Face model."""
+    step: Step | None
+    """With --model, checkpoint of a training run: its step, or best; None: the newest."""
+    checksums: bool
+    """With --model, compare its files with the checksums that are kept of them."""
     devices: str
     """Numbers of devices to estimate memory for, separated by commas."""
     json: bool
@@ -43,16 +57,50 @@ class _Arguments:
 def info(argv: Sequence[str]) -> int:
     """Show a model's parameters, FLOPs a token and memory by number of devices."""
     base = base_config(argv, run_flag="--run")
-    default = _Arguments(None, None, None, "1,2,4,8", False, base)
+    default = _Arguments(None, None, None, None, None, True, _DEVICES, False, base)
     arguments = parse(
         _Arguments, argv, prog="mmfree info", description=_DESCRIPTION, default=default
     )
+    if arguments.model is not None:
+        return _info_of_model(arguments, default)
+    if arguments.step is not None or not arguments.checksums:
+        flag = "--no-checksums" if arguments.step is None else "--step"
+        raise ConfigError(f"{flag} is given, which goes with --model: name a saved model by that")
     settings = with_vocabulary(argv, arguments.settings, run_flag="--run")
     report = describe(settings, _device_counts(arguments.devices))
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:
         _print_tables(report, Console())
+    return 0
+
+
+def _info_of_model(arguments: _Arguments, default: _Arguments) -> int:
+    others = ("preset", "config", "run", "devices", "settings")
+    changed = [name for name in others if getattr(arguments, name) != getattr(default, name)]
+    if changed or default.settings != TrainConfig():
+        names = [f"--{name}" for name in changed if name != "settings"] or ["settings of training"]
+        raise ConfigError(
+            f"--model is {arguments.model}: leave out {' and '.join(names)}, as the saved model is "
+            "shown as it is"
+        )
+    with show_progress("reading the model") as show:
+        from mmfree_jax.cli.info_model import describe_model, print_model
+
+        if arguments.checksums:
+            show.stage("comparing checksums")
+        assert arguments.model is not None
+        report = describe_model(arguments.model, arguments.step, checksums=arguments.checksums)
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print_model(report, Console())
+    found = report["checksums"]
+    if found is not None and found["damaged"]:
+        raise CheckpointError(
+            f"model {arguments.model} is damaged: {found['damaged'][0]}"
+            + (f" (and {len(found['damaged']) - 1} more)" if found["damaged"][1:] else "")
+        )
     return 0
 
 

@@ -183,6 +183,7 @@ URLS = {
     "import-hf --source",
     "import-hf --target",
     "info --config",
+    "info --model",
     "info --run",
     "isoflop --out",
     "isoflop --runs",
