@@ -70,7 +70,6 @@ def describe_model(place: str, step: Step | None, *, checksums: bool) -> dict[st
 
 def _weights(saved: Any) -> dict[str, Any]:
     """How the weights are kept, and the bytes of their files; those of a run are not counted."""
-    from mmfree_jax.saved.pack import stored_embedding
     from mmfree_jax.saved.packed import open_packed, packed_files
 
     if saved.kind == "run":
@@ -80,7 +79,7 @@ def _weights(saved: Any) -> dict[str, Any]:
         kept: dict[str, Any] = {
             "dtype": "float32",
             "bits": open_packed(saved.path).bits,
-            "embedding": stored_embedding(saved),
+            "embedding": saved.packed_embedding,
         }
     else:
         files = list(saved.path.glob("*.safetensors"))

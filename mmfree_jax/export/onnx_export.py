@@ -58,7 +58,7 @@ def default_embedding(model: SavedModel, grade: Grade) -> Embedding:
     A model with a bfloat16 residual stream rounds its embedding to bfloat16, and a packed model
     may hold it so: nothing is lost.
     """
-    stored = model.leaf("embedding/weight").dtype.name
+    stored = model.packed_embedding
     if grade == "fast" or stored == "int8":
         return "int8"
     if stored == "bfloat16" or model.config.residual_dtype == "bfloat16":

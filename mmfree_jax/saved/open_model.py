@@ -96,6 +96,15 @@ class SavedModel:
         path = self.tokenizer_path
         return None if path is None else load_tokenizer(path)
 
+    @property
+    def packed_embedding(self) -> packed.EmbeddingDtype | None:
+        """The dtype in which a packed model keeps its embedding; None: it is not packed.
+
+        Raises:
+          CheckpointError: the packed file has no embedding.
+        """
+        return None if self._packed is None else self._packed.embedding
+
     def leaf(self, name: str) -> np.ndarray:
         """One parameter as it is kept; of a packed model, one tensor of its file.
 

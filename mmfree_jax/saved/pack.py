@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,13 @@ from mmfree_jax.saved.huggingface_tokenizer import FILES, TOKENIZER_MODELS
 from mmfree_jax.saved.kinds import PACKED_FILE
 from mmfree_jax.saved.open_model import SavedModel, open_model
 from mmfree_jax.saved.packed import (
+    EMBEDDING,
     FORMAT,
     VERSION,
     Bits,
     EmbeddingDtype,
     StreamAgreement,
+    agreement_metadata,
     open_packed,
     packed_files,
     record_agreement,
@@ -45,7 +47,6 @@ from mmfree_jax.saved.source_card import copy_source_card
 from mmfree_jax.saved.split_file import Tensor, split, split_writer
 from mmfree_jax.storage import Url
 
-EMBEDDING = "embedding/weight"
 _METADATA_ROOM = 32_768
 """Bytes that a header has beside its tensors' entries, at most: the config, the agreement."""
 
@@ -113,15 +114,15 @@ def pack(
         written.
       StorageError: the bucket refuses, or cannot be reached.
     """
-    again = model.kind == "packed"
-    if again and embedding not in (None, kept := stored_embedding(model)):
+    kept = model.packed_embedding
+    if kept is not None and embedding not in (None, kept):
         raise ConfigError(
             f"--embedding is {embedding}, but the packed model {model.path} has kept it in {kept} "
             "alone: leave it out, or pack the trained model"
         )
     with new_folder(out, command="pack", sources=[str(model.place)], last=PACKED_FILE) as folder:
         file = folder / PACKED_FILE
-        if again:
+        if kept is not None:
             report = write_again(file, model, bits=bits, max_bytes=max_bytes)
         else:
             report = write_packed(
@@ -214,10 +215,11 @@ def write_again(
       ConfigError: a tensor is larger than `max_bytes`.
       OutputError: the file cannot be written.
     """
-    kept = stored_embedding(model)
+    kept = model.packed_embedding
+    assert kept is not None, "no packed model"
     tensors = packed_tensors(model.config, bits, kept)
-    count = 0
-    with _writer(file, model.config, bits, tensors, max_bytes) as write:
+    agreement, count = open_packed(model.path).agreement, 0
+    with _writer(file, model.config, bits, tensors, max_bytes, agreement) as write:
         for name, _, dtype in tensors:
             layer, _, kind = name.rpartition("/")
             if kind == "packed":
@@ -226,25 +228,24 @@ def write_again(
                 write(name, np.asarray(_pack(jnp.asarray(trits), bits=bits)))
             else:
                 write(name, model.leaf(name).astype(dtype))
-    if (agreement := open_packed(model.path).agreement) is not None:
-        record_agreement(file, agreement)
     return PackReport(file, _bytes_of(file.parent), count, kept, 0.0, agreement)
 
 
 def _writer(
-    file: Path, config: ModelConfig, bits: Bits, tensors: Sequence[Tensor], max_bytes: int | None
+    file: Path,
+    config: ModelConfig,
+    bits: Bits,
+    tensors: Sequence[Tensor],
+    max_bytes: int | None,
+    agreement: StreamAgreement | None = None,
 ) -> AbstractContextManager[Callable[[str, np.ndarray], None]]:
     """Opens a packed model's file, or its files, to write these tensors in their order."""
     groups = split(tensors, max_bytes, _METADATA_ROOM)
     version = 1 if len(groups) == 1 else VERSION  # which earlier programs read too
     metadata = {"bits": bits, "model": json.dumps(to_dict(with_plain_scale(config)))}
+    if agreement is not None:
+        metadata |= agreement_metadata(agreement)
     return split_writer(file, groups, file_format=FORMAT, version=version, metadata=metadata)
-
-
-def stored_embedding(model: SavedModel) -> EmbeddingDtype:
-    """The dtype in which a packed model keeps its embedding."""
-    name = model.leaf(EMBEDDING).dtype.name
-    return next(dtype for dtype in get_args(EmbeddingDtype) if dtype == name)
 
 
 def _bytes_of(folder: Path) -> int:

@@ -22,7 +22,7 @@ The metadata may hold how far greedy streams agree with the unpacked model's (`S
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from mmfree_jax.saved.split_file import SplitReader
 from mmfree_jax.saved.tensor_file import tensor_writer
 from mmfree_jax.text_files import parse_json
 
+EMBEDDING = "embedding/weight"
 FORMAT = "mmfree-packed"
 VERSION = 2
 
@@ -98,6 +99,19 @@ class PackedFile:
     config: ModelConfig
     bits: str
     agreement: StreamAgreement | None = None
+
+    @property
+    def embedding(self) -> EmbeddingDtype:
+        """The dtype in which the embedding is kept, as the header says.
+
+        Raises:
+          CheckpointError: it is missing, or in another dtype than is written.
+        """
+        name = self.reader.dtype(EMBEDDING).name
+        for dtype in get_args(EmbeddingDtype):
+            if dtype == name:
+                return dtype
+        raise CheckpointError(f"packed model: {EMBEDDING} is in {name}: make it again")
 
     def matrix(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """The packed rows [.., N, Q] and scales [.., 1, 1] of the ternary weight `name`.
@@ -158,6 +172,11 @@ def _read_agreement(reader: SplitReader) -> StreamAgreement | None:
     return StreamAgreement(values["new_tokens"], tuple(values["agreed"]), values["prompts"])
 
 
+def agreement_metadata(agreement: StreamAgreement) -> dict[str, str]:
+    """How it stands in a packed file's metadata."""
+    return {_AGREEMENT: json.dumps(dataclasses.asdict(agreement))}
+
+
 def record_agreement(file: Path, agreement: StreamAgreement) -> None:
     """Writes into a packed file, the first where it is split, how far it agrees with its model.
 
@@ -166,7 +185,7 @@ def record_agreement(file: Path, agreement: StreamAgreement) -> None:
       OutputError: it cannot be written.
     """
     reader = SplitReader(file, file_format=FORMAT, version=VERSION)
-    metadata = reader.written | {_AGREEMENT: json.dumps(dataclasses.asdict(agreement))}
+    metadata = reader.written | agreement_metadata(agreement)
     with tensor_writer(
         file, reader.tensors(), file_format=FORMAT, version=reader.version, metadata=metadata
     ) as write:

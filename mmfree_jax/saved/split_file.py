@@ -161,6 +161,11 @@ class SplitReader(Reader):
         home = self._home(name)
         return super().read(name, shape) if home is None else home.read(name, shape)
 
+    def dtype(self, name: str) -> np.dtype:
+        """As `Reader.dtype`."""
+        home = self._home(name)
+        return super().dtype(name) if home is None else home.dtype(name)
+
     def own_names(self) -> Iterator[str]:
         """Names of the tensors in the first file."""
         return super().names()

@@ -196,6 +196,19 @@ class Reader:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor, of which nothing is read.
+
+        Raises:
+          CheckpointError: it is missing.
+        """
+        return self._entry_of(name).dtype
+
+    def _entry_of(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise CheckpointError(f"{self._what} has no tensor {name}: make it again")
+        return self._entries[name]
+
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """One tensor, after its checksum was compared.
 
@@ -206,9 +219,7 @@ class Reader:
         Raises:
           CheckpointError: it is missing, of another shape, or damaged.
         """
-        if name not in self._entries:
-            raise CheckpointError(f"{self._what} has no tensor {name}: make it again")
-        entry = self._entries[name]
+        entry = self._entry_of(name)
         if shape not in (None, entry.shape):
             raise CheckpointError(
                 f"{self._what}: {name} has shape {entry.shape}, not {shape}: it is of another "

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.cli.main import main
-from mmfree_jax.saved.packed import open_packed
+from mmfree_jax.saved.packed import StreamAgreement, open_packed, record_agreement
+from mmfree_jax.saved.tensor_file import Reader
 
 OLD = Path(__file__).parent / "old"
 
@@ -86,3 +87,24 @@ def test_the_modes_of_all_files_follow_the_umask(run, tmp_path):
     assert (tmp_path / "p" / "tokenizer").is_dir()
     open_to_others = [p.name for p in (tmp_path / "p").rglob("*") if p.stat().st_mode & 0o077]
     assert not open_to_others
+
+
+def test_an_embedding_is_read_once_however_often_its_dtype_is_asked_for(run, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    assert pack("--model", run, "--out", packed) == 0
+    agreement = StreamAgreement(4, (4, 2), "two")
+    record_agreement(packed / "packed.safetensors", agreement)
+    read, names = Reader.read, []
+
+    def noted(self, name, shape=None):
+        names.append(name)
+        return read(self, name, shape)
+
+    monkeypatch.setattr(Reader, "read", noted)
+    assert pack("--model", tmp_path / "packed", "--out", tmp_path / "again", "--bits", "1.6") == 0
+    assert names.count("embedding/weight") == 1
+    assert open_packed(tmp_path / "again").agreement == agreement
+    names.clear()
+    edge = ["--out", str(tmp_path / "edge"), "--no-web"]
+    assert main(["export", "onnx", "--model", str(tmp_path / "packed"), *edge]) == 0
+    assert names.count("embedding/weight") == 1
