@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 from mmfree_jax.errors import ConfigError
-from mmfree_jax.storage import SCHEMES, Url, is_url, parse_url
+from mmfree_jax.storage import SCHEMES, Url, find_object, is_url, parse_url
 
 _LOCAL = "a place on this machine"
 Place = Annotated[str, _LOCAL]
@@ -91,6 +91,24 @@ def locate(path: str | os.PathLike[str] | Url, name: str) -> Path | Url:
         return path
     check_place(path, name)
     return parse_url(path, name) if is_url(path) else Path(path)
+
+
+def is_file(place: Path | Url) -> bool:
+    """Whether a file, or an object, is there to be read; a folder is none.
+
+    Raises:
+      StorageError: the bucket refuses, or cannot be reached.
+    """
+    return find_object(place) is not None if isinstance(place, Url) else place.is_file()
+
+
+def is_taken(place: Path | Url) -> bool:
+    """Whether anything has this name: a file, a folder, a link that leads nowhere, an object.
+
+    Raises:
+      StorageError: the bucket refuses, or cannot be reached.
+    """
+    return find_object(place) is not None if isinstance(place, Url) else os.path.lexists(place)
 
 
 def is_place(hint: Any) -> bool:

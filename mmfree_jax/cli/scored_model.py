@@ -6,7 +6,6 @@ question (of other data, another checkpoint, other settings) is kept beside it u
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import DataError
 from mmfree_jax.files import check_file, write_bytes, write_text
-from mmfree_jax.places import locate
+from mmfree_jax.places import is_file, is_taken, locate
 from mmfree_jax.prefixes import read_json as read_json_object
 from mmfree_jax.progress import show_progress
-from mmfree_jax.storage import Url, check_bucket, delete, find_object, read_bytes
+from mmfree_jax.storage import Url, check_bucket, delete, read_bytes
 from mmfree_jax.text_files import read_json
 
 
@@ -152,7 +151,7 @@ class ResultFiles:
         record, figure = self._names()
         asked = json.loads(json.dumps(asked))  # as it is read again
         lines = [f"results: {record}"]
-        if _is_there(record) and (isinstance(record, Url) or record.is_file()):
+        if is_file(record):
             earlier = _read(record)
             if not isinstance(earlier, dict) or any(
                 key not in earlier or earlier[key] != value for key, value in asked.items()
@@ -170,9 +169,9 @@ class ResultFiles:
 
     def _set_aside(self) -> Path | Url:
         """Moves the record, and its figure, to the first number that is free."""
-        free = next(n for n in itertools.count(1) if not any(map(_is_there, self._names(n))))
+        free = next(n for n in itertools.count(1) if not any(map(is_taken, self._names(n))))
         for old, new in zip(self._names(), self._names(free), strict=True):
-            if not _is_there(old):
+            if not is_taken(old):
                 continue
             if isinstance(old, Url):
                 write_bytes(new, read_bytes(old))
@@ -180,10 +179,6 @@ class ResultFiles:
             else:
                 Path(old).rename(str(new))
         return self._names(free)[0]
-
-
-def _is_there(file: Path | Url) -> bool:
-    return find_object(file) is not None if isinstance(file, Url) else os.path.lexists(file)
 
 
 def _read(file: Path | Url) -> Any:

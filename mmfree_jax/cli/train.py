@@ -5,7 +5,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -17,10 +16,9 @@ from mmfree_jax.data.vocabulary import gives_vocabulary, with_data_vocabulary
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.no_effect import without_effect
 from mmfree_jax.parallel.process_options import ProcessOptions, find_processes
-from mmfree_jax.places import PlaceOrUrl, check_place, locate
+from mmfree_jax.places import PlaceOrUrl, check_place, is_file, locate
 from mmfree_jax.presets import PRESETS, names_vocabulary, preset
 from mmfree_jax.progress import open_display
-from mmfree_jax.storage import find_object
 
 _DESCRIPTION = f"""Train a language model, or go on with the run in --run-dir.
 
@@ -109,8 +107,7 @@ def with_vocabulary(
 def _settings_begun(run_dir: str) -> dict[str, Any] | None:
     """The settings of the run that has begun in `run_dir`; None: none has."""
     path = locate(run_dir, "run_dir") / "config.yaml"
-    there = path.is_file() if isinstance(path, Path) else find_object(path) is not None
-    return read_settings(str(path)) if there else None
+    return read_settings(str(path)) if is_file(path) else None
 
 
 def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainConfig:

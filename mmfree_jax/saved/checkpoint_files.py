@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmfree_jax.files import sync_folder, write_text
+from mmfree_jax.places import is_file
 from mmfree_jax.storage import (
     MissingError,
     Url,
     create,
     delete,
     delete_below,
-    find_object,
     list_below,
     read_bytes,
     write_bytes,
@@ -52,9 +52,7 @@ def read_manifest_bytes(folder: Place) -> bytes:
 
 def is_complete(folder: Place) -> bool:
     """Whether a checkpoint has its manifest."""
-    if isinstance(folder, Path):
-        return (folder / MANIFEST).is_file()
-    return find_object(folder / MANIFEST) is not None
+    return is_file(folder / MANIFEST)
 
 
 def complete(folder: Place, text: str) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from mmfree_jax.config import TrainConfig
 from mmfree_jax.config_io import from_dict
 from mmfree_jax.errors import CheckpointError, ConfigError, StorageError
-from mmfree_jax.places import locate
+from mmfree_jax.places import is_file, locate
 from mmfree_jax.saved.checkpoint_files import Place
 from mmfree_jax.saved.manifest import Manifest, newest_manifest, read_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG
 from mmfree_jax.saved.run_model import kept_checkpoint
-from mmfree_jax.storage import find_object
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,10 @@ def parse_source(text: str) -> Source:
     return Source(whole)
 
 
-def _is_run(place: Place) -> bool:
-    config = place / CONFIG
-    return config.is_file() if isinstance(config, Path) else find_object(config) is not None
-
-
 def _is_known_run(place: Place) -> bool:
     """Whether a run is there; one in a bucket that cannot be read is not: a branch needs none."""
     with contextlib.suppress(StorageError):
-        return _is_run(place)
+        return is_file(place / CONFIG)
     return False
 
 
@@ -104,7 +98,7 @@ def find_manifest(source: Source) -> Manifest:
       CheckpointError: there is no such run or checkpoint; says which steps are kept.
       StorageError: its bucket refuses, or cannot be reached.
     """
-    if not _is_run(source.run):
+    if not is_file(source.run / CONFIG):
         raise CheckpointError(
             f"branch_from: {source.run} is not a training run (it has no {CONFIG}): "
             "give RUN or RUN@STEP; of other models --init-from takes the weights"

@@ -14,11 +14,12 @@ from mmfree_jax.errors import ConfigError
 from mmfree_jax.model.parameters import flatten
 from mmfree_jax.model_config import RUN_SETTINGS, ModelConfig
 from mmfree_jax.outputs import MARKER
+from mmfree_jax.places import is_taken
 from mmfree_jax.saved.history import read_history
 from mmfree_jax.saved.kinds import other_models
 from mmfree_jax.saved.manifest import newest_manifest
 from mmfree_jax.saved.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY, load_config
-from mmfree_jax.storage import Url, find_object
+from mmfree_jax.storage import Url
 from mmfree_jax.train.branch_source import same_source
 from mmfree_jax.train.schedule import make_schedule, schedule_values, weight_decay
 
@@ -177,7 +178,7 @@ def refuse_other_models(place: Path | Url) -> None:
     if newest_manifest(place / CHECKPOINTS) is not None:
         return
     for file, what in {**other_models("run"), MARKER: "what a command made"}.items():
-        if _is_there(place / file):
+        if is_taken(place / file):
             raise ConfigError(f"run_dir {place} holds {file} ({what}): give another --run-dir")
 
 
@@ -213,7 +214,3 @@ def check_run_dir(run_dir: Path, config: TrainConfig, place: Path | Url | None =
             f"run_dir {place} holds the records of a run of {step} steps, whose checkpoints are "
             "gone: give another --run-dir, or remove that folder"
         )
-
-
-def _is_there(file: Path | Url) -> bool:
-    return find_object(file) is not None if isinstance(file, Url) else file.exists()

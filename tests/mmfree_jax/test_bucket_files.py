@@ -9,6 +9,7 @@ from faulty_proxy import Fault
 from mmfree_jax import files
 from mmfree_jax.cli.main import main
 from mmfree_jax.errors import OutputError, StorageError
+from mmfree_jax.places import is_file, is_taken
 from mmfree_jax.prefixes import names_below
 from mmfree_jax.storage import ChangedError, parse_url, read_bytes, write_bytes
 
@@ -87,3 +88,16 @@ def test_commands_write_into_buckets_what_they_write_here(s3_bucket, tmp_path, c
         "power.plot.csv",
         "power.png",
     }
+
+
+def test_a_file_that_is_there_and_a_name_that_is_taken(bucket, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    write_bytes(url := parse_url(f"{bucket.url}/file"), b"x")
+    below = parse_url(f"{bucket.url}/folder")
+    write_bytes(below / "file", b"x")
+    places = [tmp_path / n for n in ("file", "link", "folder", "broken", "nothing")] + [url, below]
+    assert [is_file(p) for p in places] == [True, True, False, False, False, True, False]
+    assert [is_taken(p) for p in places] == [True, True, True, True, False, True, False]
