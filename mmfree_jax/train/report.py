@@ -13,7 +13,7 @@ from mmfree_jax.files import write_text
 from mmfree_jax.installed import versions
 from mmfree_jax.json_shape import fault
 from mmfree_jax.readable import format_count
-from mmfree_jax.saved.manifest import checkpoint_steps
+from mmfree_jax.saved.manifest import DamagedCheckpointError, checkpoint_steps, verify
 from mmfree_jax.saved.run_directory import (
     CHECKPOINTS,
     CONFIG,
@@ -67,7 +67,14 @@ def describe_layout(run: Run) -> str:
 
 
 def finished_summary(run: Run) -> Summary | None:
-    """The summary of a run that has nothing left to do, which is said; else None."""
+    """The summary of a run that has nothing left to do, which is said; else None.
+
+    A run whose last checkpoint is damaged has: where checkpoints are read it is set aside with a
+    warning, and the run goes on from the one before.
+
+    Raises:
+      StorageError: the bucket refuses, or cannot be reached.
+    """
     path = run.run_dir / SUMMARY
     try:
         summary = read_json(path)
@@ -78,6 +85,10 @@ def finished_summary(run: Run) -> Summary | None:
         return None
     done = summary.get("status") == "complete" and summary.get("step") == run.config.steps
     if not done or not steps or steps[-1] != run.config.steps:
+        return None
+    try:
+        verify(run.place / CHECKPOINTS / str(steps[-1]))
+    except DamagedCheckpointError:
         return None
     if jax.process_index() == 0:
         print(

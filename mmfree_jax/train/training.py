@@ -115,7 +115,9 @@ def train(
         def look() -> Summary | None:
             check_run_dir(run.run_dir, config, run.place)
             check_same_data(run)
-            if (summary := finished_summary(run)) is None:
+            with display.during("comparing the last checkpoint with its checksums"):
+                summary = finished_summary(run)
+            if summary is None:
                 verification.start()
             return summary
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -159,6 +160,31 @@ def test_a_damaged_checkpoint_is_passed_over(small_run, tmp_path, capsys):
     assert f"{tmp_path}/checkpoints/7" in out
     assert "resumed from checkpoint 4" in out
     assert [r["step"] for r in _records(tmp_path, "train")] == list(range(1, 13))
+
+
+def test_a_complete_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    finished, tmp_path, capsys
+):
+    config, whole, _ = finished
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    config = replace(config, run_dir=str(run_dir))
+    last = run_dir / "checkpoints" / "12"
+    victim = max((last / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    damaged = victim.read_bytes()[::-1]
+    victim.write_bytes(damaged)
+    assert train(config)["step"] == 12
+    out = capsys.readouterr().out
+    assert "already holds this run" not in out
+    assert f"{last}: " in out
+    assert "falling back to the checkpoint before" in out
+    assert "resumed from checkpoint 8" in out
+    kept = last.with_name("12.damaged") / victim.relative_to(last)
+    assert kept.read_bytes() == damaged  # nothing is thrown away
+    for kind in ("train", "eval"):
+        assert _records(run_dir, kind) == _records(whole, kind)
+    train(config)  # whole again
+    assert "already holds this run, complete at step 12" in capsys.readouterr().out
 
 
 def test_max_minutes_stops_with_a_checkpoint_and_goes_on(small_run, tmp_path, capsys):
