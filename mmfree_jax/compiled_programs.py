@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -23,12 +24,24 @@ _MOST_BYTES = 4 * 2**30
 _LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _LEAST_SECONDS = 0.1
 """JAX's own is a second, and most of a small model's programs take less."""
+_began: float | None = None
 
 
 def default_folder(environ: Mapping[str, str]) -> Path | None:
     """The folder of compiled programs where nobody names one; None without a home."""
     cache = own_cache(environ)
-    return None if cache is None else cache / "compiled" / _processor()
+    return None if cache is None else cache / "compiled" / processor()
+
+
+def begin_command() -> None:
+    """Notes that this process is the `mmfree` command, whose code is that on disk from now on."""
+    global _began
+    _began = time.time()
+
+
+def command_began() -> float | None:
+    """Unix time at which the command began; None: this process is another's."""
+    return _began
 
 
 def keep_programs(environ: MutableMapping[str, str]) -> None:
@@ -56,7 +69,7 @@ def _can_be_written(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _processor() -> str:
+def processor() -> str:
     """A name for what programs of this host may use: model and extensions of its processor."""
     try:
         told = Path("/proc/cpuinfo").read_text(errors="replace")

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmfree_jax.cli.parse import parse
-from mmfree_jax.compiled_programs import keep_programs
+from mmfree_jax.compiled_programs import begin_command, keep_programs
 from mmfree_jax.error_line import say
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.installed import entry_points, load, own_version
@@ -34,6 +34,7 @@ GROUP = "mmfree.commands"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mmfree` with `argv` (default: the process's) and returns its exit code."""
     if argv is None:  # this is the command, and no caller's process
+        begin_command()
         keep_programs(os.environ)
     argv, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in another encoding can be printed too

@@ -26,14 +26,15 @@ from mmfree_jax.saved.checkpoint import Checkpointer
 from mmfree_jax.saved.local_copies import LocalCopies
 from mmfree_jax.train.best import BestSteps
 from mmfree_jax.train.held_out import evaluate
-from mmfree_jax.train.metrics import Stopwatch, TernaryMonitor
+from mmfree_jax.train.metrics import Stopwatch, TernaryMonitor, jit_ternary_shares
+from mmfree_jax.train.optimizer import make_optimizer
 from mmfree_jax.train.profiler import Profiler
 from mmfree_jax.train.recorder import Recorder
 from mmfree_jax.train.report import Summary, write_report
 from mmfree_jax.train.run_display import TRAINING
 from mmfree_jax.train.schedule import schedule_values
 from mmfree_jax.train.setup import Run, checkpoint_metadata
-from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step
+from mmfree_jax.train.step import TrainState, jit_eval_step, jit_train_step, traced_config
 from mmfree_jax.train.stop import STOP_CODES, Consensus, StopRequest, reason_of
 from mmfree_jax.train.task_evaluation import GO_ON, OUT_OF_TIME, left_out, score_tasks
 
@@ -70,8 +71,13 @@ class Loop:
         self._request, self._clock, self._on_step = request, clock, on_step
         self._sampler = sampler or _default_sampler
         self._began = self._saved_at = clock()
-        self._eval_step = jit_eval_step(run.config, run.mesh)
-        self._monitor = TernaryMonitor(run.config.model)
+        evaluated = traced_config(run.config)
+        self._eval_step = run.programs.later(
+            "evaluation", lambda: jit_eval_step(evaluated, run.mesh), evaluated
+        )
+        model = run.config.model
+        measure = run.programs.later("ternary shares", lambda: jit_ternary_shares(model), evaluated)
+        self._monitor = TernaryMonitor(model, measure)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._ternary: dict[str, Any] = {}
         self._batches: Ahead[_Batch] | None = None
@@ -163,7 +169,9 @@ class Loop:
 
         So that the time is known, and what cannot be compiled does not end a run in its middle.
         """
-        run, begin = self._run, self._clock()
+        run, begin, loaded = self._run, self._clock(), self._run.programs.loaded
+        config = traced_config(run.step_config)
+        optimizer = make_optimizer(config.optimizer, config.model)
         self._recorder.progress.stage("compiling the training step")
         forms = run.config.quantizer.forms(start, self._end, run.config.steps)
         steps: dict[Form, Callable[..., Any]] = {}
@@ -171,16 +179,24 @@ class Loop:
             values = schedule_values(run.config.optimizer, run.config.steps, run.config.quantizer)
             schedule = jax.device_put(values, NamedSharding(run.mesh, P()))
             for form in forms:
-                step_fn = jit_train_step(run.step_config, run.optimizer, run.mesh, form)
-                compiled = step_fn.lower(state, batch, schedule).compile()
-                steps[form] = functools.partial(_with_schedule, compiled, schedule)
+                make = functools.partial(jit_train_step, config, optimizer, run.mesh, form)
+                step = run.programs.get(f"{form} step", make, config, (state, batch, schedule))
+                steps[form] = functools.partial(_with_schedule, step, schedule)
                 self._beat("compiling")
         self.compile_seconds = self._clock() - begin
         of_forms = "" if forms == ("ternary",) else f" ({', '.join(forms)})"
+        is_loaded = run.programs.loaded - loaded == len(forms)
+        done = "loaded" if is_loaded else "compiled"
+        by_whom = ", as an earlier start compiled it" if is_loaded else ""
         self._recorder.message(
-            f"compiled the training step{of_forms} in {self.compile_seconds:.1f} s"
+            f"{done} the training step{of_forms} in {self.compile_seconds:.1f} s{by_whom}"
         )
+        self._tell_of_programs()
         return steps
+
+    def _tell_of_programs(self) -> None:
+        if (note := self._run.programs.take_note()) is not None:
+            self._recorder.message(f"warning: {note}")
 
     def _read_metrics(self) -> None:
         """Reads the metrics of the step before, and records them when they are due."""
@@ -218,6 +234,8 @@ class Loop:
 
         if _is_due(config.log.ternary_every_steps, done) or is_last:
             if config.log.ternary_every_steps:
+                with watch.section("step"):
+                    jax.block_until_ready(self._pending)
                 with watch.section("eval"):
                     self._ternary = self._monitor(state.params)
             self._read_metrics()
@@ -283,6 +301,7 @@ class Loop:
 
             losses = evaluate(self._eval_step, state.params, batches, self._run.mesh, on_batch)
         self._recorder.eval_record(done, losses)
+        self._tell_of_programs()
 
     def _score_tasks(self, state: TrainState, done: int) -> int:
         """Scores the tasks, unless this step has scores; the wish to stop that ended it, or 0."""

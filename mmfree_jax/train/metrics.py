@@ -123,8 +123,11 @@ class TernaryMonitor:
     Keeps one int8 copy of the ternary weights on the devices, sharded as the weights are.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._measure = jax.jit(functools.partial(_ternary_shares, config=config))
+    def __init__(
+        self, config: ModelConfig, measure: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    ) -> None:
+        """`measure`: what `jit_ternary_shares` makes of `config`, if it is kept somewhere."""
+        self._measure = measure or jit_ternary_shares(config)
         self._trits: Any = None
 
     def __call__(self, params: Any) -> Record:
@@ -152,6 +155,11 @@ class TernaryMonitor:
 
 def _component(path: str) -> str:
     return next(name for name in ("mixer", "glu", "head") if f"'{name}'" in path)
+
+
+def jit_ternary_shares(config: ModelConfig) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """(params, trits before or None) -> (trits now, their shares by path), compiled."""
+    return jax.jit(functools.partial(_ternary_shares, config=config))
 
 
 def _ternary_shares(params: Any, before: Any, *, config: ModelConfig) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ from mmfree_jax.train.metrics import (
     Window,
 )
 from mmfree_jax.train.run_display import RunDisplay
-from mmfree_jax.train.schedule import make_schedule
+from mmfree_jax.train.schedule import recorded_rate
 from mmfree_jax.train.sinks import Sink
 
 
@@ -70,7 +70,6 @@ class Recorder:
         self.kept_as = self._history.kept_as if self._history else None
         self._before = self._history.seconds if self._history else 0.0
         self._sinks, self.progress = list(sinks), progress
-        self._schedule = make_schedule(config.optimizer, config.steps)
         meter = meter or {}
         self._window = Window(meter.get("window"))
         self._skipped = int(meter.get("skipped", 0))
@@ -176,7 +175,8 @@ class Recorder:
         config = self._config
         record: Record = self._window.take()
         # The optimiser counts the updates it made; skipped ones are not among them.
-        record["learning_rate"] = float(self._schedule(max(0, step - 1 - self._skipped)))
+        updates = max(0, step - 1 - self._skipped)
+        record["learning_rate"] = recorded_rate(config.optimizer, config.steps, updates)
         if not config.quantizer.is_immediate:
             record["quantizer_strength"] = config.quantizer.strength(step - 1, config.steps)
         record["tokens_per_s"] = rate

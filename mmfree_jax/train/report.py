@@ -132,6 +132,7 @@ def write_report(
         "mfu": recorder.utilisation(recorder.mean_rate),
         "seconds": recorder.seconds,
         "compile_s": compile_seconds,
+        "programs": {"loaded": run.programs.loaded, "made": run.programs.made},
         "session_seconds": recorder.total_seconds,
         "goodput": goodput.to_record(),
         "family": config.model.family,

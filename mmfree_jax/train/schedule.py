@@ -66,7 +66,7 @@ def schedule_values(
     return ScheduleValues(*map(np.float32, values))
 
 
-def learning_rate(shape: str, values: ScheduleValues, count: Any) -> jax.Array:
+def learning_rate(shape: str, values: ScheduleValues, count: Any, xp: Any = jnp) -> Any:
     """The learning rate after `count` updates.
 
       All shapes span the whole run and rise linearly from zero over the warm-up. With p the share
@@ -85,28 +85,35 @@ def learning_rate(shape: str, values: ScheduleValues, count: Any) -> jax.Array:
         shape: one of these names.
         values: the schedule's numbers.
         count: updates already made, an int (array).
+        xp: computes it, `jax.numpy` or `numpy`.
 
       Returns:
         float32 of count's shape.
     """
     peak, floor, warmup, steps, decay_start = values[:5]
-    step = jnp.asarray(count, jnp.float32)
-    p = jnp.clip((step - warmup) / jnp.maximum(1.0, steps - warmup), 0.0, 1.0)
-    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * p))
+    step = xp.asarray(count, xp.float32)
+    p = xp.clip((step - warmup) / xp.maximum(1.0, steps - warmup), 0.0, 1.0)
+    cosine = 0.5 * (1.0 + xp.cos(xp.pi * p))
     if shape == "paper":
-        share = jnp.where(step >= steps / 2, 0.5, 1.0) * cosine
+        share = xp.where(step >= steps / 2, 0.5, 1.0) * cosine
     elif shape == "cosine":
         share = floor + (1.0 - floor) * cosine
     elif shape == "linear":
         share = floor + (1.0 - floor) * (1.0 - p)
     elif shape == "wsd":
-        done = jnp.clip((step - decay_start) / jnp.maximum(1e-9, steps - decay_start), 0.0, 1.0)
+        done = xp.clip((step - decay_start) / xp.maximum(1e-9, steps - decay_start), 0.0, 1.0)
         share = 1.0 - (1.0 - floor) * done
     else:
-        share = jnp.ones_like(p)
-    ramp = jnp.where(warmup > 0, jnp.minimum(1.0, step / jnp.maximum(warmup, 1.0)), 1.0)
-    stage = jnp.where(step >= values.second_stage, values.second_rate, 1.0)
-    return jnp.asarray(peak * ramp * share * stage, jnp.float32)
+        share = xp.ones_like(p)
+    ramp = xp.where(warmup > 0, xp.minimum(1.0, step / xp.maximum(warmup, 1.0)), 1.0)
+    stage = xp.where(step >= values.second_stage, values.second_rate, 1.0)
+    return xp.asarray(peak * ramp * share * stage, xp.float32)
+
+
+def recorded_rate(config: OptimizerConfig, steps: int, count: int) -> float:
+    """`learning_rate` on the host: nothing is compiled for it, nor waits behind the next step."""
+    values = schedule_values(config, steps)
+    return float(learning_rate(config.schedule, values, count, np))
 
 
 def weight_decay(config: OptimizerConfig, values: ScheduleValues, count: Any) -> Any:

@@ -32,6 +32,7 @@ from mmfree_jax.saved.origin import FROM_NOTHING, Origin
 from mmfree_jax.saved.run_directory import CHECKPOINTS, SUMMARY, TOKENIZER, open_run_dir
 from mmfree_jax.storage import Url
 from mmfree_jax.train.best import with_direction
+from mmfree_jax.train.kept_programs import Programs
 from mmfree_jax.train.memory import check_fits
 from mmfree_jax.train.optimizer import Optimizer, make_optimizer
 from mmfree_jax.train.same_run import refuse_other_models
@@ -54,6 +55,7 @@ class Run:
     """Of this machine; of a run in a bucket a copy of its small files there."""
     mesh: Mesh
     optimizer: Optimizer
+    programs: Programs
     data: tuple[RowSource, ...]
     eval_batches: EvalBatches | None
     """None when `eval.batches` is 0."""
@@ -198,6 +200,7 @@ def _open_run(config: TrainConfig, planned: int | None) -> Run:
         run_dir=Path(config.run_dir),
         mesh=mesh,
         optimizer=make_optimizer(config.optimizer, config.model),
+        programs=Programs(mesh, config),
         data=data,
         eval_batches=eval_batches,
         tokenizer=tokenizer,

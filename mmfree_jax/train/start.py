@@ -16,7 +16,7 @@ from mmfree_jax.train.init_from import initial_params
 from mmfree_jax.train.metrics import Stopwatch
 from mmfree_jax.train.same_run import check_same_run
 from mmfree_jax.train.setup import Run
-from mmfree_jax.train.step import TrainState, abstract_state, init_sharded
+from mmfree_jax.train.step import TrainState, abstract_state, init_sharded, traced_config
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,13 @@ def start_state(run: Run, watch: Stopwatch, copies: LocalCopies | None) -> Start
             branch.meter,
             notes=tuple(notes + branch.notes),
         )
-    state = init_sharded(run.config, run.optimizer, run.mesh)
+    traced = traced_config(run.config)
+    state = init_sharded(
+        run.config,
+        run.optimizer,
+        run.mesh,
+        lambda make: run.programs.later("initial state", make, traced),
+    )
     if run.config.init_from is not None:
         params, account = initial_params(run.config.init_from, run.config, run.mesh, run.data)
         notes.append(account)

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import TrainConfig
+from mmfree_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from mmfree_jax.model import LanguageModel, Master, Ternary, training_weights
 from mmfree_jax.model.parameters import init_params, param_shapes, unflatten
 from mmfree_jax.model.training_forms import config_of_form, weights_of_form
@@ -25,6 +25,7 @@ from mmfree_jax.train.optimizer import Optimizer
 from mmfree_jax.train.schedule import ScheduleValues
 
 Metrics = dict[str, jax.Array]
+_Init = Callable[[jax.Array], "TrainState"]
 
 
 @flax.struct.dataclass
@@ -190,10 +191,54 @@ def abstract_state(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> Tra
     )
 
 
-def init_sharded(config: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """The initial state, made in place on the mesh: no device ever holds all of it."""
+def traced_config(config: TrainConfig) -> TrainConfig:
+    """What the programs of a run are traced from: `config` without all that they do not depend on.
+
+    Runs that differ in nothing else share them. A schedule's numbers are arguments of the step; an
+    optimiser of the user's own may read them, and has them.
+    """
+    optimizer = config.optimizer
+    if optimizer.factory is None:
+        numbers = (
+            "learning_rate",
+            "warmup_steps",
+            "decay_fraction",
+            "min_lr_ratio",
+            "second_stage_at",
+            "second_stage_rate",
+        )
+        default = OptimizerConfig()
+        optimizer = dataclasses.replace(optimizer, **{n: getattr(default, n) for n in numbers})
+    return TrainConfig(
+        steps=max(TrainConfig.steps, optimizer.warmup_steps + 1),
+        batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
+        z_loss=config.z_loss,
+        loss_chunk=config.loss_chunk,
+        model=config.model,
+        data=DataConfig(seq_len=config.data.seq_len),
+        optimizer=optimizer,
+        mesh=config.mesh,
+    )
+
+
+def init_sharded(
+    config: TrainConfig,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    program: Callable[[Callable[[], _Init]], _Init] = lambda make: make(),
+) -> TrainState:
+    """The initial state, made in place on the mesh: no device ever holds all of it.
+
+    Args:
+      config: of the run.
+      optimizer: whose state it holds.
+      mesh: where it lies.
+      program: the program that its argument makes, or an equal one that is kept somewhere.
+    """
     with jax.set_mesh(mesh):
-        return jit_init(config, optimizer, mesh)(jax.random.key(config.seed))
+        init = program(lambda: jit_init(config, optimizer, mesh))
+        return init(jax.random.key(config.seed))
 
 
 def jit_init(

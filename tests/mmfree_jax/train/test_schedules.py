@@ -1,13 +1,14 @@
 """Learning-rate schedules against their closed forms."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from mmfree_jax.config import OptimizerConfig
-from mmfree_jax.train.schedule import make_schedule
+from mmfree_jax.train.schedule import make_schedule, recorded_rate
 
 STEPS, WARMUP, PEAK = 200, 20, 3e-3
 COUNTS = np.arange(STEPS + 5)
@@ -72,3 +73,13 @@ def test_warm_up_is_linear_from_zero(schedule):
 @pytest.mark.parametrize("schedule", ["paper", "cosine", "linear", "wsd", "constant"])
 def test_without_warm_up_the_first_update_has_the_peak_rate(schedule):
     assert _rates(schedule=schedule)[0] == pytest.approx(PEAK, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["paper", "cosine", "wsd", "linear", "constant"])
+def test_a_record_has_the_rate_that_the_step_took(shape):
+    more: dict[str, Any] = {} if shape == "paper" else {"second_stage_at": 0.5, "min_lr_ratio": 0.1}
+    more |= {"schedule": shape, "warmup_steps": WARMUP}
+    config = OptimizerConfig(learning_rate=PEAK, **more)
+    recorded = [recorded_rate(config, STEPS, int(count)) for count in COUNTS]
+    assert recorded == pytest.approx(_rates(**more), rel=1e-5, abs=1e-9)
+    assert max(recorded) > 0.9 * PEAK
