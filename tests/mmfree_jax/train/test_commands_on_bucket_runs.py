@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 
 from mmfree_jax import storage
 from mmfree_jax.cli.main import main
-from mmfree_jax.cli.serve import ServeConfig, _open
+from mmfree_jax.cli.serve import ServeConfig, _look_at_model, _open
 from mmfree_jax.progress import show_progress
 from mmfree_jax.storage import parse_url, read_bytes, write_bytes
 
@@ -83,7 +83,8 @@ def test_serve(run, bucket_of_runs, folder):
     (folder / "chat_template.jinja").write_text("said: {{ messages }}")
     tokenizer = put_folder(folder, f"{bucket_of_runs.url}/t")
     with show_progress("opening", is_shown=False) as show:
-        service = _open(ServeConfig(run, tokenizer=tokenizer, slots=1), show)
+        config = ServeConfig(run, tokenizer=tokenizer, slots=1)
+        service = _open(config, _look_at_model(config, show), show)
     try:
         assert service.name == "whole"
         assert service.chat.source == "said: {{ messages }}"
