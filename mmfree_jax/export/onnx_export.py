@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mmfree_jax.data.tokenizer import Tokenizer
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.export import manifest, onnx_graph
 from mmfree_jax.export.onnx_weights import DataFile, Embedding, write_weights
 from mmfree_jax.export.supported import check_supported
 from mmfree_jax.export.web_page import write_page
 from mmfree_jax.files import write_bytes
-from mmfree_jax.infer.text import check_tokenizer, start_tokens
+from mmfree_jax.infer.text import start_tokens
 from mmfree_jax.outputs import new_folder
 from mmfree_jax.places import locate
 from mmfree_jax.saved.end_tokens import end_ids
@@ -103,10 +103,7 @@ def export_onnx(
             "--grade fast"
         )
     stored = embedding or default_embedding(model, grade)
-    tokenizer = None
-    if model.tokenizer_path is not None:
-        tokenizer = load_tokenizer(model.tokenizer_path)
-        check_tokenizer(c, tokenizer)
+    tokenizer = model.fitting_tokenizer()
     with new_folder(
         out, command=COMMAND, sources=[str(model.place)], overwrite=overwrite, last=manifest.FILE
     ) as folder:

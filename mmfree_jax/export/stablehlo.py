@@ -134,6 +134,7 @@ def export_stablehlo(
     Raises:
       ConfigError: the model is not MatMul-free throughout.
       CheckpointError: the model is missing or damaged.
+      DataError: the tokenizer is damaged, or makes ids that the model does not have.
       OutputError: `out` may not be replaced (see `check_target`) or cannot be written.
       StorageError: the bucket refuses, or cannot be reached.
     """
@@ -141,6 +142,7 @@ def export_stablehlo(
         raise ConfigError(f"--chunk is {chunk}: set 1 or more")
     saved = open_model(model, step=step)
     check_supported(saved.config)
+    saved.fitting_tokenizer()  # one that does not fit is refused before anything is written
     with new_folder(
         out, command=COMMAND, sources=[model], overwrite=overwrite, last=manifests.FILE
     ) as folder:

@@ -127,6 +127,7 @@ def export_hf(
       ConfigError: no Hugging Face architecture computes this model, `dtype` is unknown, a licence
         is malformed, or `scores` has none of this model.
       CheckpointError: as `open_model`, or `dtype` does not hold a weight.
+      DataError: the tokenizer is damaged, or makes ids that the model does not have.
       OutputError: `target` may not be replaced (see `outputs.py`), or cannot be written.
       StorageError: the bucket refuses, or cannot be reached.
     """
@@ -137,7 +138,7 @@ def export_hf(
         raise ConfigError(f"there are {jax.process_count()} processes: export with one")
     saved = open_model(source, step=step)
     packed = saved.kind == "packed"
-    config, tokenizer = saved.config, saved.tokenizer()
+    config, tokenizer = saved.config, saved.fitting_tokenizer()
     fields = huggingface.write_config(
         config,
         dtype=dtype,

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmfree_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mmfree_jax.errors import ConfigError
+from mmfree_jax.errors import ConfigError, DataError
 from mmfree_jax.fetched import copied
 from mmfree_jax.model import LanguageModel
 from mmfree_jax.model.kernel_choice import without_foreign_kernels
@@ -95,6 +95,21 @@ class SavedModel:
         """
         path = self.tokenizer_path
         return None if path is None else load_tokenizer(path)
+
+    def fitting_tokenizer(self) -> Tokenizer | None:
+        """`tokenizer`, which makes no id that the model does not have.
+
+        Raises:
+          DataError: it is damaged, or larger than the model's vocabulary.
+        """
+        found = self.tokenizer()
+        if found is not None and found.vocab_size > self.config.vocab_size:
+            raise DataError(
+                f"model {self.place}: the tokenizer has {found.vocab_size} tokens, the model "
+                f"{self.config.vocab_size}: put the tokenizer that the model was trained with "
+                "into its folder"
+            )
+        return found
 
     @property
     def packed_embedding(self) -> packed.EmbeddingDtype | None:

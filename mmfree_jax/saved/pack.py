@@ -110,6 +110,7 @@ def pack(
     Raises:
       ConfigError: the model has no ternary layer; or is packed, with an embedding of another dtype.
       CheckpointError: its weights are damaged, or of another model.
+      DataError: its tokenizer is damaged, or makes ids that the model does not have.
       OutputError: `out` is, holds or lies in the model's folder, holds something, or cannot be
         written.
       StorageError: the bucket refuses, or cannot be reached.
@@ -120,6 +121,7 @@ def pack(
             f"--embedding is {embedding}, but the packed model {model.path} has kept it in {kept} "
             "alone: leave it out, or pack the trained model"
         )
+    model.fitting_tokenizer()  # one that does not fit is refused before anything is written
     with new_folder(out, command="pack", sources=[str(model.place)], last=PACKED_FILE) as folder:
         file = folder / PACKED_FILE
         if kept is not None:

@@ -236,7 +236,7 @@ def test_import_and_export_keep_every_end_token(tmp_path):
 
 
 def test_a_packed_model_keeps_the_tokens_that_begin_and_end_a_text(tmp_path):
-    write_folder(tmp_path / "hf", HGRN | {"eos_token_id": [2, 5]})
+    write_folder(tmp_path / "hf", HGRN | {"eos_token_id": [2, 5], "vocab_size": 258})
     own = train_bpe(["of the Senate and of the House " * 20], 258)
     own.save(tmp_path / "hf")
     config = tmp_path / "hf/tokenizer_config.json"
