@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from mmfree_jax.config import TrainConfig, tokens_per_step
-from mmfree_jax.launch.ahead.hlo import parse_collectives, share_alongside
+from mmfree_jax.launch.ahead.hlo import moved_within, parse_collectives, share_alongside
 from mmfree_jax.launch.ahead.step_cost import estimate_times, fits
 from mmfree_jax.launch.ahead.topology import Topology, as_if_on, make_devices
 
@@ -95,6 +95,7 @@ def compile_step(
             {"name": topology.far_network, "bytes": sum(c.far for c in collectives)},
         ],
         "share_alongside": share_alongside(text),
+        "moved_within_bytes": moved_within(text),
         "times_s": None
         if times is None
         else dataclasses.asdict(times) | {"hidden": times.hidden, "exposed": times.exposed},
@@ -143,6 +144,11 @@ def describe(report: Report) -> str:
     if report["share_alongside"] is not None and not report["simulated"]:
         lines.append(
             f"  {report['share_alongside']:.0%} of the bytes travel while other work is scheduled"
+        )
+    if not report["simulated"]:
+        lines.append(
+            f"  kernels that only copy, transpose, cut or join read and write "
+            f"{report['moved_within_bytes'] / 1e9:.3f} GB"
         )
     times, rates = report["times_s"], report["tokens_per_s_a_device"]
     if times is not None:

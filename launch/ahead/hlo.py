@@ -18,6 +18,8 @@ _BYTES = {
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
 _WORK = ("fusion", "custom-call", "dot", "convolution", "call", "while")
+_MOVES = {"copy", "transpose", "slice", "dynamic-slice", "concatenate"}
+_NAMES = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape"}  # no work
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|\s)([a-z][\w-]*)\(")
 
@@ -104,6 +106,32 @@ def share_alongside(hlo: str) -> float | None:
             elif i.operation in _WORK:
                 begun = {name: (size, True) for name, (size, _) in begun.items()}
     return alongside / total if total else None
+
+
+def moved_within(hlo: str) -> float:
+    """Bytes that a device reads and writes in a step only to lay arrays out otherwise.
+
+    By kernels that copy, transpose, cut or join and do nothing else: what an exchange wants of
+    its buffers beyond the exchange. Small ones count as all others do.
+    """
+    computations, entry = _computations(hlo)
+    every = [i for instructions in computations.values() for i in instructions]
+    fused = {body for i in every for body in _fused(i)}
+    total = 0.0
+    for name, weight in _weights(computations, entry).items():
+        for i in computations[name] if name not in fused else ():
+            parts = [part for body in _fused(i) for part in computations[body]] or [i]
+            kinds = {part.operation for part in parts}
+            if kinds & _MOVES and kinds <= _MOVES | _NAMES:
+                total += weight * 2 * _size(i.type)
+    return total
+
+
+def _fused(instruction: _Instruction) -> list[str]:
+    """The computation that a fusion does; none of another operation."""
+    if instruction.operation != "fusion":
+        return []
+    return re.findall(r"\bcalls=%?([\w.-]+)", instruction.text)
 
 
 def _between_slices(text: str) -> tuple[str, int] | None:

@@ -93,7 +93,8 @@ class Mixer(NamedTuple):
         arrays [layers, rows, ...]. Attention alone has a cache.
       matrices: each matrix of a layer by its name, (outputs, inputs). On a mesh the outputs of
         `NAME_proj` are split over tensor and the inputs over fsdp, those of `o_proj` the other way
-        round; what else the module has is whole on each device.
+        round; without a tensor axis, outputs over fsdp; what else the module has is whole on each
+        device.
       norms: parameters of a layer in norms that are not the linear layers' own.
       vectors: other parameters of a layer that are no matrices.
       mixing_flops: (config, length of a row, layers with lower bounds before this one) ->

@@ -28,7 +28,8 @@ BATCH = P(_ROWS, "sequence")
 # Parameter path -> layout. Matrices are [out, in], those of blocks with a leading layer axis; of a
 # pattern of mixers each layer of its period has a name.
 # Tensor parallelism splits the outputs of the projections that read the residual stream and
-# the inputs of those that write it, so that each pair needs one reduction.
+# the inputs of those that write it, so that each pair needs one reduction. Where no matrix is
+# split over tensor, fsdp splits outputs throughout (`fitting_spec`).
 _TABLE: tuple[tuple[str, P], ...] = (
     (r"embedding/weight", P("tensor", "fsdp")),
     (r"lower_bounds", P()),
@@ -197,13 +198,19 @@ def param_spec(path: str) -> P:
     raise KeyError(f"parameter {path!r} has no line in the sharding table: add one")
 
 
-def fitting_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
-    """`param_spec` of a parameter of this shape.
+def fitting_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The layout on `mesh` of the parameter at `path`, of this shape.
+
+    That of `param_spec`; but without a tensor axis a matrix [.., out, in] is split by its rows,
+    where these divide. What devices send each other is then a part of the matrix as it lies in
+    memory: a part of its columns would be turned round before and after every exchange.
 
     Raises:
       ConfigError: the shape does not divide over the mesh.
     """
     spec = param_spec(path)
+    if "fsdp" in spec and mesh.shape["tensor"] == 1 and shape[-2] % mesh.shape["fsdp"] == 0:
+        return P(*[None] * (len(shape) - 2), "fsdp", None)
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ConfigError(
@@ -369,8 +376,10 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def constrain_parameter(path: str, x: jax.Array) -> jax.Array:
-    """Pins what is made of the parameter at `path` to its layout, where a mesh is set."""
-    return x if _ambient() is None else jax.lax.with_sharding_constraint(x, param_spec(path))
+    """Pins what is made of the parameter at `path`, with its rows, where a mesh is set."""
+    if (mesh := _ambient()) is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(path, x.shape, mesh))
 
 
 def whole_rows(table_VD: jax.Array) -> jax.Array:

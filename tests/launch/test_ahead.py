@@ -151,6 +151,53 @@ ENTRY %main (x: (s32[], f32[8])) -> (s32[], f32[8]) {
     assert hlo.share_alongside(text) == 0.5
 
 
+def test_kernels_that_only_lay_arrays_out_otherwise_are_told_from_those_that_compute():
+    text = """
+HloModule m
+
+%turned (p: f32[4,2]) -> f32[2,4] {
+  %p = f32[4,2]{1,0} parameter(0)
+  %b = f32[4,2]{1,0} bitcast(%p)
+  ROOT %t = f32[2,4]{1,0} transpose(%b), dimensions={1,0}
+}
+
+%added (p: f32[4,2]) -> f32[2,4] {
+  %p = f32[4,2]{1,0} parameter(0)
+  %t = f32[2,4]{1,0} transpose(%p), dimensions={1,0}
+  ROOT %a = f32[2,4]{1,0} add(%t, %t)
+}
+
+%flat (p: f32[4,2]) -> f32[8] {
+  %p = f32[4,2]{1,0} parameter(0)
+  ROOT %b = f32[8]{0} bitcast(%p)
+}
+
+%condition (s: (s32[], f32[4,2])) -> pred[] {
+  %s = (s32[], f32[4,2]{1,0}) parameter(0)
+  %n = s32[] constant(3)
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (s: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
+  %s = (s32[], f32[4,2]{1,0}) parameter(0)
+  %x = f32[4,2]{1,0} get-tuple-element(%s), index=1
+  %moves = f32[2,4]{1,0} fusion(%x), kind=kLoop, calls=%turned
+  %works = f32[2,4]{1,0} fusion(%x), kind=kLoop, calls=%added
+  %nothing = f32[8]{0} fusion(%x), kind=kLoop, calls=%flat
+}
+
+ENTRY %main (x: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
+  %x = (s32[], f32[4,2]{1,0}) parameter(0)
+  %y = f32[4,2]{1,0} get-tuple-element(%x), index=1
+  %c = f32[4,2]{0,1} copy(%y)
+  ROOT %w = (s32[], f32[4,2]{1,0}) while(%x), condition=%condition, body=%body
+}
+"""
+    # Eight floats are read and written by the copy, and by the transpose in each of 3 turns.
+    assert hlo.moved_within(text) == (1 + 3) * 2 * 32
+
+
 _SUM = """
 HloModule m, num_partitions=4
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.errors import ConfigError
 from mmfree_jax.model import LanguageModel
+from mmfree_jax.model.parameters import param_shapes, unflatten
 from mmfree_jax.parallel import sharding
 from mmfree_jax.presets import preset
 
@@ -158,6 +159,30 @@ def test_every_parameter_is_laid_out_as_written_here(name, changes, expected):
     found = jax.tree_util.tree_flatten_with_path(sharding.param_shardings(mesh, shapes))[0]
     specs = {"/".join(k.key for k in path): s.spec for path, s in found}
     assert specs == expected
+
+
+def test_without_tensor_every_matrix_is_split_by_its_rows_where_they_divide():
+    config = dataclasses.replace(preset("tiny").model, vocab_size=257)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    layouts = sharding.param_shardings(mesh, unflatten(param_shapes(config)))
+    found = jax.tree_util.tree_flatten_with_path(layouts)[0]
+    split = {"/".join(k.key for k in path): s.spec for path, s in found if "fsdp" in s.spec}
+    rows, columns = P(None, "fsdp", None), P("tensor", "fsdp")
+    assert split == {
+        # 257 words are no multiple of 4.
+        "embedding/weight": columns,
+        "head/weight": columns,
+        "blocks/mixer/i_proj/weight": rows,
+        "blocks/mixer/f_proj/weight": rows,
+        "blocks/mixer/g_proj/weight": rows,
+        "blocks/mixer/o_proj/weight": rows,
+        "blocks/glu/gate_up_proj/weight": rows,
+        "blocks/glu/down_proj/weight": rows,
+    }
+    even = jax.ShapeDtypeStruct((256, 64), jnp.float32)
+    for name in ("embedding", "head"):
+        layout = sharding.param_shardings(mesh, {name: {"weight": even}})[name]["weight"]
+        assert layout.spec == P("fsdp", None)
 
 
 @pytest.mark.parametrize(

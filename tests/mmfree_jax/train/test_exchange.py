@@ -9,6 +9,7 @@ import pytest
 
 from mmfree_jax.config import MeshConfig, replace_model
 from mmfree_jax.launch.ahead import topology
+from mmfree_jax.launch.ahead.hlo import moved_within
 from mmfree_jax.parallel.sharding import make_mesh
 from mmfree_jax.presets import preset
 from mmfree_jax.train.optimizer import make_optimizer
@@ -94,6 +95,14 @@ def test_each_matrix_is_summed_over_the_devices_in_the_dtype_asked_for():
         assert sorted(found) == sorted((shape, short) for shape in shapes)
 
 
+def test_matrices_are_gathered_as_they_lie_in_memory(steps):
+    # A part of the columns would be transposed before it travels, and the whole after.
+    gather = re.compile(r"= \w+\[([\d,]+)\](\{[\d,]+\}) all-gather\(.* dimensions=(\{\d\})")
+    found = gather.findall(steps["float32"][0].as_text())
+    matrices = {(shape, *rest) for shape, *rest in found if shape in {"64,256", "264,64", "64,64"}}
+    assert matrices == {(s, "{1,0}", "{0}") for s in ("64,256", "264,64", "64,64")}
+
+
 @pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.parametrize(
@@ -115,3 +124,7 @@ def test_h100s_exchange_matrices_in_bfloat16_and_gather_trits(mesh, kind):
     # The embedding's rows are gathered in the residual stream's dtype.
     gathered = {dtype for op, dtype in matrices if op == "all-gather"}
     assert gathered == ({"s8", "bf16"} if mesh.fsdp > 1 else set())
+    if mesh.fsdp > 1:
+        # Less than one array of the 100,288 / 2 float32 weights of a device, read and written;
+        # split by columns, 1.6 of them.
+        assert moved_within(text) < 2 * 4 * 100_288 / 2
