@@ -103,14 +103,21 @@ class Launch:
 
 @pytest.fixture
 def launch(pod_config: TrainConfig, pod_environment: dict[str, str], tmp_path: Path):
-    """launch(n, run_dir, *flags) starts `mmfree train` as n processes."""
+    """launch(n, run_dir, *flags) starts `mmfree train` as n processes.
+
+    One that is slow, as on a busy machine, is silent for a while: only where a process is to be
+    found out by its silence are the `silent_seconds` few.
+    """
     launches = []
     config = tmp_path / "config.yaml"
     config.write_text(dump_yaml(pod_config))
 
-    def start(count: int, run_dir: Path, *flags: str, grace: float = 60.0) -> Launch:
+    def start(
+        count: int, run_dir: Path, *flags: str, grace: float = 60.0, silent_seconds: int = 120
+    ) -> Launch:
         argv = ["train", "--config", str(config), "--run-dir", str(run_dir), *flags]
-        argv += ["--processes.beat-seconds", "0.5", "--processes.silent-seconds", "8"]
+        argv += ["--processes.beat-seconds", "0.5"]
+        argv += ["--processes.silent-seconds", str(silent_seconds)]
         plan = Plan(mmfree_command(argv), count, grace_seconds=grace)
         launches.append(Launch(plan, pod_environment))
         return launches[-1]
