@@ -101,3 +101,43 @@ def test_the_exchange_on_two_h200(records, compare):
         f"{ms['x2-bf16-128']:.1f} so (results/h200/exchange.json)"
     ]
     compare("launch/xla_flags.py", lines)
+
+
+def test_where_the_time_of_two_gpus_goes(records, compare):
+    trace = records["h200/exchange.json"]["trace"]
+    one, two = trace["records"]
+    exchange = two["exchange"]
+    kernels = {found["kernel"]: found for found in trace["kernels"]}
+    groups = {
+        "products of the matrices' gradients (float32, here bfloat16 out)": [
+            "nvjet_sm90_tssx128x6x2_h_bz_NTT",
+            "nvjet_sm90_tssx128x4x2_h_bz_coopA_NTT",
+            "nvjet_sm90_tssx128x6x4_h_bz_NTT",
+            "nvjet_sm90_tstx192x3x2_h_bz_coopB_NTN",
+            "nvjet_sm90_tstx128x4x2_h_bz_coopA_NTT",
+            "nvjet_sm90_tstx128x6x4_h_bz_NTT",
+        ],
+        "joining, cutting out, turning, converting": [
+            "wrapped_concatenate", "memcpy128", "memcpy32_post", "transpose_", "transpose",
+            "wrapped_convert",
+        ],
+        "products of trits and of int8": ["anonymous_mosaic_gpu_kernel"],
+    }  # fmt: skip
+    lines = [
+        f"{one['step_ms']:.1f} ms on one GPU, {two['step_ms']:.1f} on two, "
+        f"{two['tokens_per_s'] / 2 / one['tokens_per_s']:.1%}.",
+        f"Collectives take {exchange['ms_a_step']:.1f} ms of a step, "
+        f"{exchange['hidden_ms_a_step'] / exchange['ms_a_step']:.0%} of it beside other kernels",
+    ]
+    for label, names in groups.items():
+        found = [kernels[name] for name in names if name in kernels]
+        alone, beside = (sum(k[gpus]["ms"] for k in found) for gpus in ("one", "two"))
+        lines.append(f"| {label} | {alone:.1f} | {beside:.1f} | {beside - alone:+.1f} |")
+    (product,) = (
+        k
+        for k in trace["beside_collectives"]
+        if k["kernel"] == "nvjet_sm90_tstx128x4x2_h_bz_coopA_NTT"
+    )
+    alone, beside = (product[share]["median_us"] for share in ("none", "all"))
+    lines.append(f"those of {alone:.0f} us take {beside:.0f} where collectives run beside")
+    compare("docs/pods.md", lines)
