@@ -66,6 +66,11 @@ def parse(
     except SystemExit as e:
         if e.code in (0, None):
             raise
+        if (name := _positional_as_option(target, argv)) is not None:
+            raise ConfigError(
+                f"unknown option --{name}: {name.upper()} is given without it, as in `{prog} "
+                f"{name.upper()}`; see {prog} --help"
+            ) from e
         valued = _valued_switch(target, argv)
         raise ConfigError(one_line(captured.getvalue(), prog, _meant(target, argv), valued)) from e
     sys.stderr.write(captured.getvalue())
@@ -126,6 +131,16 @@ def _valued_switch(target: Any, argv: Sequence[str]) -> tuple[str, str] | None:
         flag = flag.replace("_", "-")
         if flag in switches and (value if equals else after).lower() in _TRUTHS:
             return flag, switches[flag]
+    return None
+
+
+def _positional_as_option(target: Any, argv: Sequence[str]) -> str | None:
+    """A positional argument's name that `argv` has as an option, without dashes; else None."""
+    given = {a.partition("=")[0].replace("_", "-") for a in argv}
+    for name, hint in typing.get_type_hints(target, include_extras=True).items():
+        flag = name.replace("_", "-")
+        if tyro.conf.Positional in getattr(hint, "__metadata__", ()) and f"--{flag}" in given:
+            return flag
     return None
 
 

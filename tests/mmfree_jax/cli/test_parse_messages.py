@@ -46,6 +46,10 @@ from mmfree_jax.cli.main import main
             "info --lr 3",
             "unknown option --lr; perhaps you meant --optimizer.learning-rate for --lr",
         ),
+        (
+            "data inspect --path x",
+            "unknown option --path: PATH is given without it, as in `mmfree data inspect PATH`",
+        ),
         ("export-hf a", "missing: STR (New folder, or its URL)"),
         (
             "export onnx",
