@@ -126,7 +126,13 @@ def base_config(argv: Sequence[str], *, run_flag: str | None = None) -> TrainCon
     if run is not None:
         if name is not None or path is not None:
             raise ConfigError(f"{run_flag} is {run!r}: leave out --preset and --config")
-        path = str(locate(run, run_flag or "") / "config.yaml")
+        config = locate(run, run_flag or "") / "config.yaml"
+        if not is_file(config):
+            raise ConfigError(
+                f"{run_flag} is {run!r}: there is no {config}, so it is no training run: give one; "
+                "mmfree info --model shows saved models of every kind"
+            )
+        path = str(config)
     values = {} if path is None else read_settings(path)
     base = None if name is None else preset(name)
     if run is None and (branch := _branch(argv, values)) is not None:

@@ -84,7 +84,7 @@ def test_packed_bytes_by_hand(capsys):
     [
         (["--devices", "none"], "--devices is 'none'"),
         (["--devices", "0"], "--devices is '0'"),
-        (["--run", "/nowhere"], "/nowhere/config.yaml"),
+        (["--run", "/nowhere"], "there is no /nowhere/config.yaml, so it is no training run"),
         (["--run", "x", "--preset", "tiny"], "leave out --preset"),
         (["--preset", "99B"], "preset is '99B'"),
     ],

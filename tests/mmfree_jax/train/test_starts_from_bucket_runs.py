@@ -118,5 +118,5 @@ def test_its_config_is_read_by_url(run, finished, capsys):
     assert there == here
     assert main(["info", "--run", f"{run}-"]) == 2
     error = capsys.readouterr().err
-    assert f"config file {run}-/config.yaml does not exist: give a readable YAML file" in error
+    assert f"there is no {run}-/config.yaml, so it is no training run: give one" in error
     assert error.count("\n") == 1
