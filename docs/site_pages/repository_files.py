@@ -17,6 +17,7 @@ SHOWN = (
     "pallas_kernels/README.md",
     "experiments/results/backward8/README.md",
     "experiments/results/exchange/README.md",
+    "experiments/results/recipes/README.md",
     "experiments/results/models/61M/README.md",
     *(
         path.relative_to(ROOT).as_posix()
