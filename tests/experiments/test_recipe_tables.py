@@ -46,11 +46,21 @@ def test_stage_1_has_every_arm_at_three_rates():
     )  # fmt: skip
 
 
-def test_stage_2_has_two_seeds_of_what_is_known_before_stage_1():
+def test_stage_2_has_two_seeds_of_the_best_arms_and_their_combination():
     runs = runs_of("stage2")
-    assert {run.family for run in runs} == {"absmean", "float-twin", "transformer"}
+    known, best = (
+        {"absmean", "float-twin", "transformer"},
+        {"hybrid-6-1", "float-head", "adafactor"},
+    )
+    combined = "hybrid-6-1-float-head-adafactor"
+    assert {run.family for run in runs} == known | best | {combined}
     assert {(run.size, run.seed) for run in runs} == {("rung-18M", 0), ("rung-18M", 1)}
-    assert len(runs) == 3 * 3 * 2
+    assert len(runs) == 7 * 3 * 2
+    (config, *_) = [run.config for run in runs if run.family == combined]
+    model = config.model
+    assert (model.mixer, config.optimizer.name) == ("mlgru:6,attention", "adafactor")
+    assert not model.head_linear.ternary_weights
+    assert model.glu_linear.ternary_weights
     ratio = runs[0].tokens / parameters(runs[0].config, "non-embedding")
     assert ratio == pytest.approx(20, rel=0.01)
 
