@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from mmfree_jax.cli.parse import Names, parse
 from mmfree_jax.errors import ConfigError, DataError
@@ -137,8 +137,7 @@ def serve(argv: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Model:
+class _Model(NamedTuple):
     """A model whose weights were not read yet, and what its texts are made with."""
 
     saved: Any

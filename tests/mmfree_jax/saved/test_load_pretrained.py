@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mmfree_jax
 from mmfree_jax.cli.main import main
@@ -45,6 +45,13 @@ def test_the_released_format_gives_the_authors_logits(authors_package, released,
 
 
 def test_the_export_is_what_the_authors_package_loads(released, tmp_path, capsys):
+    # A row for each of the tokenizer's 32,000 pieces, where the development model has 256.
+    weights, config = released / "model.safetensors", released / "config.json"
+    tensors = load_file(weights)
+    for name in ("model.embeddings.weight", "lm_head.weight"):
+        tensors[name] = np.tile(tensors[name], (125, 1))
+    save_file(tensors, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 32000}))
     assert main(["import-hf", str(released), str(tmp_path / "ours")]) == 0
     assert main(["export-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
     assert "hgrn_bit" in capsys.readouterr().out
