@@ -137,7 +137,10 @@ def test_other_configs_devices_and_arguments_make_other_programs(folder):
 def test_the_sources_are_those_that_this_process_runs(folder, monkeypatch):
     digest = kept_programs._sources()
     assert digest is not None
-    newest = max(p.stat().st_ctime for p in Path(kept_programs.__file__).parent.glob("*.py"))
+    package = Path(kept_programs.__file__).parents[1]
+    roots = (package, (package / "pallas_kernels").resolve())
+    sources = [p for root in roots for kind in ("*.py", "*.json") for p in root.rglob(kind)]
+    newest = max(p.stat().st_ctime for p in sources)
     for began, expected in ((newest + 2, digest), (newest, None), (None, None)):
         kept_programs._sources.cache_clear()
         monkeypatch.setattr(compiled_programs, "_began", began)
