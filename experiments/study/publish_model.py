@@ -19,15 +19,13 @@ from mmfree_jax.experiments.study.model_card import Card
 from mmfree_jax.experiments.study.model_results import Measured, numbers_of, training_file
 from mmfree_jax.files import copy_folder, sha256_file, write_text
 from mmfree_jax.outputs import new_folder
-from mmfree_jax.saved.kinds import PACKED_FILE
+from mmfree_jax.saved.kinds import PACKED_FILE, RESULTS, SUMS
 from mmfree_jax.saved.packed import packed_files
 from mmfree_jax.saved.run_directory import TOKENIZER, load_config
 from mmfree_jax.text_files import parse_json, read_text
 
 MOST_OF_A_FILE = 16_000_000
 MOST_IN_ALL = 24_000_000
-SUMS = "SHA256SUMS"
-RESULTS = "results.json"
 COMMAND = "publish_model"
 
 

@@ -10,15 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfree_jax.config import tokens_per_step
-from mmfree_jax.errors import CheckpointError, DataError
+from mmfree_jax.errors import CheckpointError, DataError, TrainingError
 from mmfree_jax.files import sha256_file
 from mmfree_jax.json_shape import fault
 from mmfree_jax.ranges import Step
 from mmfree_jax.readable import printable
+from mmfree_jax.saved.kinds import RESULTS, SUMS
 from mmfree_jax.text_files import read_json, read_text
 
-SUMS = "SHA256SUMS"
-_RESULTS = "results.json"  # of a published model
 _NUMBER = {"name": str, "of": str, "value": (int, float)}
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 UNKNOWN = "not recorded"
@@ -114,7 +113,6 @@ def _training(
     """
     if saved.kind != "run":
         return _published(saved.path)
-    from mmfree_jax.errors import TrainingError
     from mmfree_jax.saved.history import read_history
     from mmfree_jax.saved.manifest import newest_manifest, read_manifest
     from mmfree_jax.saved.run_directory import CHECKPOINTS, METRICS, load_config
@@ -154,7 +152,7 @@ def _training(
 
 def _published(folder: Path) -> dict[str, Any] | None:
     try:
-        results = read_json(folder / _RESULTS)
+        results = read_json(folder / RESULTS)
     except (OSError, ValueError):
         return None
     if fault(results, {"model": str, "numbers": [_NUMBER]}):

@@ -17,6 +17,10 @@ RUN_CONFIG = "config.yaml"
 PACKED_FILE = "packed.safetensors"
 MODEL_CONFIG = "model.yaml"
 HUGGINGFACE_CONFIG = "config.json"
+SUMS = "SHA256SUMS"
+"""Beside a published model: the digest of each of its files."""
+RESULTS = "results.json"
+"""Beside a published model: what was measured of it."""
 
 _MARKS: dict[Kind, tuple[str, str]] = {
     "run": (RUN_CONFIG, "a training run"),

@@ -1,6 +1,7 @@
 """Documented figures of the recipes are those of results/recipes."""
 
 import csv
+import io
 
 import pytest
 
@@ -10,13 +11,20 @@ MIDDLE = {"lion": 0.001}
 
 
 @pytest.fixture(scope="module")
-def losses(records):
-    """Held-out losses of each arm by rate."""
+def table(records):
+    def read(name):
+        return list(csv.DictReader(io.StringIO(records.text(f"recipes/{name}"))))
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def losses(table):
+    """Held-out loss and tokens/s of each arm by rate."""
     found = {}
-    with open(records.folder / "recipes/stage1.csv", newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            by_rate = found.setdefault(row["family"], {})
-            by_rate[float(row["learning_rate"])] = (float(row["loss"]), float(row["tokens_per_s"]))
+    for row in table("stage1.csv"):
+        by_rate = found.setdefault(row["family"], {})
+        by_rate[float(row["learning_rate"])] = (float(row["loss"]), float(row["tokens_per_s"]))
     return found
 
 
@@ -81,11 +89,9 @@ def test_what_stage_1_says(losses, compare):
     )
 
 
-def test_the_ternary_transformer(records, compare):
-    with open(
-        records.folder / "recipes/stage1-training.csv", newline="", encoding="utf-8"
-    ) as stream:
-        rows = [r for r in csv.DictReader(stream) if r["run"].startswith("ternary-transformer")]
+def test_the_ternary_transformer(table, compare):
+    training = table("stage1-training.csv")
+    rows = [row for row in training if row["run"].startswith("ternary-transformer")]
     losses = {int(r["step"]): float(r["loss"]) for r in rows}
     lowest = min(losses, key=losses.get)
     highest = max((step for step in losses if step > lowest), key=losses.get)
@@ -98,9 +104,8 @@ def test_the_ternary_transformer(records, compare):
     compare(DOCUMENT, lines)
 
 
-def test_five_runs_at_a_time(records, compare):
-    with open(records.folder / "recipes/stage1.csv", newline="", encoding="utf-8") as stream:
-        first = [row for _, row in zip(range(5), csv.DictReader(stream), strict=False)]
+def test_five_runs_at_a_time(records, table, compare):
+    first = table("stage1.csv")[:5]
     together = sum(float(row["tokens_per_s"]) for row in first)
     steps = records["h200/small_models.json"]["records"]
     (alone,) = (r["measurement"] for r in steps if r["preset"] == "rung-7M")
